@@ -1,0 +1,69 @@
+# make demo  a small distillation on the digits of scikit-learn, with its report
+# make test  lint, types and the whole test suite, in the same environment
+#
+# Needs only make and Python 3.11 or newer with venv. Another interpreter: make PYTHON=python3.12 demo
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/digits
+PYTEST_ARGS ?=
+
+VENV_PYTHON := $(VENV)/bin/python
+# Touched last, so an interrupted installation is taken up again; a change of the metadata installs again.
+STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types pytest format wheel clean distclean
+
+help:
+	@echo "make demo       distil the digits dataset on the CPU into $(OUT)"
+	@echo "make test       lint, types and the whole test suite"
+	@echo "make lint       ruff check and ruff format --check"
+	@echo "make types      mypy"
+	@echo "make pytest     the test suite alone; PYTEST_ARGS='-k render' passes arguments on"
+	@echo "make format     rewrite the sources in the house format"
+	@echo "make wheel      build the wheel into dist/"
+	@echo "make clean      remove caches and build outputs; distclean removes $(VENV) as well"
+
+env: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || \
+	  { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: gsdd_jax needs Python 3.11 or newer, but $(PYTHON) is $$("$(PYTHON)" --version 2>&1); name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	@echo "Installing gsdd_jax and its tools into $(VENV); the first time downloads several hundred megabytes."
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV_PYTHON) -m train.distill --config configs/digits.yaml --out $(OUT)
+	@echo "Report: $(abspath $(OUT))/report.html"
+	@echo "Table:  $(abspath $(OUT))/table.md"
+
+test: lint types pytest
+
+lint: $(STAMP)
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+types: $(STAMP)
+	$(VENV_PYTHON) -m mypy
+
+pytest: $(STAMP)
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+format: $(STAMP)
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+
+wheel: $(STAMP)
+	rm -rf build
+	$(VENV_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find gsdd_jax kernels train tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)

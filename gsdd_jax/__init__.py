@@ -1,0 +1,16 @@
+"""Dataset distillation with sparse 2-D Gaussians (GSDD) in JAX.
+
+Glossary: *real* / *syn* (synthetic) images; *ipc*, a budget in float32 pixel images per class; *gpc*, Gaussian images
+per class; *codec*, a parameterisation of images; *budget*, bytes per class; *expert* / *student*, networks trained on
+real / synthetic images; *syn_lr*, the learned step size of a student.
+
+Dimension letters: ``n`` images, ``m`` Gaussians per image, ``h w c`` pixels, ``k`` classes, ``t`` inner steps, ``p``
+flat weights. Images are ``[n, h, w, c]`` float32 around [0,1]; image ``i`` of a distilled set has label ``i //
+images_per_class``.
+"""
+
+from gsdd_jax.gaussians import Gaussians
+from gsdd_jax.render import render
+from gsdd_jax.synset import SynSet, load
+
+__all__ = ["Gaussians", "SynSet", "load", "render"]

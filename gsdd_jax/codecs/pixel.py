@@ -1,0 +1,69 @@
+"""Plain pixels: the parameterisation of the vanilla methods, and the baseline of all others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from annotated_types import Ge, Gt
+from typing_extensions import Doc
+
+from gsdd_jax import storage
+from gsdd_jax.codecs.base import Codec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelSpec:
+    """Settings of the pixel codec."""
+
+    name: Annotated[Literal["pixel"], Doc("the parameterisation")] = "pixel"
+    ipc: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
+    dtype: Annotated[Literal["float32", "bfloat16"], Doc("precision on disk; the field counts float32")] = "float32"
+    optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd with momentum 0.5 is the reference's choice for pixels")] = (
+        "sgd"
+    )
+    lr: Annotated[float, Gt(0), Doc("learning rate in distillation, for pixels in [0, 1]")] = 0.1
+
+
+def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    h, w, c = image_shape
+    each = h * w * c * storage.ITEMSIZE[spec.dtype]
+    fits = bytes_per_class // each
+    if fits < max(spec.ipc, 1):
+        raise ValueError(
+            f"codec.ipc: {max(spec.ipc, 1)} {spec.dtype} images of {each} bytes do not fit {bytes_per_class} bytes "
+            f"per class; expected at most {fits}"
+        )
+    spec = dataclasses.replace(spec, ipc=spec.ipc or fits)
+
+    def decode(params, index=None, *, size=None, key=None):
+        del key
+        images = storage.quantise(params["images"], spec.dtype)
+        images = images if index is None else images[index]
+        if size is None or tuple(size) == (h, w):
+            return images
+        return jax.image.resize(images, (images.shape[0], *size, c), "bilinear")
+
+    def stored(params):
+        return storage.cast(params, spec.dtype)
+
+    return Codec(
+        name="pixel",
+        spec=spec,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        images_per_class=spec.ipc,
+        init=lambda key, images: {"images": jnp.asarray(images, jnp.float32)},
+        decode=decode,
+        stored=stored,
+        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
+        nbytes=lambda params: storage.nbytes(stored(params)),
+        regularise=lambda params: jnp.zeros(()),
+        project=lambda params: params,
+        optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
+        fitter=lambda steps: optax.sgd(0.0),
+    )

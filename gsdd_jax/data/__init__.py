@@ -1,0 +1,295 @@
+"""Data sets: one reader per source, one `Dataset` of uint8 arrays as the result, class-balanced sampling."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from gsdd_jax.data import digits, folder, subsets, tfds
+from gsdd_jax.data.host import HostSampler, prefetch
+from gsdd_jax.data.sampling import ClassTable, class_table, sample_classes
+from gsdd_jax.data.source import Convert, Records, Resize, Source, Split, assemble, choose, converter
+from gsdd_jax.data.subsets import Subset
+
+__all__ = [
+    "SOURCES",
+    "ClassTable",
+    "DataSpec",
+    "Dataset",
+    "HostSampler",
+    "check",
+    "class_table",
+    "load",
+    "prefetch",
+    "records",
+    "require_per_class",
+    "sample_classes",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Which images to read, and how to bring them to one size."""
+
+    source: Annotated[
+        Literal["digits", "tfds", "folder"],
+        Doc(
+            "digits = scikit-learn's 8x8 digits; tfds = a prepared TFDS set; folder = root/{train,test}/<class>/*.png."
+        ),
+    ] = "digits"
+    name: Annotated[
+        str, Doc("TFDS name (cifar10, mnist, imagenet2012, ...); with `path` only a label for reports.")
+    ] = ""
+    path: Annotated[
+        str, Doc("TFDS version directory (.../1.0.0, with dataset_info.json), or root of an image folder.")
+    ] = ""
+    train_split: Annotated[str, Doc('Training split or folder; TFDS slices too ("train[:90%]"); empty = train.')] = ""
+    test_split: Annotated[
+        str, Doc("Test split or folder; empty = test or validation, whichever is there with labels.")
+    ] = ""
+    resolution: Annotated[
+        int, Ge(0), Doc("Side in pixels; images are resized with antialiasing (Lanczos); 0 = native size.")
+    ] = 0
+    resize: Annotated[
+        Resize,
+        Doc(
+            "crop = short side to `resolution`, then centre crop (GLaD's choice); squash = both sides (the MTT and "
+            "DDiF codes squash the aspect ratio too, but bilinearly and without antialiasing: other pixels)."
+        ),
+    ] = "crop"
+    channels: Annotated[Literal[0, 1, 3], Doc("1 = grey, 3 = RGB, 0 = as stored.")] = 0
+    subset: Annotated[Subset, Doc("Ten classes of ImageNet-1k in the order of the MTT code; empty = all.")] = ""
+    per_class: Annotated[int, Ge(0), Doc("Only the first n training images of each class (smoke runs); 0 = all.")] = 0
+    test_limit: Annotated[int, Ge(0), Doc("At most so many test images, spread evenly over the classes; 0 = all.")] = 0
+
+    def __post_init__(self) -> None:
+        """Checks what no single field can say.
+
+        Raises:
+            ValueError: A source lacks the field it needs, or has one that it cannot use.
+        """
+        if self.source == "tfds" and not (self.name or self.path):
+            raise ValueError("data.source 'tfds' needs data.name (such as cifar10) or data.path (.../1.0.0)")
+        if self.source == "folder" and not self.path:
+            raise ValueError("data.source 'folder' needs data.path, the folder that holds train/ and test/")
+        if self.source == "digits":
+            for field in ("name", "path", "train_split", "test_split", "subset"):
+                if getattr(self, field):
+                    found = getattr(self, field)
+                    raise ValueError(f"data.{field} must be empty with data.source 'digits', found {found!r}")
+
+
+class Dataset(NamedTuple):
+    """A classification data set in host memory.
+
+    Attributes:
+        name: For reports.
+        train_images: uint8 [N, h, w, c].
+        train_labels: int32 [N] in [0, k).
+        test_images: uint8 [M, h, w, c].
+        test_labels: int32 [M].
+        class_names: k names in label order.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(h, w, c)`."""
+        h, w, c = self.train_images.shape[1:]
+        return h, w, c
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes k."""
+        return len(self.class_names)
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over pixels, labels and class names of both splits.
+
+        Two data sets agree on it only if they are equal. The name is left out: it is a label for reports.
+        """
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for array in self[1:5]:
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def _open_digits(spec: DataSpec) -> Source:
+    return digits.open_digits()
+
+
+def _open_tfds(spec: DataSpec) -> Source:
+    return tfds.open_tfds(name=spec.name, path=spec.path, train_split=spec.train_split, test_split=spec.test_split)
+
+
+def _open_folder(spec: DataSpec) -> Source:
+    source = folder.open_folder(spec.path, train_split=spec.train_split, test_split=spec.test_split)
+    return source._replace(name=spec.name or source.name)
+
+
+SOURCES: dict[str, Callable[[DataSpec], Source]] = {"digits": _open_digits, "tfds": _open_tfds, "folder": _open_folder}
+
+
+class _Opened(NamedTuple):
+    """A source with what a spec makes of it: the source labels kept, in their new order, and the pixel conversion."""
+
+    source: Source
+    name: str
+    kept: tuple[int, ...]
+    class_names: tuple[str, ...]
+    convert: Convert
+
+
+def _open(spec: DataSpec) -> _Opened:
+    if spec.source not in SOURCES:
+        raise ValueError(f"data.source: unknown source {spec.source!r}; allowed: {', '.join(SOURCES)}")
+    source = SOURCES[spec.source](spec)
+    kept, names, name = tuple(range(len(source.class_names))), source.class_names, source.name
+    if spec.subset:
+        kept, names = subsets.resolve(spec.subset, source.class_names)
+        name = f"{source.name}/{spec.subset}"
+    convert = converter(resolution=spec.resolution, resize=spec.resize, channels=spec.channels or source.channels)
+    return _Opened(source=source, name=name, kept=kept, class_names=names, convert=convert)
+
+
+def load(spec: DataSpec) -> Dataset:
+    """Reads a data set into memory.
+
+    Images of classes that were not asked for are never decoded: with `subset`, `per_class` or `test_limit` a first pass
+    reads labels only (TFDS records are still read from disk once, which is what bounds a subset of imagenet2012).
+
+    Args:
+        spec: What to read.
+
+    Returns:
+        A checked `Dataset`.
+
+    Raises:
+        ImportError: The source needs a package that is not installed.
+        FileNotFoundError: A file or folder does not exist, or a TFDS data set is not prepared.
+        OSError: A file is damaged or truncated.
+        ValueError: Unknown choice, missing classes, images of several sizes without a resolution, a class without
+            images.
+    """
+    opened = _open(spec)
+    train_images, train_labels = _read(opened, opened.source.train, chosen=bool(spec.subset), per_class=spec.per_class)
+    test_images, test_labels = _read(opened, opened.source.test, chosen=bool(spec.subset), limit=spec.test_limit)
+    return check(Dataset(opened.name, train_images, train_labels, test_images, test_labels, opened.class_names))
+
+
+def records(spec: DataSpec) -> tuple[Records, np.ndarray, tuple[str, ...]]:
+    """Opens the training images of a data set that is too large for memory, for `HostSampler`.
+
+    Args:
+        spec: What to read; `per_class` and `subset` apply. Resolution 0 works only if all images have one size.
+
+    Returns:
+        `(records, labels, class_names)`: a random-access sequence of `{"image": uint8 [h, w, c], "label": int}` that
+        decodes on access, int32 [n] labels, k names.
+
+    Raises:
+        ValueError: As for `load`, except that image sizes are only seen on access.
+        OSError: As for `load`.
+    """
+    opened = _open(spec)
+    split = opened.source.train
+    indices, labels = choose(split, kept=opened.kept, per_class=spec.per_class)
+    labels = _relabel(opened, labels, split)
+    _require_every_class(labels, opened.class_names)
+    return Records(split, indices, labels, opened.convert), labels, opened.class_names
+
+
+def _read(
+    opened: _Opened, split: Split, *, chosen: bool, per_class: int = 0, limit: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    if chosen or per_class or limit:
+        indices, _ = choose(split, kept=opened.kept, per_class=per_class, limit=limit)
+    else:
+        # Everything is wanted: one pass that decodes is cheaper than a pass over the labels and another one.
+        indices = np.arange(split.size)
+    images, labels = assemble(split, indices, opened.convert)
+    return images, _relabel(opened, labels, split)
+
+
+def _relabel(opened: _Opened, labels: np.ndarray, split: Split) -> np.ndarray:
+    known = len(opened.source.class_names)
+    _check_range(labels, known, split.where)
+    new = np.full(known, -1, np.int32)
+    new[list(opened.kept)] = np.arange(len(opened.kept))
+    return new[labels]
+
+
+def check(dataset: Dataset) -> Dataset:
+    """Returns the data set unchanged if it is well-formed; for data sets made by hand as well as by `load`.
+
+    Raises:
+        TypeError: Images are not uint8, labels are not integers.
+        ValueError: Wrong shapes or lengths, label out of range, a class without training images, an empty split,
+            duplicate names.
+    """
+    if len(set(dataset.class_names)) != len(dataset.class_names) or not dataset.class_names:
+        raise ValueError(f"class_names must be distinct and not empty, found {list(dataset.class_names)}")
+    for part, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("test", dataset.test_images, dataset.test_labels),
+    ):
+        if images.dtype != np.uint8:
+            raise TypeError(f"{part}_images must be uint8, found {images.dtype}")
+        if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+            raise ValueError(f"{part}_images must have shape [n, h, w, 1 or 3] with n >= 1, found {list(images.shape)}")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise TypeError(f"{part}_labels must be integers, found {labels.dtype}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{part}_labels must have shape [{len(images)}], found {list(labels.shape)}")
+        _check_range(labels, len(dataset.class_names), part)
+    if dataset.train_images.shape[1:] != dataset.test_images.shape[1:]:
+        train, test = (list(images.shape[1:]) for images in (dataset.train_images, dataset.test_images))
+        raise ValueError(
+            f"training images are {train}, test images {test}; set data.resolution to bring them to one size"
+        )
+    _require_every_class(dataset.train_labels, dataset.class_names)
+    return dataset
+
+
+def _check_range(labels: np.ndarray, num_classes: int, where: str) -> None:
+    if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
+        bad = labels.min() if labels.min() < 0 else labels.max()
+        raise ValueError(f"{where}: label {bad} is out of range; allowed: 0 to {num_classes - 1}")
+
+
+def _require_every_class(labels: np.ndarray, class_names: tuple[str, ...]) -> None:
+    count = np.bincount(labels, minlength=len(class_names))
+    if count.min() == 0:
+        empty = [name for name, number in zip(class_names, count, strict=True) if number == 0]
+        raise ValueError(f"class {empty[0]!r} has no training images ({len(empty)} of {len(class_names)} classes)")
+
+
+def require_per_class(dataset: Dataset, n: int, what: str) -> None:
+    """Raises if some class has fewer than `n` training images.
+
+    Args:
+        dataset: The data set.
+        n: Images needed per class.
+        what: Who needs them, for the message ("ipc", "objective.batch_real").
+
+    Raises:
+        ValueError: Names the first class that is too small.
+    """
+    count = np.bincount(dataset.train_labels, minlength=dataset.num_classes)
+    small = np.flatnonzero(count < n)
+    if len(small):
+        more = f" ({len(small)} classes have too few)" if len(small) > 1 else ""
+        name, have = dataset.class_names[small[0]], count[small[0]]
+        raise ValueError(f"class {name!r} has {have} training images, {what} needs {n}{more}")

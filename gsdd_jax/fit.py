@@ -1,0 +1,146 @@
+"""Initialisation: fit a codec to real images, to a solid colour, or not at all (GSDD, Eq. 8 and appendix B.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from gsdd_jax.codecs import Codec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitSpec:
+    """Settings of the initialisation."""
+
+    to: Annotated[
+        Literal["real", "solid", "random"],
+        Doc("real: real images; solid: warm-up on the mean colour of the set; random: the start as drawn, not fitted."),
+    ] = "real"
+    select: Annotated[
+        Literal["random", "first", "kmeans"],
+        Doc("Real images of a class: drawn at random, its first, or the nearest to k-means centres of features."),
+    ] = "random"
+    steps: Annotated[int, Ge(0), Doc("Adam steps on the mean squared error")] = 1000
+
+
+class FitState(NamedTuple):
+    """What fitting changes; checkpoints hold exactly this."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array  # int32 scalar
+
+
+def select_images(
+    key: jax.Array,
+    labels: np.ndarray,
+    per_class: int,
+    *,
+    how: str,
+    num_classes: int,
+    features: np.ndarray | None = None,
+) -> np.ndarray:
+    """Chooses the real images that are fitted.
+
+    Args:
+        key: For ``random`` and ``kmeans``; consumed.
+        labels: ``[N]`` labels of the training images.
+        per_class: Images to choose per class.
+        how: ``random`` (without replacement), ``first``, or ``kmeans``: the distinct images nearest to the class's
+            k-means centres.
+        num_classes: ``k``.
+        features: ``[N, f]`` embeddings, for ``kmeans``.
+
+    Returns:
+        Indices ``[num_classes * per_class]``, class-major.
+
+    Raises:
+        ValueError: A class has too few images, or ``kmeans`` has no features.
+    """
+    chosen = []
+    for label, key_class in enumerate(jax.random.split(key, num_classes)):
+        own = np.flatnonzero(labels == label)
+        if len(own) < per_class:
+            raise ValueError(
+                f"codec.gpc: {per_class} images per class are to be fitted, class {label} has {len(own)} training ones"
+            )
+        if how == "first":
+            chosen.append(own[:per_class])
+        elif how == "random":
+            chosen.append(own[np.asarray(jax.random.choice(key_class, len(own), (per_class,), replace=False))])
+        elif how == "kmeans":
+            if features is None:
+                raise ValueError("fit.select: kmeans needs features, found none")
+            chosen.append(own[_nearest_to_centres(key_class, features[own], per_class)])
+        else:
+            raise ValueError(f"fit.select: expected one of random, first, kmeans; found {how!r}")
+    return np.concatenate(chosen)
+
+
+def _nearest_to_centres(key: jax.Array, features: np.ndarray, count: int) -> np.ndarray:
+    from sklearn.cluster import KMeans  # slow to import, and only this option needs it
+
+    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+    centres = KMeans(count, n_init=1, random_state=seed).fit(features).cluster_centers_
+    taken: list[int] = []
+    for centre in centres:
+        order = np.argsort(((features - centre) ** 2).sum(1))
+        taken.append(next(int(i) for i in order if int(i) not in taken))
+    return np.array(taken)
+
+
+def init_fit(key: jax.Array, targets: jax.Array, *, codec: Codec, steps: int) -> FitState:
+    """Returns the state before the first step, at the codec's start for ``targets [n, h, w, c]`` in [0,1]."""
+    params = codec.init(key, targets)
+    return FitState(params, codec.fitter(steps).init(params), jnp.zeros((), jnp.int32))
+
+
+def fit_steps(
+    state: FitState, targets: jax.Array, *, codec: Codec, steps: int, count: int
+) -> tuple[FitState, jax.Array]:
+    """Takes ``count`` of ``steps`` steps on the squared error; jittable.
+
+    The loss is the sum over images of each image's mean squared error (Eq. 8): with Adam, every image is fitted as if
+    it were alone.
+
+    Returns:
+        The new state, and the mean over images of the PSNR in dB before the last of the steps, unclamped.
+    """
+    optimiser = codec.fitter(steps)
+
+    def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+        error = jnp.mean((codec.decode(params) - targets) ** 2, axis=(1, 2, 3))
+        return error.sum(), error
+
+    def step(_, carry: tuple[FitState, jax.Array]) -> tuple[FitState, jax.Array]:
+        state, _ = carry
+        grads, error = jax.grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        params = codec.project(optax.apply_updates(state.params, updates))
+        return FitState(params, opt_state, state.step + 1), error
+
+    state, error = jax.lax.fori_loop(0, count, step, (state, jnp.ones(targets.shape[0])))
+    return state, psnr_of(error).mean()
+
+
+def psnr_of(error: jax.Array) -> jax.Array:
+    """Returns the PSNR in dB of mean squared errors of images in [0,1]."""
+    return -10 * jnp.log10(jnp.maximum(error, 1e-12))
+
+
+def psnr(images: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns each image's PSNR in dB, ``[n]``, for images ``[n, h, w, c]`` in [0,1]; nothing is clamped."""
+    return psnr_of(jnp.mean((images - targets) ** 2, axis=(1, 2, 3)))
+
+
+def solid_targets(images_uint8: np.ndarray, count: int) -> jax.Array:
+    """Returns ``count`` copies of the training set's mean colour as images: the target of the solid-colour warm-up."""
+    mean = images_uint8.reshape(-1, images_uint8.shape[-1]).mean(0) / 255
+    return jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (count, *images_uint8.shape[1:]))

@@ -1,0 +1,119 @@
+"""The ConvNet of the dataset-distillation literature (DC, Zhao et al. 2021; "ConvNetD3" and so on).
+
+Each of its `depth` blocks is a 3x3 convolution with bias, instance normalisation, ReLU and 2x2 average pooling, all of
+one width; one linear layer follows. Initialisation is PyTorch's default for these layers, as in the reference.
+
+Deviations from the reference, none of which changes the family of functions:
+- The last feature map is flattened as (h, w, c), not (c, h, w). That permutes the rows of the linear layer only.
+- The reference pads every one-channel image by 3 in the first block, here only one of 28 px is: it is meant
+  to turn 28 into 32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gsdd_jax.nets.conv import conv_same
+
+_EPS = 1e-5  # PyTorch's GroupNorm
+
+
+class ConvNet(nn.Module):
+    """The network as a Flax module; `make` checks the arguments.
+
+    Attributes:
+        depth: number of blocks.
+        width: channels of every block.
+        norm: "instance" or "none".
+        num_classes: k.
+    """
+
+    depth: int
+    width: int
+    norm: str
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps float images [n, h, w, c] to logits [n, k] and the flattened last feature map [n, f]."""
+        layers = self.param("layers", self._initial, images.shape[1:])
+        margin = _first_margin(images.shape[1:])
+        x = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+        for block in range(self.depth):
+            conv = layers[f"conv{block}"]
+            x = conv_same(x, conv["kernel"]) + conv["bias"]
+            if self.norm == "instance":
+                x = _instance_norm(x, **layers[f"norm{block}"])
+            x = nn.avg_pool(nn.relu(x), (2, 2), strides=(2, 2))
+        features = x.reshape(x.shape[0], -1)
+        return features @ layers["linear"]["kernel"] + layers["linear"]["bias"], features
+
+    def _initial(self, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:
+        h, w, c = image_shape
+        margin = 2 * _first_margin(image_shape)
+        inputs = [c] + [self.width] * (self.depth - 1)
+        kernels: dict[str, tuple[int, ...]] = {
+            f"conv{block}": (3, 3, channels, self.width) for block, channels in enumerate(inputs)
+        }
+        pixels = ((h + margin) >> self.depth) * ((w + margin) >> self.depth)
+        kernels["linear"] = (pixels * self.width, self.num_classes)
+
+        # One draw for all: XLA takes half a second to compile each, and distribution matching compiles this too.
+        sizes = [size for shape in kernels.values() for size in (math.prod(shape), shape[-1])]
+        drawn = jax.random.uniform(key, (sum(sizes),), minval=-1, maxval=1)
+        parts = iter(jnp.split(drawn, np.cumsum(sizes)[:-1]))
+        layers = {}
+        for name, shape in kernels.items():
+            bound = 1 / math.sqrt(math.prod(shape[:-1]))
+            layers[name] = {"kernel": bound * next(parts).reshape(shape), "bias": bound * next(parts)}
+        if self.norm == "instance":
+            for block in range(self.depth):
+                layers[f"norm{block}"] = {"scale": jnp.ones(self.width), "bias": jnp.zeros(self.width)}
+        return layers
+
+
+def make(*, depth: int, width: int, norm: str, image_shape: tuple[int, int, int], num_classes: int) -> ConvNet:
+    """Checks that a ConvNet fits the images and makes the module.
+
+    Args:
+        depth: number of blocks, 1 to 7.
+        width: channels of every block, at least 1.
+        norm: "instance" or "none".
+        image_shape: (h, w, c).
+        num_classes: k.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: a value out of range, or more poolings than the resolution allows.
+    """
+    if not 1 <= depth <= 7:
+        raise ValueError(f"network.depth: {depth}, must be 1 to 7")
+    if width < 1:
+        raise ValueError(f"network.width: {width}, must be at least 1")
+    if norm not in ("instance", "none"):
+        raise ValueError(f"network.norm: {norm!r}, must be one of ['instance', 'none']")
+    h, w, _ = image_shape
+    margin = _first_margin(image_shape)
+    largest = int(math.log2(min(h, w) + 2 * margin))
+    if depth > largest:
+        raise ValueError(
+            f"network.depth: {depth} blocks halve {h}x{w} px images below one pixel, the largest that fits is {largest}"
+        )
+    return ConvNet(depth=depth, width=width, norm=norm, num_classes=num_classes)
+
+
+def _first_margin(image_shape: tuple[int, ...]) -> int:
+    # Two pixels beside the convolution's own one: the reference's padding of 3.
+    return 2 if tuple(image_shape) == (28, 28, 1) else 0
+
+
+def _instance_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    # The two-pass variance is as fast here as E[x²] - E[x]², and does not cancel.
+    centred = x - x.mean((1, 2), keepdims=True)
+    variance = jnp.square(centred).mean((1, 2), keepdims=True)
+    return centred * (jax.lax.rsqrt(variance + _EPS) * scale) + bias

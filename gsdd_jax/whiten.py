@@ -1,0 +1,234 @@
+"""Whitening of images: ZCA, mean/std, or none. Maps [0,1] images to the space that networks see, and back.
+
+Each kind is a NamedTuple of arrays, so it passes through jit as an argument: a 3072x3072 matrix closed over would be
+baked into every executable as a 38 MB constant.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Kind = Literal["zca", "meanstd", "none"]
+KINDS: tuple[Kind, ...] = ("zca", "meanstd", "none")
+MAX_ZCA_DIMS = 12_288
+# (u - 128)^2 <= 2^14, so sums over 2^10 images stay within the 2^24 integers that float32 holds exactly: the products
+# run at float32 speed and the covariance is exact.
+_EXACT_ROWS = 1024
+
+
+class Identity(NamedTuple):
+    """No whitening."""
+
+
+class MeanStd(NamedTuple):
+    """Per-channel normalisation: `mean` and `std`, float32 [c], in units of the [0,1] image."""
+
+    mean: jax.Array
+    std: jax.Array
+
+
+class Zca(NamedTuple):
+    """ZCA: `mean` float32 [h, w, c]; `matrix` and `inverse` float32 [d, d], symmetric, d = h*w*c in that order."""
+
+    mean: jax.Array
+    matrix: jax.Array
+    inverse: jax.Array
+
+
+Whitening = Identity | MeanStd | Zca
+
+
+class Published(NamedTuple):
+    """Constants from a published code: `mean`, `std` per channel of the [0,1] image, and where they are used."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+
+MEAN_STD: dict[str, Published] = {
+    "cifar10": Published(
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),
+        "DC/DSA/DM, MTT, TESLA, DDiF and others; means of per-image stds, not pooled: normalised std is about 1.2",
+    ),
+    "cifar10_pooled": Published((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "FRePo; pooled stds"),
+    "cifar100": Published((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), "DC/DSA/DM; pooled stds"),
+    "cifar100_as_cifar10": Published(
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),
+        "MTT, TESLA, GLaD, DDiF, DATM, DD-Ranking: CIFAR-10's on CIFAR-100",
+    ),
+    "imagenet": Published((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "MTT and most others, for ImageNet subsets"),
+    "tiny_imagenet": Published((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "MTT; ImageNet's constants"),
+    "mnist": Published((0.1307,), (0.3081,), "DC/DSA/DM"),
+    "fashion_mnist": Published((0.2861,), (0.3530,), "DC/DSA/DM"),
+    "svhn": Published((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), "DC/DSA/DM"),
+}
+
+
+def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Whitening:
+    """Computes a whitening from training images; on the host, in float64.
+
+    "zca" follows kornia's ZCAWhitening as MTT and its successors use it: unbiased covariance of the [0,1] pixels
+    without prior normalisation, `W = U diag((S + eps)^-1/2) U^T`. `eps` is added to the eigenvalues, not scaled by
+    their mean (FRePo scales it: a different whitening). Deviations: the covariance sums are exact and the
+    eigendecomposition is float64 (the reference takes an SVD in float32); the pixels are flattened as h, w, c instead
+    of c, h, w, which permutes rows and columns only. "meanstd" takes per-channel mean and std (biased, as for a
+    population) pooled over all pixels of all images.
+
+    Args:
+        kind: "zca", "meanstd" or "none".
+        images: uint8 [n, h, w, c], the whole training set; n >= 2.
+        eps: Added to the eigenvalues, in units of squared [0,1] pixels; > 0; only "zca" uses it.
+
+    Raises:
+        TypeError: Images are not uint8.
+        ValueError: Unknown kind, wrong shape, too few images, too many dimensions for "zca", a constant channel for
+            "meanstd".
+    """
+    if kind not in KINDS:
+        raise ValueError(f"whiten: unknown kind {kind!r}; allowed: {', '.join(KINDS)}")
+    if images.dtype != np.uint8:
+        raise TypeError(f"images must be uint8, found {images.dtype}")
+    if images.ndim != 4 or len(images) < 2:
+        raise ValueError(f"images must have shape [n, h, w, c] with n >= 2, found {list(images.shape)}")
+    if kind == "none":
+        return Identity()
+    return _fit_meanstd(images) if kind == "meanstd" else _fit_zca(images, eps)
+
+
+def meanstd_of(mean: Sequence[float], std: Sequence[float]) -> MeanStd:
+    """Makes a normalisation from given constants, such as `MEAN_STD["cifar10"].mean` and `.std`.
+
+    Raises:
+        ValueError: Different lengths, or a std that is not positive.
+    """
+    if len(mean) != len(std) or not len(mean):
+        raise ValueError(f"mean and std must have one value per channel, found {len(mean)} and {len(std)}")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, found {list(std)}")
+    return MeanStd(mean=jnp.asarray(mean, jnp.float32), std=jnp.asarray(std, jnp.float32))
+
+
+def _fit_meanstd(images: np.ndarray) -> MeanStd:
+    # Grey levels are counted, so the sums are exact; in chunks, because bincount widens its input eightfold.
+    histogram = np.zeros((images.shape[-1], 256))
+    for start in range(0, len(images), _EXACT_ROWS):
+        for channel, row in enumerate(histogram):
+            row += np.bincount(images[start : start + _EXACT_ROWS, ..., channel].reshape(-1), minlength=256)
+    value = np.arange(256) / 255
+    weight = histogram / histogram.sum(1, keepdims=True)
+    mean = weight @ value
+    std = np.sqrt((weight * (value - mean[:, None]) ** 2).sum(1))
+    if std.min() == 0:
+        raise ValueError(f"channel {int(std.argmin())} is constant in all images: its std is 0; use whiten: none")
+    return meanstd_of(mean.tolist(), std.tolist())
+
+
+def _fit_zca(images: np.ndarray, eps: float) -> Zca:
+    dims = int(np.prod(images.shape[1:]))
+    if dims > MAX_ZCA_DIMS:
+        raise ValueError(
+            f"whiten: zca of {'x'.join(map(str, images.shape[1:]))} images needs two {dims} x {dims} matrices "
+            f"({8 * dims**2 / 1e9:.0f} GB) and an eigendecomposition of that size; "
+            f"the limit is {MAX_ZCA_DIMS} dimensions (64x64x3); use meanstd"
+        )
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, found {eps}")
+    mean, covariance = _moments(images.reshape(len(images), dims))
+    values, vectors = np.linalg.eigh(covariance)
+    # Rounding can leave eigenvalues of about -1e-14 where the covariance is singular.
+    root = np.sqrt(np.maximum(values, 0) + eps)
+    return Zca(
+        mean=jnp.asarray(mean.reshape(images.shape[1:]), jnp.float32),
+        matrix=_symmetric(vectors, 1 / root),
+        inverse=_symmetric(vectors, root),
+    )
+
+
+def _moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and unbiased covariance [d, d] of uint8 rows / 255, in float64."""
+    n, dims = rows.shape
+    total = np.zeros(dims)
+    square = np.zeros((dims, dims))
+    for start in range(0, n, _EXACT_ROWS):
+        chunk = rows[start : start + _EXACT_ROWS].astype(np.float32) - 128
+        total += chunk.sum(0, dtype=np.float64)
+        square += chunk.T @ chunk
+    square -= np.outer(total, total / n)
+    square /= (n - 1) * 255.0**2
+    return (total / n + 128) / 255, square
+
+
+def _symmetric(vectors: np.ndarray, scale: np.ndarray) -> jax.Array:
+    half = vectors * np.sqrt(scale)
+    # NumPy multiplies a matrix by its own transpose as a symmetric product: half the work, and exactly symmetric.
+    return jnp.asarray(half @ half.T, jnp.float32)
+
+
+def apply(whitening: Whitening, images: jax.Array) -> jax.Array:
+    """Whitens images. Differentiable with respect to `images`.
+
+    Args:
+        whitening: From `fit` or `meanstd_of`.
+        images: Float [..., h, w, c] in [0,1].
+
+    Returns:
+        The same shape, whitened.
+
+    Raises:
+        TypeError: Images are not floating point (uint8 must be divided by 255 first).
+        ValueError: The shape does not fit the whitening.
+    """
+    _check_images(whitening, images)
+    match whitening:
+        case Identity():
+            return images
+        case MeanStd():
+            return (images - whitening.mean) / whitening.std
+        case Zca():
+            return _multiply(images - whitening.mean, whitening.matrix)
+
+
+def invert(whitening: Whitening, images: jax.Array) -> jax.Array:
+    """Undoes `apply`, to float32 round-off.
+
+    Args:
+        whitening: From `fit` or `meanstd_of`.
+        images: Float [..., h, w, c], whitened.
+
+    Returns:
+        The same shape; in [0,1] if the whitened images came from there (nothing is clipped).
+
+    Raises:
+        TypeError: Images are not floating point.
+        ValueError: The shape does not fit the whitening.
+    """
+    _check_images(whitening, images)
+    match whitening:
+        case Identity():
+            return images
+        case MeanStd():
+            return images * whitening.std + whitening.mean
+        case Zca():
+            return _multiply(images, whitening.inverse) + whitening.mean
+
+
+def _multiply(images: jax.Array, matrix: jax.Array) -> jax.Array:
+    flat = images.reshape(*images.shape[:-3], -1)
+    # The default precision of accelerators (TF32, bfloat16) would leave errors of 1e-3, larger than half a grey level.
+    return jnp.matmul(flat, matrix, precision=jax.lax.Precision.HIGHEST).reshape(images.shape)
+
+
+def _check_images(whitening: Whitening, images: jax.Array) -> None:
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"images must be floating point in [0,1], found {images.dtype}; divide uint8 by 255 first")
+    if isinstance(whitening, MeanStd) and images.shape[-1:] != whitening.mean.shape:
+        raise ValueError(f"images must have {whitening.mean.shape[0]} channels last, found shape {list(images.shape)}")
+    if isinstance(whitening, Zca) and images.shape[-3:] != whitening.mean.shape:
+        expected = ", ".join(map(str, whitening.mean.shape))
+        raise ValueError(f"images must have shape [..., {expected}], found {list(images.shape)}")

@@ -1,0 +1,38 @@
+"""The static settings of the splat operator, shared by its backends."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplatSpec:
+    """What a splat compiles for.
+
+    Attributes:
+        height: Rows of the image.
+        width: Columns of the image.
+        supersample: ``s``; a pixel is the mean of ``s * s`` samples at ``(i + 1/2) / s``.
+        cutoff: Contributions with ``exp(-q / 2)`` below it are zero; 0 keeps them all.
+        backend: ``"auto"`` picks by platform; ``"xla"`` forces the portable path.
+    """
+
+    height: int
+    width: int
+    supersample: int
+    cutoff: float
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "supersample"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, found {value!r}")
+        if not (isinstance(self.cutoff, int | float) and math.isfinite(self.cutoff) and 0 <= self.cutoff < 1):
+            raise ValueError(f"cutoff: expected a number in [0, 1), found {self.cutoff!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {self.backend!r}")
+
+
+BACKENDS = ("auto", "xla")

@@ -1,0 +1,43 @@
+"""Shared test set-up: the platform, the real data, and the `gpu` marker."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports JAX: a test run must not depend on the accelerators of the machine it happens to be on.
+# GSDD_TEST_PLATFORM=cuda runs the suite on a GPU, and fails rather than skips when JAX finds none.
+PLATFORM = os.environ.get("GSDD_TEST_PLATFORM") or "cpu"
+os.environ["JAX_PLATFORMS"] = PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu"
+
+# The persistent compilation cache stays off even where the shell switches it on: a stale executable would hide a
+# broken lowering.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` when they would not run on a GPU, and says why."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if PLATFORM == "cpu" and not marked:
+        return
+    import jax
+
+    backend = jax.default_backend()
+    if PLATFORM != "cpu" and backend == "cpu":
+        # JAX falls back to the CPU without a word where the plugin is missing; a GPU run that only skips looks green.
+        raise pytest.UsageError(f"GSDD_TEST_PLATFORM={PLATFORM}, but JAX finds no such device")
+    if backend != "gpu":
+        reason = f"needs a CUDA device, JAX runs on {backend}; GSDD_TEST_PLATFORM=cuda selects one"
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real datasets in TFDS format: GSDD_DATA, or ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("GSDD_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set GSDD_DATA to a folder of TFDS datasets")
+    return folder

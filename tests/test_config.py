@@ -1,0 +1,461 @@
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MultipleOf, Predicate
+from typing_extensions import Doc
+
+from train import yaml12
+from train.config import ConfigError, RunConfig, Tagged, describe, load, to_yaml
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussSpec:
+    name: Literal["gauss"] = "gauss"
+    gpc: Annotated[int, Ge(1), Doc("Gaussian images per class.")]
+    bits: Literal[16, 32] = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelSpec:
+    name: Literal["pixel"] = "pixel"
+    scale: Annotated[float, Gt(0), Le(1), Doc("Share of the side that is stored.")] = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    iterations: Annotated[int, Ge(1), Doc("Outer steps.")] = 1000
+    lr: Annotated[float, Gt(0)] = 0.1
+    log_every: int = 10
+    donate: bool = True
+
+    def __post_init__(self):
+        if self.log_every > self.iterations:
+            raise ValueError(f"log_every: found {self.log_every}, allowed at most iterations = {self.iterations}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str
+    seed: Annotated[int, Ge(0), Lt(2**31)] = 0
+    whiten: Literal["zca", "meanstd", "none"] = "zca"
+    codec: Annotated[Tagged[GaussSpec | PixelSpec], Doc("The parameterisation.")]
+    distill: StepSpec = StepSpec()
+    warmup: StepSpec = StepSpec(iterations=50)
+    baselines: tuple[Tagged[GaussSpec | PixelSpec], ...] = ()
+    rival: Tagged[GaussSpec | PixelSpec] | None = None
+    size: tuple[int, int] = (32, 32)
+    widths: Annotated[tuple[Annotated[int, Ge(1)], ...], Len(1, 3)] = (8, 8)
+    batch: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
+    folder: Path | None = None
+    clip: Annotated[float, Interval(gt=0, le=10)] | None = None
+    block: Annotated[int, MultipleOf(4)] = 8
+    channels: Literal[0, 1, 3] = 0
+
+
+GOOD = "name: a\ncodec: {name: gauss, gpc: 3}\n"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> str:
+        Path("x.yaml").write_text(text, encoding="utf-8")
+        return "x.yaml"
+
+    return write
+
+
+@pytest.fixture
+def read(write):
+    def read(text: str, *overrides: str, smoke: bool = False) -> Config:
+        return load(write(text), overrides, smoke=smoke, cls=Config)
+
+    return read
+
+
+def message(read, text: str, *overrides: str, smoke: bool = False) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(text, *overrides, smoke=smoke)
+    return str(caught.value)
+
+
+# Values
+
+
+def test_missing_settings_take_the_defaults_of_the_class(read):
+    assert read(GOOD) == Config(name="a", codec=GaussSpec(gpc=3))
+
+
+def test_sections_become_instances_of_the_classes_themselves(read):
+    config = read(GOOD + "distill: {iterations: 20}\nwidths: [4, 5]\n")
+    assert type(config) is Config and type(config.distill) is StepSpec and type(config.codec) is GaussSpec
+    assert config.distill.iterations == 20 and config.widths == (4, 5)
+    assert isinstance(hash(config), int)
+
+
+def test_tag_chooses_the_spec_class(read):
+    config = read("name: a\ncodec: {name: pixel, scale: 0.5}\nrival: {name: gauss, gpc: 2}\nbaselines: [{name: pixel}]")
+    assert config.codec == PixelSpec(scale=0.5)
+    assert config.rival == GaussSpec(gpc=2)
+    assert config.baselines == (PixelSpec(),)
+
+
+def test_integer_is_taken_for_a_number_and_becomes_one(read):
+    lr = read(GOOD + "distill: {lr: 1}").distill.lr
+    assert lr == 1.0 and type(lr) is float
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.e-3", "1E-3", "+1e-3", ".001", "0.001"])
+def test_every_spelling_of_a_number_is_a_number(read, text):
+    assert read(GOOD + f"distill: {{lr: {text}}}").distill.lr == 1e-3
+
+
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("+7", 7), ("0x10", 16), ("0o10", 8)])
+def test_integers_are_decimal_unless_marked(read, text, value):
+    assert read(GOOD + f"seed: {text}").seed == value
+
+
+@pytest.mark.parametrize("text", ["on", "off", "yes", "no", "y", "2024-01-01", "12:30", "1_000", "=", "<<", "'1'"])
+def test_words_that_yaml_1_1_converts_stay_text(read, text):
+    assert read(f"name: {text}\ncodec: {{name: gauss, gpc: 3}}").name == text.strip("'")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: '3'", "seed: expected an integer >= 0 and < 2147483648, found '3'"),
+        ("seed: true", "seed: expected an integer >= 0 and < 2147483648, found true"),
+        ("seed: 3.0", "seed: expected an integer >= 0 and < 2147483648, found 3.0"),
+        ("seed: 3.5", "seed: expected an integer >= 0 and < 2147483648, found 3.5"),
+        ("seed: -1", "seed: expected an integer >= 0 and < 2147483648, found -1"),
+        ("seed: 2147483648", "seed: expected an integer >= 0 and < 2147483648, found 2147483648"),
+        ("seed:", "seed: expected an integer >= 0 and < 2147483648, found null"),
+        ("seed: 12:30", "seed: expected an integer >= 0 and < 2147483648, found '12:30'"),
+        ("whiten: zac", "whiten: expected one of zca, meanstd, none, found 'zac'"),
+        ("whiten: null", "whiten: expected one of zca, meanstd, none, found null"),
+        ("distill: {donate: yes}", "distill.donate: expected true or false, found 'yes'"),
+        ("distill: {donate: 1}", "distill.donate: expected true or false, found 1"),
+        ("distill: {lr: '0.1'}", "distill.lr: expected a number > 0, found '0.1'"),
+        ("distill: {lr: true}", "distill.lr: expected a number > 0, found true"),
+        ("distill: {lr: 0}", "distill.lr: expected a number > 0, found 0"),
+        ("distill: {lr: .inf}", "distill.lr: expected a finite number > 0, found .inf"),
+        ("distill: {lr: .nan}", "distill.lr: expected a finite number > 0, found .nan"),
+        ("distill: {iterations: many}", "distill.iterations: expected an integer >= 1, found 'many'"),
+        ("distill: 3", "distill: expected a section with the keys iterations, lr, log_every, donate, found 3"),
+        ("distill:", "distill: expected a section with the keys iterations, lr, log_every, donate, found null"),
+        ("size: [1]", "size.1: missing; expected an integer"),
+        ("size: [1, 2, 3]", "size: expected a list of 2 (an integer, an integer), found [1, 2, 3]"),
+        ("size: [1, a]", "size.1: expected an integer, found 'a'"),
+        ("widths: 3", "widths: expected a list of length >= 1 and <= 3, each an integer >= 1, found 3"),
+        ("widths: []", "widths: expected a list of length >= 1 and <= 3, each an integer >= 1, found []"),
+        ("widths: [1, 0]", "widths.1: expected an integer >= 1, found 0"),
+        ("batch: x", "batch: expected an integer >= 1 or auto, found 'x'"),
+        ("batch: 0", "batch: expected an integer >= 1 or auto, found 0"),
+        ("folder: 3", "folder: expected a path or null, found 3"),
+        ("channels: true", "channels: expected one of 0, 1, 3, found true"),
+        ("channels: 1.0", "channels: expected one of 0, 1, 3, found 1.0"),
+        ("block: 6", "block: expected an integer divisible by 4, found 6"),
+        ("clip: 11", "clip: expected a number > 0 and <= 10 or null, found 11"),
+        ("rival: {name: gauss, gpc: 0}", "rival.gpc: expected an integer >= 1, found 0"),
+        ("rival: 3", "rival: expected a section whose name is one of gauss, pixel or null, found 3"),
+        ("baselines: [{name: pixel}, {name: gauss, gpc: 0}]", "baselines.1.gpc: expected an integer >= 1, found 0"),
+        ("baselines: [3]", "baselines.0: expected a section whose name is one of gauss, pixel, found 3"),
+        ("warmup: {iterations: 5}", "warmup: log_every: found 10, allowed at most iterations = 5"),
+    ],
+)
+def test_bad_value_is_one_line_with_key_found_and_allowed(read, text, expected):
+    assert message(read, GOOD + text) == f"{expected} (in x.yaml)"
+
+
+def test_failure_without_words_of_ours_carries_those_of_the_validator(write):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Even:
+        count: Annotated[int, Predicate(lambda value: value % 2 == 0)]
+
+    assert load(write("count: 2"), cls=Even).count == 2
+    with pytest.raises(ConfigError, match=r"^count: expected an integer, found 3 \(.+\) \(in x.yaml\)$"):
+        load(write("count: 3"), cls=Even)
+
+
+def test_long_values_are_cut_in_messages(read):
+    assert len(message(read, GOOD + f"seed: {'x' * 1000}")) < 200
+
+
+# Tagged unions
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("codec: {gpc: 3}", "codec.name: missing; expected one of gauss, pixel"),
+        ("codec: {name: guass}", "codec.name: expected one of gauss, pixel, found 'guass'"),
+        ("codec: {name: 3}", "codec.name: expected one of gauss, pixel, found 3"),
+        ("codec: {name: gauss}", "codec.gpc: missing; expected an integer >= 1"),
+        ("codec: {name: gauss, gpc: 0}", "codec.gpc: expected an integer >= 1, found 0"),
+        ("codec: {name: gauss, gpc: 3, bits: 8}", "codec.bits: expected one of 16, 32, found 8"),
+        ("codec: gauss", "codec: expected a section whose name is one of gauss, pixel, found 'gauss'"),
+        (
+            "codec: {name: pixel, gpc: 3}",
+            "codec.gpc: unknown key; known only when codec.name is gauss; allowed: name, scale",
+        ),
+        ("codec: {name: gauss, gcp: 3}", "codec.gcp: unknown key; did you mean gpc? allowed: name, gpc, bits"),
+    ],
+)
+def test_tagged_section_reports_in_terms_of_the_chosen_spec(read, text, expected):
+    # The second error of the misspelled key is that gpc is missing.
+    assert message(read, f"name: a\n{text}").removesuffix(" (and 1 more)") == f"{expected} (in x.yaml)"
+
+
+def test_union_of_specs_without_mark_is_refused(write):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Unmarked:
+        codec: GaussSpec | PixelSpec
+
+    with pytest.raises(TypeError, match=r"write Tagged\[GaussSpec \| PixelSpec\]"):
+        load(write("codec: {name: pixel}"), cls=Unmarked)
+
+
+# Keys
+
+
+def test_unknown_key_names_the_nearest_and_all_allowed(read):
+    assert message(read, GOOD + "distill: {iteratons: 3}") == (
+        "distill.iteratons: unknown key; did you mean iterations? "
+        "allowed: iterations, lr, log_every, donate (in x.yaml)"
+    )
+
+
+def test_unknown_key_that_stands_in_other_sections_names_them(read):
+    text = message(read, GOOD + "iterations: 3")
+    assert "iterations: unknown key; did you mean distill.iterations or warmup.iterations? allowed: name," in text
+    assert "gpc: unknown key; did you mean codec.gpc or rival.gpc? allowed: name," in message(read, GOOD + "gpc: 3")
+
+
+def test_unknown_section_is_reported_at_the_top(read):
+    assert message(read, GOOD + "distil: {lr: 1}").startswith("distil: unknown key; did you mean distill? ")
+
+
+def test_missing_key_says_what_is_expected(read):
+    assert message(read, "codec: {name: gauss, gpc: 3}") == "name: missing; expected text (in x.yaml)"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name: a\nseed: 1\nname: b", r"x.yaml, line 3: the key 'name' appears twice, first in line 1"),
+        ("distill:\n  lr: 1\n  lr: 2", r"x.yaml, line 3: the key 'lr' appears twice, first in line 2"),
+        ("a: {b: 1, b: 2}", r"x.yaml, line 1: the key 'b' appears twice"),
+        ("1: a", r"x.yaml, line 1: keys must be words, found 1"),
+        ("true: a", r"x.yaml, line 1: keys must be words, found true"),
+        ("[a, b]: 1", r"x.yaml, line 1: keys must be words, found \[a, b\]"),
+        ("name: [1, 2", r"x.yaml, line 1: while parsing a flow sequence, expected ',' or '\]'"),
+        ("name: a\n\tseed: 1", r"x.yaml, line 2: while scanning"),
+        ("name: a\n---\nname: b", r"x.yaml, line 2: expected a single document"),
+        ("name: !!python/name:os.system", r"x.yaml, line 1: the tag !!python/name:os.system is not allowed"),
+        ("name: !!set {a}", r"x.yaml, line 1: the tag !!set is not allowed"),
+        ("name: &a [*a]", r"x.yaml, line 1: found unconstructable recursive node"),
+        ("name: \x07", r"x.yaml: unacceptable character"),
+        ("- name", r"x.yaml: expected keys with values, found \[name\]"),
+        ("", r"x.yaml: expected keys with values, found null"),
+    ],
+)
+def test_malformed_yaml_names_file_and_line(read, text, problem):
+    with pytest.raises(ConfigError, match=problem):
+        read(text)
+
+
+def test_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"name: \xff")
+    with pytest.raises(ConfigError, match="not UTF-8 text .* at byte 6"):
+        load(path, cls=Config)
+
+
+def test_absent_file_is_file_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.yaml"):
+        load(tmp_path / "absent.yaml", cls=Config)
+
+
+def test_message_of_a_spec_that_names_its_own_key_is_not_prefixed_twice(write):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Data:
+        path: str = ""
+
+        def __post_init__(self):
+            raise ValueError(self.path)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Run:
+        data: Data
+
+    for text in ("data.path is needed", "data: is empty"):
+        with pytest.raises(ConfigError) as caught:
+            load(write(f"data: {{path: '{text}'}}"), cls=Run)
+        assert str(caught.value) == f"{text} (in x.yaml)"
+
+
+# Several errors
+
+
+def test_first_error_in_document_order_and_the_number_of_others(read):
+    text = "name: a\ndistill: {lr: -1, iterations: 0}\ncodec: {name: gauss, gpc: 0}\nseed: x\n"
+    assert message(read, text) == "distill.lr: expected a number > 0, found -1 (in x.yaml) (and 3 more)"
+    text = "seed: x\ncodec: {name: gauss, gpc: 0}\n"
+    assert message(read, text).startswith("seed: ") and message(read, text).endswith(" (and 2 more)")
+
+
+def test_missing_key_comes_after_those_of_its_section(read):
+    text = "codec: {name: gauss, bits: 8}\nname: 3\n"
+    assert message(read, text).startswith("codec.bits: ") and message(read, text).endswith(" (and 2 more)")
+
+
+# Overrides and the smoke block
+
+
+def test_overrides_replace_values_and_create_sections(read):
+    config = read(GOOD, "distill.iterations=100", "codec.gpc=30", "distill.lr=1e-3", "whiten=none")
+    assert config == Config(name="a", whiten="none", codec=GaussSpec(gpc=30), distill=StepSpec(iterations=100, lr=1e-3))
+
+
+def test_override_of_a_section_replaces_it_whole(read):
+    assert read(GOOD, "codec={name: pixel}").codec == PixelSpec()
+    assert read(GOOD, "rival={name: pixel, scale: 0.5}", "rival.scale=0.25").rival == PixelSpec(scale=0.25)
+
+
+def test_override_reaches_into_lists(read):
+    text = GOOD + "baselines: [{name: pixel}, {name: gauss, gpc: 3}]\n"
+    assert read(text, "baselines.1.gpc=7").baselines == (PixelSpec(), GaussSpec(gpc=7))
+    assert "(in override baselines.1.gpc=0)" in message(read, text, "baselines.1.gpc=0")
+
+
+def test_later_override_wins(read):
+    assert read(GOOD, "seed=1", "seed=2").seed == 2
+
+
+def test_override_leaves_an_aliased_section_alone(read):
+    config = read(GOOD + "distill: &a {lr: 1}\nwarmup: *a\n", "distill.lr=2")
+    assert (config.distill.lr, config.warmup.lr) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("codec.gpc=many", "codec.gpc: expected an integer >= 1, found 'many' (in override codec.gpc=many)"),
+        ("codec.gpc=", "codec.gpc: expected an integer >= 1, found null (in override codec.gpc=)"),
+        (
+            "distil.iterations=3",
+            "distil: unknown key; did you mean distill? allowed: name, seed, whiten, codec, distill, warmup, "
+            "baselines, rival, size, widths, batch, folder, clip, block, channels (in override distil.iterations=3)",
+        ),
+        (
+            "warmup.iterations=5",
+            "warmup: log_every: found 10, allowed at most iterations = 5 (in override warmup.iterations=5)",
+        ),
+        ("seed.x=3", "seed: expected an integer >= 0 and < 2147483648, found {x: 3} (in override seed.x=3)"),
+        ("seed", "override 'seed': expected section.key=value, such as distill.iterations=100"),
+        ("=3", "override '=3': expected section.key=value, such as distill.iterations=100"),
+        ("a..b=3", "override 'a..b=3': expected section.key=value, such as distill.iterations=100"),
+        ("seed=[1", "override 'seed=[1', line 1: while parsing a flow sequence"),
+        ("seed={a: 1, a: 2}", "override 'seed={a: 1, a: 2}', line 1: the key 'a' appears twice"),
+    ],
+)
+def test_bad_override_names_itself(read, override, expected):
+    assert message(read, GOOD, override).startswith(expected)
+
+
+def test_cross_check_after_an_override_names_the_file_and_the_override(read):
+    text = message(read, GOOD + "distill: {log_every: 10}", "distill.iterations=5")
+    assert text == (
+        "distill: log_every: found 10, allowed at most iterations = 5 (in x.yaml with override distill.iterations=5)"
+    )
+
+
+SMOKE = GOOD + "distill: {iterations: 500, lr: 2}\nsmoke:\n  distill: {iterations: 20}\n  widths: [1]\n"
+
+
+def test_smoke_block_is_merged_deeply_when_asked_for_and_dropped_otherwise(read):
+    full = Config(name="a", codec=GaussSpec(gpc=3), distill=StepSpec(iterations=500, lr=2.0))
+    assert read(SMOKE) == full
+    small = dataclasses.replace(full, distill=StepSpec(iterations=20, lr=2.0), widths=(1,))
+    assert read(SMOKE, smoke=True) == small
+
+
+def test_overrides_win_over_the_smoke_block(read):
+    assert read(SMOKE, "distill.iterations=30", smoke=True).distill.iterations == 30
+
+
+def test_error_in_the_smoke_block_says_so(read):
+    text = message(read, GOOD + "smoke: {distill: {iterations: 0}}", smoke=True)
+    assert text == "distill.iterations: expected an integer >= 1, found 0 (in x.yaml, smoke block)"
+
+
+@pytest.mark.parametrize("text", [GOOD, GOOD + "smoke: 3", GOOD + "smoke:"])
+def test_smoke_run_without_a_smoke_block_is_refused(read, text):
+    with pytest.raises(ConfigError, match="x.yaml: a smoke test needs the block 'smoke:'"):
+        read(text, smoke=True)
+
+
+# Writing and describing
+
+
+@pytest.mark.parametrize(
+    "value", ["yes", "no", "null", "1e-3", "0o7", "010", "12:30", "a: b", "", " x ", "é", "<<", "~"]
+)
+def test_text_survives_writing_whatever_it_looks_like(value):
+    assert yaml12.parse(yaml12.dump({"a": value, "b": [value]}), source="text") == {"a": value, "b": [value]}
+
+
+@pytest.mark.parametrize("value", [1e-5, 1e300, 0.1 + 0.2, -0.0, 3.0, 5e-324, 12345678901234567890, True, None, -7])
+def test_numbers_survive_writing_to_the_bit(value):
+    found = yaml12.parse(yaml12.dump({"a": value}), source="text")["a"]
+    assert type(found) is type(value) and found == value
+    if isinstance(value, float):
+        assert math.copysign(1.0, found) == math.copysign(1.0, value)
+
+
+def test_written_config_loads_back_equal(read):
+    config = Config(
+        name="1e-3",
+        codec=PixelSpec(scale=1e-5),
+        distill=StepSpec(iterations=20, lr=1e-7, donate=False),
+        baselines=(GaussSpec(gpc=1, bits=32), PixelSpec()),
+        rival=GaussSpec(gpc=9),
+        folder=Path("a/b"),
+        batch=4,
+        clip=0.5,
+    )
+    assert read(to_yaml(config)) == config
+    assert to_yaml(read(to_yaml(config))) == to_yaml(config)
+
+
+def test_written_config_keeps_the_order_of_the_fields_and_shows_every_default():
+    keys = [line.split(":")[0] for line in to_yaml(Config(name="a", codec=PixelSpec())).splitlines() if line[0] != " "]
+    assert keys == [field.name for field in dataclasses.fields(Config)]
+
+
+def test_description_lists_every_setting_with_type_default_and_sentence():
+    lines = [line.split("  ") for line in describe(Config).splitlines()]
+    lines = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    rows = {line[0]: line[1:] for line in lines}
+    assert rows["name"] == ["text", "required"]
+    assert rows["seed"] == ["integer >= 0 and < 2147483648", "0"]
+    assert rows["codec.name"] == ["one of gauss, pixel", "required", "The parameterisation."]
+    assert rows["codec.gpc"] == ["integer >= 1", "required", "Gaussian images per class."]
+    assert rows["codec.scale"] == ["number > 0 and <= 1", "1.0", "Share of the side that is stored."]
+    assert rows["distill.iterations"] == ["integer >= 1", "1000", "Outer steps."]
+    assert rows["warmup.iterations"] == ["integer >= 1", "50", "Outer steps."]
+    assert rows["rival.name"] == ["one of gauss, pixel", "null"]
+    assert rows["widths"][-1] == "[8, 8]"
+    assert "when codec.name is gauss:" in rows
+
+
+def test_every_setting_of_a_run_is_described():
+    lines = [line for line in describe(RunConfig).splitlines() if not line.startswith("when ")]
+    assert len(lines) > 10
+    for line in lines:
+        cells = [cell for cell in line.split("  ") if cell.strip()]
+        assert len(cells) == 4 and " " in cells[3], line

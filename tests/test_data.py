@@ -1,0 +1,861 @@
+"""Readers, subsets, sampling and host batches. Sets are made by the tests; real data is used where it is present."""
+
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+import pytest
+from PIL import Image
+
+from gsdd_jax import data
+from gsdd_jax.data import Dataset, DataSpec, HostSampler, class_table, load, prefetch, sample_classes
+from gsdd_jax.data.source import converter
+from gsdd_jax.data.subsets import SUBSETS, resolve
+
+# --- sets made by the tests ---------------------------------------------------------------------------------
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _varint(value: int) -> bytes:
+    value &= 2**64 - 1
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
+
+
+def _example(image: bytes, label: int) -> bytes:
+    """Encodes a tf.train.Example, {"image": bytes, "label": int64}, in protobuf wire format by hand."""
+    bytes_feature = _field(1, _field(1, image))
+    int_feature = _field(3, _field(1, _varint(label)))
+    entries = [(b"image", bytes_feature), (b"label", int_feature)]
+    return _field(1, b"".join(_field(1, _field(1, key) + _field(2, value)) for key, value in entries))
+
+
+def _write_tfds(
+    folder: Path,
+    splits: dict[str, list[tuple[bytes, int]]],
+    names: list[str],
+    *,
+    shape: tuple[int | None, ...] = (4, 4, 3),
+    name: str = "toy",
+    version: str = "1.0.0",
+    dtype: str = "uint8",
+) -> str:
+    """Writes a prepared TFDS directory without TFDS."""
+    array_record = pytest.importorskip("array_record.python.array_record_module")
+    folder.mkdir(parents=True)
+    dims = {"dimensions": [str(-1 if side is None else side) for side in shape]}
+    prefix = "tensorflow_datasets.core.features."
+    features = {
+        "image": {
+            "pythonClassName": prefix + "image_feature.Image",
+            "image": {"dtype": dtype, "encodingFormat": "png", "shape": dims},
+        },
+        "label": {
+            "pythonClassName": prefix + "class_label_feature.ClassLabel",
+            "classLabel": {"numClasses": str(len(names))},
+        },
+    }
+    spec = {"pythonClassName": prefix + "features_dict.FeaturesDict", "featuresDict": {"features": features}}
+    (folder / "features.json").write_text(json.dumps(spec))
+    (folder / "label.labels.txt").write_text("\n".join(names) + "\n")
+    described = []
+    for split, records in splits.items():
+        writer = array_record.ArrayRecordWriter(
+            str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1"
+        )
+        for image, label in records:
+            writer.write(_example(image, label))
+        writer.close()
+        described.append(
+            {
+                "name": split,
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "numBytes": "1",
+                "shardLengths": [str(len(records))],
+            }
+        )
+    info = {"name": name, "version": version, "fileFormat": "array_record", "moduleName": "toy", "splits": described}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return str(folder)
+
+
+def _pixels(seed: int, shape: tuple[int, ...] = (4, 4, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def _records(n: int, k: int, *, seed: int = 0, shape: tuple[int, ...] = (4, 4, 3)) -> list[tuple[bytes, int]]:
+    return [(_png(_pixels(seed + i, shape)), i % k) for i in range(n)]
+
+
+def _write_folder(root: Path, counts: dict[str, dict[str, int]], *, shape: tuple[int, ...] = (4, 4, 3)) -> str:
+    seed = 0
+    for split, classes in counts.items():
+        for name, number in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                (root / split / name / f"{i:03}.png").write_bytes(_png(_pixels(seed, shape)))
+                seed += 1
+    return str(root)
+
+
+def _toy(train: list[int], *, names: tuple[str, ...] = ("a", "b"), test: list[int] | None = None) -> Dataset:
+    test = [0] if test is None else test
+    return Dataset(
+        "toy",
+        np.zeros((len(train), 4, 4, 3), np.uint8),
+        np.array(train, np.int32),
+        np.zeros((len(test), 4, 4, 3), np.uint8),
+        np.array(test, np.int32),
+        names,
+    )
+
+
+# --- digits -------------------------------------------------------------------------------------------------
+
+
+def test_digits_split_is_a_stratified_partition_of_the_shipped_set() -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load(DataSpec())
+    assert digits.train_images.shape == (1297, 8, 8, 1)
+    assert digits.test_images.shape == (500, 8, 8, 1)
+    assert digits.class_names == tuple("0123456789")
+    assert digits.image_shape == (8, 8, 1)
+    assert digits.num_classes == 10
+    raw, target = load_digits(return_X_y=True)
+    expected = Counter(
+        (bytes(np.floor(v * 255 / 16 + 0.5).astype(np.uint8)), int(t)) for v, t in zip(raw, target, strict=True)
+    )
+    both = [(digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels)]
+    found = Counter((i.tobytes(), int(t)) for images, labels in both for i, t in zip(images, labels, strict=True))
+    assert found == expected
+    share = np.bincount(target) * 500 / 1797
+    assert np.abs(np.bincount(digits.test_labels) - share).max() < 1
+
+
+def test_digits_never_change() -> None:
+    # Results on the demo are only comparable while the split and the pixels stay what they were in the first release.
+    fingerprint = load(DataSpec()).fingerprint()
+    assert fingerprint == "2d084f933083b4cc02abca336a610f7606ccc1fe8a1097c4788125167cc7c68b"
+
+
+def test_digits_resize_and_channels() -> None:
+    native, large = load(DataSpec(per_class=2)), load(DataSpec(per_class=2, resolution=16, channels=3))
+    assert large.image_shape == (16, 16, 3)
+    np.testing.assert_array_equal(large.train_images[..., 0], large.train_images[..., 2])
+    reduced = large.train_images[..., :1].reshape(20, 8, 2, 8, 2, 1).mean((2, 4))
+    assert np.corrcoef(reduced.ravel(), native.train_images.ravel())[0, 1] > 0.95
+
+
+# --- choosing records ---------------------------------------------------------------------------------------
+
+
+def test_per_class_keeps_the_first_images_of_each_class_in_stored_order() -> None:
+    everything, few = load(DataSpec()), load(DataSpec(per_class=3))
+    first = [np.flatnonzero(everything.train_labels == label)[:3] for label in range(10)]
+    chosen = np.sort(np.concatenate(first))
+    np.testing.assert_array_equal(few.train_images, everything.train_images[chosen])
+    np.testing.assert_array_equal(few.train_labels, everything.train_labels[chosen])
+    np.testing.assert_array_equal(few.test_images, everything.test_images)
+
+
+def test_test_limit_spreads_over_the_classes(tmp_path: Path) -> None:
+    root = _write_folder(tmp_path, {"train": {"a": 1, "b": 1, "c": 1}, "test": {"a": 9, "b": 2, "c": 9}})
+    for limit, expected in ((1, [1]), (4, [2, 1, 1]), (9, [4, 2, 3]), (99, [9, 2, 9])):
+        found = load(DataSpec(source="folder", path=root, test_limit=limit)).test_labels
+        assert np.bincount(found).tolist() == expected
+
+
+def test_label_pass_stops_as_soon_as_every_class_is_full() -> None:
+    served = []
+
+    def labels():
+        for start in range(0, 100, 4):
+            served.append(start)
+            yield np.arange(start, start + 4) % 4
+
+    split = data.source.Split("toy", 100, labels, lambda indices, convert: iter(()))
+    indices, found = data.source.choose(split, kept=(2, 0), per_class=2)
+    assert indices.tolist() == [0, 2, 4, 6]
+    assert found.tolist() == [0, 2, 0, 2]
+    assert served == [0, 4]
+
+
+# --- pixels -------------------------------------------------------------------------------------------------
+
+
+def test_crop_keeps_the_aspect_ratio_and_squash_does_not() -> None:
+    # 8 rows x 16 columns: left quarter red, middle half green, right quarter blue.
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :4, 0], pixels[:, 4:12, 1], pixels[:, 12:, 2] = 255, 255, 255
+    crop = converter(resolution=8, resize="crop", channels=3)(Image.fromarray(pixels))
+    np.testing.assert_array_equal(crop, pixels[:, 4:12])
+    squash = converter(resolution=8, resize="squash", channels=3)(Image.fromarray(pixels))
+    assert squash.shape == (8, 8, 3)
+    assert squash[4, 0].argmax() == 0
+    assert squash[4, 4].argmax() == 1
+    assert squash[4, 7].argmax() == 2
+    tall = converter(resolution=8, resize="crop", channels=3)(Image.fromarray(pixels.transpose(1, 0, 2)))
+    np.testing.assert_array_equal(tall, pixels.transpose(1, 0, 2)[4:12])
+
+
+def test_shrinking_is_antialiased() -> None:
+    # A checkerboard of single pixels averages to grey; without a low-pass filter it stays black or white.
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    for resize in ("crop", "squash"):
+        small = converter(resolution=16, resize=resize, channels=1)(Image.fromarray(board))
+        assert small.shape == (16, 16, 1)
+        assert np.abs(small[2:-2, 2:-2].astype(int) - 127).max() < 12
+
+
+def test_channels_convert_by_luma_and_by_replication() -> None:
+    red = Image.fromarray(np.full((2, 2, 3), (255, 0, 0), np.uint8))
+    grey = converter(resolution=0, resize="crop", channels=1)(red)
+    assert grey.shape == (2, 2, 1)
+    assert grey[0, 0, 0] == 76  # 0.299 * 255
+    back = converter(resolution=0, resize="crop", channels=3)(Image.fromarray(grey[..., 0]))
+    np.testing.assert_array_equal(back, np.full((2, 2, 3), 76))
+
+
+def test_sixteen_bit_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="mode 'I;16' is not 8 bits"):
+        converter(resolution=0, resize="crop", channels=1)(Image.fromarray(np.zeros((2, 2), np.uint16)))
+
+
+# --- folder -------------------------------------------------------------------------------------------------
+
+
+def test_folder_reads_sorted_classes_and_exact_pixels(tmp_path: Path) -> None:
+    root = _write_folder(tmp_path / "set", {"train": {"dog": 2, "cat": 1}, "validation": {"cat": 1}})
+    (tmp_path / "set" / "train" / "dog" / "notes.txt").write_text("not an image")
+    (tmp_path / "set" / "train" / "dog" / "._000.png").write_bytes(b"left by a file manager")
+    (tmp_path / "set" / "train" / "dog" / "Z.PNG").write_bytes(_png(_pixels(7)))
+    found = load(DataSpec(source="folder", path=root))
+    assert found.name == "set"
+    assert found.class_names == ("cat", "dog")
+    assert found.train_labels.tolist() == [0, 1, 1, 1]
+    assert found.test_labels.tolist() == [0]
+    for image, seed in zip(found.train_images, (2, 0, 1, 7), strict=True):
+        np.testing.assert_array_equal(image, _pixels(seed))
+    assert load(DataSpec(source="folder", path=root, name="pets")).name == "pets"
+
+
+def test_folder_order_does_not_depend_on_the_order_of_creation(tmp_path: Path) -> None:
+    root = _write_folder(tmp_path, {"train": {"a": 0}, "test": {"a": 1}})
+    order = np.random.default_rng(0).permutation(12)
+    for number in order:
+        (tmp_path / "train" / "a" / f"{number:02}.png").write_bytes(_png(_pixels(100 + number)))
+    found = load(DataSpec(source="folder", path=root))
+    np.testing.assert_array_equal(found.train_images, [_pixels(100 + number) for number in range(12)])
+
+
+def test_folder_is_one_channel_only_if_all_images_are(tmp_path: Path) -> None:
+    root = _write_folder(tmp_path, {"train": {"a": 2}, "test": {"a": 1}}, shape=(4, 4, 1))
+    assert load(DataSpec(source="folder", path=root)).image_shape == (4, 4, 1)
+    assert load(DataSpec(source="folder", path=root, channels=3)).image_shape == (4, 4, 3)
+    (tmp_path / "test" / "a" / "colour.png").write_bytes(_png(_pixels(0)))
+    assert load(DataSpec(source="folder", path=root)).image_shape == (4, 4, 3)
+
+
+def test_unreadable_image_is_named(tmp_path: Path) -> None:
+    root = _write_folder(tmp_path, {"train": {"a": 3}, "test": {"a": 1}})
+    target = tmp_path / "train" / "a" / "001.png"
+    whole = target.read_bytes()
+    for broken in (b"", b"no image at all", whole[: len(whole) // 2]):
+        target.write_bytes(broken)
+        with pytest.raises(OSError, match=r"cannot read image .*train.a.001\.png"):
+            load(DataSpec(source="folder", path=root))
+
+
+def test_sixteen_bit_file_is_named(tmp_path: Path) -> None:
+    root = _write_folder(tmp_path, {"train": {"a": 1}, "test": {"a": 1}})
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "train" / "a" / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png: image mode 'I;16'"):
+        load(DataSpec(source="folder", path=root))
+
+
+def test_mixed_sizes_need_a_resolution(tmp_path: Path) -> None:
+    root = _write_folder(tmp_path, {"train": {"a": 2}, "test": {"a": 1}})
+    (tmp_path / "train" / "a" / "wide.png").write_bytes(_png(_pixels(0, (4, 6, 3))))
+    with pytest.raises(ValueError, match=r"image 2 is 4x6, image 0 is 4x4; .*need data\.resolution"):
+        load(DataSpec(source="folder", path=root))
+    assert load(DataSpec(source="folder", path=root, resolution=5)).image_shape == (5, 5, 3)
+    (tmp_path / "train" / "a" / "wide.png").rename(tmp_path / "test" / "a" / "000.png")
+    with pytest.raises(
+        ValueError, match=r"training images are \[4, 4, 3\], test images \[4, 6, 3\]; set data\.resolution"
+    ):
+        load(DataSpec(source="folder", path=root))
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        ({"train": {"a": 1}, "test": {"a": 1, "b": 1}}, ValueError, "has class 'b', which .*train does not have"),
+        (
+            {"train": {"a": 1, "b": 0}, "test": {"a": 1}},
+            ValueError,
+            r"train.b has no images; allowed extensions: \.bmp",
+        ),
+        ({"train": {}, "test": {"a": 1}}, FileNotFoundError, "data.train_split: no such folder: .*train; found test"),
+        ({"train": {"a": 1}}, FileNotFoundError, r"no test folder \(test, val, validation\)"),
+        (
+            {"train": {"a": 1}, "test": {"a": 1}, "val": {"a": 1}},
+            ValueError,
+            "several test folders .test, val.; choose",
+        ),
+    ],
+)
+def test_bad_folders_are_explained(tmp_path: Path, counts: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load(DataSpec(source="folder", path=_write_folder(tmp_path, counts)))
+
+
+def test_missing_folder_and_missing_classes_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="data.path: no such folder: .*absent"):
+        load(DataSpec(source="folder", path=str(tmp_path / "absent")))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match="has no class folders"):
+        load(DataSpec(source="folder", path=str(tmp_path)))
+    (tmp_path / "train" / "a").mkdir()
+    (tmp_path / "train" / "a" / "0.png").write_bytes(_png(_pixels(0)))
+    with pytest.raises(ValueError, match=r"test has no image of the chosen classes"):
+        load(DataSpec(source="folder", path=str(tmp_path)))
+
+
+# --- TFDS ---------------------------------------------------------------------------------------------------
+
+
+def test_tfds_reads_exact_pixels_and_labels(tmp_path: Path) -> None:
+    splits = {"train": _records(1100, 3), "test": _records(5, 3, seed=5000)}
+    path = _write_tfds(tmp_path / "1.0.0", splits, ["x", "y", "z"])
+    found = load(DataSpec(source="tfds", path=path))
+    assert found.name == "toy"
+    assert found.class_names == ("x", "y", "z")
+    assert found.train_labels.dtype == np.int32
+    np.testing.assert_array_equal(found.train_labels, np.arange(1100) % 3)
+    np.testing.assert_array_equal(found.train_images, [_pixels(i) for i in range(1100)])
+    np.testing.assert_array_equal(found.test_images, [_pixels(5000 + i) for i in range(5)])
+    sliced = load(DataSpec(source="tfds", path=path, name="label", train_split="train[:10]", test_split="train[10:12]"))
+    assert sliced.name == "label"
+    np.testing.assert_array_equal(sliced.train_images, found.train_images[:10])
+    np.testing.assert_array_equal(sliced.test_images, found.train_images[10:12])
+
+
+def test_tfds_grey_images_have_one_channel(tmp_path: Path) -> None:
+    records = _records(4, 2, shape=(5, 5, 1))
+    path = _write_tfds(tmp_path / "1.0.0", {"train": records, "test": records}, ["x", "y"], shape=(5, 5, 1))
+    found = load(DataSpec(source="tfds", path=path))
+    assert found.image_shape == (5, 5, 1)
+    np.testing.assert_array_equal(found.train_images[3], _pixels(3, (5, 5, 1)))
+
+
+def test_tfds_passes_over_a_test_split_without_labels(tmp_path: Path) -> None:
+    unlabelled = [(image, -1) for image, _ in _records(3, 2)]
+    splits = {"train": _records(4, 2), "test": unlabelled, "validation": _records(6, 2)}
+    path = _write_tfds(tmp_path / "1.0.0", splits, ["x", "y"])
+    assert len(load(DataSpec(source="tfds", path=path)).test_labels) == 6
+    with pytest.raises(ValueError, match="label -1 is out of range; allowed: 0 to 1"):
+        load(DataSpec(source="tfds", path=path, test_split="test"))
+    path = _write_tfds(tmp_path / "2.0.0", {"train": _records(4, 2), "test": unlabelled}, ["x", "y"])
+    with pytest.raises(ValueError, match="no labelled test split; found train, test; set data.test_split"):
+        load(DataSpec(source="tfds", path=path))
+
+
+def test_tfds_subset_decodes_only_its_own_images(tmp_path: Path) -> None:
+    # The other classes hold no image at all: decoding one of them would fail.
+    wnids = [entry.wnid for entry in SUBSETS["imagemeow"]]
+    names = sorted([*wnids, "n00000001", "n99999999"])
+    records = [(_png(_pixels(i)) if name in wnids else b"not an image", i) for i, name in enumerate(names)]
+    path = _write_tfds(tmp_path / "1.0.0", {"train": records * 2, "validation": records}, names)
+    found = load(DataSpec(source="tfds", path=path, subset="imagemeow"))
+    assert found.name == "toy/imagemeow"
+    assert found.class_names[:2] == ("tabby", "tiger_cat")
+    assert found.class_names[9] == "lynx"
+    assert sorted(found.train_labels.tolist()) == sorted(2 * list(range(10)))
+    for image, label in zip(found.test_images, found.test_labels, strict=True):
+        np.testing.assert_array_equal(image, _pixels(names.index(wnids[label])))
+    with pytest.raises(OSError, match=r"cannot decode image 0 of split 'train' of .*1\.0\.0"):
+        load(DataSpec(source="tfds", path=path))
+
+
+def test_tfds_class_without_images_is_an_error(tmp_path: Path) -> None:
+    path = _write_tfds(tmp_path / "1.0.0", {"train": _records(4, 2), "test": _records(1, 1)}, ["x", "y", "z"])
+    with pytest.raises(ValueError, match=r"class 'z' has no training images \(1 of 3 classes\)"):
+        load(DataSpec(source="tfds", path=path))
+
+
+def test_tfds_unknown_split_lists_the_splits(tmp_path: Path) -> None:
+    path = _write_tfds(tmp_path / "1.0.0", {"train": _records(4, 2), "test": _records(4, 2)}, ["x", "y"])
+    with pytest.raises(ValueError, match=r"data\.train_split: no split 'dev' in .*; found train, test"):
+        load(DataSpec(source="tfds", path=path, train_split="dev"))
+
+
+def test_tfds_damaged_files_are_named(tmp_path: Path) -> None:
+    records = _records(600, 2, shape=(16, 16, 3))
+    path = _write_tfds(tmp_path / "1.0.0", {"train": records, "test": records[:2]}, ["x", "y"], shape=(16, 16, 3))
+    file = tmp_path / "1.0.0" / "toy-train.array_record-00000-of-00001"
+    whole = file.read_bytes()
+    spec = DataSpec(source="tfds", path=path)
+    assert len(load(spec).train_labels) == 600
+    middle = len(whole) // 2
+    for broken in (whole[:middle], b"", whole[:middle] + bytes(2000) + whole[middle + 2000 :]):
+        file.write_bytes(broken)
+        with pytest.raises(OSError, match=r"cannot read split 'train' of .*1\.0\.0; damaged or truncated\?"):
+            load(spec)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"split 'train': no such file: .*toy-train\.array_record"):
+        load(spec)
+    (tmp_path / "1.0.0" / "features.json").write_text("{")
+    with pytest.raises(OSError, match=r"cannot read the TFDS description in .*1\.0\.0; damaged"):
+        load(spec)
+
+
+def test_tfds_wrong_features_are_explained(tmp_path: Path) -> None:
+    record = [(_png(_pixels(0)), 0)]
+    path = _write_tfds(tmp_path / "1.0.0", {"train": record, "test": record}, ["x"], dtype="uint16")
+    with pytest.raises(ValueError, match="feature 'image' must be a uint8 image"):
+        load(DataSpec(source="tfds", path=path))
+    spec = tmp_path / "1.0.0" / "features.json"
+    spec.write_text(spec.read_text().replace('"image": {"python', '"picture": {"python'))
+    with pytest.raises(ValueError, match="needs the features 'image' and 'label', found label, picture"):
+        load(DataSpec(source="tfds", path=path))
+
+
+def test_tfds_missing_directory_names_what_is_there(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(FileNotFoundError, match="data.path: no such directory: .*absent"):
+        load(DataSpec(source="tfds", path=str(tmp_path / "absent")))
+    _write_tfds(tmp_path / "toy" / "1.0.0", {"train": _records(2, 1)}, ["x"])
+    with pytest.raises(FileNotFoundError, match=r"dataset_info.json is missing; did you mean .*1\.0\.0\?"):
+        load(DataSpec(source="tfds", path=str(tmp_path / "toy")))
+    (tmp_path / "toy" / "incomplete.ABCDEF_2.0.0").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"2\.0\.0 \(an earlier preparation was interrupted and left .*ABCDEF_2"
+    ):
+        load(DataSpec(source="tfds", path=str(tmp_path / "toy" / "2.0.0")))
+
+
+def test_tfds_by_name_reads_what_is_prepared_and_says_how_to_prepare(tmp_path: Path, monkeypatch) -> None:
+    library = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(library.core.constants, "DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match="data.name: TFDS has no data set 'no_such_set'"):
+        load(DataSpec(source="tfds", name="no_such_set"))
+    with pytest.raises(FileNotFoundError, match=r"'mnist' is not prepared in .*; prepare it once with: .*array_record"):
+        load(DataSpec(source="tfds", name="mnist"))
+    version = str(library.builder("mnist", try_gcs=False).version)
+    (tmp_path / "mnist" / f"incomplete.QWERTY_{version}").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"interrupted and left .*QWERTY.*; prepare it once with"):
+        load(DataSpec(source="tfds", name="mnist"))
+    splits = {"train": _records(20, 10, shape=(28, 28, 1)), "test": _records(10, 10, shape=(28, 28, 1))}
+    digits = [str(digit) for digit in range(10)]
+    _write_tfds(tmp_path / "mnist" / version, splits, digits, shape=(28, 28, 1), name="mnist", version=version)
+    found = load(DataSpec(source="tfds", name="mnist"))
+    assert found.name == "mnist"
+    np.testing.assert_array_equal(found.train_images[7], _pixels(7, (28, 28, 1)))
+    info = tmp_path / "mnist" / version / "dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(ValueError, match="stored as tfrecord, which cannot be read by index; delete that directory"):
+        load(DataSpec(source="tfds", name="mnist"))
+    info.write_text("{")
+    with pytest.raises(OSError, match=r"TFDS cannot open data set 'mnist', expected in .*mnist \(.*JSON"):
+        load(DataSpec(source="tfds", name="mnist"))
+
+
+def test_tfds_missing_package_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"needs tensorflow_datasets: pip install gsdd_jax\[data\]"):
+        load(DataSpec(source="tfds", name="cifar10"))
+
+
+def test_real_cifar10_is_complete_and_balanced(data_root: Path) -> None:
+    path = data_root / "cifar10_jpeg" / "1.0.0"
+    if not path.is_dir():
+        pytest.skip(f"no {path}")
+    found = load(DataSpec(source="tfds", path=str(path), per_class=100, test_limit=1000))
+    assert found.class_names[3] == "cat"
+    assert np.bincount(found.train_labels).tolist() == [100] * 10
+    assert np.bincount(found.test_labels).tolist() == [100] * 10
+    assert found.image_shape == (32, 32, 3)
+    # Channel means of CIFAR-10; a wrong channel order or scale would be far off.
+    np.testing.assert_allclose(found.train_images.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=0.03)
+
+
+def test_real_imagenette_subset_is_in_the_order_of_the_field(data_root: Path) -> None:
+    path = data_root / "imagenette128" / "1.0.0"
+    if not path.is_dir():
+        pytest.skip(f"no {path}")
+    spec = DataSpec(source="tfds", path=str(path), subset="imagenette", per_class=4, test_limit=20, resolution=64)
+    found = load(spec)
+    assert found.class_names == tuple(entry.name for entry in SUBSETS["imagenette"])
+    assert found.train_images.shape == (40, 64, 64, 3)
+    assert found.test_images.shape == (20, 64, 64, 3)
+    records, labels, names = data.records(spec)
+    assert names == found.class_names
+    np.testing.assert_array_equal(labels, found.train_labels)
+    np.testing.assert_array_equal(records[7]["image"], found.train_images[7])
+
+
+# --- subsets ------------------------------------------------------------------------------------------------
+
+
+def test_subsets_hold_ten_distinct_imagenet_classes_each() -> None:
+    by_place: dict[int, str] = {}
+    for classes in SUBSETS.values():
+        assert len({entry.wnid for entry in classes}) == len({entry.name for entry in classes}) == 10
+        for entry in classes:
+            assert by_place.setdefault(entry.place, entry.wnid) == entry.wnid
+    # ILSVRC numbers are positions in the sorted list of WordNet ids, so both columns must sort alike.
+    assert [by_place[place] for place in sorted(by_place)] == sorted(by_place.values())
+
+
+def test_subset_by_wnid_by_name_by_number_and_by_position() -> None:
+    wanted = tuple(entry.place for entry in SUBSETS["imagefruit"])
+    names = tuple(entry.name for entry in SUBSETS["imagefruit"])
+    thousand = [f"n{place:08}" for place in range(1000)]
+    for entry in SUBSETS["imagefruit"]:
+        thousand[entry.place] = entry.wnid
+    assert resolve("imagefruit", thousand) == (wanted, names)
+    assert resolve("imagefruit", [str(place) for place in range(1000)]) == (wanted, names)
+    assert resolve("imagefruit", [f"name {1000 - place}" for place in range(1000)]) == (wanted, names)
+    shuffled = [
+        "Granny Smith",
+        "orange",
+        "fig",
+        "bell-pepper",
+        "lemon",
+        "banana",
+        "cucumber",
+        "pomegranate",
+        "strawberry",
+    ]
+    assert resolve("imagefruit", [*shuffled, "pineapple"])[0] == (9, 5, 8, 1, 4, 7, 2, 3, 6, 0)
+
+
+def test_subset_that_is_not_there_is_explained() -> None:
+    with pytest.raises(ValueError, match="unknown subset 'imagecats'; allowed: imagenette, imagewoof"):
+        resolve("imagecats", ["a"])
+    with pytest.raises(ValueError, match=r"missing n01440764 \(tench\), .* and 7 more; it has 2 classes \(a, b\)"):
+        resolve("imagenette", ["a", "b"])
+    # A folder of 1,000 readable names is sorted by name, so positions would pick the wrong classes.
+    with pytest.raises(ValueError, match="'imagewoof' is not in this source"):
+        resolve("imagewoof", sorted(f"class {place:03}" for place in range(1000)))
+
+
+# --- spec and checks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "tfds"}, r"needs data\.name .* or data\.path"),
+        ({"source": "folder"}, r"'folder' needs data\.path"),
+        (
+            {"source": "digits", "name": "cifar10"},
+            r"data\.name must be empty with data\.source 'digits', found 'cifar10'",
+        ),
+        ({"subset": "imagewoof"}, r"data\.subset must be empty"),
+    ],
+)
+def test_spec_checks_fields_against_each_other(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataSpec(**fields)
+    with pytest.raises(pydantic.ValidationError, match=message):
+        pydantic.TypeAdapter(DataSpec).validate_python(fields)
+
+
+def test_spec_is_hashable_and_unknown_source_lists_the_sources() -> None:
+    assert hash(DataSpec()) == hash(DataSpec(source="digits"))
+    with pytest.raises(ValueError, match="unknown source 'web'; allowed: digits, tfds, folder"):
+        load(DataSpec(source="web"))  # type: ignore[arg-type]
+
+
+def test_fingerprint_sees_pixels_labels_names_and_shape() -> None:
+    base = _toy([0, 1])
+    pixels = base.train_images.copy()
+    pixels[1, 0, 0, 0] = 1
+    variants = [
+        base,
+        base._replace(train_images=pixels),
+        base._replace(train_labels=np.array([1, 0], np.int32)),
+        base._replace(test_labels=np.array([1], np.int32)),
+        base._replace(class_names=("a", "c")),
+        base._replace(train_images=base.train_images.reshape(2, 2, 8, 3)),
+    ]
+    assert len({variant.fingerprint() for variant in variants}) == len(variants)
+    assert base._replace(name="other").fingerprint() == base.fingerprint()
+    strided = base._replace(train_images=np.zeros((2, 3, 4, 4), np.uint8).transpose(0, 2, 3, 1))
+    assert strided.fingerprint() == base.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda d: d._replace(train_images=d.train_images / 255),
+            TypeError,
+            "train_images must be uint8, found float64",
+        ),
+        (
+            lambda d: d._replace(test_images=d.test_images[0]),
+            ValueError,
+            r"test_images must have shape \[n, h, w, 1 or 3\]",
+        ),
+        (lambda d: d._replace(train_labels=d.train_labels * 1.0), TypeError, "train_labels must be integers"),
+        (lambda d: d._replace(train_labels=d.train_labels[:1]), ValueError, r"train_labels must have shape \[2\]"),
+        (
+            lambda d: d._replace(test_labels=d.test_labels + 2),
+            ValueError,
+            "test: label 2 is out of range; allowed: 0 to 1",
+        ),
+        (lambda d: d._replace(train_labels=d.train_labels - 1), ValueError, "train: label -1 is out of range"),
+        (lambda d: d._replace(train_labels=d.train_labels * 0), ValueError, "class 'b' has no training images"),
+        (lambda d: d._replace(class_names=("a", "a")), ValueError, "class_names must be distinct"),
+    ],
+)
+def test_check_explains_malformed_data_sets(change: Callable, error: type[Exception], message: str) -> None:
+    dataset = _toy([0, 1])
+    assert data.check(dataset) is dataset
+    with pytest.raises(error, match=message):
+        data.check(change(dataset))
+
+
+def test_require_per_class_names_the_class() -> None:
+    dataset = _toy([0, 0, 0, 1, 1, 1, 1], names=("cat", "dog"))
+    data.require_per_class(dataset, 3, "ipc")
+    with pytest.raises(ValueError, match="class 'cat' has 3 training images, ipc needs 4$"):
+        data.require_per_class(dataset, 4, "ipc")
+    with pytest.raises(ValueError, match=r"class 'cat' has 3 training images, ipc needs 10 \(2 classes have too few\)"):
+        data.require_per_class(dataset, 10, "ipc")
+
+
+# --- sampling on the device ---------------------------------------------------------------------------------
+
+_LABELS = np.array([2, 0, 1, 0, 2, 2, 0, 2, 2, 2, 0, 2])  # 4, 1 and 7 images
+
+
+def test_class_table_lists_every_image_once_and_pads_by_repeating() -> None:
+    table = class_table(_LABELS, 3)
+    assert table.count.tolist() == [4, 1, 7]
+    assert table.index.tolist() == [[1, 3, 6, 10, 1, 3, 6], [2] * 7, [0, 4, 5, 7, 8, 9, 11]]
+    assert table.index.dtype == table.count.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 5, 7, 18])
+def test_sample_classes_draws_without_replacement_as_far_as_possible(batch: int) -> None:
+    table = class_table(_LABELS, 3)
+    draw = jax.jit(sample_classes, static_argnums=2)
+    for seed in range(20):
+        index = np.asarray(draw(jax.random.key(seed), table, batch))
+        assert index.shape == (3, batch)
+        for label, row in enumerate(index):
+            assert (_LABELS[row] == label).all()
+            times = np.bincount(row, minlength=12)[label == _LABELS]
+            assert times.sum() == batch
+            assert set(times) <= {batch // len(times), -(-batch // len(times))}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6, 9])
+def test_sample_classes_is_uniform_whatever_the_padding(batch: int) -> None:
+    table = class_table(_LABELS, 3)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    index = np.asarray(jax.vmap(lambda key: sample_classes(key, table, batch))(keys))
+    for label, count in enumerate((4, 1, 7)):
+        times = np.bincount(index[:, label].ravel(), minlength=12)[label == _LABELS] / 4000
+        # Each count is batch // count plus a Bernoulli variable; 5 of its standard deviations over 4,000 draws.
+        np.testing.assert_allclose(times, batch / count, atol=5 * 0.5 / np.sqrt(4000))
+
+
+def test_sample_classes_gives_every_ordered_pair_alike() -> None:
+    table = class_table(np.zeros(4, int), 1)
+    keys = jax.random.split(jax.random.key(1), 6000)
+    pairs = np.asarray(jax.vmap(lambda key: sample_classes(key, table, 2))(keys))[:, 0]
+    frequency = np.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16).reshape(4, 4)
+    assert (np.diag(frequency) == 0).all()
+    np.testing.assert_allclose(frequency[~np.eye(4, dtype=bool)], 500, atol=5 * np.sqrt(500))
+
+
+def test_sample_classes_is_a_function_of_the_key_under_jit_and_vmap() -> None:
+    table = class_table(_LABELS, 3)
+    keys = jax.random.split(jax.random.key(3), 5)
+    plain = np.stack([sample_classes(key, table, 3) for key in keys])
+    traces = []
+
+    @jax.jit
+    def jitted(key: jax.Array, table: data.ClassTable) -> jax.Array:
+        traces.append(1)
+        return sample_classes(key, table, 3)
+
+    np.testing.assert_array_equal(plain, np.stack([jitted(key, table) for key in keys]))
+    assert len(traces) == 1
+    np.testing.assert_array_equal(plain, jax.vmap(lambda key: sample_classes(key, table, 3))(keys))
+    assert len({row.tobytes() for row in plain}) > 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ([0, 2], ValueError, "class 1 has no images"),
+        ([0, 3], ValueError, "label 3 is out of range; allowed: 0 to 2"),
+        ([-1, 0], ValueError, "label -1 is out of range"),
+        ([0.0, 1.0], TypeError, "labels must be integers, found float64"),
+        ([[0, 1]], ValueError, r"labels must have shape \[n\]"),
+    ],
+)
+def test_class_table_refuses_bad_labels(labels: list, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        class_table(np.array(labels), 3)
+
+
+def test_sample_classes_refuses_an_empty_batch() -> None:
+    with pytest.raises(ValueError, match="batch must be at least 1, found 0"):
+        sample_classes(jax.random.key(0), class_table(_LABELS, 3), 0)
+
+
+# --- sampling on the host -----------------------------------------------------------------------------------
+
+
+def _host(batch: int = 3, seed: int = 0, source: object = None) -> HostSampler:
+    images = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    return HostSampler(images if source is None else source, _LABELS, num_classes=3, batch=batch, seed=seed)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 5, 18])
+def test_host_sampler_draws_without_replacement_and_uniformly(batch: int) -> None:
+    sampler = _host(batch)
+    index = np.stack([sampler.indices(step) for step in range(3000)])
+    for label, count in enumerate((4, 1, 7)):
+        members = np.flatnonzero(label == _LABELS)
+        times = np.stack([(index[:, label] == member).sum(1) for member in members], 1)
+        assert (times.sum(1) == batch).all()
+        assert set(times.ravel()) <= {batch // count, -(-batch // count)}
+        np.testing.assert_allclose(times.mean(0), batch / count, atol=5 * 0.5 / np.sqrt(3000))
+
+
+def test_host_batch_is_a_pure_function_of_seed_and_step() -> None:
+    first, again = _host(), _host()
+    late = again.batch(41)
+    batches = [first.batch(step) for step in range(45)]
+    np.testing.assert_array_equal(batches[41], late)
+    assert late.shape == (3, 3, 2, 2, 3)
+    assert late.dtype == np.uint8
+    np.testing.assert_array_equal(late[..., 0, 0, 0], first.indices(41))
+    assert len({batch.tobytes() for batch in batches}) > 30
+    assert not np.array_equal(_host(seed=1).indices(0), first.indices(0))
+
+
+def test_host_draw_stays_the_same_across_numpy_versions() -> None:
+    # A resumed run must see the batches of the interrupted one; these values were recorded once.
+    assert _host(2, seed=7).indices(5).tolist() == [[3, 1], [2, 2], [4, 5]]
+
+
+def test_host_sampler_reads_records_once_each_and_in_bulk() -> None:
+    class Records:
+        asked: list[list[int]] = []
+
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, i: int) -> dict:
+            return {"image": np.full((2, 2, 3), i, np.uint8), "label": 0}
+
+    class Bulk(Records):
+        def __getitems__(self, positions: list[int]) -> list[dict]:
+            self.asked.append(positions)
+            return [self[i] for i in positions]
+
+    expected = _host(6).batch(3)
+    np.testing.assert_array_equal(_host(6, source=Records()).batch(3), expected)
+    np.testing.assert_array_equal(_host(6, source=Bulk()).batch(3), expected)
+    assert [len(positions) for positions in Bulk.asked] == [len(np.unique(expected))]
+
+
+def test_host_sampler_reads_a_folder_lazily(tmp_path: Path) -> None:
+    root = _write_folder(tmp_path, {"train": {"a": 3, "b": 4}, "test": {"a": 1}})
+    spec = DataSpec(source="folder", path=root, per_class=3, resolution=6)
+    whole = load(spec)
+    records, labels, names = data.records(spec)
+    assert names == ("a", "b")
+    sampler = HostSampler(records, labels, num_classes=2, batch=2, seed=0)
+    np.testing.assert_array_equal(sampler.batch(9), whole.train_images[sampler.indices(9)])
+    assert [records[i]["label"] for i in range(6)] == whole.train_labels.tolist()
+    assert len(records) == 6
+
+
+def test_host_sampler_refuses_bad_input() -> None:
+    images = np.zeros((12, 2, 2, 3), np.uint8)
+    good = {"num_classes": 3, "batch": 1, "seed": 0}
+    for arguments, error, message in (
+        ((images / 255, _LABELS, good), TypeError, "images must be uint8, found float64"),
+        ((images[0], _LABELS, good), ValueError, r"shape \[n, h, w, c\]"),
+        ((images, _LABELS[:3], good), ValueError, "12 images but 3 labels"),
+        ((images, _LABELS, good | {"batch": 0}), ValueError, "batch must be at least 1"),
+        ((images, _LABELS, good | {"seed": -1}), ValueError, "seed must be in 0 to"),
+        ((images, _LABELS, good | {"num_classes": 4}), ValueError, "class 3 has no images"),
+    ):
+        with pytest.raises(error, match=message):
+            HostSampler(arguments[0], arguments[1], **arguments[2])
+    with pytest.raises(ValueError, match="step must be at least 0, found -1"):
+        _host().batch(-1)
+    mixed = [{"image": np.zeros((2, 2 + (i == 4), 3), np.uint8)} for i in range(12)]
+    with pytest.raises(ValueError, match=r"image 4 has shape \[2, 3, 3\], image 0 has \[2, 2, 3\]"):
+        _host(7, source=mixed).batch(0)
+    with pytest.raises(TypeError, match="image 0 must be uint8, found float64"):
+        _host(7, source=[{"image": np.zeros((2, 2, 3))}] * 12).batch(0)
+
+
+def _prefetch_threads() -> int:
+    return sum(thread.name == "gsdd-prefetch" for thread in threading.enumerate())
+
+
+def test_prefetch_yields_the_batches_in_order_and_closes_its_thread() -> None:
+    sampler = _host()
+    stream = prefetch(sampler, 5, depth=2)
+    for expected in range(5, 12):
+        step, batch = next(stream)
+        assert step == expected
+        np.testing.assert_array_equal(batch, sampler.batch(expected))
+    assert _prefetch_threads() == 1
+    stream.close()
+    assert _prefetch_threads() == 0
+
+
+def test_prefetch_raises_the_samplers_error_at_its_step() -> None:
+    class Broken:
+        def batch(self, step: int) -> np.ndarray:
+            if step == 2:
+                raise OSError("disk gone")
+            return np.zeros(1, np.uint8)
+
+    stream = prefetch(Broken(), 0)
+    assert [next(stream)[0], next(stream)[0]] == [0, 1]
+    with pytest.raises(OSError, match="disk gone"):
+        next(stream)
+    assert _prefetch_threads() == 0
+
+
+def test_prefetch_checks_its_arguments() -> None:
+    with pytest.raises(ValueError, match="depth must be at least 1, found 0"):
+        next(prefetch(_host(), 0, depth=0))
+    with pytest.raises(ValueError, match="start_step must be at least 0, found -3"):
+        next(prefetch(_host(), -3))

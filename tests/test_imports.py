@@ -1,0 +1,172 @@
+"""The import direction `train -> gsdd_jax -> kernels` and the purity of the library, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kernels", "gsdd_jax", "train")
+
+# What each package may import of this project.
+ALLOWED_OWN = {
+    "kernels": {"kernels"},
+    "gsdd_jax": {"gsdd_jax", "kernels"},
+    "train": {"train", "gsdd_jax", "kernels"},
+}
+KERNELS_THIRD_PARTY = {"jax", "jaxlib", "numpy", "triton", "jax_triton"}
+
+# The library is arrays and keys in, values out: no console, clock, global randomness, configuration or process.
+IMPURE_MODULES = {
+    "argparse", "datetime", "getpass", "logging", "matplotlib", "pdb", "pydantic", "random", "readline", "rich",
+    "signal", "socket", "subprocess", "time", "tqdm", "urllib", "warnings", "yaml",
+}  # fmt: skip
+# Files, and reading them ahead in the background.
+FILE_MODULES = {"fcntl", "fileinput", "glob", "mmap", "os", "pathlib", "shutil", "tempfile", "threading"}
+# Data are exchanged as data: an unpickler runs whatever code the file names.
+PICKLING_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+FORBIDDEN_CALLS = {"breakpoint", "eval", "exec", "exit", "input", "print", "quit"}
+FORBIDDEN_ATTRIBUTES = {("sys", "exit"), ("sys", "stdout"), ("sys", "stderr"), ("jax", "debug"), ("jax", "config")}
+# The rooms of the library that read and write files.
+FILE_ROOMS = ("gsdd_jax/data/", "gsdd_jax/synset.py", "gsdd_jax/experts.py")
+
+
+def imported_modules(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yields line and absolute module name of every import, the lazy, relative and textual ones included."""
+    package = path.removesuffix("__init__.py").removesuffix(".py").strip("/").split("/")
+    if not path.endswith("__init__.py"):
+        package = package[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            # `from package import module` imports package.module, and `from .. import train` may leave the package.
+            yield from ((node.lineno, f"{module}.{alias.name}".strip(".")) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Lists what a source file of the three packages does against the rules; `path` is relative to the root."""
+    tree = ast.parse(source, path)
+    package = path.split("/")[0]
+    found = []
+    if "utils" in path.removesuffix(".py").split("/"):
+        found.append(f"{path}: a file named utils; name it after its concept")
+    for line, module in imported_modules(path, tree):
+        top = module.split(".")[0]
+        where = f"{path}:{line}: imports {module}"
+        if top in PACKAGES and top not in ALLOWED_OWN[package]:
+            found.append(f"{where}, against the direction train -> gsdd_jax -> kernels")
+        if top in ("configs", "tests", "benchmarks"):
+            found.append(f"{where}, which is not installed")
+        if top in PICKLING_MODULES:
+            found.append(f"{where}; no pickle")
+        if package == "kernels" and top not in {*PACKAGES, *KERNELS_THIRD_PARTY, *sys.stdlib_module_names}:
+            found.append(f"{where}; kernels need only jax, numpy and triton")
+        if package != "train" and top in IMPURE_MODULES:
+            found.append(f"{where}; host effects belong to train")
+        if package != "train" and top in FILE_MODULES and not path.startswith(FILE_ROOMS):
+            found.append(f"{where}; only {', '.join(FILE_ROOMS)} touch files")
+    if package == "train":
+        return found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in FORBIDDEN_CALLS:
+                found.append(f"{path}:{node.lineno}: calls {node.func.id}()")
+            if node.func.id == "open" and not path.startswith(FILE_ROOMS):
+                found.append(f"{path}:{node.lineno}: calls open()")
+        if isinstance(node, ast.Attribute) and (getattr(node.value, "id", ""), node.attr) in FORBIDDEN_ATTRIBUTES:
+            found.append(f"{path}:{node.lineno}: uses {ast.unparse(node)}")
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append(f"{path}:{node.lineno}: a bare except")
+        if isinstance(node, ast.Global):
+            found.append(f"{path}:{node.lineno}: global state")
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_keeps_the_import_direction_and_its_purity(package):
+    files = sources(package)
+    assert files, f"no sources found in {ROOT / package}"
+    found = []
+    for file in files:
+        found += violations(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8"))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "problem"),
+    [
+        ("kernels/splat.py", "import gsdd_jax", "against the direction"),
+        ("kernels/splat.py", "from gsdd_jax.render import render", "against the direction"),
+        ("kernels/splat.py", "import optax", "kernels need only"),
+        ("kernels/splat.py", "def f():\n    import train.config", "against the direction"),
+        ("gsdd_jax/render.py", "from train import config", "against the direction"),
+        ("gsdd_jax/data/tfds.py", "from ...train import config", "against the direction"),
+        ("gsdd_jax/render.py", "import importlib\nimportlib.import_module('train.config')", "against the direction"),
+        ("gsdd_jax/render.py", "if TYPE_CHECKING:\n    import train", "against the direction"),
+        ("gsdd_jax/render.py", "import numpy, logging", "host effects"),
+        ("gsdd_jax/render.py", "from time import perf_counter", "host effects"),
+        ("gsdd_jax/data/tfds.py", "import rich.progress", "host effects"),
+        ("gsdd_jax/render.py", "import pydantic", "host effects"),
+        ("gsdd_jax/render.py", "from pathlib import Path", "touch files"),
+        ("gsdd_jax/render.py", "open('x')", "calls open"),
+        ("gsdd_jax/data/tfds.py", "print('x')", "calls print"),
+        ("kernels/splat.py", "exit()", "calls exit"),
+        ("kernels/splat.py", "import sys\nsys.exit(1)", "uses sys.exit"),
+        ("gsdd_jax/render.py", "import jax\njax.config.update('a', 1)", "uses jax.config"),
+        ("gsdd_jax/render.py", "try:\n    f()\nexcept:\n    pass", "bare except"),
+        ("gsdd_jax/render.py", "def f():\n    global a\n    a = 1", "global state"),
+        ("gsdd_jax/synset.py", "import pickle", "no pickle"),
+        ("train/distill.py", "import pickle", "no pickle"),
+        ("train/distill.py", "from tests.conftest import ROOT", "not installed"),
+        ("train/utils.py", "", "named utils"),
+        ("gsdd_jax/utils/images.py", "", "named utils"),
+    ],
+)
+def test_checker_finds_the_violation(path, source, problem):
+    found = violations(path, source)
+    assert len(found) == 1 and problem in found[0] and path in found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("kernels/_splat_triton.py", "import math\nimport jax\nimport triton.language as tl\nfrom kernels import spec"),
+        ("kernels/splat.py", "from . import _splat_xla\nfrom .spec import SplatSpec"),
+        ("gsdd_jax/render.py", "from kernels import splat\nfrom gsdd_jax import gaussians\nimport numpy, flax"),
+        ("gsdd_jax/data/folder.py", "from pathlib import Path\nfrom .. import whiten\nopen('x')"),
+        ("gsdd_jax/__init__.py", "from . import data\nfrom .render import render"),
+        ("gsdd_jax/render.py", "'''print(x) and import train in a text'''\n# import train\nobject.print()"),
+        (
+            "train/distill.py",
+            "import argparse, time, rich\nimport gsdd_jax, kernels\nfrom train import config\nprint(1)",
+        ),
+    ],
+)
+def test_checker_accepts_what_is_allowed(path, source):
+    assert violations(path, source) == []
+
+
+@pytest.mark.parametrize("package", ["kernels", "gsdd_jax"])
+def test_importing_the_library_leaves_optional_and_host_packages_alone(package):
+    if not (ROOT / package / "__init__.py").is_file():
+        pytest.skip(f"{package} has no __init__.py yet")
+    unwanted = ["triton", "jax_triton", "tensorflow", "tensorflow_datasets", "matplotlib", "pydantic", "sklearn"]
+    script = f"import sys, {package}\nprint(*(name for name in {unwanted} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+    assert done.stderr == ""

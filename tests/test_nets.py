@@ -1,0 +1,276 @@
+"""The ConvNet against NumPy and the reference's figures, and the convolution under every transform."""
+
+import dataclasses
+import math
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from gsdd_jax.nets import NetSpec, build
+from gsdd_jax.nets.conv import conv_same
+
+SMALL = NetSpec(depth=2, width=6)
+
+
+def native_conv(x, k):
+    pad = k.shape[0] // 2
+    return lax.conv_general_dilated(
+        x, k, (1, 1), ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+    )
+
+
+def numpy_convnet(params, images, depth, norm, margin=0):
+    """The network in float64, written with loops."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["layers"])
+    x = np.pad(np.asarray(images, np.float64), ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    for block in range(depth):
+        conv = params[f"conv{block}"]
+        n, h, w, _ = x.shape
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        y = np.zeros((n, h, w, conv["kernel"].shape[3])) + conv["bias"]
+        for row in range(h):
+            for column in range(w):
+                patch = padded[:, row : row + 3, column : column + 3]
+                y[:, row, column] += np.einsum("nijc,ijco->no", patch, conv["kernel"])
+        if norm == "instance":
+            y = (y - y.mean((1, 2), keepdims=True)) / np.sqrt(y.var((1, 2), keepdims=True) + 1e-5)
+            y = y * params[f"norm{block}"]["scale"] + params[f"norm{block}"]["bias"]
+        y = np.maximum(y, 0)
+        x = np.stack(
+            [[z[i : i + 2, j : j + 2].mean((0, 1)) for i in range(0, h - 1, 2) for j in range(0, w - 1, 2)] for z in y]
+        ).reshape(n, h // 2, w // 2, -1)
+    features = x.reshape(len(x), -1)
+    return features @ params["linear"]["kernel"] + params["linear"]["bias"], features
+
+
+@pytest.mark.parametrize(
+    ("depth", "size", "classes", "features", "count"),
+    [
+        (3, 32, 10, 2048, 320_010),
+        (3, 32, 100, 2048, 504_420),
+        (4, 64, 200, 2048, 857_160),
+        (5, 128, 10, 2048, 615_690),
+        (6, 128, 10, 512, 748_170),
+        (5, 256, 10, 8192, 677_130),
+        (6, 256, 10, 2048, 763_530),
+        (7, 256, 10, 512, 896_010),
+        (5, 512, 10, 32768, 922_890),
+        (6, 512, 10, 8192, 824_970),
+    ],
+)
+def test_convnet_has_the_reference_parameter_counts(depth, size, classes, features, count):
+    network = build(NetSpec(depth=depth), (size, size, 3), classes)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    logits, embedding = jax.eval_shape(network.apply, params, images)
+    assert network.num_params == count == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert logits.shape == (2, classes) and embedding.shape == (2, features)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "margin"),
+    [("instance", (8, 8, 3), 0), ("none", (8, 12, 3), 0), ("instance", (9, 6, 2), 0), ("instance", (28, 28, 1), 2)],
+)
+def test_convnet_matches_numpy(norm, shape, margin):
+    network = build(NetSpec(depth=2, width=5, norm=norm), shape, 4)
+    params = jax.jit(network.init)(jax.random.key(0))
+    # Off their initial values, so that a missing scale or bias shows.
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
+    images = rng.normal(size=(3, *shape)).astype(np.float32)
+    logits, features = jax.jit(network.apply)(params, images)
+    expected_logits, expected_features = numpy_convnet(params, images, 2, norm, margin)
+    assert features.shape == expected_features.shape
+    np.testing.assert_allclose(features, expected_features, atol=2e-5)
+    np.testing.assert_allclose(logits, expected_logits, atol=2e-5)
+
+
+def test_initialisation_is_uniform_within_the_reference_bounds():
+    params = jax.jit(build(NetSpec(), (32, 32, 3), 10).init)(jax.random.key(0))["layers"]
+    bounds = {"conv0": 0.19245, "conv1": 0.029463, "conv2": 0.029463, "linear": 0.022097}
+    for name, bound in bounds.items():
+        for leaf in params[name].values():
+            assert np.abs(leaf).max() <= bound + 1e-6
+        kernel = np.asarray(params[name]["kernel"])
+        assert np.abs(kernel).max() > 0.99 * bound
+        np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.03)
+        assert np.std(params[name]["bias"]) > 0.3 * bound
+    for block in range(3):
+        assert np.all(params[f"norm{block}"]["scale"] == 1) and np.all(params[f"norm{block}"]["bias"] == 0)
+
+
+def test_one_channel_digits_use_the_feature_size_of_32_pixels():
+    network = build(NetSpec(depth=3, width=16), (28, 28, 1), 10)
+    _, features = jax.eval_shape(
+        network.apply, jax.eval_shape(network.init, jax.random.key(0)), jnp.zeros((1, 28, 28, 1))
+    )
+    assert features.shape == (1, 4 * 4 * 16)
+
+
+def test_network_vmaps_over_params_and_images_like_a_loop():
+    network = build(SMALL, (8, 8, 3), 4)
+    params = jax.jit(jax.vmap(network.init))(jax.random.split(jax.random.key(0), 3))
+    images = jax.random.normal(jax.random.key(1), (3, 5, 8, 8, 3))
+
+    grad = jax.jit(jax.grad(lambda p, x: jnp.square(network.apply(p, x)[0]).sum(), argnums=(0, 1)))
+
+    def one(tree, i):
+        return jax.tree.map(lambda leaf: leaf[i], tree)
+
+    together = jax.jit(jax.vmap(grad))(params, images)
+    shared_params = jax.jit(jax.vmap(grad, in_axes=(None, 0)))(one(params, 0), images)
+    shared_images = jax.jit(jax.vmap(grad, in_axes=(0, None)))(params, images[0])
+    for i in range(3):
+        for batched, p, x in ((together, i, i), (shared_params, 0, i), (shared_images, i, 0)):
+            for a, b in zip(
+                jax.tree.leaves(one(batched, i)), jax.tree.leaves(grad(one(params, p), images[x])), strict=True
+            ):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_equal_specs_build_the_same_network_object():
+    assert build(SMALL, (8, 8, 3), 4) is build(dataclasses.replace(SMALL), (8, 8, 3), 4)
+    assert build(SMALL, (8, 8, 3), 4) is not build(SMALL, (8, 8, 3), 5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_conv_and_both_gradients_equal_those_of_jax(size):
+    x = jax.random.normal(jax.random.key(0), (4, 6, 7, 3))
+    k = jax.random.normal(jax.random.key(1), (size, size, 3, 5))
+    g = jax.random.normal(jax.random.key(2), (4, 6, 7, 5))
+
+    def value_and_pullback(conv):
+        def both(x, k, g):
+            out, pull = jax.vjp(conv, x, k)
+            return out, *pull(g)
+
+        return jax.jit(both)(x, k, g)
+
+    for a, b in zip(value_and_pullback(conv_same), value_and_pullback(native_conv), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_second_and_third_derivatives_of_conv_equal_those_of_jax():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 2))
+    k = 0.3 * jax.random.normal(jax.random.key(1), (3, 3, 2, 3))
+
+    def third(conv):
+        def loss(x, k):
+            return jnp.sum(jnp.sin(conv(x, k)))
+
+        def norm(x, k):
+            return sum(jnp.sum(jnp.cos(g)) for g in jax.grad(loss, (0, 1))(x, k))
+
+        def norm_of_norm(x, k):
+            return sum(jnp.sum(jnp.sin(g)) for g in jax.grad(norm, (0, 1))(x, k))
+
+        return jax.jit(lambda x, k: (jax.grad(norm, (0, 1))(x, k), jax.grad(norm_of_norm, (0, 1))(x, k)))(x, k)
+
+    for ours, theirs in zip(jax.tree.leaves(third(conv_same)), jax.tree.leaves(third(native_conv)), strict=True):
+        assert np.abs(theirs).max() > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_conv_nested_vmap_equals_loops():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 2, 5, 5, 2))
+    k = jax.random.normal(jax.random.key(1), (3, 3, 3, 2, 4))
+
+    def grads(conv):
+        return jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(conv(x, k))), argnums=(0, 1)))
+
+    ours = jax.jit(jax.vmap(jax.vmap(grads(conv_same)), in_axes=(0, None)))(x, k)
+    for i in range(2):
+        for j in range(3):
+            for a, b in zip(ours, grads(native_conv)(x[i, j], k[j]), strict=True):
+                np.testing.assert_allclose(a[i, j], b, atol=1e-4)
+
+
+def test_conv_gradient_in_a_loop_under_remat_equals_the_unrolled_one():
+    k = 0.2 * jax.random.normal(jax.random.key(1), (3, 3, 2, 2))
+    xs = jax.random.normal(jax.random.key(0), (4, 1, 5, 5, 2))
+
+    def unroll(k, xs, loop):
+        def step(k, x):
+            return k - 0.1 * jax.grad(lambda k: jnp.sum(jnp.sin(conv_same(x, k))))(k), None
+
+        if loop:
+            k, _ = lax.scan(jax.checkpoint(step), k, xs)
+        else:
+            for x in xs:
+                k, _ = step(k, x)
+        return jnp.sum(jnp.square(k))
+
+    scanned = jax.jit(jax.grad(unroll, (0, 1)), static_argnums=2)(k, xs, True)
+    unrolled = jax.jit(jax.grad(unroll, (0, 1)), static_argnums=2)(k, xs, False)
+    for a, b in zip(scanned, unrolled, strict=True):
+        assert np.abs(b).max() > 0.01
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def convolutions(platform, *, batched=False):
+    """The convolution lines of the exported gradient for one platform."""
+    grad = jax.grad(lambda x, k: jnp.sum(jnp.sin(conv_same(x, k))), argnums=(0, 1))
+    x, k = jnp.zeros((4, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+    if batched:
+        grad, x, k = jax.vmap(grad), jnp.stack([x, x]), jnp.stack([k, k])
+    text = jax.export.export(jax.jit(grad), platforms=[platform])(x, k).mlir_module()
+    return [line for line in text.splitlines() if "stablehlo.convolution" in line]
+
+
+def test_cpu_gradients_are_plain_convolutions_without_groups():
+    for batched in (False, True):
+        lines = convolutions("cpu", batched=batched)
+        assert len(lines) == 3
+        for line in lines:
+            assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line
+            assert "batch_group_count = 1" in line and "feature_group_count = 1" in line
+
+
+def test_gpu_gradients_keep_the_form_that_cudnn_is_matched_by():
+    assert any("[f, 0, 1, b]x[i, 0, 1, o]->[0, 1, b, f]" in line for line in convolutions("cuda"))
+    assert any("feature_group_count = 2" in line for line in convolutions("cuda", batched=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "shape", "message"),
+    [
+        ({"depth": 4}, (8, 8, 3), r"network\.depth: 4 blocks halve 8x8 px .* largest that fits is 3"),
+        ({"depth": 6}, (28, 28, 1), r"network\.depth: 6 blocks .* largest that fits is 5"),
+        ({"depth": 0}, (8, 8, 3), r"network\.depth: 0, must be 1 to 7"),
+        ({"width": 0}, (8, 8, 3), r"network\.width: 0, must be at least 1"),
+        ({"norm": "batch"}, (8, 8, 3), r"network\.norm: 'batch', must be one of"),
+        ({"name": "lenet"}, (8, 8, 3), r"network\.name: 'lenet', must be one of \['convnet'\]"),
+        ({}, (8, 8), r"image_shape: \(8, 8\), must be \(h, w, c\)"),
+    ],
+)
+def test_network_that_cannot_be_built_is_refused(change, shape, message):
+    with pytest.raises(ValueError, match=message):
+        build(dataclasses.replace(NetSpec(), **change), shape, 10)
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="num_classes: 1, must be at least 2"):
+        build(NetSpec(), (32, 32, 3), 1)
+
+
+def test_images_of_another_shape_are_refused():
+    network = build(SMALL, (8, 8, 3), 4)
+    with pytest.raises(ValueError, match=r"images: shape \(2, 16, 16, 3\), this network was built for \[n, 8, 8, 3\]"):
+        network.apply(network.init(jax.random.key(0)), jnp.zeros((2, 16, 16, 3)))
+
+
+@pytest.mark.parametrize(
+    ("images", "kernel", "message"),
+    [
+        ((1, 4, 4, 2), (2, 2, 2, 3), "kernel: shape .* s odd"),
+        ((1, 4, 4, 2), (3, 1, 2, 3), "kernel: shape .* s odd"),
+        ((1, 4, 4, 2), (3, 3, 5, 3), r"images: shape \(1, 4, 4, 2\), kernel"),
+    ],
+)
+def test_conv_refuses_shapes_that_do_not_fit(images, kernel, message):
+    with pytest.raises(ValueError, match=message):
+        conv_same(jnp.zeros(images), jnp.zeros(kernel))

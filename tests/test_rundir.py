@@ -1,0 +1,301 @@
+"""Run directories: refusal of another config, identical metrics after a kill, atomic files, one writer."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import rundir
+from train.errors import UserError
+from train.rundir import RunDir, is_wall_clock, read_config, read_environment, read_metrics, write_bytes, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {
+    "name": "dïgits",
+    "seed": 0,
+    "data": {"size": (8, 8), "path": Path("data/x")},
+    "distill": {"iterations": 100, "lr": 1e-5, "momentum": None, "augment": True, "extra": {}},
+}
+
+
+def _with(**changes):
+    return CONFIG | {"distill": CONFIG["distill"] | changes}
+
+
+def test_config_is_stored_and_accepted_again(tmp_path):
+    with RunDir(tmp_path / "deep" / "run") as run:
+        assert run.configure(CONFIG) is False
+    with RunDir(tmp_path / "deep" / "run") as run:
+        assert run.configure(CONFIG) is True
+        assert read_config(run.path) == {
+            "name": "dïgits",
+            "seed": 0,
+            "data": {"size": [8, 8], "path": "data/x"},
+            "distill": {"iterations": 100, "lr": 1e-5, "momentum": None, "augment": True, "extra": {}},
+        }
+
+
+def test_config_survives_yaml_for_awkward_values(tmp_path):
+    config = {"a": float("inf"), "b": float("nan"), "c": "1e-5", "d": "null", "e": [], "f": np.float32(0.1), "g": 1e22}
+    with RunDir(tmp_path) as run:
+        run.configure(config)
+        assert run.configure(config) is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": 2e-5}, r"distill.lr is 1e-05 there and 2e-05 now\. Put the old values back"),
+        ({"momentum": 0.9, "lr": 1}, "distill.lr is 1e-05 there and 1 now; distill.momentum is null there and 0.9 now"),
+        ({"new": "x"}, 'distill.new is not set there and "x" now'),
+        ({"augment": 1}, "distill.augment is true there and 1 now"),
+        ({"extra": {"k": 2}}, "distill.extra.k is not set there and 2 now"),
+        ({"iterations": 200, "lr": 3}, r"\(free to change: distill.iterations\)"),
+    ],
+)
+def test_another_config_is_refused_with_both_values(tmp_path, changes, words):
+    with RunDir(tmp_path) as run:
+        run.configure(CONFIG)
+        before = run.config_path.read_bytes()
+        with pytest.raises(UserError, match=words) as caught:
+            run.configure(_with(**changes), may_change={"distill.iterations"})
+        assert run.config_path.read_bytes() == before
+    assert "iterations is" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_that_may_change_are_stored_anew(tmp_path):
+    with RunDir(tmp_path) as run:
+        run.configure(CONFIG)
+        assert run.configure(_with(iterations=200), may_change=("distill.iterations",)) is True
+        assert read_config(tmp_path)["distill"]["iterations"] == 200
+        assert run.configure(_with(iterations=7, lr=5, augment=False), may_change=["distill"]) is True
+        with pytest.raises(UserError, match="distill.iterations is 7 there and 8 now"):
+            run.configure(_with(iterations=8, lr=5, augment=False), may_change=["distill.iter", "dist"])
+
+
+def test_uninterrupted_and_resumed_metrics_are_the_same_bytes(tmp_path):
+    def log(run, steps):
+        for step in steps:
+            run.append("distill", step, loss=1 / step, nested={"psnr": [np.float32(20.5), jnp.float32(step)]})
+
+    with RunDir(tmp_path / "whole") as run:
+        run.append("fit", 50, loss=0.5)
+        log(run, range(1, 11))
+    with RunDir(tmp_path / "killed") as run:
+        run.configure({})
+        run.append("fit", 50, loss=0.5)
+        log(run, range(1, 8))
+    path = tmp_path / "killed" / "metrics.jsonl"
+    whole_line = path.read_bytes()
+    path.write_bytes(whole_line + b'{"phase": "distill", "st')
+    assert len(read_metrics(path.parent)) == 8
+    with RunDir(tmp_path / "killed") as run:
+        assert path.read_bytes() == whole_line
+        run.truncate("distill", 4)
+        log(run, range(5, 11))
+    assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_truncate_touches_only_its_phase(tmp_path):
+    with RunDir(tmp_path) as run:
+        run.truncate("fit", 3)
+        for step in (1, 2):
+            run.append("fit", step)
+            run.append("distill", step)
+        run.truncate("distill", -1)
+        run.append("distill", 9)
+        assert [(e["phase"], e["step"]) for e in read_metrics(tmp_path)] == [("fit", 1), ("fit", 2), ("distill", 9)]
+
+
+def test_a_killed_writer_leaves_whole_lines_and_a_free_lock(tmp_path):
+    child = textwrap.dedent("""
+        import sys
+        from train.rundir import RunDir
+        run = RunDir(sys.argv[1])
+        run.configure({"seed": 1})
+        print("ready", flush=True)
+        for step in range(10**9):
+            run.append("distill", step, loss=0.1, text="x" * 3000)
+    """)
+    command = [sys.executable, "-c", child, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        while not (tmp_path / "metrics.jsonl").exists():
+            pass
+        with pytest.raises(UserError, match=f"is being written by process {process.pid} on "):
+            RunDir(tmp_path)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    with RunDir(tmp_path) as run:
+        steps = [e["step"] for e in read_metrics(tmp_path)]
+        assert steps == list(range(len(steps)))
+        run.append("distill", 0)
+    assert len(read_metrics(tmp_path)) == len(steps) + 1
+
+
+def test_lock_excludes_a_second_writer_until_closed(tmp_path):
+    run = RunDir(tmp_path)
+    with pytest.raises(UserError, match="wait until it ends, stop it, or choose another run directory"):
+        RunDir(tmp_path)
+    run.close()
+    run.close()
+    RunDir(tmp_path).close()
+
+
+def test_non_finite_metrics_are_strict_json_and_come_back(tmp_path):
+    with RunDir(tmp_path) as run:
+        run.append("distill", 1, loss=float("nan"), up=np.float32(np.inf), down=[-np.inf])
+    line = run.metrics_path.read_text()
+    json.loads(line, parse_constant=lambda token: pytest.fail(f"{token} is no JSON"))
+    (entry,) = read_metrics(tmp_path)
+    assert np.isnan(entry["loss"])
+    assert entry["up"] == np.inf
+    assert entry["down"] == ["-Infinity"]
+
+
+def test_damaged_middle_line_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "a", "step": 1}\n{oops\n{"phase": "a", "step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2, is damaged \(.*\): delete that line"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match="line 1, is damaged .not an object"):
+        RunDir(tmp_path).truncate("a", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "line 1"), ("", "it holds no mapping"), ("a: \x00", "not allowed")]
+)
+def test_damaged_config_is_named(tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    expected = rf"config.yaml is damaged \(.*{words}.*\): restore it or choose another"
+    with RunDir(tmp_path) as run, pytest.raises(UserError, match=expected):
+        run.configure(CONFIG)
+
+
+def test_damaged_environment_is_named(tmp_path):
+    (tmp_path / "environment.json").write_text("{")
+    with pytest.raises(UserError, match="environment.json is damaged .*delete it"):
+        read_environment(tmp_path)
+
+
+def test_file_in_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="run is a file; a run directory is needed"):
+        RunDir(tmp_path / "run")
+
+
+def test_metrics_without_config_are_not_taken_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    for _ in range(2):  # the lock must be free again after a refusal
+        with pytest.raises(UserError, match="holds metrics.jsonl but no config.yaml"):
+            RunDir(tmp_path)
+
+
+def test_a_directory_with_foreign_files_may_become_a_run(tmp_path):
+    (tmp_path / "log.txt").write_text("kept")
+    with RunDir(tmp_path) as run:
+        assert run.configure(CONFIG) is False
+    assert (tmp_path / "log.txt").read_text() == "kept"
+
+
+def test_environment_is_appended_at_each_start(tmp_path):
+    with RunDir(tmp_path) as run:
+        run.record_environment()
+        run.record_environment(resumed_from=40)
+    first, second = read_environment(tmp_path)
+    assert second["resumed_from"] == 40
+    assert set(first["versions"]) >= {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "triton"}
+    assert first["versions"]["numpy"] == np.__version__
+    assert first["platform"] == "cpu"
+    assert first["cpu_count"] == os.cpu_count()
+    assert first["started"].endswith("+00:00")
+    assert first["command"].startswith("python ")
+
+
+def test_commit_is_that_of_the_code_not_of_the_working_directory(tmp_path, monkeypatch):
+    def git(*arguments):
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *settings, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for name in [n for n in os.environ if n.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    source = tmp_path / "rundir.py"
+    source.write_text("a = 1\n")
+    git("init", "-q")
+    monkeypatch.setattr(rundir, "__file__", str(source))
+    assert rundir.environment()["commit"] is None  # inside a repository, but not of it
+    git("add", "rundir.py")
+    git("commit", "-qm", "x")
+    found = rundir.environment()
+    assert (found["commit"], found["dirty"]) == (git("rev-parse", "HEAD"), False)
+    source.write_text("a = 2\n")
+    assert rundir.environment()["dirty"] is True
+
+
+def test_leftover_temporary_files_are_removed(tmp_path):
+    (tmp_path / ".result.json.123.tmp").write_text("half")
+    RunDir(tmp_path).close()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_failed_write_keeps_the_old_file_and_names_it(tmp_path, monkeypatch):
+    path = write_json(tmp_path / "result.json", {"a": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_bytes(path, b"x" * 100)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the device that is always full")
+def test_full_disk_while_logging_names_the_file(tmp_path):
+    with RunDir(tmp_path) as run:
+        run.metrics_path.symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            run.append("distill", 1, loss=0.5)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(run.metrics_path)
+
+
+def test_missing_parent_is_a_file_not_found_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent/x.json"):
+        write_json(tmp_path / "absent" / "x.json", {})
+
+
+def test_unwritable_values_are_refused(tmp_path):
+    with RunDir(tmp_path) as run, pytest.raises(TypeError, match="a set cannot be written"):
+        run.append("distill", 1, loss={1})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_written_files_have_ordinary_permissions(tmp_path):
+    previous = os.umask(0o022)
+    try:
+        path = write_bytes(tmp_path / "a", b"")
+    finally:
+        os.umask(previous)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("key", "wall"),
+    [("seconds", True), ("step_seconds", True), ("images_per_second", True), ("loss", False), ("secondsight", False)],
+)
+def test_wall_clock_fields(key, wall):
+    assert is_wall_clock(key) is wall

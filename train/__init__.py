@@ -1,0 +1,1 @@
+"""The host side: command lines, configs, logging and cadence. No mathematics lives here."""

@@ -1,0 +1,181 @@
+"""Run configurations: a YAML file, its smoke block and overrides in; one frozen dataclass, or one clear line, out."""
+
+import dataclasses
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge, Gt
+from typing_extensions import Doc
+
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.codecs import CodecSpec, PixelSpec
+from gsdd_jax.data import DataSpec
+from gsdd_jax.evaluate import EvalSpec
+from gsdd_jax.fit import FitSpec
+from gsdd_jax.match import DistributionSpec
+from gsdd_jax.nets import NetSpec
+from train import yaml12
+from train.errors import ConfigError
+from train.schema import Place, Tagged, build, describe, plain
+
+__all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
+
+T = TypeVar("T")
+
+SMOKE = "smoke"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillSpec:
+    """Cadence of the distillation loop."""
+
+    iterations: Annotated[int, Ge(0), Doc("Outer steps (GSDD, tables 10 and 11: 20,000 for distribution matching).")]
+    log_every: Annotated[int, Ge(1), Doc("Outer steps between lines of metrics.jsonl.")] = 10
+    checkpoint_every: Annotated[int, Ge(1), Doc("Outer steps (and fitting steps) between checkpoints.")] = 100
+    data: Annotated[
+        Literal["device", "host"],
+        Doc("Where real images are drawn: on the device, or on the host for sets that do not fit the device."),
+    ] = "device"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselineSpec:
+    """What stands beside the distilled set in the table of results, trained as config.evaluate says."""
+
+    fit_only: Annotated[bool, Doc("The fitted images before distillation.")] = True
+    random_real: Annotated[bool, Doc("ipc real images per class, drawn anew for each network.")] = True
+    pixel: Annotated[bool, Doc("Pixels at the same bytes under the same objective, from real images.")] = True
+    pixel_codec: Annotated[PixelSpec, Doc("Their codec.")] = PixelSpec()
+    pixel_iterations: Annotated[int, Ge(0), Doc("Their outer steps; 0 = distill.iterations.")] = 0
+    full_data: Annotated[bool, Doc("The whole training set.")] = True
+    full_data_steps: Annotated[int, Ge(0), Doc("Its training steps per network; 0 = as config.evaluate.")] = 0
+    full_data_seeds: Annotated[int, Ge(0), Doc("Its number of networks; 0 = as config.evaluate.")] = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One experiment, complete: data, parameterisation, matching, evaluation."""
+
+    name: Annotated[str, Doc("Name of the experiment, shown in reports.")]
+    seed: Annotated[int, Ge(0), Doc("Root of every random key of the run.")] = 0
+    ipc: Annotated[float, Gt(0), Doc("Budget per class, counted in fp32 pixel images of the dataset's size.")]
+    whiten: Annotated[
+        Literal["zca", "meanstd", "none"], Doc("Normalisation of real and synthetic images before any network.")
+    ] = "meanstd"
+    data: DataSpec
+    codec: Annotated[Tagged[CodecSpec], Doc("The parameterisation of the distilled images.")]
+    network: NetSpec = NetSpec()
+    augment: DsaSpec = DsaSpec()
+    fit: FitSpec = FitSpec()
+    objective: DistributionSpec = DistributionSpec()
+    distill: DistillSpec
+    evaluate: EvalSpec = EvalSpec()
+    baselines: BaselineSpec = BaselineSpec()
+
+
+def load(
+    path: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    smoke: bool = False,
+    cls: type[T] = RunConfig,  # type: ignore[assignment]
+) -> T:
+    """Reads a configuration file and validates it.
+
+    Args:
+        path: YAML file. Its `smoke:` block holds the keys that shrink the experiment for a quick test.
+        overrides: settings that replace those of the file, each `section.key=value` with the value in YAML; a list
+            element is addressed by its number. They win over the smoke block.
+        smoke: lay the smoke block over the rest; otherwise it is left out.
+        cls: the dataclass to build.
+
+    Returns:
+        The validated instance of `cls`.
+
+    Raises:
+        ConfigError: malformed YAML or override, unknown key, wrong type, value out of range, missing key, or no smoke
+            block where one is asked for. One line, with the key, what was found and what is allowed.
+        FileNotFoundError: no such file.
+    """
+    source = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    data = yaml12.parse(text, source=source)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: expected keys with values, found {yaml12.inline(data)[:80]}")
+
+    origins: dict[Place, str] = {}
+    block = data.pop(SMOKE, None)
+    if smoke:
+        if not isinstance(block, dict) or not block:
+            raise ConfigError(f"{source}: a smoke test needs the block 'smoke:' with the keys that shrink the run")
+        for place, value in _leaves(block):
+            data = _replaced(data, place, value, origins, f"{source}, smoke block")
+    for override in overrides:
+        place, value = _parsed_override(override)
+        data = _replaced(data, place, value, origins, f"override {override}")
+    return build(cls, data, where=lambda place: _origin(place, origins, source))
+
+
+def to_yaml(config: Any) -> str:
+    """Writes a configuration with every default filled in; `load` reads it back to an equal object."""
+    return yaml12.dump(plain(config))
+
+
+def _leaves(block: dict[str, Any], prefix: Place = ()) -> list[tuple[Place, Any]]:
+    """Lists the values of nested mappings with their places; lists and empty mappings are values."""
+    leaves: list[tuple[Place, Any]] = []
+    for key, value in block.items():
+        place = (*prefix, key)
+        leaves.extend(_leaves(value, place) if isinstance(value, dict) and value else [(place, value)])
+    return leaves
+
+
+def _parsed_override(override: str) -> tuple[Place, Any]:
+    key, equals, text = override.partition("=")
+    place = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(place):
+        raise ConfigError(f"override '{override}': expected section.key=value, such as distill.iterations=100")
+    return place, yaml12.parse(text, source=f"override '{override}'")
+
+
+def _replaced(data: Any, place: Place, value: Any, origins: dict[Place, str], origin: str) -> Any:
+    """Returns the data with the value at the place, and records where that value came from."""
+    resolved, data = _put(data, place, value)
+    for other in [other for other in origins if other[: len(resolved)] == resolved]:
+        del origins[other]
+    origins[resolved] = origin
+    return data
+
+
+def _put(data: Any, place: Place, value: Any) -> tuple[Place, Any]:
+    """Builds new data rather than changing it, since a YAML alias stands for one object in two places.
+
+    Returns:
+        The outermost place that is new or changed as a whole, with list positions as numbers, and the new data.
+    """
+    if not place:
+        return (), value
+    head, rest = place[0], place[1:]
+    if isinstance(data, list) and str(head).isdecimal() and int(head) < len(data):
+        index = int(head)
+        below, item = _put(data[index], rest, value)
+        return (index, *below), [*data[:index], item, *data[index + 1 :]]
+    section = data if isinstance(data, dict) else {}
+    below, item = _put(section.get(head), rest, value)
+    outermost = (head, *below) if head in section else (head,)
+    return outermost if isinstance(data, dict) else (), {**section, head: item}
+
+
+def _origin(place: Place, origins: dict[Place, str], source: str) -> str:
+    """Names the file, or what replaced the file's value at this place; changes below the place are named as well."""
+    for length in range(len(place), 0, -1):
+        if place[:length] in origins:
+            return origins[place[:length]]
+    below = dict.fromkeys(text for key, text in origins.items() if key[: len(place)] == place)
+    changes = ", ".join(text.removeprefix(f"{source}, ") for text in below)
+    return f"{source} with {changes}" if changes else source

@@ -1,0 +1,250 @@
+"""Distil a dataset: ``python -m train.distill --config configs/digits.yaml [key=value ...]``.
+
+Fits the codec, distils it, does the same for the pixel baseline, trains fresh networks on every arm and writes the
+run directory. The same command continues an interrupted run to the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import gsdd_jax
+from gsdd_jax import codecs, distill, fit, storage, synset, whiten
+from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
+from train import config as configs
+from train import experiment as experiments
+from train import pictures, report, results, stages
+from train.errors import exit_cleanly
+from train.experiment import Experiment
+from train.progress import Progress
+from train.rundir import RunDir, write_bytes, write_json
+
+# What may differ when a run is continued: nothing that touches numbers already computed.
+MAY_CHANGE = ("name", "distill.log_every", "distill.checkpoint_every")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.distill",
+        description=__doc__.split("\n")[0] if __doc__ else None,
+        epilog="Settings (KEY=VALUE overrides the file):\n\n" + configs.describe(configs.RunConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="experiment, such as configs/digits.yaml")
+    parser.add_argument(
+        "--out", metavar="DIR", help="run directory (default: runs/NAME); an interrupted run is continued"
+    )
+    parser.add_argument("--smoke", action="store_true", help="shrink the run by the config's smoke block")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print budget, shapes and estimated memory; compute nothing"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as distill.iterations=100")
+    args = parser.parse_intermixed_args(argv)
+    with exit_cleanly(debug=args.debug or None):
+        config: configs.RunConfig = configs.load(args.config, args.overrides, smoke=args.smoke)
+        experiment = experiments.prepare(config)
+        if args.dry_run:
+            print(plan(experiment))
+            return 0
+        out = Path(args.out) if args.out else Path("runs") / config.name
+        result = run(experiment, out, Progress(quiet=args.quiet))
+        print((out / "table.md").read_text())
+        print(f"{out / 'report.html'}  ({result['seconds']:.0f} s)")
+    return 0
+
+
+def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]:
+    """Carries out or continues an experiment in the run directory ``out`` and returns the result."""
+    config, dataset = experiment.config, experiment.dataset
+    with RunDir(out) as rundir:
+        continued = rundir.configure(
+            dataclasses.asdict(experiments.resolved(config, experiment.codec)), may_change=MAY_CHANGE
+        )
+        environment = rundir.record_environment()
+        progress.say(
+            f"{config.name}: {dataset.name}, {dataset.num_classes} classes, {'x'.join(map(str, dataset.image_shape))}, "
+            f"{experiment.codec.images_per_class} images per class in {experiment.bytes_per_class} bytes"
+            + (f"; continuing {out}" if continued else "")
+        )
+        wanted = experiments.arms(config)
+        images: dict[str, jax.Array | None] = {name: None for name in wanted}
+
+        codec = experiment.codec
+        targets = _targets(experiment)
+        fitted = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main")
+        if "fit_only" in wanted:
+            images["fit_only"] = _as_stored(codec, fitted)
+        params = stages.distill_stage(
+            experiment,
+            codec,
+            fitted,
+            run=rundir,
+            progress=progress,
+            arm="main",
+            iterations=config.distill.iterations,
+            purpose="distill",
+        )
+        distilled = synset.SynSet(
+            codec,
+            codec.loaded(codec.stored(params)),
+            experiment.bytes_per_class,
+            dataset.class_names,
+            _meta(experiment, environment),
+        )
+        sizes = distilled.save(rundir.path / synset.EXPORT)
+        # What is evaluated is what was written, not what is in memory.
+        final = gsdd_jax.load(rundir.path / synset.EXPORT).images()
+        images["distilled"] = final
+
+        pixel = None
+        if "pixel" in wanted:
+            pixel, images["pixel"] = _pixel_arm(experiment, rundir, progress)
+        accuracies = {
+            name: stages.evaluate_stage(experiment, name, images[name], run=rundir, progress=progress)
+            for name in wanted
+        }
+        result = results.collect(
+            experiment,
+            accuracies,
+            sizes=sizes,
+            environment=environment,
+            run=rundir,
+            pixel=pixel,
+            fit_psnr=_psnr(images.get("fit_only"), targets),
+        )
+        write_json(rundir.path / "result.json", result)
+        write_bytes(rundir.path / "table.md", results.table(result).encode())
+        shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
+        if isinstance(distilled.params, Gaussians):
+            shown["ellipses"] = ellipse_picture(distilled)
+        for name, png in shown.items():
+            write_bytes(rundir.path / f"{name}.png", png)
+        report.write(rundir.path, result, shown)
+        return result
+
+
+def _targets(experiment: Experiment) -> jax.Array:
+    config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
+    if config.fit.to == "real":
+        return experiments.real_images(experiment, codec, purpose="select", how=config.fit.select)
+    return fit.solid_targets(dataset.train_images, codec.num_images)
+
+
+def _as_stored(codec: codecs.Codec, params: Any) -> jax.Array:
+    """Decodes what would be read back from disk."""
+    return jax.jit(lambda p: codec.decode(codec.loaded(codec.stored(p))))(params)
+
+
+def _pixel_arm(experiment: Experiment, run: RunDir, progress: Progress) -> tuple[codecs.Codec, jax.Array]:
+    config, dataset = experiment.config, experiment.dataset
+    codec = codecs.make(
+        config.baselines.pixel_codec,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        bytes_per_class=experiment.bytes_per_class,
+    )
+    start = codec.init(
+        experiment.key("start"), experiments.real_images(experiment, codec, purpose="pixel_select", how="random")
+    )
+    params = stages.distill_stage(
+        experiment,
+        codec,
+        start,
+        run=run,
+        progress=progress,
+        arm="pixel",
+        iterations=config.baselines.pixel_iterations or config.distill.iterations,
+        purpose="pixel_distill",
+    )
+    return codec, _as_stored(codec, params)
+
+
+def _psnr(fitted: jax.Array | None, targets: jax.Array) -> float | None:
+    return None if fitted is None else float(fit.psnr(fitted, targets).mean())
+
+
+def ellipse_picture(distilled: synset.SynSet) -> bytes:
+    """Draws the Gaussians of a set as in Figure 9 of the paper."""
+    g, codec = distilled.params, distilled.codec
+    return pictures.ellipse_grid(
+        experiments.class_rows(codec, g.mean),
+        experiments.class_rows(codec, g.cholesky) + np.array(CHOLESKY_SHIFT),
+        experiments.class_rows(codec, g.color),
+        experiments.class_rows(codec, g.opacity),
+        distilled.class_names,
+        size=g.size,
+    )
+
+
+def _meta(experiment: Experiment, environment: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of the exported set: where it comes from, and the normalisation that networks expect."""
+    dataset = experiment.dataset
+    channels = whiten.fit("meanstd", dataset.train_images)
+    assert isinstance(channels, whiten.MeanStd)
+    return {
+        "name": experiment.config.name,
+        "dataset": dataset.name,
+        "objective": experiment.config.objective.name,
+        "whiten": experiment.config.whiten,
+        "channel_mean": np.asarray(channels.mean).tolist(),
+        "channel_std": np.asarray(channels.std).tolist(),
+        "versions": environment["versions"],
+        "commit": environment["commit"],
+    }
+
+
+def plan(experiment: Experiment) -> str:
+    """Describes a run without computing it: budget, shapes and the compiler's own count of memory."""
+    config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
+    lines = [
+        f"{config.name}: {dataset.name}, {dataset.num_classes} classes, {len(dataset.train_labels)} training and "
+        f"{len(dataset.test_labels)} test images of {'x'.join(map(str, dataset.image_shape))}",
+        f"budget: ipc {config.ipc:g} = {experiment.bytes_per_class} bytes per class",
+    ]
+    if codec.name == "gaussian":
+        lines.append("")
+        for row in storage.budget_table(
+            config.ipc, dataset.image_shape, codec.spec.gpc, codec.spec.num_points, codec.spec.dtype
+        ):
+            points = f" x {row.points_per_image} Gaussians" if row.points_per_image else ""
+            lines.append(f"  {row.what:<48} {row.images} images{points}: {row.floats} floats, {row.bytes} bytes")
+    shape = (codec.num_images, *codec.image_shape)
+    key = jax.random.key(0)
+    params = jax.eval_shape(codec.init, key, jax.ShapeDtypeStruct(shape, np.float32))
+    lines += ["", f"parameters (float32 masters of {codec.num_images} images):"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        lines.append(f"  {jax.tree_util.keystr(path, simple=True, separator='.'):<12} {list(leaf.shape)}")
+    lines.append(f"  written: {codec.nbytes(params)} bytes, {codec.nbytes(params) / codec.num_classes:g} per class")
+    state = jax.eval_shape(lambda p: distill.init_state(codec, p), params)
+    data = jax.eval_shape(lambda: stages.device_data(experiment))
+    step = jax.jit(stages.build_step(experiment, codec), donate_argnums=0)
+    memory = step.lower(state, data, key).compile().memory_analysis()
+    if memory is not None:
+        mib = 2.0**20
+        lines += [
+            "",
+            f"outer step on {jax.devices()[0].device_kind}, by the compiler's own count: "
+            f"{memory.argument_size_in_bytes / mib:.0f} MiB arguments (training set, state, whitening), "
+            f"{memory.temp_size_in_bytes / mib:.0f} MiB temporary",
+        ]
+    spec = config.evaluate
+    lines.append(
+        f"network: {experiment.network.num_params} parameters; evaluation: {spec.seeds} networks of "
+        f"{spec.num_steps(codec.num_images)} steps for each of {', '.join(experiments.arms(config))}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""How a command line ends: what a user can put right is one line on stderr, a defect keeps its traceback.
+
+The difference is drawn by where an exception comes from, not only by its class. A `ValueError` that a `raise`
+statement of this project wrote is a message to the user. A `ValueError` out of JAX or NumPy, or a `TypeError` from a
+call with wrong arguments, is a defect and must stay visible.
+"""
+
+import dis
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+OWN_PACKAGES = ("gsdd_jax", "kernels", "train")
+DEBUG_VARIABLE = "GSDD_DEBUG"
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Storage libraries written in C++ and Rust report a full disk under classes of their own; the system's text survives.
+_DISK_FULL_TEXTS = tuple(os.strerror(code) for code in _DISK_FULL)
+_DISK_FULL_REMEDY = "free some space and run the same command again"
+_VALIDATION_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what, in one line, and needs no traceback."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run: the message names the key, what was found and what is allowed."""
+
+
+@contextmanager
+def exit_cleanly(*, debug: bool | None = None) -> Iterator[None]:
+    """Turns the user's errors into one line on stderr and an exit code; works as a decorator too.
+
+    Handled: `UserError`, missing or forbidden paths, a full disk, `ValueError`, `TypeError`, `OSError` and
+    `ImportError` raised on purpose by this project, and Ctrl-C. Everything else passes through with its traceback.
+
+    Args:
+        debug: True keeps every traceback. None: on when `--debug` is on the command line or GSDD_DEBUG is set to
+            anything but 0.
+
+    Raises:
+        SystemExit: 2 after an error of the user, 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        message = explain(error)
+        if message is None or (_debug_wanted() if debug is None else debug):
+            raise
+        print(message, file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_USER_ERROR) from None
+
+
+def explain(error: BaseException) -> str | None:
+    """Returns the one line that tells the user what is wrong, or None where the error is a defect of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    full = _disk_full(error)
+    if full is not None:
+        path = full.filename if isinstance(full, OSError) else None
+        where = f" while writing {_one_line(str(path))}" if path is not None else ""
+        found = f" ({_fold(full)})" if path is None else ""
+        return f"error: disk full{where}: nothing saved so far is lost; {_DISK_FULL_REMEDY}{found}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"error: {_one_line(str(error.filename))}: {error.strerror.lower()}"
+    if isinstance(error, (UserError, FileNotFoundError, PermissionError)):
+        return f"error: {_fold(error)}"
+    if isinstance(error, _VALIDATION_ERRORS) and _raised_on_purpose(error.__traceback__):
+        return f"error: {_fold(error)}"
+    return None
+
+
+def _disk_full(error: BaseException) -> BaseException | None:
+    """Finds the report of a full disk in the error or in what it was raised from."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in _DISK_FULL:
+            return link
+        if any(text in str(link) for text in _DISK_FULL_TEXTS):
+            return link
+        link = link.__cause__
+    return None
+
+
+def _raised_on_purpose(traceback: TracebackType | None) -> bool:
+    """Tells whether the innermost frame belongs to this project and stands on a `raise` statement."""
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    frame = traceback.tb_frame
+    if _module_name(frame.f_globals).partition(".")[0] not in OWN_PACKAGES:
+        return False
+    return dis.opname[frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _module_name(module_globals: dict) -> str:
+    # `python -m train.distill` names its module __main__; the spec keeps the real name.
+    spec = module_globals.get("__spec__")
+    return spec.name if spec is not None else module_globals.get("__name__", "")
+
+
+def _debug_wanted() -> bool:
+    return "--debug" in sys.argv[1:] or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+
+
+def _fold(error: BaseException) -> str:
+    return _one_line(str(error)) or type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

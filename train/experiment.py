@@ -1,0 +1,121 @@
+"""From a config to what a run works with: data, codec, network, whitening, and one random key per purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gsdd_jax import codecs, data, fit, nets, storage, whiten
+from train.config import RunConfig
+from train.errors import ConfigError
+
+# The order is part of every published result: a new purpose goes to the end.
+PURPOSES = ("select", "start", "distill", "pixel_select", "pixel_distill", "evaluate", "random_real", "features")
+
+
+class Experiment(NamedTuple):
+    """All that the stages of a run share; derived from the config and the data alone."""
+
+    config: RunConfig
+    dataset: data.Dataset
+    bytes_per_class: int
+    codec: codecs.Codec
+    network: nets.Network
+    whitening: Any
+
+    def key(self, purpose: str, index: int = 0) -> jax.Array:
+        """Returns the random key of a purpose; keys of different purposes, seeds and indices are independent."""
+        return jax.random.fold_in(key_of(self.config.seed, purpose), index)
+
+
+def key_of(seed: int, purpose: str) -> jax.Array:
+    """Returns the random key of a purpose under a root seed."""
+    return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
+
+
+def prepare(config: RunConfig) -> Experiment:
+    """Reads the data and builds the parts.
+
+    Raises:
+        ConfigError: Settings that contradict each other or the data; the message names the key.
+    """
+    dataset = data.load(config.data)
+    shape, classes = dataset.image_shape, dataset.num_classes
+    available = storage.budget_bytes(config.ipc, shape)
+    codec = codecs.make(config.codec, image_shape=shape, num_classes=classes, bytes_per_class=available)
+    if config.fit.to == "real":
+        data.require_per_class(
+            dataset, codec.images_per_class, "codec.gpc" if codec.name == "gaussian" else "codec.ipc"
+        )
+    data.require_per_class(dataset, 1, "objective.batch_real")
+    network = nets.build(config.network, shape, classes)
+    if config.baselines.pixel:
+        try:
+            codecs.make(config.baselines.pixel_codec, image_shape=shape, num_classes=classes, bytes_per_class=available)
+        except ValueError as error:
+            raise ConfigError(
+                f"baselines.pixel_codec: {str(error).removeprefix('codec.ipc: ')}; "
+                f"raise ipc (found {config.ipc}) or set baselines.pixel=false"
+            ) from error
+    whitening = whiten.fit(config.whiten, dataset.train_images)
+    return Experiment(config, dataset, available, codec, network, whitening)
+
+
+def resolved(config: RunConfig, codec: codecs.Codec) -> RunConfig:
+    """Returns the config with the codec's settings as they were resolved (num_points and the like)."""
+    return dataclasses.replace(config, codec=codec.spec)
+
+
+def real_images(experiment: Experiment, codec: codecs.Codec, *, purpose: str, how: str, index: int = 0) -> jax.Array:
+    """Chooses real images for every image of a codec, class-major, as floats in [0,1]."""
+    dataset = experiment.dataset
+    features = embed(experiment) if how == "kmeans" else None
+    chosen = fit.select_images(
+        experiment.key(purpose, index),
+        dataset.train_labels,
+        codec.images_per_class,
+        how=how,
+        num_classes=dataset.num_classes,
+        features=features,
+    )
+    return to_float(dataset.train_images[chosen])
+
+
+def to_float(images: np.ndarray) -> jax.Array:
+    """Maps uint8 images to float32 in [0,1]."""
+    return jax.numpy.asarray(images, jax.numpy.float32) / 255
+
+
+def embed(experiment: Experiment, batch: int = 500) -> np.ndarray:
+    """Embeds the training set with a randomly initialised network, for k-means."""
+    network, dataset = experiment.network, experiment.dataset
+    params = network.init(experiment.key("features"))
+
+    @jax.jit
+    def features(images: jax.Array, whitening: Any) -> jax.Array:
+        return network.apply(params, whiten.apply(whitening, images))[1]
+
+    images = dataset.train_images
+    parts = [features(to_float(images[i : i + batch]), experiment.whitening) for i in range(0, len(images), batch)]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def class_rows(codec: codecs.Codec, images: jax.Array) -> np.ndarray:
+    """Reshapes class-major images ``[n, ...]`` to ``[k, per class, ...]``."""
+    return np.asarray(images).reshape(codec.num_classes, codec.images_per_class, *images.shape[1:])
+
+
+def arms(config: RunConfig) -> Sequence[str]:
+    """Names the rows of the table of results, the distilled set first."""
+    wanted = {
+        "distilled": True,
+        "fit_only": config.baselines.fit_only and config.fit.to == "real" and config.codec.name != "pixel",
+        "pixel": config.baselines.pixel and config.codec.name != "pixel",
+        "random_real": config.baselines.random_real and config.ipc >= 1,
+        "full_data": config.baselines.full_data,
+    }
+    return [name for name, on in wanted.items() if on]

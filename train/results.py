@@ -1,0 +1,139 @@
+"""What a run found: ``result.json`` and the table made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from gsdd_jax import storage
+from gsdd_jax.codecs import Codec
+from train.experiment import Experiment
+from train.rundir import RunDir, read_metrics
+
+# Keys of the baselines in result.json, in the order of the table.
+BASELINES = ("fit_only", "pixel", "random_real", "full_data")
+
+
+def collect(
+    experiment: Experiment,
+    accuracies: dict[str, dict[str, Any]],
+    *,
+    sizes: dict[str, int],
+    environment: dict[str, Any],
+    run: RunDir,
+    pixel: Codec | None,
+    fit_psnr: float | None,
+) -> dict[str, Any]:
+    """Returns the content of result.json; a baseline that was not run is null, never zero.
+
+    Args:
+        experiment: What was run.
+        accuracies: Per arm, as ``train.stages.evaluate_stage`` returns them; at least ``distilled``.
+        sizes: Bytes of the exported set, as ``SynSet.save`` returns them.
+        environment: Entry of environment.json.
+        run: The run directory, for the seconds of every stage.
+        pixel: Codec of the pixel baseline.
+        fit_psnr: Mean PSNR in dB of the fitted images, as stored.
+    """
+    config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
+    classes, values = dataset.num_classes, int(np.prod(dataset.image_shape))
+    full = len(dataset.train_labels) // classes
+    # Images and bytes per class. The training set is uint8; random real images count as float32, as the field counts.
+    spent = {
+        "fit_only": (codec.images_per_class, sizes["payload"] / classes),
+        "random_real": (int(config.ipc), int(config.ipc) * values * storage.ITEMSIZE["float32"]),
+        "full_data": (full, full * values),
+    }
+    if pixel is not None:
+        each = values * storage.ITEMSIZE[pixel.spec.dtype]
+        spent["pixel"] = (pixel.images_per_class, pixel.images_per_class * each)
+    rows: dict[str, Any] = {}
+    for name in BASELINES:
+        rows[name] = None
+        if name in accuracies:
+            images, size = spent[name]
+            rows[name] = accuracies[name] | {"images_per_class": images, "bytes_per_class": round(size)}
+    return {
+        "name": config.name,
+        "codec": codec.name,
+        "objective": config.objective.name,
+        "dataset": dataset.name,
+        "num_classes": classes,
+        "bytes_per_class": experiment.bytes_per_class,
+        "paper_ipc": config.ipc,
+        "gpc": codec.images_per_class,
+        "num_points": codec.spec.num_points if codec.name == "gaussian" else None,
+        "accuracy": accuracies["distilled"],
+        **rows,
+        "fit_psnr": fit_psnr,
+        "seconds": _seconds(run, accuracies),
+        "device": environment["device"],
+        "versions": environment["versions"],
+        "commit": environment["commit"],
+        "dirty": environment["dirty"],
+        "command": environment["command"],
+        "protocol": {
+            "networks": "fresh ones, final weights, each tested once on the test set",
+            "network": dataclasses.asdict(config.network),
+            "evaluate": dataclasses.asdict(config.evaluate),
+            "augment": config.augment.strategy,
+            "whiten": config.whiten,
+            "seed": config.seed,
+        },
+        "budget": _budget(experiment, sizes),
+        "data_sha256": dataset.fingerprint(),
+    }
+
+
+def _budget(experiment: Experiment, sizes: dict[str, int]) -> dict[str, Any]:
+    config, codec = experiment.config, experiment.codec
+    budget: dict[str, Any] = {
+        "bytes available per class": experiment.bytes_per_class,
+        "bytes written per class": sizes["payload"] / codec.num_classes,
+        "exported file, parameters (bytes)": sizes["payload"],
+        "exported file, header (bytes)": sizes["header"],
+        "exported file (bytes)": sizes["file"],
+        "manifest beside it (bytes)": sizes["manifest"],
+    }
+    if codec.name == "gaussian":
+        spec = codec.spec
+        for row in storage.budget_table(config.ipc, codec.image_shape, spec.gpc, spec.num_points, spec.dtype):
+            points = f" of {row.points_per_image} Gaussians" if row.points_per_image else ""
+            budget[row.what] = f"{row.images} images{points}: {row.floats} floats, {row.bytes} bytes"
+    return budget
+
+
+def _seconds(run: RunDir, accuracies: dict[str, dict[str, Any]]) -> float:
+    """Adds up the stages, over all starts of the run."""
+    last = {entry["phase"]: entry["total_seconds"] for entry in read_metrics(run.path) if "total_seconds" in entry}
+    return sum(last.values()) + sum(entry["seconds"] for entry in accuracies.values())
+
+
+def table(result: dict[str, Any]) -> str:
+    """Writes a result as a Markdown table."""
+    labels = {
+        "accuracy": f"**{result['codec']}, distilled**",
+        "fit_only": f"{result['codec']}, fitted only",
+        "pixel": "pixels, distilled",
+        "random_real": "random real images",
+        "full_data": "whole training set",
+    }
+    written = round(result["budget"]["bytes written per class"])
+    lines = [
+        f"{result['dataset']}, {result['bytes_per_class']} bytes per class (ipc {result['paper_ipc']:g}), "
+        f"{result['objective']} matching, {result['device']}",
+        "",
+        "| training set | images per class | bytes per class | test accuracy, % | networks |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for key, label in labels.items():
+        entry = result.get(key)
+        if entry is None:
+            lines.append(f"| {label} | | | not run | |")
+            continue
+        images, size = entry.get("images_per_class", result["gpc"]), entry.get("bytes_per_class", written)
+        accuracy = f"{100 * entry['mean']:.1f} ± {100 * entry['std']:.1f}"
+        lines.append(f"| {label} | {images} | {size:,} | {accuracy} | {entry['n']} |")
+    return "\n".join(lines) + "\n"

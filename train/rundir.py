@@ -1,0 +1,415 @@
+"""A run directory: everything one experiment writes, laid out so that a killed run can be continued.
+
+    config.yaml        the resolved config; a run continued with another config is refused
+    environment.json   versions, device, commit and command: one entry per start
+    metrics.jsonl      one JSON object per line, each with "phase" and "step"
+    checkpoints/       written by `train.checkpoint`
+    .lock              held while a process writes here
+
+This file knows paths and bytes, not what a run computes. Every file except metrics.jsonl is replaced atomically, and
+metrics.jsonl can be cut back to a checkpointed step, so that an interrupted and continued run leaves the same lines as
+an uninterrupted one (but for wall-clock fields, see `is_wall_clock`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train import yaml12
+from train.errors import ConfigError, UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "triton", "jax-triton")
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class RunDir:
+    """Creates or re-opens a run directory and locks it against other processes.
+
+    Args:
+        path: The directory; made, with its parents, if absent.
+
+    Raises:
+        UserError: Another process writes there, the path is a file, or the directory holds part of a run but no
+            config.yaml.
+        OSError: It cannot be made or written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; a run directory is needed: choose another path")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._metrics: int | None = None
+        self._lock: int | None = self._acquire()
+        try:
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+            if not self.config_path.exists():
+                orphans = [p.name for p in (self.metrics_path, self.checkpoints_path) if p.exists()]
+                if orphans:
+                    raise UserError(
+                        f"{self.path} holds {' and '.join(orphans)} but no config.yaml, so it cannot be continued: "
+                        "delete it or choose another run directory"
+                    )
+            _drop_half_line(self.metrics_path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def config_path(self) -> Path:
+        """config.yaml."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment_path(self) -> Path:
+        """environment.json."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """metrics.jsonl."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """Where `train.checkpoint.Checkpoints` of this run live."""
+        return self.path / "checkpoints"
+
+    def __enter__(self) -> RunDir:
+        """Returns itself; the lock is already held."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the run directory."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the metrics file and releases the lock. A killed process releases it too."""
+        for descriptor in (self._metrics, self._lock):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._metrics = self._lock = None
+
+    def configure(self, config: Mapping[str, Any], *, may_change: Collection[str] = ()) -> bool:
+        """Stores the resolved config, or checks that a continued run has the stored one.
+
+        Args:
+            config: Nested mapping of plain values (tuples and numpy scalars are converted).
+            may_change: Dotted keys that may differ when a run is continued, such as "distill.iterations"; a key covers
+                all below it. Their new values are stored.
+
+        Returns:
+            True if the directory already held a run.
+
+        Raises:
+            UserError: Any other key differs; the message names each, with both values.
+        """
+        new = plain(config)
+        if not self.config_path.exists():
+            self._write_config(new)
+            return False
+        old = read_config(self.path)
+        before, now = _flatten(old), _flatten(new)
+        keys = dict.fromkeys([*before, *now])
+        differing = [k for k in keys if not (k in before and k in now and _same(before[k], now[k]))]
+        refused = [k for k in differing if not any(k == m or k.startswith(m + ".") for m in may_change)]
+        if refused:
+            there = "; ".join(f"{k} is {_show(before, k)} there and {_show(now, k)} now" for k in refused)
+            free = f" (free to change: {', '.join(sorted(may_change))})" if may_change else ""
+            raise UserError(
+                f"{self.path} holds a run with another config: {there}. "
+                f"Put the old values back to continue that run, or choose another run directory{free}"
+            )
+        if differing:
+            self._write_config(new)
+        return True
+
+    def record_environment(self, **extra: Any) -> dict[str, Any]:
+        """Appends what this process runs on to environment.json, one entry per start.
+
+        Args:
+            **extra: Further fields of the entry.
+
+        Returns:
+            The entry, see `environment`.
+        """
+        entry = environment() | plain(extra)
+        write_json(self.environment_path, [*read_environment(self.path), entry])
+        return entry
+
+    def append(self, phase: str, step: int, **values: Any) -> None:
+        """Appends one line to metrics.jsonl; it survives the death of the process from here on.
+
+        Args:
+            phase: Name of the part of the run, such as "distill".
+            step: Steps of that phase done so far.
+            **values: Values that `plain` takes; NaN and infinities are written as strings.
+        """
+        line = json.dumps({"phase": phase, "step": int(step), **_finite(plain(values))}, allow_nan=False) + "\n"
+        if self._metrics is None:
+            self._metrics = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        data = line.encode()
+        try:
+            while data:
+                data = data[os.write(self._metrics, data) :]
+        except OSError as error:
+            raise _named(error, self.metrics_path) from error
+
+    def truncate(self, phase: str, step: int) -> None:
+        """Drops the metrics of a phase after a step: call it before that phase goes on from a checkpoint.
+
+        Args:
+            phase: The phase that continues. Phases that start afresh later on are cut with their own call.
+            step: The checkpointed step, which is kept; -1 drops the whole phase.
+        """
+        if not self.metrics_path.exists():
+            return
+        if self._metrics is not None:
+            os.close(self._metrics)
+            self._metrics = None
+        _drop_half_line(self.metrics_path)
+        lines = self.metrics_path.read_bytes().splitlines(keepends=True)
+        entries = _parse(lines, self.metrics_path)
+        kept = [ln for ln, e in zip(lines, entries, strict=True) if e.get("phase") != phase or e.get("step", 0) <= step]
+        if len(kept) != len(lines):
+            write_bytes(self.metrics_path, b"".join(kept))
+
+    def _write_config(self, config: Mapping[str, Any]) -> None:
+        write_bytes(self.config_path, yaml12.dump(dict(config)).encode())
+
+    def _acquire(self) -> int:
+        path = self.path / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise UserError(
+                f"{self.path} is being written by {owner}: wait until it ends, stop it, or choose another run directory"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise _named(error, path) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return descriptor
+
+
+def is_wall_clock(key: str) -> bool:
+    """Tells whether a metric is a time or a speed, which no two runs share: "seconds", "*_seconds", "*_per_second"."""
+    return key == "seconds" or key.endswith(("_seconds", "_per_second"))
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads config.yaml of the run directory `path`. Raises UserError if it is not readable YAML."""
+    file = Path(path) / "config.yaml"
+    try:
+        config = yaml12.parse(file.read_text(encoding="utf-8"), source=file.name)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise _damaged(file, error, "restore it or choose another run directory") from error
+    if not isinstance(config, dict):
+        raise _damaged(file, "it holds no mapping", "restore it or choose another run directory")
+    return config
+
+
+def read_environment(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads environment.json of the run directory `path`, one entry per start; [] if it is absent."""
+    file = Path(path) / "environment.json"
+    if not file.exists():
+        return []
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(file, error, "delete it and run the same command again") from error
+    return list(entries) if isinstance(entries, list) else [entries]
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl of the run directory `path`, also while a run writes it; [] if it is absent.
+
+    A last line without its end is left out. Non-finite numbers come back as floats.
+    """
+    file = Path(path) / "metrics.jsonl"
+    if not file.exists():
+        return []
+    lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return _parse(lines, file)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Replaces a file atomically: after a crash it holds the old bytes or the new ones, never a part.
+
+    Args:
+        path: The file; its directory must exist.
+        data: Its new content.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: With `filename` set, also for a full disk; the old file is then untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise _named(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Replaces a file atomically with `value` as indented JSON; NaN and infinities are written as strings."""
+    text = json.dumps(_finite(plain(value)), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_bytes(path, f"{text}\n".encode())
+
+
+def environment() -> dict[str, Any]:
+    """Describes what this process runs on: versions, device, cores, commit of this code, command, start time (UTC)."""
+    device = jax.devices()[0]
+    commit, dirty = _commit()
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpu_count": os.cpu_count(),
+        "system": platform.platform(),
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def plain(value: Any) -> Any:
+    """Converts to dicts with string keys, lists, str, int, float, bool and None, which YAML and JSON both hold.
+
+    Raises:
+        TypeError: The value is something else; the message names its type.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (str, os.PathLike)):
+        return str(value)
+    if hasattr(value, "tolist"):  # arrays and scalars of numpy and JAX
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} cannot be written: convert it to numbers, strings, lists or dicts")
+
+
+def _finite(value: Any) -> Any:
+    """Writes non-finite floats as strings, because JSON has no token for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list) else value
+
+
+def _parse(lines: list[bytes], path: Path) -> list[dict[str, Any]]:
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            remedy = "delete that line and run the same command again"
+            raise _damaged(f"{path}, line {number},", error, remedy) from error
+        entries.append({k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in entry.items()})
+    return entries
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cuts what follows the last line end: a process was killed, or the disk filled, in the middle of a line."""
+    if path.is_file():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    both_nan = a != a and b != b
+    return (a == b or both_nan) and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same error with a file name: errors of write() carry none."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
+
+
+def _damaged(what: Path | str, why: Exception | str, remedy: str) -> UserError:
+    return UserError(f"{what} is damaged ({' '.join(str(why).split())}): {remedy}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of this code and whether tracked files differ from it; (None, None) where git does not track it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        # An installed copy may lie inside an unrelated repository (a virtual environment in a checkout).
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None

@@ -1,0 +1,236 @@
+"""The stages of a run: fit, distil, evaluate.
+
+Each continues where its last checkpoint stands and returns when it is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsdd_jax import codecs, distill, evaluate, fit, whiten
+from gsdd_jax.data import ClassTable, HostSampler, class_table, prefetch
+from train.checkpoint import Checkpoints
+from train.errors import UserError
+from train.experiment import Experiment, real_images
+from train.progress import Progress
+from train.rundir import RunDir, write_json
+
+
+def fit_stage(
+    experiment: Experiment, codec: codecs.Codec, targets: jax.Array, *, run: RunDir, progress: Progress, arm: str
+) -> Any:
+    """Fits a codec to its target images and returns the parameters."""
+    config = experiment.config
+    steps = config.fit.steps if config.fit.to != "random" else 0
+    phase = f"{arm}-fit"
+    with Checkpoints(run.checkpoints_path / phase) as checkpoints:
+        start = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=max(steps, 1)))
+        state = jax.eval_shape(start, experiment.key("start"), targets)
+        latest = checkpoints.latest()
+        if latest is None:
+            state, done, seconds = start(experiment.key("start"), targets), 0, 0.0
+        else:
+            state, meta = checkpoints.restore(latest, state)
+            done, seconds = latest, meta["seconds"]
+        run.truncate(phase, done)
+        advance = jax.jit(
+            lambda state, x, count: fit.fit_steps(state, x, codec=codec, steps=max(steps, 1), count=count),
+            donate_argnums=0,
+        )
+        saved = done
+        with progress.phase(f"fit {arm}", total=steps, done=done) as bar:
+            while done < steps:
+                began = time.perf_counter()
+                count = min(config.distill.log_every, steps - done)
+                state, psnr = advance(state, targets, count)
+                psnr = float(psnr)
+                done += count
+                seconds += time.perf_counter() - began
+                _stop_if_not_finite(psnr, phase, done, saved, checkpoints, "the starting point or fit.steps")
+                run.append(phase, done, psnr=psnr, total_seconds=seconds)
+                bar.advance(count, f"PSNR {psnr:.2f} dB")
+                if done == steps or done - saved >= config.distill.checkpoint_every:
+                    checkpoints.save(done, state, {"seconds": seconds})
+                    saved = done
+        if steps == 0 and latest is None:
+            checkpoints.save(0, state, {"seconds": seconds})
+    return state.params
+
+
+def distill_stage(
+    experiment: Experiment,
+    codec: codecs.Codec,
+    params: Any,
+    *,
+    run: RunDir,
+    progress: Progress,
+    arm: str,
+    iterations: int,
+    purpose: str,
+) -> Any:
+    """Runs the outer loop on a codec's parameters and returns the final ones."""
+    config = experiment.config
+    phase = f"{arm}-distill"
+    with Checkpoints(run.checkpoints_path / phase) as checkpoints:
+        state = distill.init_state(codec, params)
+        latest, done, seconds = checkpoints.latest(), 0, 0.0
+        if latest is not None:
+            state, meta = checkpoints.restore(latest, state)
+            done, seconds = latest, meta["seconds"]
+        run.truncate(phase, done)
+        step = jax.jit(build_step(experiment, codec), donate_argnums=0)
+        key, saved = experiment.key(purpose), done
+        with progress.phase(f"distil {arm}", total=iterations, done=done) as bar:
+            batches = _batches(experiment, done, iterations)
+            while done < iterations:
+                began = time.perf_counter()
+                count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
+                for _ in range(count):
+                    state, metrics = step(state, next(batches), key)
+                # The only wait for the device: once per logged line, not per step.
+                values = {name: float(value) for name, value in metrics.items()}
+                done += count
+                seconds += time.perf_counter() - began
+                worst = sum(values.values())
+                _stop_if_not_finite(worst, phase, done, saved, checkpoints, "a smaller learning rate (codec.lr)")
+                run.append(phase, done, **values, total_seconds=seconds)
+                bar.advance(count, f"loss {values['loss']:.4g}")
+                if done == iterations or done - saved >= config.distill.checkpoint_every:
+                    checkpoints.save(done, state, {"seconds": seconds})
+                    saved = done
+            batches.close()
+    return state.params
+
+
+def build_step(experiment: Experiment, codec: codecs.Codec):
+    """Builds the outer step of an experiment for one of its codecs."""
+    return distill.make_step(
+        codec,
+        experiment.config.objective,
+        network=experiment.network,
+        augment=experiment.config.augment,
+        transform=whiten.apply,
+    )
+
+
+def device_data(experiment: Experiment) -> distill.DeviceData:
+    """Puts the training set on the device as uint8."""
+    dataset = experiment.dataset
+    table: ClassTable = class_table(dataset.train_labels, dataset.num_classes)
+    return distill.DeviceData(jnp.asarray(dataset.train_images), table, experiment.whitening)
+
+
+def _batches(experiment: Experiment, first: int, last: int):
+    """Yields the data argument of every step from ``first`` on."""
+    config, dataset = experiment.config, experiment.dataset
+    if config.distill.data == "device":
+        data = device_data(experiment)
+        for _ in range(first, last):
+            yield data
+        return
+    sampler = HostSampler(
+        dataset.train_images,
+        dataset.train_labels,
+        num_classes=dataset.num_classes,
+        batch=config.objective.batch_real,
+        seed=config.seed,
+    )
+    stream = prefetch(sampler, first)
+    try:
+        for _, images in stream:
+            yield distill.HostBatch(jnp.asarray(images), experiment.whitening)
+    finally:
+        stream.close()
+
+
+def _stop_if_not_finite(value: float, phase: str, done: int, saved: int, checkpoints: Checkpoints, remedy: str) -> None:
+    if not np.isfinite(value):
+        kept = f"the state of step {saved} is kept in {checkpoints.path}" if saved else "nothing was checkpointed yet"
+        raise UserError(f"{phase}: not a finite number by step {done}; {kept}; try {remedy}")
+
+
+def evaluate_stage(
+    experiment: Experiment, arm: str, images: jax.Array | None, *, run: RunDir, progress: Progress
+) -> dict[str, Any]:
+    """Trains fresh networks on an arm's images and tests them; finished networks are kept in evaluation.json.
+
+    Args:
+        experiment: The experiment.
+        arm: Row of the table. ``random_real`` draws its images anew for each network; ``full_data`` takes the
+            training set.
+        images: ``[n, h, w, c]`` class-major images in [0,1], for the other arms.
+        run: Run directory.
+        progress: Progress bars.
+
+    Returns:
+        ``{"mean", "std", "n", "seeds", "accuracies", "seconds", "images", "steps"}``.
+    """
+    config, dataset = experiment.config, experiment.dataset
+    spec = evaluation_spec(experiment, arm)
+    path = run.path / "evaluation.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    entry = known.setdefault(arm, {"accuracies": {}, "seconds": 0.0})
+    classes = dataset.num_classes
+    with progress.phase(f"test {arm}", total=spec.seeds, done=len(entry["accuracies"])) as bar:
+        for seed in range(spec.seeds):
+            if str(seed) in entry["accuracies"]:
+                continue
+            began = time.perf_counter()
+            if arm == "full_data":
+                batch, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+            else:
+                if arm == "random_real":
+                    pixels = codecs.make(
+                        codecs.PixelSpec(ipc=int(config.ipc)),
+                        image_shape=dataset.image_shape,
+                        num_classes=classes,
+                        bytes_per_class=experiment.bytes_per_class,
+                    )
+                    batch = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
+                else:
+                    assert images is not None
+                    batch = images
+                labels = jnp.repeat(jnp.arange(classes, dtype=jnp.int32), len(batch) // classes)
+            accuracy = evaluate.evaluate(
+                experiment.key("evaluate", seed)[None],
+                batch,
+                labels,
+                jnp.asarray(dataset.test_images),
+                jnp.asarray(dataset.test_labels),
+                network=experiment.network,
+                spec=spec,
+                augment=config.augment,
+                transform=whiten.apply,
+                transform_params=experiment.whitening,
+            )
+            entry["accuracies"][str(seed)] = float(accuracy[0])
+            entry["seconds"] += time.perf_counter() - began
+            entry["images"] = len(batch)
+            write_json(path, known)
+            bar.advance(1, f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
+    seeds = list(range(spec.seeds))
+    values = [entry["accuracies"][str(seed)] for seed in seeds]
+    return {
+        **evaluate.summarise(values, seeds),
+        "accuracies": values,
+        "seconds": entry["seconds"],
+        "images": entry["images"],
+        "steps": spec.num_steps(entry["images"]),
+    }
+
+
+def evaluation_spec(experiment: Experiment, arm: str) -> evaluate.EvalSpec:
+    """Returns the training recipe of an arm: the same for all, but for the full data where the config says so."""
+    spec, baselines = experiment.config.evaluate, experiment.config.baselines
+    if arm != "full_data":
+        return spec
+    return dataclasses.replace(
+        spec, steps=baselines.full_data_steps or spec.steps, seeds=baselines.full_data_seeds or spec.seeds
+    )
