@@ -5,8 +5,8 @@ are drawn per image, which is the rule for training networks, or once for the ba
 matching real and synthetic images of one class.
 
 Images may be in any space (whitened ones, usually); what leaves the frame is filled with 0. All operations are
-differentiable in the images and none in its own parameters. No backward pass scatters, so results are
-the same bits on every run, on GPUs too.
+differentiable in the images; in the parameters that are drawn, they are not meant to be. No backward pass of crop,
+scale or rotate scatters: a GPU adds scattered values in any order, and runs could not be repeated to the bit.
 """
 
 import math

@@ -61,7 +61,7 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         decode=decode,
         stored=stored,
         loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
-        nbytes=lambda params: storage.nbytes(stored(params)),
+        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
         regularise=lambda params: jnp.zeros(()),
         project=lambda params: params,
         optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),

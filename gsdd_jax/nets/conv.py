@@ -1,6 +1,6 @@
 """A stride-1 convolution whose derivatives stay fast on every platform, under `scan` and under `vmap`.
 
-This file exists for two measured defects of XLA on CPU (jax 0.10.2, ConvNetD3, 32 px, two cores):
+This file exists for two measured defects of XLA on CPU (jax 0.10.2, ConvNetD3, 32 px, two busy cores):
 
 - Inside a loop body XLA does not bring the gradient convolutions into the layout its fast kernel needs, and
   falls back to plain loops: training in `lax.scan` ran at 5 images/s instead of 180. Here the gradients are
@@ -8,7 +8,7 @@ This file exists for two measured defects of XLA on CPU (jax 0.10.2, ConvNetD3, 
 - `vmap` over kernels makes a grouped convolution, which has no fast kernel either: 64 instead of 250 images/s.
   Here such a batch is a loop over ordinary convolutions.
 
-On other platforms both are what JAX does by itself, since cuDNN has kernels for all of these forms.
+Other platforms get what JAX does by itself, which is what XLA matches to cuDNN.
 
 The convolution is bilinear, and its two gradients are bilinear again, so three operators are closed under
 reverse-mode differentiation of any order: `<g, conv(x, k)> = <input_grad(g, k), x> = <filter_grad(x, g), k>`.
