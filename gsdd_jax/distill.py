@@ -100,7 +100,7 @@ def make_step(
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         params = codec.project(optax.apply_updates(state.params, updates))
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return State(params, opt_state, state.step + 1), metrics
 
     return step

@@ -1,0 +1,451 @@
+"""Every codec of the registry keeps one contract; then what is special to each."""
+
+import dataclasses
+import json
+import struct
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from gsdd_jax import SynSet, codecs, starts, storage
+from gsdd_jax.codecs import GaussianSpec, PixelSpec
+from gsdd_jax.codecs import gaussian as gaussian_codec
+from gsdd_jax.gaussians import Gaussians
+
+SHAPE, CLASSES = (6, 8, 3), 2
+BUDGET = 2 * 6 * 8 * 3 * 4  # two float32 images per class
+ITEM = {"float32": 4, "bfloat16": 2}
+
+SPECS: dict[str, codecs.CodecSpec] = {
+    "gaussian": GaussianSpec(gpc=3, num_points=5, cutoff=0.0),
+    "gaussian float32": GaussianSpec(gpc=2, dtype="float32", num_points=4, cutoff=0.0, supersample=1, start="gradient"),
+    "pixel": PixelSpec(),
+    "pixel bfloat16": PixelSpec(dtype="bfloat16", optimiser="adam", ipc=3),
+}
+
+
+class Case(NamedTuple):
+    codec: codecs.Codec
+    images: np.ndarray
+    started: Any
+    params: Any
+    decode: Any  # jitted
+
+
+def make(spec, **changes) -> codecs.Codec:
+    settings = {"image_shape": SHAPE, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
+    return codecs.make(spec, **settings)
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def case(request) -> Case:
+    codec = make(SPECS[request.param])
+    images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *SHAPE)).astype(np.float32)
+    started = jax.jit(codec.init)(jax.random.key(0), images)
+    # Off the start, so that no leaf is a constant that rounds to itself.
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.05, x.shape), jnp.float32), started)
+    return Case(codec, images, started, codec.project(params), jax.jit(codec.decode))
+
+
+def leaves(params) -> dict[str, np.ndarray]:
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in flat}
+
+
+def bits(x) -> bytes:
+    return np.asarray(x).tobytes()
+
+
+def test_contract_table_covers_the_registry():
+    assert {spec.name for spec in SPECS.values()} == set(codecs.SPECS)
+    assert all(codecs.SPECS[spec.name] is type(spec) for spec in SPECS.values())
+
+
+def test_params_are_float32_masters_of_every_image(case):
+    codec = case.codec
+    assert codec.num_images == CLASSES * codec.images_per_class
+    for name, leaf in leaves(case.started).items():
+        assert leaf.dtype == np.float32, name
+        assert leaf.shape[0] == codec.num_images, name
+        assert np.isfinite(leaf).all(), name
+
+
+def test_start_resembles_the_images_it_was_made_from(case):
+    started = np.asarray(case.decode(case.started))
+    wrong = np.roll(case.images, 1, axis=0)
+    assert np.mean((started - case.images) ** 2) < np.mean((started - wrong) ** 2)
+
+
+def test_decode_gives_float_images_of_the_native_size(case):
+    decoded = case.decode(case.params)
+    assert decoded.shape == (case.codec.num_images, *SHAPE) == (case.codec.num_images, *case.codec.image_shape)
+    assert decoded.dtype == jnp.float32
+    assert np.isfinite(decoded).all()
+
+
+def test_decode_by_index_equals_decode_of_all(case):
+    index = np.array([3, 0, 3])
+    np.testing.assert_allclose(case.decode(case.params, index), case.decode(case.params)[index], rtol=0, atol=1e-6)
+
+
+def test_images_do_not_depend_on_each_other(case):
+    changed = jax.tree.map(lambda x: x.at[1].add(0.1), case.params)
+    before, after = np.asarray(case.decode(case.params)), np.asarray(case.decode(changed))
+    assert np.abs(after[1] - before[1]).max() > 1e-3
+    np.testing.assert_array_equal(np.delete(after, 1, 0), np.delete(before, 1, 0))
+
+
+def test_gradient_is_finite_and_reaches_every_leaf_of_every_image(case):
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(case.codec.num_images, *SHAPE)), jnp.float32)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.codec.decode(p))))(case.params)
+    for name, grad in leaves(grads).items():
+        assert np.isfinite(grad).all(), name
+        assert (np.abs(grad).reshape(len(grad), -1).max(1) > 1e-4).all(), name
+
+
+def test_gradient_of_an_index_leaves_other_images_alone(case):
+    index = jnp.array([0, 2])
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(case.codec.decode(p, index) ** 2)))(case.params)
+    for name, grad in leaves(grads).items():
+        moved = np.abs(grad).reshape(len(grad), -1).max(1) > 0
+        assert moved[[0, 2]].all() and moved.sum() == 2, name
+
+
+def test_regulariser_is_a_finite_scalar(case):
+    value = case.codec.regularise(case.params)
+    assert value.shape == () and np.isfinite(value)
+
+
+def test_nbytes_is_what_is_stored_and_fits_the_budget(case):
+    stored = leaves(case.codec.stored(case.params))
+    assert case.codec.nbytes(case.params) == sum(x.nbytes for x in stored.values())
+    assert case.codec.nbytes(case.params) <= CLASSES * BUDGET
+    assert case.codec.nbytes(jax.eval_shape(lambda: case.params)) == case.codec.nbytes(case.params)
+
+
+def test_exported_file_holds_exactly_the_counted_bytes(case, tmp_path):
+    sizes = SynSet(case.codec, case.params, BUDGET, ("a", "b")).save(tmp_path)
+    raw = (tmp_path / "synset.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    tensors = json.loads(raw[8 : 8 + length])
+    tensors.pop("__metadata__", None)
+    spans = [t["data_offsets"][1] - t["data_offsets"][0] for t in tensors.values()]
+    assert sum(spans) == len(raw) - 8 - length == sizes["payload"] == case.codec.nbytes(case.params)
+    assert sizes["header"] == 8 + length
+
+
+def test_stored_arrays_have_the_declared_precision(case):
+    for name, leaf in leaves(case.codec.stored(case.params)).items():
+        assert str(leaf.dtype) == case.codec.spec.dtype, name
+
+
+def test_stored_and_loaded_params_decode_to_the_same_bits(case):
+    loaded = case.codec.loaded(case.codec.stored(case.params))
+    assert jax.tree.structure(loaded) == jax.tree.structure(case.params)
+    assert bits(case.decode(loaded)) == bits(case.decode(case.params))
+    changed = [bits(a) != bits(b) for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(case.params), strict=True)]
+    assert all(changed) == (case.codec.spec.dtype == "bfloat16")
+
+
+def test_native_size_spelt_out_decodes_to_the_same_bits(case):
+    decoded = jax.jit(lambda p: case.codec.decode(p, size=SHAPE[:2]))(case.params)
+    assert bits(decoded) == bits(case.decode(case.params))
+
+
+def test_decode_at_another_size_shows_the_same_picture(case):
+    large = np.asarray(jax.jit(lambda p: case.codec.decode(p, size=(12, 24)))(case.params))
+    assert large.shape == (case.codec.num_images, 12, 24, 3)
+    small, native = large.reshape(-1, 6, 2, 8, 3, 3).mean((2, 4)), np.asarray(case.decode(case.params))
+    # The same picture up to blur: far nearer to its own original than to the next image.
+    assert np.mean((small - native) ** 2) < 0.3 * np.mean((small - np.roll(native, 1, axis=0)) ** 2)
+
+
+def test_decode_compiles_once(case):
+    # A function of its own: jit shares its cache between wrappers of one function.
+    decode = jax.jit(lambda params, index: case.codec.decode(params, index))
+    index = np.array([1, 0], np.int32)
+    for scale in (1.0, 0.5):
+        decode(jax.tree.map(lambda x, scale=scale: x * scale, case.params), index + int(scale)).block_until_ready()
+    assert decode._cache_size() == 1
+
+
+def test_decode_vmap_equals_loop(case):
+    many = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), case.params)
+    together = jax.jit(jax.vmap(case.codec.decode))(many)
+    for i in range(2):
+        alone = case.decode(jax.tree.map(lambda x, i=i: x[i], many))
+        np.testing.assert_allclose(together[i], alone, rtol=0, atol=2e-6)
+
+
+def test_optimiser_and_fitter_states_do_not_change_in_structure(case):
+    # A state that changes in shape or dtype would compile the step anew and could not be restored.
+    for transformation in (case.codec.optimiser(), case.codec.fitter(10)):
+        start = transformation.init(case.params)
+        updates, state = transformation.update(case.params, start, case.params)
+        assert jax.tree.structure(updates) == jax.tree.structure(case.params)
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [
+            (x.shape, x.dtype) for x in jax.tree.leaves(start)
+        ]
+
+
+def test_unknown_codec_lists_the_known_ones():
+    spec = dataclasses.replace(SPECS["pixel"])
+    object.__setattr__(spec, "name", "wavelet")
+    with pytest.raises(ValueError, match="codec.name: expected one of gaussian, pixel; found 'wavelet'"):
+        make(spec)
+
+
+# Gaussians
+
+
+@pytest.fixture(scope="module")
+def gaussians() -> Gaussians:
+    rng = np.random.default_rng(4)
+    shape = (CLASSES * 3, 5)
+    return Gaussians(
+        jnp.asarray(rng.uniform(-0.95, 0.95, (*shape, 2)), jnp.float32),
+        jnp.asarray(rng.uniform(-0.2, 1.5, (*shape, 3)), jnp.float32),
+        jnp.asarray(rng.uniform(-0.5, 1, (*shape, 3)), jnp.float32),
+        jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32),
+        size=SHAPE[:2],
+    )
+
+
+def rounded(g: Gaussians) -> Gaussians:
+    """bfloat16, by NumPy's own rounding."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16).astype(np.float32)), g)
+
+
+@pytest.mark.parametrize("size", [None, (9, 20)])
+def test_gaussian_decode_draws_the_rounded_parameters(gaussians, size):
+    decoded = jax.jit(lambda p: make(SPECS["gaussian"]).decode(p, size=size))(gaussians)
+    np.testing.assert_allclose(decoded, oracle.render(rounded(gaussians), size).images, rtol=0, atol=1e-5)
+    exact = oracle.render(gaussians, size).images
+    assert np.abs(decoded - exact).max() > 1e-3
+
+
+def test_gaussian_gradient_passes_straight_through_the_rounding(gaussians):
+    weights = np.random.default_rng(5).normal(size=(gaussians.num_images, *SHAPE))
+    codec = make(SPECS["gaussian"])
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.asarray(weights, jnp.float32) * codec.decode(p))))(gaussians)
+    expected = oracle.render(rounded(gaussians), v=weights).gradient
+    for name, grad in leaves(grads).items():
+        np.testing.assert_allclose(grad, expected[name], rtol=0, atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
+
+
+def test_gaussians_fill_the_budget_exactly_as_the_paper_counts():
+    # GSDD, section 4.1: floor(3 res^2 ipc 2 / (gpc 9)); 32 px, ipc 1 and 10.
+    for ipc, gpc in ((1, 30), (10, 170), (1, 64)):
+        budget = storage.budget_bytes(ipc, (32, 32, 3))
+        codec = make(GaussianSpec(gpc=gpc), image_shape=(32, 32, 3), bytes_per_class=budget)
+        assert codec.spec.num_points == 3 * 32**2 * ipc * 2 // (gpc * 9)
+        params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((CLASSES * gpc, 32, 32, 3)))
+        free = CLASSES * budget - codec.nbytes(params)
+        assert 0 <= free < CLASSES * gpc * 9 * 2
+
+
+def test_grey_gaussians_cost_seven_numbers():
+    codec = make(GaussianSpec(gpc=1), image_shape=(8, 8, 1), bytes_per_class=256)
+    assert codec.spec.num_points == 256 // (7 * 2)
+
+
+def test_too_many_gaussian_images_say_how_many_fit():
+    message = r"codec.gpc: 65 images do not fit 1152 bytes.*\(18 bytes\); expected at most 64"
+    with pytest.raises(ValueError, match=message):
+        make(GaussianSpec(gpc=65))
+
+
+def test_too_many_gaussians_say_how_many_fit():
+    message = "codec.num_points: 4 images of 17 bfloat16 Gaussians need 1224 bytes, the budget per class has 1152; "
+    with pytest.raises(ValueError, match=message + "expected at most 16 Gaussians per image"):
+        make(GaussianSpec(gpc=4, num_points=17))
+    with pytest.raises(ValueError, match="4 images of 9 float32 Gaussians.*expected at most 8"):
+        make(GaussianSpec(gpc=4, num_points=9, dtype="float32"))
+
+
+def test_projection_keeps_centres_inside_and_nothing_else(gaussians):
+    far = dataclasses.replace(gaussians, mean=gaussians.mean * 3)
+    projected = make(SPECS["gaussian"]).project(far)
+    limit = np.float32(1 - 1e-3)
+    assert np.abs(far.mean).max() > 1 and np.abs(projected.mean).max() <= limit
+    inside = np.abs(np.asarray(far.mean)) < limit
+    np.testing.assert_array_equal(np.asarray(projected.mean)[inside], np.asarray(far.mean)[inside])
+    np.testing.assert_array_equal(np.asarray(projected.mean)[~inside], np.sign(np.asarray(far.mean)[~inside]) * limit)
+    for name in ("cholesky", "color", "opacity"):
+        assert bits(getattr(projected, name)) == bits(getattr(far, name))
+
+
+def test_boundary_loss_is_the_mean_log_barrier(gaussians):
+    x = np.asarray(gaussians.mean, np.float64)
+    expected = np.mean(-np.log(1 - x**2))
+    np.testing.assert_allclose(gaussian_codec.boundary_loss(gaussians), expected, rtol=1e-5)
+    np.testing.assert_allclose(make(SPECS["gaussian"]).regularise(gaussians), 0.1 * expected, rtol=1e-5)
+    weighted = make(GaussianSpec(gpc=3, num_points=5, boundary=2.0)).regularise(gaussians)
+    np.testing.assert_allclose(weighted, 2 * expected, rtol=1e-5)
+    assert make(GaussianSpec(gpc=3, num_points=5, boundary=0.0)).regularise(gaussians) == 0
+
+
+def test_boundary_loss_pushes_centres_inwards_and_never_overflows(gaussians):
+    grads = jax.grad(gaussian_codec.boundary_loss)(gaussians)
+    x = np.asarray(gaussians.mean, np.float64)
+    np.testing.assert_allclose(grads.mean, 2 * x / (1 - x**2) / x.size, rtol=1e-4)
+    assert (np.asarray(grads.mean) * x > 0).all(), "a step against the gradient must reduce |x|"
+    for name in ("cholesky", "color", "opacity"):
+        assert not np.asarray(getattr(grads, name)).any()
+    # On the edge as projected, whose bfloat16 is 1: still finite, still inwards. And beyond it finite at least.
+    edge = dataclasses.replace(gaussians, mean=jnp.full_like(gaussians.mean, 1 - 1e-3))
+    grad = np.asarray(jax.grad(gaussian_codec.boundary_loss)(edge).mean)
+    assert np.isfinite(grad).all() and (grad > 0).all()
+    beyond = dataclasses.replace(gaussians, mean=jnp.full_like(gaussians.mean, 1.5))
+    assert np.isfinite(gaussian_codec.boundary_loss(beyond))
+    assert np.isfinite(jax.grad(gaussian_codec.boundary_loss)(beyond).mean).all()
+
+
+def numpy_adam(gradients, rate) -> np.ndarray:
+    """Adam with the default betas; ``rate`` maps the number of the step, from 0, to a learning rate."""
+    m = v = np.zeros_like(gradients[0])
+    moved = np.zeros_like(gradients[0])
+    for t, g in enumerate(gradients):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        moved -= rate(t) * (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8)
+    return moved
+
+
+def assert_moved(found, gradients, rate, **options) -> None:
+    expected = numpy_adam([np.asarray(g, np.float64) for g in gradients], rate)
+    # Steps of opposite sign cancel, so the error is relative to the rate, not to the sum.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * rate(0) * len(gradients), **options)
+
+
+def run_optimiser(transformation, params, gradients):
+    state, total = transformation.init(params), jax.tree.map(jnp.zeros_like, params)
+    for grads in gradients:
+        updates, state = transformation.update(grads, state, params)
+        total = jax.tree.map(jnp.add, total, updates)
+    return total
+
+
+def random_gradients(params, count):
+    rng = np.random.default_rng(6)
+    return [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params) for _ in range(count)]
+
+
+def test_distillation_is_adam_with_the_configured_rate_of_each_leaf(gaussians):
+    codec = make(GaussianSpec(gpc=3, num_points=5, lr=0.02, lr_mean=0.1, lr_cholesky=3.0, lr_color=0.5))
+    gradients = random_gradients(gaussians, 4)
+    total = run_optimiser(codec.optimiser(), gaussians, gradients)
+    for name, rate in {"mean": 0.002, "cholesky": 0.06, "color": 0.01, "opacity": 0.01}.items():
+        assert_moved(getattr(total, name), [getattr(g, name) for g in gradients], lambda t, r=rate: r, err_msg=name)
+
+
+def test_factor_of_zero_freezes_a_leaf(gaussians):
+    codec = make(GaussianSpec(gpc=3, num_points=5, lr_mean=0.0))
+    total = run_optimiser(codec.optimiser(), gaussians, random_gradients(gaussians, 2))
+    assert not np.asarray(total.mean).any() and np.asarray(total.color).all()
+
+
+def test_fitting_is_adam_with_rates_per_leaf_on_a_cosine(gaussians):
+    codec, steps = make(SPECS["gaussian"]), 5
+    gradients = random_gradients(gaussians, steps)
+    total = run_optimiser(codec.fitter(steps), gaussians, gradients)
+    spacing = np.sqrt(6 * 8 / 5)
+    rates = {"mean": 0.05 * spacing / 4, "cholesky": 0.1 * 0.6 * spacing / np.sqrt(np.pi), "color": 0.015, "opacity": 0}
+    for name, rate in rates.items():
+
+        def cosine(t, rate=rate):
+            return rate * (0.98 * 0.5 * (1 + np.cos(np.pi * t / steps)) + 0.02)
+
+        assert_moved(getattr(total, name), [getattr(g, name) for g in gradients], cosine, err_msg=name)
+
+
+@pytest.mark.parametrize("start", ["clusters", "gradient"])
+def test_starts_from_images_are_finite_and_inside(start):
+    images = np.random.default_rng(7).uniform(0, 1, (2, 6, 8, 3)).astype(np.float32)
+    images[1] = 0.5  # no edge anywhere
+    for points in (2, 60):  # few, and more than there are pixels
+        g = jax.jit(starts.START[start], static_argnums=2)(jax.random.key(0), images, points)
+        assert (g.num_images, g.num_points, g.size) == (2, points, (6, 8))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(g))
+        assert np.abs(g.mean).max() <= 1
+
+
+def test_uniform_start_draws_the_authors_ranges():
+    g = jax.jit(starts.START["uniform"], static_argnums=2)(jax.random.key(0), jnp.zeros((4, 6, 8, 3)), 500)
+    assert (g.num_images, g.num_points, g.size) == (4, 500, (6, 8))
+    for leaf, low, high in ((g.mean, -1, 1), (g.cholesky, 0, 1), (g.color, 0, 1)):
+        leaf, slack = np.asarray(leaf), 0.02 * (high - low)
+        assert low <= leaf.min() < low + slack and high - slack < leaf.max() <= high
+    assert (np.asarray(g.opacity) == 1).all()
+
+
+def test_colours_of_the_cluster_start_solve_the_ridge_regression():
+    rng = np.random.default_rng(8)
+    image = rng.uniform(0, 1, (6, 8, 3)).astype(np.float32)
+    mean, raw = rng.uniform(-0.9, 0.9, (4, 2)), rng.uniform(0.2, 1.5, (4, 3))
+    each = Gaussians(*(jnp.asarray(x, jnp.float32)[None] for x in (mean, raw, np.eye(4), np.ones(4))), size=(6, 8))
+    design = oracle.render(each).images[0].reshape(-1, 4)
+    gram = design.T @ design
+    expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / 4 * np.eye(4), design.T @ image.reshape(-1, 3))
+    found = jax.jit(starts.least_squares_colors)(each.mean[0], each.cholesky[0], jnp.asarray(image))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+# Pixels
+
+
+def test_pixels_are_the_images_themselves():
+    codec = make(PixelSpec())
+    images = np.random.default_rng(9).uniform(0, 1, (4, *SHAPE)).astype(np.float32)
+    assert codec.images_per_class == codec.spec.ipc == 2
+    params = codec.init(jax.random.key(0), images)
+    assert bits(codec.decode(params)) == bits(images)
+    assert bits(codec.project(params)["images"]) == bits(images)
+    assert codec.regularise(params) == 0
+
+
+def test_bfloat16_pixels_are_rounded_in_the_forward_pass_and_twice_as_many():
+    codec = make(PixelSpec(dtype="bfloat16"))
+    assert codec.images_per_class == 4
+    images = np.random.default_rng(9).uniform(0, 1, (8, *SHAPE)).astype(np.float32)
+    decoded = codec.decode(codec.init(jax.random.key(0), images))
+    np.testing.assert_array_equal(decoded, images.astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_pixel_sgd_has_momentum_one_half():
+    params = {"images": jnp.zeros((4, *SHAPE))}
+    gradients = random_gradients(params, 3)
+    a, b, c = (np.asarray(g["images"], np.float64) for g in gradients)
+    velocity = [a, 0.5 * a + b, 0.25 * a + 0.5 * b + c]
+    total = run_optimiser(make(PixelSpec(lr=0.3)).optimiser(), params, gradients)
+    np.testing.assert_allclose(total["images"], -0.3 * sum(velocity), rtol=1e-5, atol=1e-6)
+
+
+def test_pixel_adam_takes_the_configured_rate():
+    params = {"images": jnp.zeros((4, *SHAPE))}
+    gradients = random_gradients(params, 3)
+    total = run_optimiser(make(PixelSpec(optimiser="adam", lr=0.3)).optimiser(), params, gradients)
+    assert_moved(total["images"], [g["images"] for g in gradients], lambda t: 0.3)
+
+
+def test_fitting_never_changes_pixels():
+    params = {"images": jnp.ones((4, *SHAPE))}
+    total = run_optimiser(make(PixelSpec()).fitter(3), params, random_gradients(params, 3))
+    assert not np.asarray(total["images"]).any()
+
+
+@pytest.mark.parametrize(
+    ("spec", "budget", "message"),
+    [
+        (PixelSpec(), 575, "codec.ipc: 1 float32 images of 576 bytes do not fit 575 bytes.*at most 0"),
+        (PixelSpec(ipc=3), BUDGET, "codec.ipc: 3 float32 images of 576 bytes do not fit 1152 bytes.*at most 2"),
+        (PixelSpec(ipc=5, dtype="bfloat16"), BUDGET, "codec.ipc: 5 bfloat16 images of 288 bytes.*at most 4"),
+    ],
+)
+def test_too_many_pixel_images_say_how_many_fit(spec, budget, message):
+    with pytest.raises(ValueError, match=message):
+        make(spec, bytes_per_class=budget)

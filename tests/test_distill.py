@@ -1,0 +1,265 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsdd_jax import codecs, data, distill, whiten
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.codecs import GaussianSpec, PixelSpec
+from gsdd_jax.gaussians import Gaussians
+from gsdd_jax.match import DistributionSpec, distribution_loss
+from gsdd_jax.nets import NetSpec, build
+
+CLASSES, SHAPE, GPC, POINTS = 2, (8, 8, 1), 3, 4
+NETWORK = build(NetSpec(depth=2, width=8), SHAPE, CLASSES)
+AUGMENT = DsaSpec(strategy="crop_cutout")
+KEY = jax.random.key(7)
+LIMIT = np.float32(1 - 1e-3)
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    """Two of the ten classes."""
+    full = data.load(data.DataSpec(per_class=20, test_limit=10))
+    keep = full.train_labels < CLASSES
+    return full._replace(train_images=full.train_images[keep], train_labels=full.train_labels[keep])
+
+
+@pytest.fixture(scope="module")
+def on_device(digits) -> distill.DeviceData:
+    table = data.class_table(digits.train_labels, CLASSES)
+    return distill.DeviceData(jnp.asarray(digits.train_images), table, whiten.fit("meanstd", digits.train_images))
+
+
+def make_codec(**changes) -> codecs.Codec:
+    spec = GaussianSpec(gpc=GPC, num_points=POINTS, **{"lr": 0.02, "boundary": 0.1} | changes)
+    return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=GPC * POINTS * 7 * 2)
+
+
+def make_step(codec, **objective):
+    spec = DistributionSpec(**{"batch_real": 6} | objective)
+    return distill.make_step(codec, spec, network=NETWORK, augment=AUGMENT, transform=whiten.apply)
+
+
+@pytest.fixture(scope="module")
+def codec() -> codecs.Codec:
+    return make_codec()
+
+
+@pytest.fixture(scope="module")
+def start(codec, digits) -> distill.State:
+    chosen = np.concatenate([np.flatnonzero(digits.train_labels == label)[:GPC] for label in range(CLASSES)])
+    targets = jnp.asarray(digits.train_images[chosen], jnp.float32) / 255
+    params = jax.jit(codec.init)(jax.random.key(0), targets)
+    # Some centres at the border, so that the projection has something to do.
+    mean = params.mean.at[:, 0].set(LIMIT).at[:, 1].set(-LIMIT)
+    params = Gaussians(mean, params.cholesky, params.color, params.opacity, size=params.size)
+    return distill.init_state(codec, params)
+
+
+@pytest.fixture(scope="module")
+def step(codec):
+    return jax.jit(make_step(codec))
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def run(step, state, data, count, key=KEY):
+    metrics = []
+    for _ in range(count):
+        state, values = step(state, data, key)
+        metrics.append({name: float(value) for name, value in values.items()})
+    return state, metrics
+
+
+@pytest.fixture(scope="module")
+def five(step, start, on_device):
+    """State and metrics after five steps in one go."""
+    return run(step, start, on_device, 5)
+
+
+def gradient(codec, params, data, step_number):
+    """Loss and gradient of one step, composed by hand from the parts."""
+    key_real, _, key_loss = jax.random.split(jax.random.fold_in(KEY, step_number), 3)
+    real = data.images[jax.jit(data_draw)(key_real, data.table)]
+
+    def loss(params):
+        syn = codec.decode(params).reshape(CLASSES, GPC, *SHAPE)
+        return distribution_loss(
+            key_loss,
+            real,
+            syn,
+            network=NETWORK,
+            augment=AUGMENT,
+            transform=whiten.apply,
+            transform_params=data.transform_params,
+            class_chunk=CLASSES,
+        )
+
+    def with_barrier(params):
+        return loss(params) - 0.1 * jnp.mean(jnp.log(1 - params.mean**2))
+
+    return jax.jit(loss)(params), jax.jit(jax.grad(with_barrier))(params)
+
+
+def data_draw(key, table):
+    return data.sample_classes(key, table, 6)
+
+
+def test_first_steps_are_adam_on_the_composed_gradient_then_projection(codec, start, step, on_device):
+    state = start
+    m = v = {name: 0.0 for name in ("mean", "cholesky", "color", "opacity")}
+    for t in range(2):
+        loss, grads = gradient(codec, state.params, on_device, t)
+        after, metrics = step(state, on_device, KEY)
+        assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4)
+        own = {name: np.asarray(getattr(grads, name), np.float64) for name in m}
+        norm = np.sqrt(sum(np.sum(g**2) for g in own.values()))
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        m = {name: 0.9 * m[name] + 0.1 * g for name, g in own.items()}
+        v = {name: 0.999 * v[name] + 0.001 * g**2 for name, g in own.items()}
+        clipped = 0
+        for name in own:
+            size = (m[name] / (1 - 0.9 ** (t + 1))) / (np.sqrt(v[name] / (1 - 0.999 ** (t + 1))) + 1e-8)
+            expected = np.asarray(getattr(state.params, name), np.float64) - 0.02 * size
+            if name == "mean":
+                clipped = np.sum(np.abs(expected) > LIMIT)
+                expected = np.clip(expected, -LIMIT, LIMIT)
+            found = np.asarray(getattr(after.params, name), np.float64)
+            # The first step of Adam is a sign: where the gradient is as small as its rounding, anything goes.
+            clear = np.abs(own[name]) > 1e-4 * np.abs(own[name]).max()
+            assert clear.mean() > 0.9
+            np.testing.assert_allclose(found[clear], expected[clear], rtol=0, atol=4e-4, err_msg=f"{name}, step {t}")
+        assert after.step == t + 1
+        state = after
+    assert np.abs(np.asarray(state.params.mean)).max() <= LIMIT
+    del clipped
+
+
+def test_projection_catches_centres_that_a_step_throws_out(start, on_device):
+    # Large steps, no barrier.
+    codec = make_codec(lr=0.5, boundary=0.0)
+    state, _ = run(jax.jit(make_step(codec)), distill.init_state(codec, start.params), on_device, 3)
+    mean = np.abs(np.asarray(state.params.mean))
+    assert mean.max() == LIMIT and (mean == LIMIT).sum() > (np.abs(np.asarray(start.params.mean)) == LIMIT).sum()
+
+
+def test_metrics_are_finite_device_scalars(step, start, on_device, codec):
+    _, metrics = step(start, on_device, KEY)
+    assert set(metrics) == {"loss", "regulariser", "grad_norm"}
+    assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
+    assert metrics["regulariser"] == pytest.approx(float(codec.regularise(start.params)), rel=1e-5)
+
+
+def test_every_image_moves(start, five):
+    for before, after in zip(jax.tree.leaves(start.params), jax.tree.leaves(five[0].params), strict=True):
+        assert (np.abs(np.asarray(after - before)).reshape(len(before), -1).max(1) > 0).all()
+
+
+def test_step_is_deterministic(step, start, on_device, five):
+    state, metrics = run(step, start, on_device, 5)
+    assert bits(state) == bits(five[0]) and metrics == five[1]
+
+
+def test_steps_of_one_key_draw_anew(five):
+    assert len({values["loss"] for values in five[1]}) == 5
+
+
+def test_another_key_gives_another_run(step, start, on_device, five):
+    state, _ = run(step, start, on_device, 1, key=jax.random.key(8))
+    first, _ = run(step, start, on_device, 1)
+    assert bits(state.params) != bits(first.params)
+
+
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(step, start, on_device, five):
+    state, first = run(step, start, on_device, 2)
+    # As through a checkpoint: only arrays survive, and the key is derived afresh.
+    state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)
+    state, rest = run(step, state, on_device, 3, key=jax.random.key(7))
+    assert bits(state) == bits(five[0]) and first + rest == five[1]
+
+
+def test_step_compiles_once_and_lets_its_state_be_donated(codec, start, on_device):
+    inner = make_step(codec)
+    step = jax.jit(lambda state, data, key: inner(state, data, key), donate_argnums=0)
+    state = jax.tree.map(jnp.copy, start)
+    first = jax.tree.leaves(state.params)[0]
+    for _ in range(4):
+        state, _ = step(state, on_device, KEY)
+    assert step._cache_size() == 1
+    assert first.is_deleted()
+
+
+def test_host_batches_give_the_step_of_the_same_images_on_the_device(codec, start, step, on_device):
+    key_real = jax.random.split(jax.random.fold_in(KEY, 0), 3)[0]
+    images = on_device.images[jax.jit(data_draw)(key_real, on_device.table)]
+    batch = distill.HostBatch(jnp.asarray(np.asarray(images)), on_device.transform_params)
+    by_host, host_metrics = jax.jit(make_step(codec))(start, batch, KEY)
+    by_device, metrics = step(start, on_device, KEY)
+    assert host_metrics["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(by_host.params), jax.tree.leaves(by_device.params), strict=True):
+        assert np.mean(np.abs(np.asarray(a - b)) > 1e-5) < 0.01
+
+
+def test_batch_syn_moves_only_the_drawn_images_of_each_class(start, on_device):
+    codec = make_codec(boundary=0.0)
+    step = jax.jit(make_step(codec, batch_syn=2))
+    drawn = set()
+    for number in range(8):
+        # Fresh momenta, so that only this step's gradient moves anything.
+        state = distill.init_state(codec, start.params)._replace(step=jnp.int32(number))
+        after, _ = step(state, on_device, KEY)
+        moved = np.any(np.asarray(after.params.color != start.params.color), axis=(1, 2)).reshape(CLASSES, GPC)
+        assert (moved.sum(1) == 2).all()
+        for name in ("mean", "cholesky", "opacity"):
+            change = np.asarray(getattr(after.params, name) != getattr(start.params, name))
+            assert not change.reshape(CLASSES, GPC, -1)[~moved].any(), name
+        drawn |= {(label, tuple(np.flatnonzero(row))) for label, row in enumerate(moved)}
+    # Both classes come to draw every pair, and not in step with each other.
+    assert len(drawn) == 6
+
+
+@pytest.mark.parametrize("batch_syn", [GPC, GPC + 2])
+def test_batch_syn_of_all_images_is_the_whole_set(codec, start, on_device, five, batch_syn):
+    # Traced, not compiled: the same program as without the setting.
+    def program(**objective):
+        return str(jax.make_jaxpr(make_step(codec, **objective))(start, on_device, KEY))
+
+    def without_addresses(text):
+        return [line.split(" at 0x")[0] for line in text.splitlines()]
+
+    assert without_addresses(program(batch_syn=batch_syn)) == without_addresses(program())
+    assert without_addresses(program(batch_syn=2)) != without_addresses(program())
+
+
+def test_barrier_moves_images_that_were_not_drawn(start, on_device):
+    codec = make_codec(boundary=0.1)
+    after, _ = jax.jit(make_step(codec, batch_syn=1))(start, on_device, KEY)
+    assert np.any(np.asarray(after.params.mean != start.params.mean), axis=(1, 2)).all()
+    assert np.any(np.asarray(after.params.color != start.params.color), axis=(1, 2)).sum() == CLASSES
+
+
+def test_distillation_of_digits_lowers_the_loss_on_fixed_keys(digits, on_device, start):
+    codec = codecs.make(PixelSpec(ipc=2), image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=512)
+    step = jax.jit(make_step(codec, batch_real=20))
+
+    def held_out(params) -> float:
+        """Loss on networks and augmentations that training does not see; the step's metrics are those before it."""
+        state = distill.init_state(codec, params)
+        return np.mean([float(step(state, on_device, jax.random.key(100 + i))[1]["loss"]) for i in range(6)])
+
+    rng = np.random.default_rng(0)
+    params = {"images": jnp.asarray(rng.uniform(0, 1, (2 * CLASSES, *SHAPE)), jnp.float32)}
+    state, _ = run(step, distill.init_state(codec, params), on_device, 40)
+    before, after = held_out(params), held_out(state.params)
+    assert after < 0.7 * before, (before, after)
+
+
+def test_distillation_of_gaussians_lowers_the_loss_on_fixed_keys(step, start, on_device):
+    def held_out(state) -> float:
+        return np.mean([float(step(state, on_device, jax.random.key(100 + i))[1]["loss"]) for i in range(10)])
+
+    state, _ = run(step, start, on_device, 60)
+    assert held_out(state) < 0.9 * held_out(start)

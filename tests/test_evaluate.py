@@ -1,0 +1,345 @@
+"""Evaluation against NumPy restatements: optimiser, schedule, stream of batches, accuracy; and its contract."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.evaluate import (
+    EvalSpec,
+    accuracy,
+    choose_lr,
+    evaluate,
+    lr_factor,
+    sgd_step,
+    stream_batch,
+    stream_start,
+    summarise,
+    train_network,
+)
+from gsdd_jax.nets import NetSpec, Network, build
+
+NO_DSA = DsaSpec(strategy="none")
+CONVNET = build(NetSpec(depth=1, width=4, norm="none"), (4, 4, 3), 3)
+
+
+def linear_apply(params, images):
+    features = images.reshape(images.shape[0], -1)
+    return features @ params["w"] + params["b"], features
+
+
+LINEAR = Network(lambda key: {"w": 0.1 * jax.random.normal(key, (12, 3)), "b": jnp.zeros(3)}, linear_apply, 39)
+
+
+def toy(n, seed=0, size=4):
+    """Images of three classes, told apart by their colour channel; uint8."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, n).astype(np.int32)
+    images = rng.integers(0, 120, (n, size, size, 3))
+    images[np.arange(n), :, :, labels] += 100
+    return images.astype(np.uint8), labels
+
+
+def test_toy_images_are_learned():
+    images, labels = toy(96)
+    test_images, test_labels = toy(101, seed=1)
+    spec = EvalSpec(epochs=20, batch=32, lr=0.1)
+    result = evaluate(
+        jax.random.split(jax.random.key(0), 2),
+        images,
+        labels,
+        test_images,
+        test_labels,
+        network=CONVNET,
+        spec=spec,
+        augment=DsaSpec(strategy="flip_crop"),
+    )
+    assert result.shape == (2,) and result.dtype == jnp.float32
+    assert np.all(result > 0.95)
+
+
+def softmax_gradients(params, x, y):
+    """Gradients of the mean cross entropy of a linear classifier, float64."""
+    logits = x @ params["w"] + params["b"]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p = p / p.sum(1, keepdims=True) - np.eye(3)[y]
+    return {"w": x.T @ p / len(y), "b": p.mean(0)}
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_training_equals_pytorch_sgd_written_in_numpy(schedule):
+    # One batch holds all images, so that their order does not matter.
+    images, labels = toy(6, size=2)
+    spec = EvalSpec(steps=4, batch=99, lr=0.3, weight_decay=0.02, schedule=schedule, warmup_steps=2)
+    key = jax.random.key(3)
+    trained = train_network(key, images, labels, network=LINEAR, spec=spec, augment=NO_DSA)
+
+    untrained = train_network(key, images, labels, network=LINEAR, spec=spec, augment=NO_DSA, lr=0.0)
+    params = {name: np.asarray(value, np.float64) for name, value in untrained.items()}
+    assert np.abs(params["w"]).max() > 0.1
+    velocity = {name: np.zeros_like(value) for name, value in params.items()}
+    x = images.reshape(6, -1) / 255
+    factors = {"step": [0.5, 1, 0.1, 0.1], "cosine": [0.5, 1, 1, 0.5]}[schedule]
+    for t, factor in enumerate(factors):
+        grads = softmax_gradients(params, x, labels)
+        if schedule == "step" and t == 2:
+            velocity = {name: np.zeros_like(value) for name, value in params.items()}
+        for name in params:
+            velocity[name] = 0.9 * velocity[name] + grads[name] + 0.02 * params[name]
+            params[name] = params[name] - 0.3 * factor * velocity[name]
+    for name in params:
+        np.testing.assert_allclose(trained[name], params[name], atol=2e-6)
+
+
+def test_sgd_step_equals_hand_values():
+    params, velocity = {"a": jnp.float32(2)}, {"a": jnp.float32(0)}
+    settings = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.25}
+    params, velocity = sgd_step(params, velocity, {"a": jnp.float32(1)}, **settings)
+    np.testing.assert_allclose([velocity["a"], params["a"]], [1.5, 1.85], rtol=1e-6)
+    params, velocity = sgd_step(params, velocity, {"a": jnp.float32(-1)}, **settings)
+    # 0.5 * 1.5 + (-1 + 0.25 * 1.85) = 0.2125
+    np.testing.assert_allclose([velocity["a"], params["a"]], [0.2125, 1.82875], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "steps", "expected"),
+    [
+        ("step", 0, 5, [1, 1, 1, 0.1, 0.1]),
+        ("step", 0, 4, [1, 1, 0.1, 0.1]),
+        ("step", 3, 8, [1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.1, 0.1]),
+        ("cosine", 0, 4, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+        ("cosine", 2, 6, [0.5, 1, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+    ],
+)
+def test_learning_rate_follows_hand_values(schedule, warmup, steps, expected):
+    spec = EvalSpec(schedule=schedule, warmup_steps=warmup)
+    factors = [lr_factor(t, spec=spec, steps=steps) for t in range(steps)]
+    np.testing.assert_allclose(factors, expected, atol=1e-6)
+
+
+def test_number_of_steps_follows_epochs_or_the_override():
+    assert EvalSpec(epochs=3, batch=4).num_steps(10) == 8  # ceil(30 / 4)
+    assert EvalSpec(epochs=3, batch=256).num_steps(10) == 3
+    assert EvalSpec(epochs=3, batch=4, steps=7).num_steps(10) == 7
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (9, 3), (5, 1), (8, 7)])
+def test_stream_covers_every_image_once_per_epoch(n, batch):
+    key = jax.random.key(n)
+    steps = 4 * n
+
+    def step(order, t):
+        return stream_batch(key, order, t, batch=batch)
+
+    _, batches = jax.jit(lambda: jax.lax.scan(step, stream_start(key, n), jnp.arange(steps)))()
+    epochs = np.asarray(batches).reshape(-1, n)
+    assert batches.shape == (steps, batch) and batches.dtype == jnp.int32
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), epochs.shape))
+    assert len(np.unique(epochs, axis=0)) > len(epochs) / 2
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    images, labels = toy(20)
+    spec = EvalSpec(steps=6, batch=8, lr=0.1)
+    settings = {"network": CONVNET, "spec": spec, "augment": DsaSpec()}
+    return lambda key, **more: train_network(key, images, labels, **{**settings, **more})
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_same_key_gives_the_same_bits_and_another_key_does_not(trainer):
+    first, second, other = (leaves(trainer(jax.random.key(seed))) for seed in (0, 0, 1))
+    for a, b, c in zip(first, second, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(a - c).max() > 1e-3
+
+
+def test_training_under_vmap_over_keys_equals_a_loop(trainer):
+    keys = jax.random.split(jax.random.key(5), 3)
+    together = leaves(jax.jit(jax.vmap(trainer))(keys))
+    for i, key in enumerate(keys):
+        for a, b in zip(together, leaves(trainer(key)), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-4)
+
+
+def test_augmentation_is_applied(trainer):
+    plain = leaves(trainer(jax.random.key(0), augment=NO_DSA))
+    augmented = leaves(trainer(jax.random.key(0)))
+    assert max(np.abs(a - b).max() for a, b in zip(plain, augmented, strict=True)) > 1e-4
+
+
+def test_uint8_images_are_divided_by_255():
+    images, labels = toy(20)
+    spec = EvalSpec(steps=3, batch=8, lr=0.1)
+    a, b = (
+        train_network(jax.random.key(0), x, labels, network=LINEAR_4, spec=spec, augment=NO_DSA)
+        for x in (images, images.astype(np.float32) / 255)
+    )
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-7)
+    scores = [accuracy(a, x, labels, network=LINEAR_4) for x in (images, images.astype(np.float32) / 255)]
+    assert scores[0] == scores[1]
+
+
+LINEAR_4 = Network(lambda key: {"w": 0.1 * jax.random.normal(key, (48, 3)), "b": jnp.zeros(3)}, linear_apply, 147)
+
+
+def test_transform_of_batches_equals_transformed_images():
+    images, labels = toy(20)
+    spec = EvalSpec(steps=5, batch=8, lr=0.1)
+    whitening = {"mean": jnp.float32(0.4), "std": jnp.array([0.2, 0.5, 0.3])}
+
+    def transform(params, x):
+        return (x - params["mean"]) / params["std"]
+
+    settings = {"network": CONVNET, "spec": spec, "augment": DsaSpec(strategy="crop")}
+    whitened = transform(whitening, images / np.float32(255))
+    inside = {"transform": transform, "transform_params": whitening}
+    a = train_network(jax.random.key(0), images, labels, **settings, **inside)
+    b = train_network(jax.random.key(0), whitened, labels, **settings)
+    plain = train_network(jax.random.key(0), images, labels, **settings)
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert max(np.abs(x - y).max() for x, y in zip(leaves(a), leaves(plain), strict=True)) > 1e-3
+    scores = accuracy(a, images, labels, network=CONVNET, **inside), accuracy(a, whitened, labels, network=CONVNET)
+    assert scores[0] == scores[1] > 0.4
+
+
+@pytest.mark.parametrize("batch", [1, 7, 10, 23, 500])
+def test_accuracy_counts_every_image_once_for_any_batch(batch):
+    images, labels = toy(23, size=2)
+    params = jax.jit(LINEAR.init)(jax.random.key(1))
+    logits = images.reshape(23, -1) / 255 @ np.asarray(params["w"], np.float64)
+    expected = np.mean(logits.argmax(1) == labels)
+    assert 0 < expected < 1
+    result = accuracy(params, images, labels, network=LINEAR, batch=batch)
+    assert result.dtype == jnp.float32 and result.shape == ()
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+def test_accuracy_runs_under_jit_and_vmap():
+    images, labels = toy(23, size=2)
+    keys = jax.random.split(jax.random.key(1), 3)
+    params = jax.jit(jax.vmap(LINEAR.init))(keys)
+    together = jax.jit(jax.vmap(lambda p: accuracy(p, images, labels, network=LINEAR, batch=10)))(params)
+    for i in range(3):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+        np.testing.assert_allclose(together[i], accuracy(one, images, labels, network=LINEAR), rtol=1e-6)
+
+
+def counting_transform():
+    traces = []
+
+    def transform(params, x):
+        traces.append(x.shape)
+        return x - params
+
+    return transform, traces
+
+
+def test_evaluate_and_choose_lr_compile_once_for_all_networks_calls_and_rates():
+    transform, traces = counting_transform()
+    images, labels = toy(20)
+    test_images, test_labels = toy(30, seed=1)
+    spec = EvalSpec(steps=3, batch=8)
+    settings = {"network": LINEAR_4, "augment": NO_DSA, "transform": transform}
+    data = (images, labels, test_images, test_labels)
+    keys = jax.random.split(jax.random.key(0), 3)
+    evaluate(keys, *data, **settings, spec=spec, transform_params=jnp.float32(0.5))
+    count = len(traces)
+    assert count >= 2  # training and testing
+    other = [x.copy() for x in data]
+    evaluate(keys[:2], *other, **settings, spec=spec, transform_params=jnp.float32(0.1))
+    evaluate(keys, *data, **settings, spec=dataclasses.replace(spec, lr=0.7, seeds=2), transform_params=jnp.float32(0))
+    choose_lr(keys[0], *data, [0.1, 0.2, 0.3], **settings, spec=spec, transform_params=jnp.float32(0))
+    assert len(traces) == count
+    evaluate(keys, *data, **settings, spec=dataclasses.replace(spec, steps=4), transform_params=jnp.float32(0))
+    assert len(traces) > count
+
+
+def test_evaluate_gives_the_same_results_one_by_one_and_in_parallel():
+    images, labels = toy(30)
+    data = (images, labels, *toy(200, seed=1))
+    keys = jax.random.split(jax.random.key(2), 4)
+    settings = {"network": CONVNET, "spec": EvalSpec(steps=8, batch=8, lr=0.1), "augment": DsaSpec(strategy="flip")}
+    single = np.asarray(evaluate(keys, *data, **settings))
+    paired = np.asarray(evaluate(keys, *data, **settings, parallel=2))
+    assert len(set(single.tolist())) > 1
+    np.testing.assert_allclose(single, paired, atol=0.011)  # rounding may turn two of 200 images
+    trained = train_network(keys[1], images, labels, **settings)
+    assert accuracy(trained, *data[2:], network=CONVNET) == single[1]
+
+
+def test_choose_lr_picks_the_rate_that_does_best_on_the_held_out_images():
+    images, labels = toy(60)
+    lr, table = choose_lr(
+        jax.random.key(0),
+        images,
+        labels,
+        *toy(100, seed=1),
+        [1e-6, 0.1, 1e4],
+        networks=2,
+        network=CONVNET,
+        spec=EvalSpec(steps=60, batch=32),
+        augment=NO_DSA,
+    )
+    assert lr == 0.1 and set(table) == {1e-6, 0.1, 1e4} and all(isinstance(value, float) for value in table.values())
+    assert table[0.1] > 0.9 > max(table[1e-6], table[1e4])
+
+
+def test_summary_is_plain_and_uses_the_sample_deviation():
+    result = summarise(jnp.array([0.5, 0.75, 1.0]), [3, 4, 5])
+    assert result == {"mean": 0.75, "std": 0.25, "n": 3, "seeds": [3, 4, 5]}
+    assert type(result["mean"]) is type(result["std"]) is float
+    assert summarise([0.5], [7]) == {"mean": 0.5, "std": 0.0, "n": 1, "seeds": [7]}
+
+
+IMAGES, LABELS = toy(4)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "message"),
+    [
+        (IMAGES[0], LABELS, ValueError, r"images: shape \(4, 4, 3\), must be \[n, h, w, c\]"),
+        (IMAGES[:0], LABELS[:0], ValueError, r"images: shape \(0, 4, 4, 3\), must be .* n at least 1"),
+        (IMAGES.astype(np.int32), LABELS, TypeError, "images: int32, must be uint8 or floating point"),
+        (IMAGES, LABELS[:3], ValueError, r"labels: shape \(3,\), must be \(4,\), one per image"),
+        (IMAGES, LABELS.astype(np.float32), TypeError, "labels: float32, must be integers"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(images, labels, error, message):
+    settings = {"network": CONVNET, "spec": EvalSpec(), "augment": NO_DSA}
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(error, match=f"^{message}"):
+        train_network(keys[0], images, labels, **settings)
+    with pytest.raises(error, match=f"^{message}"):
+        accuracy({}, images, labels, network=CONVNET)
+    with pytest.raises(error, match=f"^test_{message}"):
+        evaluate(keys, IMAGES, LABELS, images, labels, **settings)
+
+
+def test_settings_that_do_not_fit_are_refused():
+    keys = jax.random.split(jax.random.key(0), 3)
+    data = (IMAGES, LABELS, IMAGES, LABELS)
+    settings = {"network": CONVNET, "spec": EvalSpec(), "augment": NO_DSA}
+    with pytest.raises(ValueError, match="parallel: 2, must divide the number of keys, 3"):
+        evaluate(keys, *data, **settings, parallel=2)
+    with pytest.raises(ValueError, match=r"keys: shape \(\), must be \[s\]"):
+        evaluate(keys[0], *data, **settings)
+    with pytest.raises(ValueError, match="batch: 0, must be at least 1"):
+        accuracy({}, IMAGES, LABELS, network=CONVNET, batch=0)
+    with pytest.raises(ValueError, match=r"lrs: \[\], must be one or more positive"):
+        choose_lr(keys[0], *data, [], **settings)
+    with pytest.raises(ValueError, match=r"lrs: \[0.1, -1\], must be one or more positive"):
+        choose_lr(keys[0], *data, [0.1, -1], **settings)
+    with pytest.raises(ValueError, match="networks: 0, must be at least 1"):
+        choose_lr(keys[0], *data, [0.1], networks=0, **settings)
+    with pytest.raises(ValueError, match="accuracies: 2 of them, must be at least 1 and one per seed"):
+        summarise([0.1, 0.2], [1])
