@@ -134,13 +134,13 @@ def load(path: str | Path) -> SynSet:
                 f"found {fields.get('name')!r}"
             )
         spec = codecs.SPECS[fields["name"]](**fields)
-        codec = codecs.make(
-            spec,
-            image_shape=manifest["image_shape"],
-            num_classes=manifest["num_classes"],
-            bytes_per_class=manifest["bytes_per_class"],
-        )
+        shape, classes, available = (manifest[key] for key in ("image_shape", "num_classes", "bytes_per_class"))
         meta, names = manifest["meta"], tuple(manifest["class_names"])
+        if len(shape) != 3 or len(names) != classes or any(type(x) is not int or x < 1 for x in (*shape, available)):
+            raise TypeError(
+                f"image_shape {shape}, num_classes {classes}, bytes_per_class {available}, {len(names)} class_names"
+            )
+        codec = codecs.make(spec, image_shape=shape, num_classes=classes, bytes_per_class=available)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / MANIFEST}: damaged manifest ({type(error).__name__}: {error})") from error
     try:
@@ -150,7 +150,7 @@ def load(path: str | Path) -> SynSet:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / ARRAYS}: damaged file ({error})") from error
     _check_arrays(folder / ARRAYS, stored, codec)
-    return SynSet(codec, codec.loaded(stored), manifest["bytes_per_class"], names, meta)
+    return SynSet(codec, codec.loaded(stored), available, names, meta)
 
 
 def _check_arrays(path: Path, stored: dict[str, jax.Array], codec: codecs.Codec) -> None:

@@ -80,39 +80,36 @@ def five(step, start, on_device):
     return run(step, start, on_device, 5)
 
 
-def gradient(codec, params, data, step_number):
-    """Loss and gradient of one step, composed by hand from the parts."""
-    key_real, _, key_loss = jax.random.split(jax.random.fold_in(KEY, step_number), 3)
-    real = data.images[jax.jit(data_draw)(key_real, data.table)]
+@pytest.fixture(scope="module")
+def composed(codec, on_device):
+    """``(params, number of the step) -> (loss, gradient)``, composed by hand from the parts."""
 
-    def loss(params):
-        syn = codec.decode(params).reshape(CLASSES, GPC, *SHAPE)
-        return distribution_loss(
+    def loss(params, number):
+        key_real, _, key_loss = jax.random.split(jax.random.fold_in(KEY, number), 3)
+        value = distribution_loss(
             key_loss,
-            real,
-            syn,
+            on_device.images[data.sample_classes(key_real, on_device.table, 6)],
+            codec.decode(params).reshape(CLASSES, GPC, *SHAPE),
             network=NETWORK,
             augment=AUGMENT,
             transform=whiten.apply,
-            transform_params=data.transform_params,
+            transform_params=on_device.transform_params,
             class_chunk=CLASSES,
         )
+        return value - 0.1 * jnp.mean(jnp.log(1 - params.mean**2)), value
 
-    def with_barrier(params):
-        return loss(params) - 0.1 * jnp.mean(jnp.log(1 - params.mean**2))
+    def loss_and_gradient(params, number):
+        grads, value = jax.grad(loss, has_aux=True)(params, number)
+        return value, grads
 
-    return jax.jit(loss)(params), jax.jit(jax.grad(with_barrier))(params)
-
-
-def data_draw(key, table):
-    return data.sample_classes(key, table, 6)
+    return jax.jit(loss_and_gradient)
 
 
-def test_first_steps_are_adam_on_the_composed_gradient_then_projection(codec, start, step, on_device):
+def test_first_steps_are_adam_on_the_composed_gradient_then_projection(composed, start, step, on_device):
     state = start
     m = v = {name: 0.0 for name in ("mean", "cholesky", "color", "opacity")}
     for t in range(2):
-        loss, grads = gradient(codec, state.params, on_device, t)
+        loss, grads = composed(state.params, t)
         after, metrics = step(state, on_device, KEY)
         assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4)
         own = {name: np.asarray(getattr(grads, name), np.float64) for name in m}
@@ -120,30 +117,19 @@ def test_first_steps_are_adam_on_the_composed_gradient_then_projection(codec, st
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
         m = {name: 0.9 * m[name] + 0.1 * g for name, g in own.items()}
         v = {name: 0.999 * v[name] + 0.001 * g**2 for name, g in own.items()}
-        clipped = 0
         for name in own:
             size = (m[name] / (1 - 0.9 ** (t + 1))) / (np.sqrt(v[name] / (1 - 0.999 ** (t + 1))) + 1e-8)
             expected = np.asarray(getattr(state.params, name), np.float64) - 0.02 * size
             if name == "mean":
-                clipped = np.sum(np.abs(expected) > LIMIT)
                 expected = np.clip(expected, -LIMIT, LIMIT)
             found = np.asarray(getattr(after.params, name), np.float64)
             # The first step of Adam is a sign: where the gradient is as small as its rounding, anything goes.
             clear = np.abs(own[name]) > 1e-4 * np.abs(own[name]).max()
             assert clear.mean() > 0.9
-            np.testing.assert_allclose(found[clear], expected[clear], rtol=0, atol=4e-4, err_msg=f"{name}, step {t}")
+            np.testing.assert_allclose(found[clear], expected[clear], rtol=0, atol=1e-4, err_msg=f"{name}, step {t}")
         assert after.step == t + 1
         state = after
     assert np.abs(np.asarray(state.params.mean)).max() <= LIMIT
-    del clipped
-
-
-def test_projection_catches_centres_that_a_step_throws_out(start, on_device):
-    # Large steps, no barrier.
-    codec = make_codec(lr=0.5, boundary=0.0)
-    state, _ = run(jax.jit(make_step(codec)), distill.init_state(codec, start.params), on_device, 3)
-    mean = np.abs(np.asarray(state.params.mean))
-    assert mean.max() == LIMIT and (mean == LIMIT).sum() > (np.abs(np.asarray(start.params.mean)) == LIMIT).sum()
 
 
 def test_metrics_are_finite_device_scalars(step, start, on_device, codec):
@@ -181,20 +167,22 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(step, start, on_device
     assert bits(state) == bits(five[0]) and first + rest == five[1]
 
 
-def test_step_compiles_once_and_lets_its_state_be_donated(codec, start, on_device):
-    inner = make_step(codec)
-    step = jax.jit(lambda state, data, key: inner(state, data, key), donate_argnums=0)
-    state = jax.tree.map(jnp.copy, start)
+def test_large_steps_are_projected_compile_once_and_donate_their_state(start, on_device):
+    codec = make_codec(lr=0.5, boundary=0.0)
+    step = jax.jit(make_step(codec), donate_argnums=0)
+    state = jax.tree.map(jnp.copy, distill.init_state(codec, start.params))
     first = jax.tree.leaves(state.params)[0]
     for _ in range(4):
         state, _ = step(state, on_device, KEY)
     assert step._cache_size() == 1
     assert first.is_deleted()
+    before, after = (np.abs(np.asarray(params.mean)) for params in (start.params, state.params))
+    assert after.max() == LIMIT and ((after == LIMIT) & (before < LIMIT)).any()
 
 
 def test_host_batches_give_the_step_of_the_same_images_on_the_device(codec, start, step, on_device):
     key_real = jax.random.split(jax.random.fold_in(KEY, 0), 3)[0]
-    images = on_device.images[jax.jit(data_draw)(key_real, on_device.table)]
+    images = on_device.images[data.sample_classes(key_real, on_device.table, 6)]
     batch = distill.HostBatch(jnp.asarray(np.asarray(images)), on_device.transform_params)
     by_host, host_metrics = jax.jit(make_step(codec))(start, batch, KEY)
     by_device, metrics = step(start, on_device, KEY)
@@ -203,21 +191,21 @@ def test_host_batches_give_the_step_of_the_same_images_on_the_device(codec, star
         assert np.mean(np.abs(np.asarray(a - b)) > 1e-5) < 0.01
 
 
-def test_batch_syn_moves_only_the_drawn_images_of_each_class(start, on_device):
-    codec = make_codec(boundary=0.0)
+def test_batch_syn_moves_only_the_drawn_images_of_each_class(codec, start, on_device):
     step = jax.jit(make_step(codec, batch_syn=2))
     drawn = set()
     for number in range(8):
         # Fresh momenta, so that only this step's gradient moves anything.
-        state = distill.init_state(codec, start.params)._replace(step=jnp.int32(number))
-        after, _ = step(state, on_device, KEY)
+        after, _ = step(start._replace(step=jnp.int32(number)), on_device, KEY)
         moved = np.any(np.asarray(after.params.color != start.params.color), axis=(1, 2)).reshape(CLASSES, GPC)
         assert (moved.sum(1) == 2).all()
-        for name in ("mean", "cholesky", "opacity"):
+        for name in ("cholesky", "opacity"):
             change = np.asarray(getattr(after.params, name) != getattr(start.params, name))
             assert not change.reshape(CLASSES, GPC, -1)[~moved].any(), name
+        # The barrier is of all images.
+        assert np.any(np.asarray(after.params.mean != start.params.mean), axis=(1, 2)).all()
         drawn |= {(label, tuple(np.flatnonzero(row))) for label, row in enumerate(moved)}
-    # Both classes come to draw every pair, and not in step with each other.
+    # Both classes come to draw every pair.
     assert len(drawn) == 6
 
 
@@ -232,13 +220,6 @@ def test_batch_syn_of_all_images_is_the_whole_set(codec, start, on_device, five,
 
     assert without_addresses(program(batch_syn=batch_syn)) == without_addresses(program())
     assert without_addresses(program(batch_syn=2)) != without_addresses(program())
-
-
-def test_barrier_moves_images_that_were_not_drawn(start, on_device):
-    codec = make_codec(boundary=0.1)
-    after, _ = jax.jit(make_step(codec, batch_syn=1))(start, on_device, KEY)
-    assert np.any(np.asarray(after.params.mean != start.params.mean), axis=(1, 2)).all()
-    assert np.any(np.asarray(after.params.color != start.params.color), axis=(1, 2)).sum() == CLASSES
 
 
 def test_distillation_of_digits_lowers_the_loss_on_fixed_keys(digits, on_device, start):

@@ -1,0 +1,39 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_tables_equal_the_committed_results():
+    assert tables.render(README) == README, "run python -m benchmarks.tables"
+
+
+def test_every_table_of_the_readme_has_rows():
+    blocks = [match[0] for match in tables.BLOCK.finditer(README)]
+    assert len(blocks) == len(tables.TABLES)
+    assert all(block.count("\n|") >= 3 for block in blocks)
+
+
+def test_readme_python_runs_as_shown(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["large"].shape == (1, 256, 256, 3)
+    assert names["slopes"].mean.shape == (1, 2, 2)
+    assert len(names["images"]) == len(names["labels"])
+
+
+def test_readme_links_and_commands_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README) + re.findall(r"--config (\S+)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("section", ["Not supported yet", "Start"])
+def test_readme_says_how_to_start_and_what_is_missing(section):
+    assert f"## {section}" in README
