@@ -58,7 +58,9 @@ def curve(images: jax.Array, points: int, start: str, steps: int) -> dict:
         done = until
         psnr = np.asarray(measure(state.params, images))
         rows.append({"step": done, "psnr": float(psnr.mean()), "psnr_std": float(psnr.std(ddof=1))})
-        print(f"{points} points, {start}: step {done}, {psnr.mean():.2f} dB, {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{points} points, {start}: step {done}, {psnr.mean():.2f} dB, {seconds:.0f} s", file=sys.stderr, flush=True
+        )
     return {
         "points": points,
         "start": start,
@@ -71,6 +73,7 @@ def curve(images: jax.Array, points: int, start: str, steps: int) -> dict:
 
 def cutoff_costs(params: object, images: jax.Array, points: int, start: str) -> dict[str, float]:
     """Returns the largest change of any pixel of the fitted images, in units of 1/512, for each candidate cutoff."""
+
     def draw(cutoff: float) -> np.ndarray:
         spec = dataclasses.replace(codec_of(images, points, start).spec, cutoff=cutoff)
         codec = codecs.make(spec, image_shape=images.shape[1:], num_classes=1, bytes_per_class=1 << 40)

@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="run directory that train.distill wrote")
     parser.add_argument("--size", metavar="HxW", help="render at another size, such as 64x64 (with data.resolution)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="first seed; the run itself used 0, 1, ...")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, metavar="N", help="first seed; the run itself used 0, 1, ..."
+    )
     parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")

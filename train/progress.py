@@ -33,7 +33,8 @@ class Bar:
             self._rich.update(self._task, completed=self._done, note=note, rate=f"{rate:.3g}/s")
         elif now - self._spoke > QUIET_SECONDS:
             left = (self._total - self._done) / max(rate, 1e-9)
-            self._console.print(f"  {self._name} {self._done}/{self._total}, {rate:.3g}/s, {left:.0f} s left; {note}")
+            text = f"  {self._name} {self._done}/{self._total}, {rate:.3g}/s, {left:.0f} s left; {note}"
+            self._console.print(text, markup=False, soft_wrap=True)
             self._spoke = now
 
 
@@ -45,7 +46,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def phase(self, name: str, *, total: int, done: int = 0) -> Iterator[Bar]:

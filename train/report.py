@@ -149,7 +149,9 @@ def _header(result: Mapping[str, Any]) -> str:
 def _results(result: Mapping[str, Any]) -> str:
     own = "GSDD" if result.get("codec") == "gaussian" else str(result.get("codec") or "Distilled")
     how = ", ".join(f"{result[k]} {k}" for k in ("codec", "objective") if result.get(k))
-    rows = [_row(own, how, result.get("accuracy"), result.get("bytes_per_class"), result.get("gpc"), "own")]
+    entry = result.get("accuracy") or {}
+    written = entry.get("bytes_per_class") or result.get("bytes_per_class")
+    rows = [_row(own, how, entry, written, result.get("gpc"), "own")]
     for key, (label, note) in _BASELINES.items():
         entry = result.get(key) or {}
         size, images = entry.get("bytes_per_class"), entry.get("images_per_class")
@@ -417,7 +419,7 @@ tbody tr+tr>*{border-top:1px solid var(--line)}
 .bar b{position:absolute;inset:0 auto 0 0;border-radius:3px;background:var(--bar)}
 .own .bar b{background:var(--accent)}
 .bar i{position:absolute;top:4px;height:4px;min-width:2px;background:var(--text);border-radius:1px}
-.pictures{display:flex;flex-wrap:wrap;justify-content:space-between;gap:32px 24px}
+.pictures{display:flex;flex-wrap:wrap;gap:32px 64px}
 figure{margin:0;max-width:100%}
 figure img{display:block;width:100%;height:auto}
 .note,figcaption{color:var(--soft);font-size:14px}

@@ -65,7 +65,8 @@ def collect(
         "paper_ipc": config.ipc,
         "gpc": codec.images_per_class,
         "num_points": codec.spec.num_points if codec.name == "gaussian" else None,
-        "accuracy": accuracies["distilled"],
+        "accuracy": accuracies["distilled"]
+        | {"images_per_class": codec.images_per_class, "bytes_per_class": round(sizes["payload"] / classes)},
         **rows,
         "fit_psnr": fit_psnr,
         "seconds": _seconds(run, accuracies),
@@ -120,7 +121,6 @@ def table(result: dict[str, Any]) -> str:
         "random_real": "random real images",
         "full_data": "whole training set",
     }
-    written = round(result["budget"]["bytes written per class"])
     lines = [
         f"{result['dataset']}, {result['bytes_per_class']} bytes per class (ipc {result['paper_ipc']:g}), "
         f"{result['objective']} matching, {result['device']}",
@@ -133,7 +133,7 @@ def table(result: dict[str, Any]) -> str:
         if entry is None:
             lines.append(f"| {label} | | | not run | |")
             continue
-        images, size = entry.get("images_per_class", result["gpc"]), entry.get("bytes_per_class", written)
+        images, size = entry["images_per_class"], entry["bytes_per_class"]
         accuracy = f"{100 * entry['mean']:.1f} ± {100 * entry['std']:.1f}"
         lines.append(f"| {label} | {images} | {size:,} | {accuracy} | {entry['n']} |")
     return "\n".join(lines) + "\n"

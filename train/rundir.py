@@ -301,7 +301,7 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "platform": device.platform,
-        "device": device.device_kind,
+        "device": _device_name(device),
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "cpu_count": os.cpu_count(),
@@ -309,6 +309,18 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
     }
+
+
+def _device_name(device: jax.Device) -> str:
+    """Names the device; JAX calls every CPU "cpu", so there its model and the number of cores stand in."""
+    if device.platform != "cpu":
+        return device.device_kind
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine() or 'CPU'}, {os.cpu_count()} cores"
 
 
 def plain(value: Any) -> Any:

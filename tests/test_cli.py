@@ -1,0 +1,675 @@
+"""The command lines as a user meets them: results, accidents, and bad input."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors import SafetensorError
+
+import gsdd_jax
+from gsdd_jax import synset
+from train import config as configs
+from train import distill, evaluate, experiment, report, stages
+from train.checkpoint import Checkpoints
+from train.rundir import RunDir, is_wall_clock, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+# Every stage and every baseline but the full data, as small as it goes; two checkpoints in each stage.
+TOY = """
+name: toy
+ipc: 1
+data: {source: digits, per_class: 8, test_limit: 50}
+network: {depth: 1, width: 4}
+augment: {strategy: crop}
+codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.01}
+fit: {steps: 6}
+objective: {batch_real: 4, class_chunk: 10}
+distill: {iterations: 6, log_every: 1, checkpoint_every: 2}
+evaluate: {steps: 8, batch: 8, lr: 0.1, seeds: 2}
+baselines: {full_data: false}
+smoke: {fit: {steps: 2}}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    """A compilation cache of this file's own and a lazy compiler: these tests start the same run again and again."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield settings
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch):
+    """Paths in configs are relative to the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+def start(config: Path, out: Path | None, *arguments: str) -> int:
+    """Runs the command line in this process and returns its exit code."""
+    where = [] if out is None else ["--out", str(out)]
+    try:
+        return distill.main(["--config", str(config), "--quiet", *where, *arguments])
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory) -> Path:
+    """An uninterrupted toy run; read only."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(toy, out) == 0
+    return out
+
+
+def refused(capsys, code: int) -> str:
+    """Checks that a command ended with one line of error, and returns that line."""
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+def findings(run: Path) -> dict:
+    """Everything a run found out, in a form that can be compared; times and the command are left out."""
+
+    def untimed(value):
+        if isinstance(value, dict):
+            return {k: untimed(v) for k, v in value.items() if not is_wall_clock(k) and k not in ("command", "dirty")}
+        return value
+
+    export = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    metrics = [untimed(entry) for entry in read_metrics(run)]
+    checkpoints = {}
+    for phase in sorted((run / "checkpoints").iterdir()):
+        with Checkpoints(phase) as held:
+            checkpoints[phase.name] = held.latest()
+    return {
+        "export": export,
+        "metrics": {phase: [m for m in metrics if m["phase"] == phase] for phase in checkpoints},
+        "lines": len(metrics),
+        "checkpoints": checkpoints,
+        "config": (run / "config.yaml").read_bytes(),
+        "evaluation": untimed(json.loads((run / "evaluation.json").read_text())),
+        "result": untimed(json.loads((run / "result.json").read_text())),
+        "table": (run / "table.md").read_bytes(),
+        "pictures": {path.name: path.read_bytes() for path in run.glob("*.png")},
+    }
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    for key in expected:
+        assert found[key] == expected[key], key
+
+
+# The demo, as a real command
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, quick_compilation):
+    """``(run directory, finished process, seconds)`` of the smoke run of the demo."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    environment = {name.upper(): str(value) for name, value in quick_compilation.items()}
+    command = [sys.executable, "-m", "train.distill", "--config", "configs/digits.yaml", "--smoke", "--out", str(out)]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=600)
+    return out, done, time.perf_counter() - began
+
+
+def test_demo_succeeds_and_prints_its_table(demo):
+    out, done, _ = demo
+    assert done.returncode == 0, done.stderr
+    assert (out / "table.md").read_text() in done.stdout
+    assert f"{out / 'report.html'}" in done.stdout
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+
+
+def test_demo_result_holds_everything_needed_to_cite_it(demo):
+    result = json.loads((demo[0] / "result.json").read_text())
+    config = configs.load(ROOT / "configs" / "digits.yaml", smoke=True)
+    assert (result["codec"], result["objective"], result["dataset"]) == ("gaussian", "distribution", "digits")
+    assert (result["paper_ipc"], result["gpc"]) == (config.ipc, config.codec.gpc)
+    assert result["bytes_per_class"] == config.ipc * 8 * 8 * 4
+    assert result["num_points"] == result["bytes_per_class"] // (config.codec.gpc * 7 * 2)
+    for name in ("accuracy", "fit_only", "pixel", "random_real", "full_data"):
+        row = result[name]
+        assert row["n"] == len(row["seeds"]) == len(row["accuracies"]) >= 2, name
+        assert row["mean"] == pytest.approx(np.mean(row["accuracies"])), name
+        assert row["std"] == pytest.approx(np.std(row["accuracies"], ddof=1)), name
+        assert min(row["accuracies"]) >= 0 and max(row["accuracies"]) <= 1, name
+    assert result["seconds"] > 0 and result["device"]
+    assert {"python", "jax", "numpy", "flax", "optax"} <= result["versions"].keys()
+    assert result["versions"]["jax"] == jax.__version__
+    assert "commit" in result
+    assert result["command"].endswith(f"-m train.distill --config configs/digits.yaml --smoke --out {demo[0]}")
+
+
+def test_demo_export_loads_and_weighs_what_was_counted(demo):
+    result = json.loads((demo[0] / "result.json").read_text())
+    loaded = gsdd_jax.load(demo[0])
+    classes, gpc = result["num_classes"], result["gpc"]
+    assert loaded.nbytes == classes * gpc * result["num_points"] * 7 * 2
+    assert loaded.nbytes <= classes * result["bytes_per_class"]
+    budget = result["budget"]
+    assert budget["bytes written per class"] == loaded.nbytes / classes
+    file = demo[0] / "export" / "synset.safetensors"
+    assert file.stat().st_size == budget["exported file (bytes)"]
+    assert file.stat().st_size - budget["exported file, header (bytes)"] == loaded.nbytes
+    images = np.asarray(loaded.images())
+    assert images.shape == (classes * gpc, 8, 8, 1) and np.isfinite(images).all()
+    assert loaded.labels.tolist() == [label for label in range(classes) for _ in range(gpc)]
+    assert loaded.class_names == tuple(str(digit) for digit in range(10))
+    assert np.asarray(loaded.images((32, 24))).shape == (classes * gpc, 32, 24, 1)
+    assert {"dataset", "objective", "whiten", "channel_mean", "channel_std", "versions"} <= loaded.meta.keys()
+
+
+def test_demo_report_shows_the_numbers(demo):
+    result = json.loads((demo[0] / "result.json").read_text())
+    html = (demo[0] / "report.html").read_text()
+    for name in ("accuracy", "fit_only", "pixel", "random_real", "full_data"):
+        assert f"{100 * result[name]['mean']:.1f}" in html, name
+    assert f"{result['bytes_per_class']:,}" in html and result["name"] in html
+    assert html.count("data:image/png;base64,") >= 2
+    for name in ("images.png", "ellipses.png"):
+        assert (demo[0] / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_metrics_are_complete_and_finite(demo):
+    config = configs.load(ROOT / "configs" / "digits.yaml", smoke=True)
+    lines = [json.loads(line) for line in (demo[0] / "metrics.jsonl").read_text().splitlines()]
+    steps = {phase: [e["step"] for e in lines if e["phase"] == phase] for phase in {e["phase"] for e in lines}}
+    assert set(steps) == {"main-fit", "main-distill", "pixel-distill"}
+    assert all(own == sorted(set(own)) for own in steps.values())
+    assert steps["main-fit"][-1] == config.fit.steps
+    assert steps["main-distill"][-1] == steps["pixel-distill"][-1] == config.distill.iterations
+    for entry in lines:
+        assert all(np.isfinite(value) for key, value in entry.items() if key != "phase"), entry
+        if entry["phase"].endswith("distill"):
+            assert {"loss", "regulariser", "grad_norm"} <= entry.keys()
+
+
+def test_demo_again_changes_nothing_and_is_fast(demo, tmp_path, capsys):
+    out, _, seconds = demo
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    began = time.perf_counter()
+    assert start(ROOT / "configs" / "digits.yaml", again, "--smoke") == 0
+    assert time.perf_counter() - began < 0.5 * seconds
+    assert (again / "table.md").read_text() in capsys.readouterr().out
+    for name in ("metrics.jsonl", "evaluation.json", "config.yaml", "table.md"):
+        assert (again / name).read_bytes() == (out / name).read_bytes(), name
+    assert_same(findings(again), findings(out))
+    assert len(json.loads((again / "environment.json").read_text())) == 2
+
+
+# Accidents
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def at(target, name, condition, action, monkeypatch):
+    """Calls ``action`` before the first call of ``target.name`` whose arguments meet the condition."""
+    real = getattr(target, name)
+
+    def wrapper(*args, **kwargs):
+        if condition(*args, **kwargs):
+            action()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, wrapper)
+
+
+def die():
+    raise Killed
+
+
+def line(phase: str, step: int):
+    """Meets the writing of one line of metrics."""
+    return lambda run, at_phase, at_step, **values: (at_phase, at_step) == (phase, step)
+
+
+def checkpoint(phase: str, step: int):
+    """Meets the writing of one checkpoint."""
+    return lambda held, at_step, *rest: (held.path.name, at_step) == (phase, step)
+
+
+def second_network_of(arm: str):
+    """Meets the moment when the first network of an arm has been tested and not yet been written down."""
+
+    def condition(path, known):
+        return path.name == "evaluation.json" and len(known.get(arm, {"accuracies": {}})["accuracies"]) == 1
+
+    return condition
+
+
+def flip_bytes(folder: Path) -> None:
+    """Damages the largest file of a checkpoint, but not its size."""
+    file = max((path for path in (folder / "tree").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 8):
+        content[place] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+def test_run_survives_accident_upon_accident_and_ends_in_the_same_bits(toy, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+
+    def killed(target, name, condition):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            at(target, name, condition, die, patch)
+            start(toy, out)
+        capsys.readouterr()
+
+    def held(phase):
+        return sorted(int(path.name) for path in (out / "checkpoints" / phase).iterdir() if path.name.isdigit())
+
+    # Killed in the fit, between checkpoints, before a line of metrics was written.
+    killed(RunDir, "append", line("main-fit", 4))
+    assert held("main-fit") == [2]
+
+    # No room for a checkpoint: the limit of the file size stands in for the disk.
+    with monkeypatch.context() as patch:
+        at(Checkpoints, "save", checkpoint("main-fit", 6), lambda: limit_files(patch, 1000), patch)
+        message = refused(capsys, start(toy, out))
+    assert "main-fit/6" in message and "file too large" in message
+    assert held("main-fit") == [2, 4]
+
+    # Killed in the distillation, after a line of metrics that its checkpoint does not cover.
+    killed(Checkpoints, "save", checkpoint("main-distill", 4))
+    assert held("main-distill") == [2] and not (out / "export").exists()
+    assert read_metrics(out)[-1]["step"] == 4
+
+    # The loss turns into NaN.
+    real = stages.build_step
+
+    def poisoned(*args):
+        step = real(*args)
+
+        def wrapper(state, data, key):
+            after, metrics = step(state, data, key)
+            bad = jax.numpy.where(state.step == 4, jax.numpy.nan, 1.0)
+            return jax.tree.map(lambda x: x * bad if x.dtype == "float32" else x, after), {
+                name: value * bad for name, value in metrics.items()
+            }
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "build_step", poisoned)
+        message = refused(capsys, start(toy, out))
+    assert "main-distill: not a finite number by step 5; the state of step 4 is kept in" in message
+    assert "try a smaller learning rate (codec.lr)" in message
+    assert held("main-distill") == [2, 4] and not (out / "export").exists()
+    assert all(np.isfinite(entry.get("loss", 0)) for entry in read_metrics(out))
+
+    # Bits of the newest checkpoint flip; its removal brings the older one back.
+    damaged = out / "checkpoints" / "main-distill" / "4"
+    flip_bytes(damaged)
+    message = refused(capsys, start(toy, out))
+    assert f"checkpoint {damaged} is damaged" in message
+    assert f"step 2 is intact: delete {damaged} and run the same command again to continue from step 2" in message
+    shutil.rmtree(damaged)
+
+    # No room for the exported set. safetensors has a class of its own for it.
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synset, "save_file", full)
+        message = refused(capsys, start(toy, out))
+    assert "error: disk full" in message and "free some space and run the same command again" in message
+    assert held("main-distill") == [4, 6]
+
+    # Killed in the pixel baseline.
+    killed(RunDir, "append", line("pixel-distill", 3))
+
+    # No room for the result of a network.
+    with monkeypatch.context() as patch:
+        at(stages, "write_json", second_network_of("fit_only"), lambda: fill_disk(patch), patch)
+        message = refused(capsys, start(toy, out))
+    assert f"error: disk full while writing {out / 'evaluation.json'}: nothing saved so far is lost" in message
+    assert list(json.loads((out / "evaluation.json").read_text())) == ["distilled"]
+
+    # Killed between two networks, and at last while the report is written.
+    killed(stages, "write_json", second_network_of("random_real"))
+    assert "random_real" not in json.loads((out / "evaluation.json").read_text())
+    killed(report, "write", lambda *_: True)
+    assert start(toy, out) == 0
+    assert_same(findings(out), findings(whole))
+
+
+def limit_files(patch, size: int) -> None:
+    """Limits the size of files until the patch is undone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    # Undone in reverse order; deleting an item is a step of undoing that can run code.
+    patch.setitem(_OnUndo(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))), "limit", None)
+
+
+class _OnUndo(dict):
+    def __init__(self, action):
+        super().__init__()
+        self.action = action
+
+    def __delitem__(self, key):
+        super().__delitem__(key)
+        self.action()
+
+
+def fill_disk(patch) -> None:
+    """Makes the next flush to disk fail."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(os, "fsync", full)
+
+
+def test_sigkill_in_the_distillation_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
+    out = tmp_path / "run"
+    program = f"""
+import os, signal
+from train import distill
+from train.rundir import RunDir
+append = RunDir.append
+def wrapper(self, phase, step, **values):
+    append(self, phase, step, **values)
+    if (phase, step) == ("main-distill", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+RunDir.append = wrapper
+distill.main(["--config", {str(toy)!r}, "--quiet", "--out", {str(out)!r}])
+"""
+    environment = {name.upper(): str(value) for name, value in quick_compilation.items()}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert read_metrics(out)[-1]["step"] == 3
+    assert start(toy, out) == 0
+    assert_same(findings(out), findings(whole))
+
+
+def test_images_drawn_on_the_host_resume_to_the_same_bits(toy, tmp_path, monkeypatch):
+    settings = ["distill.data=host", "fit.steps=1", "evaluate.seeds=1", "evaluate.steps=1"]
+    settings += [f"baselines.{name}=false" for name in ("fit_only", "pixel", "random_real")]
+    assert start(toy, tmp_path / "whole", *settings) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at(RunDir, "append", line("main-distill", 4), die, patch)
+        start(toy, tmp_path / "cut", *settings)
+    assert start(toy, tmp_path / "cut", *settings) == 0
+    assert_same(findings(tmp_path / "cut"), findings(tmp_path / "whole"))
+
+
+# Looking before leaping
+
+
+def test_dry_run_prints_budget_and_shapes_and_writes_nothing(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert start(toy, None, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "ipc 1 = 256 bytes per class" in text
+    assert "2 images x 5 Gaussians: 70 floats, 140 bytes" in text
+    for leaf in (
+        "mean         [20, 5, 2]",
+        "cholesky     [20, 5, 3]",
+        "color        [20, 5, 1]",
+        "opacity      [20, 5]",
+    ):
+        assert leaf in text
+    assert "written: 1400 bytes, 140 per class" in text
+    assert "MiB temporary" in text and "2 networks of 8 steps" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_pixels(toy, tmp_path, capsys):
+    assert start(toy, tmp_path / "run", "--dry-run", "codec={name: pixel}") == 0
+    assert "written: 2560 bytes, 256 per class" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def settings(cls, prefix="") -> set[str]:
+    """All dotted keys of a config class, straight from its annotations."""
+    found = set()
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        members = [hint, *typing.get_args(hint)]
+        inner = [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
+        keys = {key for member in inner for key in settings(member, f"{prefix}{field.name}.")}
+        found |= keys or {prefix + field.name}
+    return found
+
+
+def test_help_mentions_every_setting(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        distill.main(["--help"])
+    text = capsys.readouterr().out
+    listed = {line.split()[0] for line in text.splitlines() if line.strip()}
+    keys = settings(configs.RunConfig)
+    assert {"ipc", "codec.gpc", "codec.optimiser", "baselines.pixel_codec.lr", "augment.strategy"} <= keys
+    assert keys - listed == set()
+    for option in ("--config", "--out", "--smoke", "--dry-run"):
+        assert option in text
+
+
+# Bad input: one line, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["codec.gcp=3"], "codec.gcp: unknown key; did you mean gpc"),
+        (["distill.iterations=many"], "distill.iterations: expected an integer >= 0, found"),
+        (["evaluate.lr=-1"], "evaluate.lr: expected a number > 0, found -1"),
+        (["codec.lr=.nan"], "codec.lr: expected a finite number > 0"),
+        (["nonsense"], "override 'nonsense': expected section.key=value"),
+        (["codec.name=wavelet"], "codec.name: expected one of gaussian, pixel, found"),
+        (["codec.gpc=19", "codec.num_points=0"], "codec.gpc: 19 images do not fit 256 bytes per class"),
+        (["codec.num_points=10"], "codec.num_points: 2 images of 10 bfloat16 Gaussians need 280 bytes"),
+        (["ipc=0.5"], "baselines.pixel_codec: 1 float32 images of 256 bytes do not fit 128 bytes per class"),
+        (["ipc=0.5"], "raise ipc (found 0.5) or set baselines.pixel=false"),
+        (["codec={name: pixel, ipc: 2}"], "codec.ipc: 2 float32 images of 256 bytes do not fit 256 bytes per class"),
+        (["codec.gpc=9", "codec.num_points=1"], "class '0' has 8 training images, codec.gpc needs 9 (10 classes"),
+        (["network.depth=4"], "network.depth: 4 blocks halve 8x8 px images below one pixel"),
+        (["augment.strategy=crop_twirl"], "augment.strategy: 'crop_twirl', must be 'none' or some of"),
+        (["data={source: folder, path: /absent/place}"], "/absent/place"),
+        (["data={source: tfds, path: /absent/place/1.0.0}"], "data.path: no such directory: /absent/place/1.0.0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_setting_is_one_line_that_names_it(toy, tmp_path, capsys, arguments, message):
+    if any("tfds" in argument for argument in arguments):
+        pytest.importorskip("tensorflow_datasets")
+    text = refused(capsys, start(toy, tmp_path / "run", *arguments))
+    assert message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_config_file_is_named(tmp_path, capsys):
+    text = refused(capsys, start(tmp_path / "absent.yaml", tmp_path / "run"))
+    assert text == f"error: {tmp_path / 'absent.yaml'}: no such file or directory\n"
+
+
+def test_config_without_smoke_block_says_so(tmp_path, capsys):
+    path = tmp_path / "plain.yaml"
+    path.write_text(TOY.partition("smoke:")[0])
+    assert "needs the block 'smoke:'" in refused(capsys, start(path, tmp_path / "run", "--smoke"))
+
+
+def test_interrupted_download_is_recognised(toy, tmp_path, capsys):
+    pytest.importorskip("tensorflow_datasets")
+    (tmp_path / "cifar10" / "incomplete.ABCDEF_3.0.2").mkdir(parents=True)
+    path = tmp_path / "cifar10" / "3.0.2"
+    text = refused(capsys, start(toy, tmp_path / "run", f"data={{source: tfds, path: {path}}}"))
+    assert f"data.path: no such directory: {path}" in text
+    assert f"an earlier preparation was interrupted and left {tmp_path / 'cifar10' / 'incomplete.ABCDEF_3.0.2'}" in text
+
+
+def test_half_copied_dataset_names_what_is_missing(toy, tmp_path, capsys):
+    pytest.importorskip("tensorflow_datasets")
+    path = tmp_path / "cifar10" / "3.0.2"
+    path.mkdir(parents=True)
+    (path / "features.json").write_text("{}")
+    text = refused(capsys, start(toy, tmp_path / "run", f"data={{source: tfds, path: {path}}}"))
+    assert "is not a prepared TFDS version directory: dataset_info.json is missing" in text
+
+
+def test_run_directory_of_another_config_is_refused_and_untouched(toy, whole, capsys):
+    before = hashlib.sha256((whole / "config.yaml").read_bytes() + (whole / "metrics.jsonl").read_bytes()).digest()
+    text = refused(capsys, start(toy, whole, "seed=1", "codec.lr=0.5"))
+    assert f"{whole} holds a run with another config: " in text
+    assert "seed is 0 there and 1 now" in text and "codec.lr is 0.01 there and 0.5 now" in text
+    after = hashlib.sha256((whole / "config.yaml").read_bytes() + (whole / "metrics.jsonl").read_bytes()).digest()
+    assert after == before
+
+
+def test_run_directory_in_use_is_refused(toy, tmp_path, capsys):
+    with RunDir(tmp_path / "run"):
+        text = refused(capsys, start(toy, tmp_path / "run"))
+    assert f"{tmp_path / 'run'} is being written by process {os.getpid()}" in text
+
+
+def test_run_directory_that_is_a_file_is_refused(toy, capsys):
+    assert f"{toy} is a file; a run directory is needed" in refused(capsys, start(toy, toy))
+
+
+def test_absurd_learning_rate_stops_the_run_with_the_iteration(toy, tmp_path, capsys):
+    text = refused(capsys, start(toy, tmp_path / "run", "codec.lr=1e30"))
+    assert "main-distill: not a finite number by step " in text and "try a smaller learning rate (codec.lr)" in text
+    assert "main-fit" in {entry["phase"] for entry in read_metrics(tmp_path / "run")}
+    assert all(np.isfinite(entry.get("loss", 0)) for entry in read_metrics(tmp_path / "run"))
+    assert not (tmp_path / "run" / "export").exists()
+
+
+# Evaluation of an exported set
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def test_evaluation_repeats_the_accuracies_of_the_run(whole, tmp_path, capsys):
+    before = contents(whole)
+    assert evaluate.main(["--run", str(whole), "--quiet", "--out", str(tmp_path / "again.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "again.json").read_text())
+    own = json.loads((whole / "result.json").read_text())["accuracy"]
+    assert printed == written["accuracy"]
+    assert {key: printed[key] for key in printed} == {key: own[key] for key in printed}
+    assert written["bytes_per_class"] == 140 and written["images"] == 20 and written["size"] == [8, 8]
+    assert contents(whole) == before
+
+
+def test_evaluation_takes_other_seeds_and_settings(whole, capsys):
+    assert evaluate.main(["--run", str(whole), "--quiet", "--first-seed", "7", "evaluate.seeds=1"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["seeds"], printed["n"]) == ([7], 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "64"], "--size: expected HEIGHTxWIDTH such as 64x64, found '64'"),
+        (["--size", "0x8"], "--size: expected HEIGHTxWIDTH"),
+        (["--size", "16x16"], "the set renders to [16, 16, 1], test images are [8, 8, 1]"),
+        (["evaluate.sedes=3"], "evaluate.sedes: unknown key; did you mean seeds"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_evaluation_with_bad_arguments_is_one_line(whole, capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--run", str(whole), "--quiet", *arguments])
+    assert message in refused(capsys, end.value.code)
+
+
+def test_evaluation_needs_an_exported_set_and_its_config(whole, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--run", str(tmp_path)])
+    assert f"{tmp_path}: no distilled set here" in refused(capsys, end.value.code)
+    shutil.copytree(whole / "export", tmp_path / "export")
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--run", str(tmp_path)])
+    assert f"{tmp_path} holds an exported set but no config.yaml" in refused(capsys, end.value.code)
+
+
+# The configs that are shipped
+
+
+def test_there_are_configs():
+    assert "digits" in {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_loads_and_its_smoke_run_is_small(path):
+    full, smoke = configs.load(path), configs.load(path, smoke=True)
+    assert full.name == path.stem
+    assert full.distill.iterations >= smoke.distill.iterations
+    assert 1 <= smoke.distill.iterations <= 20
+    # More than one checkpoint, so that a smoke run can be interrupted and continued.
+    assert smoke.distill.checkpoint_every < smoke.distill.iterations
+    assert smoke.fit.steps <= 100 and smoke.evaluate.steps * smoke.evaluate.seeds <= 200
+    assert smoke.objective.batch_real <= 16
+    # Found by this name in tables; only what is small may differ, never what is measured.
+    for key in ("name", "seed", "ipc", "whiten", "codec"):
+        assert getattr(smoke, key) == getattr(full, key), key
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_fits_its_data(path, request):
+    smoke = configs.load(path, smoke=True)
+    if smoke.data.source != "digits":
+        if smoke.data.source == "tfds":
+            pytest.importorskip("tensorflow_datasets")
+        if not smoke.data.path:
+            pytest.skip(f"needs a prepared copy of {smoke.data.name}")
+        if not Path(smoke.data.path).exists():
+            root = request.getfixturevalue("data_root")
+            moved = root / Path(smoke.data.path).relative_to("../shared/data")
+            if not moved.exists():
+                pytest.skip(f"no data at {moved}")
+            smoke = dataclasses.replace(smoke, data=dataclasses.replace(smoke.data, path=str(moved)))
+    prepared = experiment.prepare(smoke)
+    spent = prepared.codec.nbytes(
+        jax.eval_shape(
+            prepared.codec.init,
+            jax.random.key(0),
+            jax.ShapeDtypeStruct((prepared.codec.num_images, *prepared.codec.image_shape), np.float32),
+        )
+    )
+    available = prepared.bytes_per_class * prepared.codec.num_classes
+    assert 0.5 * available < spent <= available
