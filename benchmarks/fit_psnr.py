@@ -1,6 +1,6 @@
 """PSNR against steps when real images are fitted (GSDD, Tables 5 and 16), and what the cutoff costs.
 
-    python -m benchmarks.fit_psnr [--data DIR] [--points 21 107 170 682] [--starts clusters] [--images 64] [--steps 1000]
+    python -m benchmarks.fit_psnr [--data DIR] [--points 21 107 170 682] [--starts clusters] [--images 64]
 
 The images are a fixed, seeded sample of the training split; the same for every setting. Results of several calls merge
 into one file by (points, start, steps).

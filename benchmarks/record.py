@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
     """Describes the command, the code and the machine of this process.
 
     Returns:
-        ``command``; ``commit``, None outside a repository, with ``-dirty`` if there are uncommitted changes; ``versions``;
+        ``command``; ``commit``, None outside a repository and ``-dirty`` with uncommitted changes; ``versions``;
         ``device``; ``load``, the processes that ran in the last minute: above the number of cores, timings are noisy.
     """
     device = jax.devices()[0]

@@ -14,6 +14,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,7 @@ WARM_UP = 2
 REPEATS = 15
 SEED = 0
 # Share of the larger of 1 and the largest value; both run in float32, in different orders of summation.
-TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
+TOLERANCES = {"forward": 1e-5, "backward": 1e-4, "forward+backward": 1e-4}
 # One grey level of an 8-bit display is 1/255: the default cutoff must stay below half of it.
 CUTOFF_TOLERANCE = 1 / 512
 OUT = record.RESULTS / "splat.json"
@@ -67,29 +67,38 @@ def scene(n: int, m: int, pixels: int) -> tuple[Gaussians, jax.Array]:
 class Counted:
     """A jitted function that counts its traces."""
 
-    def __init__(self, function: Callable[[Gaussians, jax.Array], object]):
+    def __init__(self, function: Callable[[Gaussians, jax.Array], Any]):
         self.traces = 0
 
-        def traced(g: Gaussians, v: jax.Array) -> object:
+        def traced(g: Gaussians, v: jax.Array) -> Any:
             self.traces += 1
             return function(g, v)
 
         self.jitted = jax.jit(traced)
 
-    def __call__(self, g: Gaussians, v: jax.Array) -> object:
+    def __call__(self, g: Gaussians, v: jax.Array) -> Any:
         """Runs and waits for the result."""
         return jax.block_until_ready(self.jitted(g, v))
 
 
 def directions(draw: Callable[[Gaussians], jax.Array]) -> dict[str, Counted]:
-    """Returns what is timed: the images, and the gradient of their sum weighted with ``v`` for every leaf."""
+    """Returns what is timed.
+
+    These are the images; the gradient of their sum weighted with ``v`` for every leaf, which does without the images;
+    and both the sum and its gradient, as every loss that is not linear in the images needs them.
+    """
+
+    def loss(g: Gaussians, v: jax.Array) -> jax.Array:
+        return jnp.sum(draw(g) * v)
+
     return {
         "forward": Counted(lambda g, v: draw(g)),
-        "forward+backward": Counted(lambda g, v: jax.grad(lambda g: jnp.sum(draw(g) * v))(g)),
+        "backward": Counted(jax.grad(loss)),
+        "forward+backward": Counted(jax.value_and_grad(loss)),
     }
 
 
-def largest_difference(ours: object, theirs: object) -> float:
+def largest_difference(ours: Any, theirs: Any) -> float:
     """Returns the largest difference of two pytrees, relative to the larger of 1 and the leaf's largest value."""
 
     def one(a: jax.Array, b: jax.Array) -> float:
@@ -104,7 +113,7 @@ def compare(n: int, m: int, pixels: int) -> dict:
     functions = {"render": directions(render), "dense": directions(dense)}
     exact = directions(functools.partial(render, cutoff=0.0))
     difference = {}
-    for direction, limit in (("forward", TOLERANCE), ("forward+backward", GRADIENT_TOLERANCE)):
+    for direction, limit in TOLERANCES.items():
         difference[direction] = largest_difference(exact[direction](g, v), functions["dense"][direction](g, v))
         if not difference[direction] <= limit:
             raise AssertionError(f"{direction}: render and the dense formula differ by {difference[direction]}")
@@ -112,7 +121,9 @@ def compare(n: int, m: int, pixels: int) -> dict:
     if not moved <= CUTOFF_TOLERANCE:
         raise AssertionError(f"the default cutoff moves a pixel by {moved}")
 
-    seconds = {(name, direction): [] for direction in difference for name in functions}
+    seconds: dict[tuple[str, str], list[float]] = {
+        (name, direction): [] for direction in TOLERANCES for name in functions
+    }
     for repeat in range(-WARM_UP, REPEATS):
         for (name, direction), times in seconds.items():
             start = time.perf_counter()
@@ -120,23 +131,25 @@ def compare(n: int, m: int, pixels: int) -> dict:
             if repeat >= 0:
                 times.append(time.perf_counter() - start)
 
-    result = {"images": n, "gaussians": m, "pixels": pixels, "moved_by_default_cutoff": moved, "directions": {}}
-    for direction in difference:
-        row = {"difference_without_cutoff": difference[direction]}
+    rows = {}
+    for direction in TOLERANCES:
+        measured: dict[str, dict[str, Any]] = {}
         for name in functions:
             function, times = functions[name][direction], seconds[name, direction]
             if function.traces != 1:
                 raise AssertionError(f"{name} {direction}: traced {function.traces} times, expected once")
             memory = function.jitted.lower(g, v).compile().memory_analysis()
-            row[name] = {
+            measured[name] = {
                 "median_ms": round(1e3 * float(np.median(times)), 3),
                 "min_ms": round(1e3 * min(times), 3),
                 "temp_bytes": memory.temp_size_in_bytes if memory else None,
             }
-        row["speedup_median"] = round(row["dense"]["median_ms"] / row["render"]["median_ms"], 2)
-        row["speedup_min"] = round(row["dense"]["min_ms"] / row["render"]["min_ms"], 2)
-        result["directions"][direction] = row
-    return result
+        ratios = {
+            f"speedup_{kind}": round(measured["dense"][f"{kind}_ms"] / measured["render"][f"{kind}_ms"], 2)
+            for kind in ("median", "min")
+        }
+        rows[direction] = measured | ratios | {"difference_without_cutoff": difference[direction]}
+    return {"images": n, "gaussians": m, "pixels": pixels, "moved_by_default_cutoff": moved, "directions": rows}
 
 
 def table(results: list[dict]) -> str:
@@ -162,7 +175,7 @@ def table(results: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.splat", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.splat", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="FILE", help="JSON file to write (default: %(default)s)"
     )

@@ -64,7 +64,7 @@ def make_step(
     Returns:
         ``step(state, data, key)``. The randomness of step ``i`` is ``fold_in(key, i)``, so an interrupted run that
         resumes from a state repeats the same bits. Metrics are device scalars: ``loss``, ``regulariser``,
-        ``grad_norm``.
+        ``grad_norm``, and ``param_norm`` after the step.
     """
     optimiser = codec.optimiser()
     k, g = codec.num_classes, codec.images_per_class
@@ -101,6 +101,7 @@ def make_step(
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         params = codec.project(optax.apply_updates(state.params, updates))
         metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["param_norm"] = optax.tree.norm(params)
         return State(params, opt_state, state.step + 1), metrics
 
     return step

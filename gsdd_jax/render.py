@@ -38,8 +38,9 @@ def render(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> g = Gaussians(jnp.zeros((1, 1, 2)), jnp.full((1, 1, 3), 1.0), jnp.ones((1, 1, 3)), jnp.ones((1, 1)),
-        size=(8, 8)) >>> render(g).shape, render(g, size=(32, 48)).shape
+        >>> one = jnp.ones((1, 1, 3))
+        >>> g = Gaussians(jnp.zeros((1, 1, 2)), one, one, jnp.ones((1, 1)), size=(8, 8))
+        >>> render(g).shape, render(g, size=(32, 48)).shape
         ((1, 8, 8, 3), (1, 32, 48, 3))
     """
     _check(g, size)

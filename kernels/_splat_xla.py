@@ -58,8 +58,8 @@ def _tile(spec: SplatSpec) -> int:
 def _monomials(size: int, supersample: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns monomials of the sample positions about a tile's centre.
 
-    1, x, y of all samples, ``[s * s * size * size, 3]``, and 1, y, yy of one column phase, ``[s * size * size, 3]``. The
-    samples are in the order (row phase, column phase, row, column).
+    These are 1, x, y of all samples, ``[s * s * size * size, 3]``, and 1, y, yy of one column phase,
+    ``[s * size * size, 3]``. The samples are in the order (row phase, column phase, row, column).
     """
     phase = (np.arange(supersample) + 0.5) / supersample
     offsets = np.arange(size)[None, :] + phase[:, None] - size / 2
@@ -106,9 +106,10 @@ def _tile_lists(
 def _weights(
     geometry: jax.Array, origin: jax.Array, slanted: jax.Array, upright: jax.Array, spec: SplatSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Evaluates ``exp(-q/2)``, zero below the cutoff, of ``[t, l]`` pairs at all samples: ``[t, l, s * s, tile * tile]``.
+    """Evaluates ``exp(-q/2)``, zero below the cutoff, of ``[t, l]`` pairs at all samples.
 
-    Also returns ``u = p dx + r dy`` of the samples; both it and ``v = s dy`` are linear in the monomials.
+    Both it and ``u = p dx + r dy``, which is returned as well, are ``[t, l, s * s, tile * tile]``. Products with the
+    monomials give ``u`` and ``v = s dy``, because sums over broadcast rows and columns take a CPU longer.
     """
     pairs, k = geometry.shape[:2], spec.supersample
     cx, cy = geometry[..., 0] - origin[:, None, 0], geometry[..., 1] - origin[:, None, 1]
@@ -250,7 +251,7 @@ def _in_chunks(function: Callable[..., Any], arrays: tuple[jax.Array, ...], spec
     chunks = max(1, -(-n * tiles * m // CHUNK_PAIRS))
     size = -(-n // min(chunks, n))
     chunks = -(-n // size)
-    valid = jnp.arange(chunks * size) < n
+    valid = jnp.ones(n, bool)
     if chunks == 1:
         return function(*arrays, valid)
 

@@ -1,9 +1,10 @@
-"""The renderer once more, straight from its definition: NumPy, float64, one Gaussian at a time, nothing shared with the library.
+"""The renderer once more, straight from its definition: NumPy, float64, one Gaussian at a time.
 
-Derivatives are finite differences with an imaginary step: ``f'(x) = Im f(x + i e) / e``. Unlike real differences they neither cancel
-nor need a step that suits the curvature, so one step serves Gaussians of a hundredth of a pixel and of five hundred. All that is
-differentiated here (squares, quotients, ``exp``) is analytic; which samples lie below the cutoff is decided by the real part and so
-counts as constant, as it does in the library.
+It shares nothing with the library. Derivatives are finite differences with an imaginary step,
+``f'(x) = Im f(x + i e) / e``. Unlike real differences they neither cancel nor need a step that suits the curvature, so
+one step serves Gaussians of a hundredth of a pixel and of five hundred. All that is differentiated here (squares,
+quotients, ``exp``) is analytic. Which samples lie below the cutoff is decided by the real part and so counts as
+constant, as it does in the library.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 STEP = 1e-20
-# float32 knows exp(-q/2) of a hostile Gaussian to about this, relative; a sample this close to the cutoff may fall on either side.
+# float32 knows exp(-q/2) of a hostile Gaussian to about this, relative; a sample this close to the cutoff may fall on
+# either side, and what it could change is returned as the slack.
 AMBIGUOUS = 1e-4
 
 
@@ -36,7 +38,7 @@ class Rendered(NamedTuple):
 
 
 def render(g, size=None, *, supersample=2, cutoff=0.0, v=None) -> Rendered:
-    """Renders ``Gaussians`` from their raw leaves; ``v`` ``[n, h, w, c]`` weighs the pixels of the loss and is all ones by default."""
+    """Renders ``Gaussians`` from their raw leaves; ``v`` ``[n, h, w, c]`` weighs the pixels of the loss (default 1)."""
     mean, cholesky, color, opacity = (np.asarray(x, np.float64) for x in (g.mean, g.cholesky, g.color, g.opacity))
     (native_height, native_width), (height, width) = g.size, size or g.size
 

@@ -1,6 +1,6 @@
 """Scenes that a renderer of Gaussians must survive, each with the reason why it is here.
 
-The hostile ones share one shape, so that a jitted function compiles once for all of them; the others differ in shape on purpose.
+The hostile ones share one shape, so that a jitted function compiles once for all of them; the others differ in shape.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 
 from gsdd_jax.gaussians import Gaussians
 
-# Neither edge is a multiple of a tile, the image is not square, and one Gaussian list is longer than the lanes of a block.
+# Neither edge is a multiple of a tile, the image is not square, and the lists can be longer than the lanes of a block.
 IMAGES, POINTS, SIZE, CHANNELS = 2, 12, (24, 37), 3
 
 
@@ -21,12 +21,12 @@ def gaussians(mean, lower, color, opacity, size) -> Gaussians:
 
 
 def ellipses(sigma, ratio, angle) -> np.ndarray:
-    """Returns (l11, l21, l22) of Gaussians with standard deviations ``sigma`` and ``ratio * sigma``, turned by ``angle``."""
+    """Returns (l11, l21, l22) for standard deviations ``sigma`` and ``ratio * sigma``, turned by ``angle``."""
     sigma, ratio, angle = np.broadcast_arrays(sigma, ratio, angle)
     cos, sin = sigma * np.cos(angle), sigma * np.sin(angle)
-    xx, xy, yy = cos**2 + (ratio * sin) ** 2, cos * sin * (1 - ratio**2), sin**2 + (ratio * cos) ** 2
-    l11 = np.sqrt(xx)
-    return np.stack([l11, xy / l11, sigma**2 * ratio / l11], axis=-1) if yy.size else np.zeros((*sigma.shape, 3))
+    l11 = np.hypot(cos, ratio * sin)
+    # L L^T = R diag(sigma^2, (ratio sigma)^2) R^T, whose determinant is (ratio sigma^2)^2.
+    return np.stack([l11, cos * sin * (1 - ratio**2) / l11, ratio * sigma**2 / l11], axis=-1)
 
 
 def random(n=IMAGES, m=POINTS, size=SIZE, channels=CHANNELS, seed=0) -> Gaussians:
@@ -35,7 +35,11 @@ def random(n=IMAGES, m=POINTS, size=SIZE, channels=CHANNELS, seed=0) -> Gaussian
     spread = 0.6 * np.sqrt(np.prod(size) / (np.pi * max(m, 1)))
     lower = ellipses(spread * rng.uniform(0.5, 2, (n, m)), rng.uniform(0.3, 1, (n, m)), rng.uniform(0, np.pi, (n, m)))
     return gaussians(
-        rng.uniform(-1, 1, (n, m, 2)), lower, rng.uniform(-0.5, 1, (n, m, channels)), rng.uniform(0.5, 1.5, (n, m)), size
+        rng.uniform(-1, 1, (n, m, 2)),
+        lower,
+        rng.uniform(-0.5, 1, (n, m, channels)),
+        rng.uniform(0.5, 1.5, (n, m)),
+        size,
     )
 
 
@@ -57,25 +61,25 @@ def all_widths() -> Gaussians:
 
 
 def needles() -> Gaussians:
-    """Covariances of 500 by 0.01 pixels at all angles: their entries cancel in float32 unless the inverse is built from squares."""
+    """500 by 0.01 pixels at all angles: in float32 the inverse, and moments about any other point, cancel."""
     return _variation(cholesky=_raw(ellipses(500, 0.01 / 500, np.linspace(0, np.pi, POINTS, endpoint=False))))
 
 
 def short_needles() -> Gaussians:
-    """Needles of 8 by 0.2 pixels near the diagonals: their boxes are large and almost empty, and they cross many tiles."""
+    """8 by 0.2 pixels near the diagonals: their boxes are large and almost empty, and they cross many tiles."""
     angle = np.pi / 4 + np.linspace(-0.05, 0.05, POINTS) + np.pi / 2 * (np.arange(POINTS) % 2)
     return _variation(cholesky=_raw(ellipses(8, 0.2 / 8, angle)))
 
 
 def outside() -> Gaussians:
-    """Centres up to two images away, on all sides, of Gaussians that partly reach in: culling must not take them for absent."""
+    """Centres up to two images away, on all sides, of Gaussians that reach in or not: culling must know which."""
     angle = np.linspace(0, 2 * np.pi, POINTS, endpoint=False)
     mean = np.linspace(1.05, 4, POINTS)[:, None] * np.stack([np.cos(angle), np.sin(angle)], -1)
     return _variation(mean=mean, cholesky=_raw(ellipses(np.linspace(2, 25, POINTS), 0.5, angle)))
 
 
 def strong_weights() -> Gaussians:
-    """Negative and huge colours and opacities that nearly cancel: nothing may be clamped, neither opacity nor the sum."""
+    """Huge weights of both signs that nearly cancel: nothing may be clamped, neither opacity nor the sum."""
     rng = np.random.default_rng(1)
     sign = np.where(np.arange(POINTS) % 2, -1.0, 1.0)
     color = rng.uniform(500, 1000, (IMAGES, POINTS, CHANNELS))
@@ -83,7 +87,7 @@ def strong_weights() -> Gaussians:
 
 
 def zero_lower() -> Gaussians:
-    """L = 0 but for one entry each: the covariance is singular but for the prefilter, and the gradient of L vanishes in part."""
+    """L = 0 but for one entry each: only the prefilter makes the covariance invertible, and L is stationary."""
     lower = np.zeros((POINTS, 3))
     lower[np.arange(POINTS), np.arange(POINTS) % 3] = np.linspace(0, 3, POINTS)
     return _variation(cholesky=_raw(lower))
@@ -114,7 +118,7 @@ HOSTILE: dict[str, Callable[[], Gaussians]] = {
 
 
 def shaped() -> dict[str, tuple[Gaussians, dict]]:
-    """Scenes of other shapes and settings: channels, one Gaussian, one pixel, strips, other output sizes, supersampling 1 to 4."""
+    """Other shapes and settings: channels, one Gaussian, one pixel, strips, output sizes, supersampling 1 to 4."""
     return {
         "grey": (random(channels=1, seed=3), {}),
         "four_channels": (random(channels=4, seed=4), {"supersample": 1}),

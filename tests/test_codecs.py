@@ -36,6 +36,15 @@ class Case(NamedTuple):
     decode: Any  # jitted
 
 
+@pytest.fixture(scope="module", autouse=True)
+def lazy_compiler():
+    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def make(spec, **changes) -> codecs.Codec:
     settings = {"image_shape": SHAPE, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
     return codecs.make(spec, **settings)

@@ -17,6 +17,15 @@ KEY = jax.random.key(7)
 LIMIT = np.float32(1 - 1e-3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def lazy_compiler():
+    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def digits() -> data.Dataset:
     """Two of the ten classes."""
@@ -105,7 +114,7 @@ def composed(codec, on_device):
     return jax.jit(loss_and_gradient)
 
 
-def test_first_steps_are_adam_on_the_composed_gradient_then_projection(composed, start, step, on_device):
+def test_first_steps_are_adam_on_the_composed_gradient(composed, start, step, on_device):
     state = start
     m = v = {name: 0.0 for name in ("mean", "cholesky", "color", "opacity")}
     for t in range(2):
@@ -149,8 +158,10 @@ def test_step_is_deterministic(step, start, on_device, five):
     assert bits(state) == bits(five[0]) and metrics == five[1]
 
 
-def test_steps_of_one_key_draw_anew(five):
-    assert len({values["loss"] for values in five[1]}) == 5
+def test_steps_of_one_key_draw_anew(step, start, on_device):
+    # The same parameters, so that only what is drawn can differ.
+    losses = {float(step(start._replace(step=jnp.int32(i)), on_device, KEY)[1]["loss"]) for i in range(5)}
+    assert len(losses) == 5
 
 
 def test_another_key_gives_another_run(step, start, on_device, five):

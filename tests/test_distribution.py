@@ -46,6 +46,15 @@ def jitted(augment=NONE, class_chunk=1):
     return jax.jit(jax.value_and_grad(loss, argnums=2))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def lazy_compiler():
+    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def plain():
     return jitted()

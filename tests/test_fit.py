@@ -12,6 +12,15 @@ from gsdd_jax.codecs import GaussianSpec, PixelSpec
 STEPS, POINTS = 40, 12
 
 
+@pytest.fixture(scope="module", autouse=True)
+def lazy_compiler():
+    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def digits() -> data.Dataset:
     return data.load(data.DataSpec(per_class=5, test_limit=10))

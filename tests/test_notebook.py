@@ -41,8 +41,6 @@ def test_quickstart_is_committed_without_outputs():
 
 
 def _find(pattern: str, text: str) -> tuple[str, ...]:
-    import re
-
     match = re.search(pattern, text)
     assert match, f"{pattern!r} not in {text!r}"
     return match.groups()

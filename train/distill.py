@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,10 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
         continued = rundir.configure(
             dataclasses.asdict(experiments.resolved(config, experiment.codec)), may_change=MAY_CHANGE
         )
+        done = rundir.path / "result.json"
+        if continued and done.exists():
+            progress.say(f"{out} holds the finished run; nothing to compute")
+            return json.loads(done.read_text())
         environment = rundir.record_environment()
         progress.say(
             f"{config.name}: {dataset.name}, {dataset.num_classes} classes, {'x'.join(map(str, dataset.image_shape))}, "
@@ -123,7 +128,6 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
             pixel=pixel,
             fit_psnr=_psnr(images.get("fit_only"), targets),
         )
-        write_json(rundir.path / "result.json", result)
         write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
         if isinstance(distilled.params, Gaussians):
@@ -131,6 +135,8 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
         for name, png in shown.items():
             write_bytes(rundir.path / f"{name}.png", png)
         report.write(rundir.path, result, shown)
+        # Written last: its presence says that the run is finished.
+        write_json(done, result)
         return result
 
 

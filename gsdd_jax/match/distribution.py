@@ -57,8 +57,8 @@ def distribution_loss(
         class_chunk: Classes per pass through the network; need not divide ``k``.
 
     Returns:
-        The loss, a scalar. Differentiable with respect to ``syn``; the memory of the backward pass is that of one
-        chunk.
+        The loss, a scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps no
+        activations.
     """
     key_network, key_augment = jax.random.split(key)
     phi_params = network.init(key_network)

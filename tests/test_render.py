@@ -1,0 +1,325 @@
+import doctest
+import functools
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import scenes
+
+from gsdd_jax import Gaussians, render
+from gsdd_jax.gaussians import MAX_PIXELS
+from kernels import DEFAULT_CUTOFF
+
+LEAVES = ("mean", "cholesky", "color", "opacity")
+# Share of the larger of 1 and the oracle's largest value.
+VALUE_TOLERANCE = 1e-5
+# Share of the largest entry of the same leaf in the same image: entries of one leaf have one unit, and an entry that is
+# small by cancellation over the pixels cannot be known better than its terms.
+GRADIENT_TOLERANCE = 1e-4
+# float64 against float64 of another formula; needles lose three digits.
+FLOAT64_TOLERANCE = 1e-11
+
+
+# Compiled as one, which is faster than the same operations one by one.
+draw = jax.jit(render, static_argnames=("size", "supersample", "cutoff"))
+
+
+def weights(g, size=None, seed=0) -> np.ndarray:
+    n, c = g.mean.shape[0], g.color.shape[-1]
+    return np.random.default_rng(seed).normal(size=(n, *(size or g.size), c)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "supersample", "cutoff"))
+def value_and_gradient(g, v, *, size=None, supersample=2, cutoff=DEFAULT_CUTOFF):
+    images, vjp = jax.vjp(lambda g: render(g, size, supersample=supersample, cutoff=cutoff), g)
+    return images, vjp(v)[0]
+
+
+def assert_matches_oracle(g, settings, value_tolerance=VALUE_TOLERANCE, gradient_tolerance=GRADIENT_TOLERANCE):
+    v = weights(g, settings.get("size")).astype(g.mean.dtype)
+    images, gradient = jax.tree.map(np.asarray, value_and_gradient(g, v, **settings))
+    expected = oracle.render(g, v=v, **settings)
+    scale = max(1.0, np.abs(expected.images).max())
+    # Pixels without a sample at the edge of the cutoff have no slack; those with one may miss that sample, or have it.
+    assert np.all(np.abs(images - expected.images) <= value_tolerance * scale + expected.images_slack)
+    for leaf in LEAVES:
+        found, wanted, slack = getattr(gradient, leaf), expected.gradient[leaf], expected.gradient_slack[leaf]
+        per_image = (len(wanted), -1)
+        scale = np.abs(wanted.reshape(per_image)).max(1)
+        assert np.all(scale > 0), f"{leaf}: the gradient is zero, so this scene tests nothing"
+        error = np.maximum(np.abs(found - wanted) - slack, 0).reshape(per_image).max(1)
+        assert np.all(error <= gradient_tolerance * scale), f"{leaf}: off by {np.max(error / scale):.1e}"
+
+
+def perturbed(g, leaf, position, value) -> Gaussians:
+    changed = getattr(g, leaf).at[position].set(value)
+    return Gaussians(*(changed if name == leaf else getattr(g, name) for name in LEAVES), size=g.size)
+
+
+def test_oracle_equals_the_definition_written_as_loops():
+    g = scenes.random(n=1, m=2, size=(3, 4), channels=2)
+    height, width, s = 2, 3, 2
+    mean, raw, color, opacity = (np.asarray(x[0], np.float64) for x in (g.mean, g.cholesky, g.color, g.opacity))
+    expected = np.zeros((height, width, 2))
+    for row in range(height):
+        for column in range(width):
+            for sample in range(s * s):
+                point = np.array([column + (sample % s + 0.5) / s, row + (sample // s + 0.5) / s])
+                for k in range(2):
+                    centre = 0.5 * np.array([width, height]) * (mean[k] + 1)
+                    lower = np.array([[raw[k, 0] + 0.5, 0], [raw[k, 1], raw[k, 2] + 0.5]])
+                    lower = lower * np.array([[width / 4], [height / 3]])
+                    covariance = lower @ lower.T + np.diag([1 / 12, 1 / 12])
+                    q = (point - centre) @ np.linalg.inv(covariance) @ (point - centre)
+                    expected[row, column] += opacity[k] * math.exp(-q / 2) * color[k] / s**2
+    found = oracle.render(g, (height, width), supersample=s).images[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_oracle_gradient_equals_real_finite_differences():
+    g = scenes.random(n=1, m=2, size=(6, 5), channels=2)
+    v = weights(g)
+    gradient = oracle.render(g, v=v).gradient
+    leaves = {leaf: np.asarray(getattr(g, leaf), np.float64) for leaf in LEAVES}
+
+    class Moved:
+        size = g.size
+
+    def loss(leaf, index, step):
+        moved = Moved()
+        for name, value in leaves.items():
+            value = value.copy()
+            if name == leaf:
+                value[index] += step
+            setattr(moved, name, value)
+        return np.sum(oracle.render(moved).images * v)
+
+    for leaf in LEAVES:
+        for index in np.ndindex(leaves[leaf].shape):
+            slope = (loss(leaf, index, 1e-5) - loss(leaf, index, -1e-5)) / 2e-5
+            assert slope == pytest.approx(gradient[leaf][index], rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("cutoff", [0.0, DEFAULT_CUTOFF, 0.1])
+@pytest.mark.parametrize("name", scenes.HOSTILE)
+def test_hostile_scenes_match_the_oracle(name, cutoff):
+    assert_matches_oracle(scenes.HOSTILE[name](), {"cutoff": cutoff})
+
+
+@pytest.mark.parametrize("name", scenes.shaped())
+def test_other_shapes_sizes_and_supersampling_match_the_oracle(name):
+    g, settings = scenes.shaped()[name]
+    assert_matches_oracle(g, {"cutoff": DEFAULT_CUTOFF} | settings)
+
+
+@pytest.mark.parametrize("supersample", [2, 3])
+def test_float64_stays_float64_and_matches_the_oracle_to_its_precision(supersample):
+    # At this precision a wrong formula cannot hide behind rounding, not even in the needles.
+    with jax.enable_x64(True):
+        for build in scenes.HOSTILE.values():
+            g = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), build())
+            assert jax.eval_shape(render, g).dtype == jnp.float64
+            settings = {"cutoff": 0.0, "supersample": supersample}
+            assert_matches_oracle(g, settings, FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
+
+
+def test_images_are_float32_by_default():
+    assert jax.eval_shape(render, scenes.random()).dtype == jnp.float32
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), scenes.random())
+    assert jax.eval_shape(render, half).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("cutoff", [DEFAULT_CUTOFF, 0.3])
+def test_exactly_the_contributions_below_the_cutoff_are_dropped(cutoff):
+    # One white Gaussian and one sample per pixel: a pixel is the contribution.
+    g = scenes.gaussians([[[0.1, -0.2]]], scenes.ellipses([[2.0]], 0.5, 0.4), [[[1.0]]], [[1.0]], (40, 33))
+    cut = np.asarray(draw(g, supersample=1, cutoff=cutoff))
+    whole = oracle.render(g, supersample=1).images
+    clear = np.abs(whole / cutoff - 1) > oracle.AMBIGUOUS
+    assert np.array_equal((cut > 0)[clear], (whole >= cutoff)[clear])
+    assert np.any((whole < cutoff) & (whole > 0)) and np.all(cut[cut > 0] >= cutoff)
+    np.testing.assert_allclose(cut[clear & (whole >= cutoff)], whole[clear & (whole >= cutoff)], atol=VALUE_TOLERANCE)
+
+
+def test_no_gaussians_draw_black():
+    images = render(scenes.random(n=2, m=0, size=(5, 7)))
+    assert images.shape == (2, 5, 7, 3) and not np.any(images)
+    assert jax.grad(lambda g: jnp.sum(render(g)))(scenes.random(n=2, m=0)).mean.shape == (2, 0, 2)
+
+
+def test_no_images_are_an_empty_array():
+    g = scenes.random(n=0, m=3)
+    assert render(g, (4, 6)).shape == (0, 4, 6, 3)
+    assert jax.grad(lambda g: jnp.sum(render(g)))(g).mean.shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_nan_fills_its_own_image_and_no_other(leaf):
+    g = scenes.random(n=3, m=4, size=(20, 12))
+    v = weights(g)
+    clean_images, clean = value_and_gradient(g, v)
+    position = (1, 2) if leaf == "opacity" else (1, 2, 0)
+    images, gradient = value_and_gradient(perturbed(g, leaf, position, jnp.nan), v)
+    assert np.all(np.isnan(images[1]))
+    assert np.array_equal(images[::2], clean_images[::2])
+    for name in LEAVES:
+        assert np.all(np.isnan(getattr(gradient, name)[1])), name
+        assert np.array_equal(getattr(gradient, name)[::2], getattr(clean, name)[::2]), name
+
+
+@pytest.mark.parametrize("cutoff", [0.0, DEFAULT_CUTOFF])
+@pytest.mark.parametrize("leaf", ["mean", "cholesky"])
+def test_huge_and_tiny_geometry_gives_finite_values_and_gradients(leaf, cutoff):
+    g = scenes.random(n=2, m=12, size=(17, 23))
+    v = weights(g)
+    sizes = (1e20, 1e30, 3e38, np.inf, 1e7, 1e-20, 1e-30, 1e-42, 0.0)
+    for size in sizes:
+        for value in (size, -size):
+            # Every entry alone, then all at once.
+            moved = np.array(getattr(g, leaf))
+            last = moved.shape[-1]
+            for j in range(last):
+                moved[0, j, j] = value
+            moved[1, :3] = value
+            bad = Gaussians(*(jnp.asarray(moved) if name == leaf else getattr(g, name) for name in LEAVES), size=g.size)
+            images, gradient = value_and_gradient(bad, v, cutoff=cutoff)
+            assert np.all(np.isfinite(images)), value
+            for name in LEAVES:
+                assert np.all(np.isfinite(getattr(gradient, name))), (name, value)
+
+
+@pytest.mark.parametrize("weight", [1e20, -1e30])
+def test_huge_weights_give_finite_values_and_gradients(weight):
+    g = perturbed(scenes.random(), "color", (0, 3), weight)
+    images, gradient = value_and_gradient(g, weights(g))
+    assert np.all(np.isfinite(images))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
+
+
+def test_infinitely_wide_is_constant_and_infinitely_far_is_absent():
+    wide = scenes.gaussians([[[0.3, 0.0]]], [[[1e30, 0.0, -1e30]]], [[[0.5, 2.0]]], [[-3.0]], (9, 13))
+    np.testing.assert_allclose(draw(wide), np.broadcast_to([-1.5, -6.0], (1, 9, 13, 2)), rtol=1e-6)
+    for far in ((1e30, 0.0), (0.0, -np.inf)):
+        g = scenes.gaussians([[far]], [[[2.0, 0.0, 2.0]]], [[[1.0]]], [[1.0]], (9, 13))
+        assert not np.any(draw(g))
+    assert MAX_PIXELS >= 1e4
+
+
+def test_zero_lower_is_the_prefilter_alone():
+    # Eq. 9 by hand: a Gaussian of no size in the middle of a pixel is exp(-6 d^2) there.
+    g = scenes.gaussians([[[0.0, 0.0]]], np.zeros((1, 1, 3)), [[[1.0]]], [[1.0]], (3, 3))
+    image = np.asarray(draw(g, supersample=1, cutoff=0.0))[0, ..., 0]
+    distance = np.array([[2, 1, 2], [1, 0, 1], [2, 1, 2]])
+    np.testing.assert_allclose(image, np.exp(-6.0 * distance), rtol=1e-5)
+
+
+def test_rendering_at_twice_the_size_and_pooling_approximates_the_native_image():
+    g = scenes.random(n=2, m=8, size=(24, 32))
+    lower = scenes.ellipses(np.linspace(3, 6, 8), 0.7, np.linspace(0, 3, 8))
+    g = scenes.gaussians(g.mean, np.broadcast_to(lower, (2, 8, 3)), g.color, g.opacity, g.size)
+    native = np.asarray(draw(g))
+    double = np.asarray(draw(g, size=(48, 64))).reshape(2, 24, 2, 32, 2, 3).mean((2, 4))
+    scale = np.abs(native).max()
+    # The prefilter is one output pixel, so at 3 pixels or more it changes the variance by less than 1/12/9 of itself.
+    assert np.abs(double - native).max() < 0.01 * scale
+    # A renderer that forgets to scale L with the size is far off.
+    forgetful = scenes.gaussians(g.mean, np.broadcast_to(lower / 2, (2, 8, 3)), g.color, g.opacity, g.size)
+    wrong = np.asarray(draw(forgetful, size=(48, 64))).reshape(2, 24, 2, 32, 2, 3).mean((2, 4))
+    assert np.abs(wrong - native).max() > 0.1 * scale
+
+
+def test_eager_equals_jit_and_its_second_call_does_not_compile_again(caplog):
+    g = scenes.random(n=2, m=5, size=(10, 11))
+    v = weights(g)
+    other = jax.tree.map(lambda x: x + 0.25, g)
+    eager = value_and_gradient.__wrapped__(g, v)
+    for found, wanted in zip(jax.tree.leaves(eager), jax.tree.leaves(value_and_gradient(g, v)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        value_and_gradient.__wrapped__(other, v)
+        assert not [message for message in caplog.messages if message.startswith("Compiling")]
+        # The log is the right one: a new shape does compile.
+        value_and_gradient.__wrapped__(g[:1], v[:1])
+        assert [message for message in caplog.messages if message.startswith("Compiling")]
+
+
+def test_vmap_and_nested_vmap_equal_a_loop():
+    batch = [[scenes.random(n=2, m=5, size=(10, 11), seed=3 * i + j) for j in range(3)] for i in range(2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[jax.tree.map(lambda *x: jnp.stack(x), *row) for row in batch])
+    assert stacked.mean.shape == (2, 3, 2, 5, 2)
+    loop = np.stack([np.stack([draw(g) for g in row]) for row in batch])
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.vmap(render)))(stacked), loop, atol=1e-6)
+    first = jax.tree.map(lambda x: x[0], stacked)
+    np.testing.assert_allclose(jax.jit(jax.vmap(render))(first), loop[0], atol=1e-6)
+
+
+def test_second_call_and_equal_settings_do_not_trace_again():
+    traces = []
+
+    @jax.jit
+    def slope(g):
+        traces.append(None)
+        return jax.grad(lambda g: jnp.sum(render(g, (8, 9), cutoff=0.01)))(g)
+
+    for seed in range(3):
+        slope(scenes.random(n=2, m=5, size=(6, 7), seed=seed))
+    assert len(traces) == 1 and slope._cache_size() == 1
+
+
+def test_getitem_selects_images():
+    g = scenes.random(n=3, m=4)
+    assert (g.num_images, g.num_points) == (3, 4)
+    part = g[jnp.array([2, 0])]
+    assert (part.num_images, part.num_points, part.size) == (2, 4, g.size)
+    np.testing.assert_allclose(draw(part), draw(g)[np.array([2, 0])], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "shape", "message"),
+    [
+        ("mean", (2, 5, 3), r"mean: expected shape \[2, 5, 2\] for \[n, m\] = \[2, 5\], found \[2, 5, 3\]"),
+        ("mean", (5, 2), r"mean: expected shape .*found \[5, 2\]"),
+        ("cholesky", (2, 5, 4), r"cholesky: expected shape \[2, 5, 3\].*found \[2, 5, 4\]"),
+        ("color", (2, 4, 3), r"color: expected shape \[2, 5, 3\].*found \[2, 4, 3\]"),
+        ("opacity", (2, 5, 1), r"opacity: expected shape \[2, 5\].*found \[2, 5, 1\]"),
+    ],
+)
+def test_a_leaf_of_the_wrong_shape_is_named(leaf, shape, message):
+    g = scenes.random(n=2, m=5)
+    leaves = {name: getattr(g, name) for name in LEAVES} | {leaf: jnp.zeros(shape)}
+    with pytest.raises(ValueError, match=message):
+        render(Gaussians(**leaves, size=g.size))
+
+
+@pytest.mark.parametrize("size", [(8,), (8, 0), (8, 9.0), (8, -1), (True, 8), (8, 8, 3)])
+def test_a_bad_size_is_named(size):
+    g = scenes.random(n=1, m=2)
+    with pytest.raises(ValueError, match=r"^size: expected \(height, width\), two integers >= 1; found \("):
+        render(g, size)
+    native = Gaussians(g.mean, g.cholesky, g.color, g.opacity, size=size)
+    with pytest.raises(ValueError, match=r"size of the Gaussians: expected \(height, width\), two integers >= 1"):
+        render(native)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"supersample": 0}, "supersample: expected an integer >= 1, found 0"),
+        ({"cutoff": 1.0}, r"cutoff: expected a number in \[0, 1\), found 1.0"),
+        ({"backend": "cuda"}, "backend: expected one of auto, .*xla.*; found 'cuda'"),
+    ],
+)
+def test_a_bad_setting_is_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        render(scenes.random(n=1, m=2), **setting)
+
+
+# `gsdd_jax.render` the function hides the module of the same name.
+@pytest.mark.parametrize("module", ["gsdd_jax.render", "gsdd_jax.synset"])
+def test_examples_of_the_docstrings_run(module):
+    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted > 0 and result.failed == 0
