@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/digits
-PYTEST_ARGS ?=
+# Two processes: compilation, which most tests wait for, uses one core. Files stay whole, for their shared fixtures.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 VENV_PYTHON := $(VENV)/bin/python
 # Touched last, so an interrupted installation is taken up again; a change of the metadata installs again.

@@ -21,7 +21,10 @@ class FitSpec:
 
     to: Annotated[
         Literal["real", "solid", "random"],
-        Doc("real: real images; solid: warm-up on the mean colour of the set; random: the start as drawn, not fitted."),
+        Doc(
+            "real: real images; solid: warm-up on the mean colour of the set; random: the start as drawn, not fitted. "
+            "The last two need codec.start=uniform."
+        ),
     ] = "real"
     select: Annotated[
         Literal["random", "first", "kmeans"],

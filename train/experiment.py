@@ -43,6 +43,7 @@ def prepare(config: RunConfig) -> Experiment:
     Raises:
         ConfigError: Settings that contradict each other or the data; the message names the key.
     """
+    _check_start(config)
     dataset = data.load(config.data)
     shape, classes = dataset.image_shape, dataset.num_classes
     available = storage.budget_bytes(config.ipc, shape)
@@ -63,6 +64,18 @@ def prepare(config: RunConfig) -> Experiment:
             ) from error
     whitening = whiten.fit(config.whiten, dataset.train_images)
     return Experiment(config, dataset, available, codec, network, whitening)
+
+
+def _check_start(config: RunConfig) -> None:
+    """Refuses a start that would look at real images although the fit is asked not to, or cannot do without them."""
+    if config.fit.to == "real":
+        return
+    if config.codec.name == "pixel":
+        raise ConfigError(f"fit.to: the pixel codec starts from real images; expected real, found {config.fit.to!r}")
+    if config.codec.start != "uniform":
+        raise ConfigError(
+            f"codec.start: fit.to={config.fit.to} starts from noise; expected uniform, found {config.codec.start!r}"
+        )
 
 
 def resolved(config: RunConfig, codec: codecs.Codec) -> RunConfig:

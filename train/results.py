@@ -10,7 +10,7 @@ import numpy as np
 from gsdd_jax import storage
 from gsdd_jax.codecs import Codec
 from train.experiment import Experiment
-from train.rundir import RunDir, read_metrics
+from train.rundir import RunDir, read_environment, read_metrics
 
 # Keys of the baselines in result.json, in the order of the table.
 BASELINES = ("fit_only", "pixel", "random_real", "full_data")
@@ -32,13 +32,14 @@ def collect(
         experiment: What was run.
         accuracies: Per arm, as ``train.stages.evaluate_stage`` returns them; at least ``distilled``.
         sizes: Bytes of the exported set, as ``SynSet.save`` returns them.
-        environment: Entry of environment.json.
+        environment: Entry of environment.json of this start.
         run: The run directory, for the seconds of every stage.
         pixel: Codec of the pixel baseline.
         fit_psnr: Mean PSNR in dB of the fitted images, as stored.
     """
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
     classes, values = dataset.num_classes, int(np.prod(dataset.image_shape))
+    starts = read_environment(run.path)
     full = len(dataset.train_labels) // classes
     # Images and bytes per class. The training set is uint8; random real images count as float32, as the field counts.
     spent = {
@@ -72,9 +73,11 @@ def collect(
         "seconds": _seconds(run, accuracies),
         "device": environment["device"],
         "versions": environment["versions"],
-        "commit": environment["commit"],
-        "dirty": environment["dirty"],
-        "command": environment["command"],
+        "commit": starts[0]["commit"],
+        "dirty": starts[0]["dirty"],
+        # More than one where a run was continued with other code.
+        "commits": list(dict.fromkeys(start["commit"] for start in starts)),
+        "command": starts[0]["command"],
         "protocol": {
             "networks": "fresh ones, final weights, each tested once on the test set",
             "network": dataclasses.asdict(config.network),
