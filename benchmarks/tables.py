@@ -26,18 +26,18 @@ def _run(name: str) -> str:
 
 def _fit(name: str) -> str:
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    shown = (1, 100, 300, 1000, 3000)
+    shown = (1, 50, 100, 300, 500, 1000)
     lines = [
-        f"Mean PSNR in dB of {record['n']} training images of {record['settings']['data']} "
+        "Mean PSNR in dB of a fixed sample of training images of {record['settings']['data']} "
         f"({'x'.join(map(str, record['settings']['size']))}), as stored in bfloat16, after so many steps:",
         "",
-        "| Gaussians | start | schedule, steps | " + " | ".join(map(str, shown)) + " |",
+        "| Gaussians | start | images | " + " | ".join(map(str, shown)) + " |",
         "|---:|---|---:|" + "---:|" * len(shown),
     ]
     for row in record["results"]:
         psnr = {point["step"]: f"{point['psnr']:.2f}" for point in row["curve"]}
         cells = " | ".join(psnr.get(step, "") for step in shown)
-        lines.append(f"| {row['points']} | {row['start']} | {row['steps']} | {cells} |")
+        lines.append(f"| {row['points']} | {row['start']} | {row['images']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

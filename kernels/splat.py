@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from kernels import _splat_xla
 from kernels.spec import SplatSpec
 
-# Moves no pixel of a fitted image by more than a third of 1/512 ("cutoff" in benchmarks/results/fit_psnr.json); 1e-3
-# moves some by more than the whole. A larger value saves little: the area drawn grows with log(1 / cutoff) only.
+# Moves no pixel of a fitted image by more than 0.2 of 1/512; 2e-4 moves some by 0.4 and 5e-4 by the whole ("cutoff" in
+# benchmarks/results/fit_psnr.json). A larger value saves little: the area drawn grows with log(1 / cutoff) only.
 DEFAULT_CUTOFF = 1e-4
 
 
