@@ -28,7 +28,7 @@ def _fit(name: str) -> str:
     record = json.loads((RESULTS / f"{name}.json").read_text())
     shown = (1, 50, 100, 300, 500, 1000)
     lines = [
-        "Mean PSNR in dB of a fixed sample of training images of {record['settings']['data']} "
+        f"Mean PSNR in dB of a fixed sample of training images of {record['settings']['data']} "
         f"({'x'.join(map(str, record['settings']['size']))}), as stored in bfloat16, after so many steps:",
         "",
         "| Gaussians | start | images | " + " | ".join(map(str, shown)) + " |",

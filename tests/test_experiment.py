@@ -67,7 +67,7 @@ def test_pixel_baseline_that_does_not_fit_names_the_way_out():
 
 
 def test_table_says_not_run_instead_of_zero():
-    entry = {"mean": 0.5, "std": 0.01, "n": 2, "images_per_class": 3, "bytes_per_class": 252}
+    entry = {"mean": 0.5, "std": 0.01, "n": 2, "steps": 500, "images_per_class": 3, "bytes_per_class": 252}
     result = {
         "codec": "gaussian",
         "dataset": "digits",
@@ -79,5 +79,5 @@ def test_table_says_not_run_instead_of_zero():
         "pixel": None,
     }
     text = results.table(result)
-    assert "| **gaussian, distilled** | 3 | 252 | 50.0 ± 1.0 | 2 |" in text
-    assert "| pixels, distilled | | | not run | |" in text
+    assert "| **gaussian, distilled** | 3 | 252 | 50.0 ± 1.0 | 2 | 500 |" in text
+    assert "| pixels, distilled | | | not run | | |" in text

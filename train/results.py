@@ -128,15 +128,15 @@ def table(result: dict[str, Any]) -> str:
         f"{result['dataset']}, {result['bytes_per_class']} bytes per class (ipc {result['paper_ipc']:g}), "
         f"{result['objective']} matching, {result['device']}",
         "",
-        "| training set | images per class | bytes per class | test accuracy, % | networks |",
-        "|---|---:|---:|---:|---:|",
+        "| training set | images per class | bytes per class | test accuracy, % | networks | steps each |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for key, label in labels.items():
         entry = result.get(key)
         if entry is None:
-            lines.append(f"| {label} | | | not run | |")
+            lines.append(f"| {label} | | | not run | | |")
             continue
         images, size = entry["images_per_class"], entry["bytes_per_class"]
         accuracy = f"{100 * entry['mean']:.1f} ± {100 * entry['std']:.1f}"
-        lines.append(f"| {label} | {images} | {size:,} | {accuracy} | {entry['n']} |")
+        lines.append(f"| {label} | {images} | {size:,} | {accuracy} | {entry['n']} | {entry['steps']:,} |")
     return "\n".join(lines) + "\n"
