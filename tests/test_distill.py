@@ -143,7 +143,7 @@ def test_first_steps_are_adam_on_the_composed_gradient(composed, start, step, on
 
 def test_metrics_are_finite_device_scalars(step, start, on_device, codec):
     _, metrics = step(start, on_device, KEY)
-    assert set(metrics) == {"loss", "regulariser", "grad_norm"}
+    assert set(metrics) == {"loss", "regulariser", "grad_norm", "param_norm"}
     assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
     assert metrics["regulariser"] == pytest.approx(float(codec.regularise(start.params)), rel=1e-5)
 
