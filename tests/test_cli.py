@@ -112,7 +112,7 @@ def findings(run: Path) -> dict:
 
     def untimed(value):
         if isinstance(value, dict):
-            left_out = ("command", "commit", "dirty")
+            left_out = ("command", "commit", "commits", "dirty")
             return {k: untimed(v) for k, v in value.items() if not is_wall_clock(k) and k not in left_out}
         return value
 
