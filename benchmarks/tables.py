@@ -44,7 +44,7 @@ def _fit(name: str) -> str:
 def _splat(name: str) -> str:
     record = json.loads((RESULTS / f"{name}.json").read_text())
     lines = [
-        "| images, Gaussians, pixels | direction | render, ms | dense formula, ms | ratio | dense, sum of squares, ms | ratio |",
+        "| images, Gaussians, pixels | direction | render, ms | dense, ms | ratio | sum of squares, ms | ratio |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in record["results"]:

@@ -192,10 +192,8 @@ def _backward_chunk(
     v = jnp.pad(v_image / (s * s), ((0, 0), (0, rows * tile - spec.height), (0, columns * tile - spec.width), (0, 0)))
     v = v.reshape(b, rows, tile, columns, tile, c).transpose(0, 1, 3, 5, 2, 4).reshape(-1, c, tile * tile)
     v = jnp.pad(v[jnp.argsort(tiles.place)], ((0, tiles.length.size - v.shape[0]), (0, 0), (0, 0)))
-    slots = jnp.zeros((tiles.length.size, tiles.members.shape[1], 5 + c), colors.dtype)
 
-    def gather(i, slots):
-        first = i * block
+    def gather(first):
         origin = lax.dynamic_slice(tiles.origin, (first, 0), (block, 2))
         v_tile = lax.dynamic_slice(v, (first, 0, 0), (block, c, tile * tile))
 
@@ -212,11 +210,12 @@ def _backward_chunk(
             )
             v_geometry = _chain(*moments, g, origin)
             rows = jnp.where(used[..., None], jnp.concatenate([v_geometry, v_color], axis=-1), 0.0)
-            return lax.dynamic_update_slice(slots, rows, (first, step * LANES, 0))
+            return lax.dynamic_update_slice(slots, rows, (0, step * LANES, 0))
 
+        slots = jnp.zeros((block, tiles.members.shape[1], 5 + c), colors.dtype)
         return lax.fori_loop(0, _steps(tiles, first, block), body, slots)
 
-    slots = lax.fori_loop(0, tiles.length.size // block, gather, slots)
+    slots = lax.map(gather, jnp.arange(0, tiles.length.size, block)).reshape(tiles.length.size, -1, 5 + c)
     rank = tiles.rank.reshape(b * rows * columns, m)
     pairs = slots[tiles.place[:, None], jnp.maximum(rank, 0)]
     grad = jnp.where((rank >= 0)[..., None], pairs, 0.0).reshape(b, rows * columns, m, 5 + c).sum(1)
