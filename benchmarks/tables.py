@@ -31,13 +31,13 @@ def _fit(name: str) -> str:
         f"Mean PSNR in dB of a fixed sample of training images of {record['settings']['data']} "
         f"({'x'.join(map(str, record['settings']['size']))}), as stored in bfloat16, after so many steps:",
         "",
-        "| Gaussians | start | images | " + " | ".join(map(str, shown)) + " |",
-        "|---:|---|---:|" + "---:|" * len(shown),
+        "| Gaussians | start | images | schedule | " + " | ".join(map(str, shown)) + " |",
+        "|---:|---|---:|---:|" + "---:|" * len(shown),
     ]
     for row in record["results"]:
         psnr = {point["step"]: f"{point['psnr']:.2f}" for point in row["curve"]}
         cells = " | ".join(psnr.get(step, "") for step in shown)
-        lines.append(f"| {row['points']} | {row['start']} | {row['images']} | {cells} |")
+        lines.append(f"| {row['points']} | {row['start']} | {row['images']} | {row['steps']} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -137,6 +137,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {label} | | | not run | | |")
             continue
         images, size = entry["images_per_class"], entry["bytes_per_class"]
-        accuracy = f"{100 * entry['mean']:.1f} ± {100 * entry['std']:.1f}"
+        # One network has no spread to show.
+        spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
+        accuracy = f"{100 * entry['mean']:.1f}{spread}"
         lines.append(f"| {label} | {images} | {size:,} | {accuracy} | {entry['n']} | {entry['steps']:,} |")
     return "\n".join(lines) + "\n"
