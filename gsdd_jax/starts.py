@@ -20,11 +20,12 @@ EDGE_SHARE = 0.5
 # Standard deviation of the Gaussians of ``on_edges``, in units of sqrt(pixels / (pi m)), the radius of an equal share
 # of the image.
 EDGE_SPREAD = 0.6
-# Lloyd iterations of ``by_clusters``; more than these no longer show in the PSNR after 100 steps.
+# Lloyd iterations of ``by_clusters``; not tuned.
 CLUSTER_STEPS = 10
-# Distance in colour (0..1) that counts as much as one mean spacing of clusters.
+# Weight of colour (0..1) against position: a difference of 1/4 counts as much as one mean spacing of clusters.
 CLUSTER_COLOR = 4.0
-# A cluster's Gaussian is this much wider than the cluster, so that neighbours overlap and leave no dark seams.
+# A cluster's Gaussian is this much wider than the cluster, so that neighbours overlap and leave no dark seams; 1 and 2
+# fit worse (6 images of 128 px, 107 Gaussians, 300 steps: 23.29 and 22.97 against 23.37 dB).
 CLUSTER_SPREAD = 1.5
 # Ridge of the least-squares colours, relative to the mean diagonal: keeps colours of overlapping Gaussians small.
 RIDGE = 1e-3

@@ -10,7 +10,7 @@ from gsdd_jax.fit import FitSpec
 from train import config as configs
 from train import experiment as experiments
 from train import results, stages
-from train.errors import ConfigError
+from train.errors import ConfigError, UserError
 from train.progress import Progress
 from train.rundir import RunDir
 
@@ -81,3 +81,11 @@ def test_table_says_not_run_instead_of_zero():
     text = results.table(result)
     assert "| **gaussian, distilled** | 3 | 252 | 50.0 ± 1.0 | 2 | 500 |" in text
     assert "| pixels, distilled | | | not run | | |" in text
+
+
+def test_damaged_evaluation_is_named_with_the_way_out(tmp_path):
+    experiment = experiments.prepare(digits())
+    with RunDir(tmp_path / "run") as run:
+        (run.path / "evaluation.json").write_text("{half")
+        with pytest.raises(UserError, match=r"evaluation.json is damaged .*: delete it and run the same command again"):
+            stages.evaluate_stage(experiment, "random_real", None, run=run, progress=Progress(quiet=True))

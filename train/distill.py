@@ -7,6 +7,7 @@ run directory. The same command continues an interrupted run to the same bits.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -74,8 +75,11 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
         )
         done = rundir.path / "result.json"
         if continued and done.exists():
-            progress.say(f"{out} holds the finished run; nothing to compute")
-            return json.loads(done.read_text())
+            # A damaged one is made anew from the stages, which are all kept.
+            with contextlib.suppress(ValueError):
+                result = json.loads(done.read_text())
+                progress.say(f"{out} holds the finished run; nothing to compute")
+                return result
         environment = rundir.record_environment()
         progress.say(
             f"{config.name}: {dataset.name}, {dataset.num_classes} classes, {'x'.join(map(str, dataset.image_shape))}, "

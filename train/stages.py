@@ -175,7 +175,12 @@ def evaluate_stage(
     config, dataset = experiment.config, experiment.dataset
     spec = evaluation_spec(experiment, arm)
     path = run.path / "evaluation.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it and run the same command again; networks will be tested anew"
+        ) from error
     entry = known.setdefault(arm, {"accuracies": {}, "seconds": 0.0})
     classes = dataset.num_classes
     with progress.phase(f"test {arm}", total=spec.seeds, done=len(entry["accuracies"])) as bar:
