@@ -15,7 +15,7 @@ class SplatSpec:
         width: Columns of the image.
         supersample: ``s``; a pixel is the mean of ``s * s`` samples at ``(i + 1/2) / s``.
         cutoff: Contributions with ``exp(-q / 2)`` below it are zero; 0 keeps them all.
-        backend: ``"auto"`` picks by platform; ``"xla"`` forces the portable path.
+        backend: ``"auto"`` picks by platform; ``"xla"`` forces the portable path, ``"triton"`` the GPU kernels.
     """
 
     height: int
@@ -35,4 +35,4 @@ class SplatSpec:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {self.backend!r}")
 
 
-BACKENDS = ("auto", "xla")
+BACKENDS = ("auto", "xla", "triton")

@@ -9,7 +9,11 @@ reverse mode is defined.
 from __future__ import annotations
 
 import functools
+import importlib
+import os
+import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -52,20 +56,33 @@ def splat(
         width: Columns of the images.
         supersample: ``s``; each pixel is the mean of ``s * s`` samples at ``(i + 1/2) / s``.
         cutoff: Contributions with ``exp(-q / 2)`` below it are zero, in every backend alike.
-        backend: ``"auto"`` or ``"xla"``.
+        backend: ``"auto"`` takes the Triton kernels on an NVIDIA GPU, if jax-triton is installed and no operand is
+            float64, and XLA anywhere else; ``"triton"`` and ``"xla"`` insist. To lower for a GPU on a machine without
+            one, set the environment variable GSDD_COMPUTE_CAPABILITY (90 for Hopper).
 
     Returns:
-        Images ``[n, height, width, c]`` in the dtype of the operands (at least float32). An image with a NaN operand
-        is all NaN.
+        Images ``[n, height, width, c]``: float64 if an operand is, else float32. An image with a NaN operand is all
+        NaN. Gradients have the dtypes of their operands; half precision is read as it is, and summed in float32.
 
     Raises:
-        ValueError: A shape or a setting is off; the message names it.
+        ValueError: A shape or a setting is off, or ``backend="triton"`` without a GPU; the message names it.
         TypeError: An operand is not floating point.
+        ImportError: ``backend="triton"`` without jax-triton.
     """
     spec = SplatSpec(height=height, width=width, supersample=supersample, cutoff=cutoff, backend=backend)
     _check(centers, conics, colors)
-    dtype = jnp.promote_types(jnp.result_type(centers, conics, colors), jnp.float32)
-    return _operator(spec)(centers.astype(dtype), conics.astype(dtype), colors.astype(dtype))
+    dtype = jnp.result_type(centers, conics, colors)
+    if dtype == jnp.float64 and backend == "triton":
+        raise ValueError("backend: 'triton' computes in float32 and found float64 operands; allowed here: auto, xla")
+    operands = [
+        x if dtype != jnp.float64 and x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) else x.astype(_wide(dtype))
+        for x in (centers, conics, colors)
+    ]
+    return _operator(spec)(*operands)
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _check(centers: jax.Array, conics: jax.Array, colors: jax.Array) -> None:
@@ -84,8 +101,8 @@ def _check(centers: jax.Array, conics: jax.Array, colors: jax.Array) -> None:
 def _operator(spec: SplatSpec) -> Callable[..., jax.Array]:
     """Builds the differentiable operator of one spec; cached so that equal calls share one trace."""
     # Compiled as a whole also in eager calls, whose loops would otherwise compile anew every time.
-    forward = _fold_batches(jax.jit(functools.partial(_splat_xla.forward, spec)))
-    backward = _fold_batches(jax.jit(functools.partial(_splat_xla.backward, spec)))
+    forward = _fold_batches(jax.jit(functools.partial(_forward, spec)))
+    backward = _fold_batches(jax.jit(functools.partial(_backward, spec)))
 
     @jax.custom_vjp
     def operator(centers, conics, colors):
@@ -93,6 +110,73 @@ def _operator(spec: SplatSpec) -> Callable[..., jax.Array]:
 
     operator.defvjp(lambda *inputs: (forward(*inputs), inputs), lambda inputs, v_image: backward(*inputs, v_image))
     return operator
+
+
+def _forward(spec: SplatSpec, *operands: jax.Array) -> jax.Array:
+    def portable(*operands: jax.Array) -> jax.Array:
+        dtype = _wide(jnp.result_type(*operands))
+        return _splat_xla.forward(spec, *(x.astype(dtype) for x in operands))
+
+    return _by_platform(spec, "forward", portable, *operands)
+
+
+def _backward(spec: SplatSpec, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    def portable(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        dtype = _wide(jnp.result_type(*operands))
+        gradient = _splat_xla.backward(spec, *(x.astype(dtype) for x in operands))
+        return tuple(v.astype(x.dtype) for v, x in zip(gradient, operands, strict=False))
+
+    return _by_platform(spec, "backward", portable, *operands)
+
+
+def _by_platform(spec: SplatSpec, direction: str, portable: Callable, *operands: jax.Array):
+    """Calls the backend of the spec; with ``"auto"``, that of the platform that the program is lowered for."""
+    # Importing Triton takes a second, so not where no GPU is in sight.
+    capability = None if spec.backend == "xla" else _capability()
+    for_gpu = spec.backend != "xla" and (capability is not None or jax.default_backend() == "gpu")
+    if spec.backend == "triton" and not for_gpu:
+        platform = jax.default_backend()
+        raise ValueError(f"backend: 'triton' needs an NVIDIA GPU, JAX runs on {platform}; allowed here: auto, xla")
+    if not for_gpu or any(x.dtype == jnp.float64 for x in operands):
+        return portable(*operands)
+    triton = _triton()
+    if isinstance(triton, ImportError):
+        if spec.backend == "triton":
+            raise ImportError(f"backend: 'triton' needs the package jax-triton ({triton}); {_INSTALL}") from triton
+        _warn_of_slow_path(str(triton))
+        return portable(*operands)
+    kernel = functools.partial(getattr(triton, direction), spec, capability=capability)
+    if spec.backend == "triton":
+        return jax.lax.platform_dependent(*operands, cuda=kernel)
+    return jax.lax.platform_dependent(*operands, cuda=kernel, default=portable)
+
+
+_INSTALL = "pip install 'gsdd_jax[cuda]' installs it"
+
+
+def _capability() -> int | None:
+    """Returns the compute capability to compile for, or None for that of the GPU at hand."""
+    value = os.environ.get("GSDD_COMPUTE_CAPABILITY", "")
+    if value and not (value.isdecimal() and 75 <= int(value) < 1000):
+        raise ValueError(f"GSDD_COMPUTE_CAPABILITY: expected ten times the capability, as 90; found {value!r}")
+    return int(value) if value else None
+
+
+@functools.cache
+def _triton() -> ModuleType | ImportError:
+    """Returns the module of the GPU kernels, or why it cannot be had."""
+    try:
+        # jax-triton refuses to be imported by itself where JAX has no CUDA plugin.
+        importlib.import_module("jax_triton")
+        return importlib.import_module("kernels._splat_triton")
+    except ImportError as error:
+        return error
+
+
+@functools.cache
+def _warn_of_slow_path(reason: str) -> None:
+    message = f"splat runs through XLA, not its GPU kernels, for want of jax-triton ({reason}); {_INSTALL}"
+    warnings.warn(message, stacklevel=2)
 
 
 def _fold_batches(function: Callable) -> Callable:

@@ -1,0 +1,350 @@
+"""The GPU kernels on a machine without a GPU: their values in Triton's interpreter, their machine code, their lowering.
+
+What only a GPU can show is in `benchmarks/gpu.py` and in the tests marked `gpu`.
+"""
+
+import functools
+import importlib
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import scenes
+
+import gsdd_jax as gsdd
+from gsdd_jax.gaussians import to_pixels
+from kernels import DEFAULT_CUTOFF, splat
+from kernels.spec import SplatSpec
+
+pytest.importorskip("triton", reason="needs Triton: make env installs it")
+triton_interpreter = importlib.import_module("triton_interpreter")
+triton_compiler = importlib.import_module("triton_compiler")
+
+HEIGHT, WIDTH = 19, 26
+SPEC = SplatSpec(height=HEIGHT, width=WIDTH, supersample=2, cutoff=DEFAULT_CUTOFF)
+SMALL = SplatSpec(height=7, width=12, supersample=2, cutoff=DEFAULT_CUTOFF)
+# The bounds of the XLA path, in tests/test_splat.py and tests/test_render.py; seen here: 5e-7 and 2e-6.
+VALUES, GRADIENTS = 1e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The module of the kernels, interpreted: its `forward` and `backward` take and return NumPy arrays."""
+    return triton_interpreter.load()
+
+
+def operands(n=2, m=7, channels=3, seed=0, size=(HEIGHT, WIDTH)):
+    return [np.asarray(x) for x in to_pixels(scenes.random(n=n, m=m, size=size, channels=channels, seed=seed))]
+
+
+def cotangent(spec, n, channels=3, seed=0):
+    shape = (n, spec.height, spec.width, channels)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_oracle(kernels, spec, inputs, **tuning):
+    """Compares values and gradients with the float64 oracle, each column of the geometry by its own scale."""
+    n, _, channels = inputs[2].shape
+    v = cotangent(spec, n, channels)
+    # The interpreter's time goes with the number of programs and steps, not with their width.
+    tuning = kernels.TUNING._replace(**{"tile_programs": 0, "lanes": 128} | tuning)
+    images = kernels.forward(spec, *inputs, tuning=tuning)
+    gradient = kernels.backward(spec, *inputs, v, tuning=tuning)
+    settings = {"height": spec.height, "width": spec.width, "supersample": spec.supersample, "cutoff": spec.cutoff}
+    expected = oracle.splat(*inputs, v=v, **settings)
+    scale = max(1.0, np.abs(expected.images).max())
+    assert np.all(np.abs(images - expected.images) <= VALUES * scale + expected.images_slack)
+    found = np.concatenate(gradient, axis=-1)
+    wanted = np.concatenate([expected.v_geometry, expected.v_colors], axis=-1)
+    slack = np.concatenate([expected.v_geometry_slack, expected.v_colors_slack], axis=-1)
+    largest = np.abs(wanted).max(axis=(0, 1))
+    largest[5:] = largest[5:].max()
+    assert np.abs(wanted).max() > 0
+    assert np.all(np.abs(found - wanted) <= GRADIENTS * np.maximum(largest, 1e-6) + slack)
+
+
+@pytest.mark.parametrize("scene", scenes.HOSTILE)
+def test_hostile_scenes_match_the_oracle(kernels, scene):
+    height, width = scenes.SIZE
+    spec = SplatSpec(height=height, width=width, supersample=2, cutoff=DEFAULT_CUTOFF)
+    # Both backward launches have Gaussians to gather for.
+    assert_oracle(kernels, spec, [np.asarray(x) for x in to_pixels(scenes.HOSTILE[scene]())], wide_area=300)
+
+
+@pytest.mark.parametrize("scene", scenes.shaped())
+def test_other_shapes_match_the_oracle(kernels, scene):
+    g, settings = scenes.shaped()[scene]
+    height, width = settings.get("size", g.size)
+    supersample = settings.get("supersample", 2)
+    spec = SplatSpec(height=height, width=width, supersample=supersample, cutoff=DEFAULT_CUTOFF)
+    assert_oracle(kernels, spec, [np.asarray(x) for x in to_pixels(g, settings.get("size"))])
+
+
+def test_without_a_cutoff_every_sample_counts(kernels):
+    spec = SplatSpec(height=HEIGHT, width=WIDTH, supersample=2, cutoff=0.0)
+    assert_oracle(kernels, spec, operands())
+
+
+def test_many_samples_per_pixel_match_the_oracle(kernels):
+    # Up to 4 the loop over rows of samples is unrolled, from 5 on it is not.
+    assert_oracle(kernels, SplatSpec(height=6, width=9, supersample=5, cutoff=1e-3), operands(n=1, m=3, size=(6, 9)))
+
+
+def test_more_channels_than_a_launch_takes_match_the_oracle(kernels):
+    assert_oracle(kernels, SPEC, operands(channels=6))
+
+
+def test_more_gaussians_than_a_list_match_the_oracle(kernels):
+    # 32 to a list: the third is not full, and bit 31 is the sign of the integer that holds the bits.
+    assert_oracle(kernels, SPEC, operands(n=1, m=70), programs=1)
+
+
+def test_far_and_huge_gaussians_are_drawn_or_not_and_nothing_hangs(kernels):
+    centers, conics, colors = (x.copy() for x in operands(n=1, m=4))
+    centers[0, :, 0] = [1e30, -1e9, 3.0, np.inf]
+    conics[0, 2] = [1e-20, 0, 1e-20]
+    images = kernels.forward(SPEC, centers, conics, colors)
+    np.testing.assert_allclose(images, np.broadcast_to(colors[0, 2], images.shape), rtol=1e-6)
+    gradient = kernels.backward(SPEC, centers, conics, colors, np.ones_like(images))
+    assert all(np.all(np.isfinite(x)) for x in gradient)
+    np.testing.assert_allclose(gradient[2][0], [[0] * 3, [0] * 3, [HEIGHT * WIDTH] * 3, [0] * 3], rtol=1e-6)
+
+
+def test_bits_do_not_depend_on_tiles_blocks_or_the_number_of_images(kernels):
+    inputs, v = operands(n=2, m=33, size=(7, 12)), cotangent(SMALL, 2)
+    tunings = [
+        kernels.TUNING._replace(tile_programs=0),
+        kernels.TUNING._replace(tile_height=4, tile_width=32, tile_programs=0, programs=1),
+        kernels.TUNING._replace(tile_programs=1 << 30, programs=80),
+    ]
+    constants = [
+        kernels.forward_launch(SMALL, 2, 33, 3, t).constants
+        | kernels.backward_launches(SMALL, 2, 33, 3, ("f4",) * 3, t)[0].constants
+        for t in tunings
+    ]
+    assert [(x["TILE_H"], x["TILE_W"], x["BLOCK"]) for x in constants] == [(16, 16, 1), (4, 32, 32), (4, 8, 1)]
+    images, gradient = kernels.forward(SMALL, *inputs), kernels.backward(SMALL, *inputs, v)
+    for tuning in tunings[1:]:
+        assert np.array_equal(kernels.forward(SMALL, *inputs, tuning=tuning), images)
+        for found, wanted in zip(kernels.backward(SMALL, *inputs, v, tuning=tuning), gradient, strict=True):
+            assert np.array_equal(found, wanted)
+    alone = [x[1:] for x in inputs]
+    assert np.array_equal(kernels.forward(SMALL, *alone), images[1:])
+    for found, wanted in zip(kernels.backward(SMALL, *alone, v[1:]), gradient, strict=True):
+        assert np.array_equal(found, wanted[1:])
+
+
+def test_each_gaussian_is_written_by_one_launch(kernels):
+    inputs, v = operands(n=1, m=9), cotangent(SPEC, 1)
+    launches = kernels.backward_launches(SPEC, 1, 9, 3, ("f4",) * 3, kernels.TUNING._replace(wide_area=80))
+    poison = np.zeros(1, np.float32)
+    first = triton_interpreter.run(launches[0], *inputs, poison, v)
+    left = np.isnan(first[0][0, :, 0])
+    assert 0 < left.sum() < 9
+    both = triton_interpreter.run(launches[1], *inputs, poison, v, *first)
+    for narrow, whole in zip(first, both, strict=True):
+        assert np.array_equal(np.isnan(narrow[0]).all(-1), left)
+        assert np.array_equal(narrow[0, ~left], whole[0, ~left]) and not np.isnan(whole).any()
+
+
+def test_integer_division_walks_the_same_pixels_as_the_float_one(kernels, monkeypatch):
+    inputs, v = operands(n=1, m=9), cotangent(SPEC, 1)
+    quick = kernels.backward(SPEC, *inputs, v)
+    monkeypatch.setattr(kernels, "FLOAT_PIXELS", 0)
+    exact = kernels.backward(SPEC, *inputs, v)
+    assert all(np.array_equal(a, b) for a, b in zip(quick, exact, strict=True))
+
+
+def test_float_division_is_exact_up_to_its_limit(kernels):
+    # What the kernel computes, for the last pixels of the rows that are hardest to tell apart.
+    limit = kernels.FLOAT_PIXELS
+    for length in (1, 2, 3, 7, 127, 128, 129, 511, 1000, 1023, 1024):
+        ends = np.arange(length, limit + 1, length)
+        index = np.unique(np.concatenate([ends - 1, ends[:-1]])).astype(np.int32)
+        for per_length in (np.nextafter(np.float32(1 / length), np.float32(x)) for x in (0, 1)):
+            row = np.floor((index.astype(np.float32) + np.float32(0.5)) * per_length)
+            assert np.array_equal(row, index // length), length
+
+
+@pytest.mark.parametrize("operand", range(3), ids=["centers", "conics", "colors"])
+def test_nan_fills_its_own_image_and_its_gradient_and_no_other(kernels, operand):
+    inputs, v = [x.copy() for x in operands(n=3, m=3, size=(7, 12))], cotangent(SMALL, 3)
+    clean = kernels.forward(SMALL, *inputs), kernels.backward(SMALL, *inputs, v)
+    inputs[operand][1, 2, 1] = np.nan
+    images, gradient = kernels.forward(SMALL, *inputs), kernels.backward(SMALL, *inputs, v)
+    for found, wanted in zip([images, *gradient], [clean[0], *clean[1]], strict=True):
+        assert np.all(np.isnan(found[1]))
+        assert np.array_equal(found[[0, 2]], wanted[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_read_as_it_is_and_summed_in_float32(kernels, dtype):
+    half = [x.astype(dtype) for x in operands(n=1, m=5)]
+    full = [x.astype(np.float32) for x in half]
+    v = cotangent(SPEC, 1)
+    images = kernels.forward(SPEC, *half)
+    assert images.dtype == np.float32 and np.array_equal(images, kernels.forward(SPEC, *full))
+    mixed = kernels.backward(SPEC, full[0], full[1], half[2], v)
+    assert [x.dtype for x in mixed] == [np.float32, np.float32, dtype]
+    wanted = kernels.backward(SPEC, *full, v)
+    assert np.array_equal(mixed[0], wanted[0]) and np.array_equal(mixed[1], wanted[1])
+    # The interpreter cuts off the bits that the hardware rounds: the machine code below has cvt.rn.
+    spacing = np.spacing(np.abs(wanted[2]).astype(dtype)).astype(np.float32)
+    assert np.all(np.abs(mixed[2].astype(np.float32) - wanted[2]) <= spacing)
+
+
+def test_no_images_or_gaussians_launch_nothing(kernels):
+    for n, m in ((0, 3), (2, 0)):
+        inputs = [np.zeros((n, m, last), np.float32) for last in (2, 3, 3)]
+        assert kernels.forward(SPEC, *inputs).shape == (n, HEIGHT, WIDTH, 3)
+        gradient = kernels.backward(SPEC, *inputs, np.zeros((n, HEIGHT, WIDTH, 3), np.float32))
+        assert [x.shape for x in gradient] == [x.shape for x in inputs]
+
+
+# Capabilities of A100, H100/H200 and B200. Up to 64 registers the first two hold as many one-warp programs as they can
+# schedule; a fourth channel takes eight more. On the third, two samples share an instruction and more registers.
+@pytest.mark.parametrize(("capability", "registers"), [(80, 64), (90, 64), (100, 128)])
+@pytest.mark.parametrize(
+    ("n", "m", "channels", "size", "supersample", "dtype"),
+    [
+        (1000, 170, 3, 128, 2, "float32"),
+        (300, 22, 3, 32, 2, "bfloat16"),
+        (32, 107, 4, 512, 1, "float32"),
+        (4, 12, 1, 28, 4, "float32"),
+    ],
+)
+def test_machine_code_neither_spills_nor_needs_atomics(capability, registers, n, m, channels, size, supersample, dtype):
+    module = importlib.import_module("kernels._splat_triton")
+    spec = SplatSpec(height=size, width=size, supersample=supersample, cutoff=DEFAULT_CUTOFF)
+    launches = [
+        module.forward_launch(spec, n, m, channels),
+        *module.backward_launches(spec, n, m, channels, (dtype,) * 3),
+    ]
+    for launch in launches:
+        code = triton_compiler.compile(launch, [dtype] * 3 + ["float32"] * 2, capability)
+        assert code.target == capability and len(code.cubin) > 1000
+        assert code.spilled == 0 and code.stack == 0, launch.kernel
+        assert 16 <= code.registers <= registers + 8 * (channels == 4), (launch.kernel, code.registers)
+        assert not re.search(r"\b(atom|red)\.", code.ptx)
+        assert "ex2.approx" in code.ptx
+        assert ("cvt.rn.bf16" in code.ptx) == (dtype == "bfloat16" and launch != launches[0])
+
+
+def loss(g, **settings):
+    return jnp.sum(jnp.tanh(gsdd.render(g, **settings)))
+
+
+@pytest.fixture
+def lower_for_gpu(monkeypatch):
+    """Returns a function that lowers for CUDA on this machine, and gives the module's text."""
+    pytest.importorskip("jax_triton", reason="needs jax-triton and JAX's CUDA plugin", exc_type=ImportError)
+    monkeypatch.setenv("GSDD_COMPUTE_CAPABILITY", "90")
+    cache = importlib.import_module("kernels.splat")._operator
+    cache.cache_clear()
+
+    def lower(function, *args):
+        check = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")
+        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[check])(*args)
+        return exported.mlir_module()
+
+    yield lower
+    cache.cache_clear()
+
+
+def calls(module_text):
+    return len(re.findall(r"custom_call @triton_kernel_call", module_text))
+
+
+def test_gradient_of_the_renderer_lowers_for_cuda(lower_for_gpu):
+    g = scenes.random(n=2, m=9, size=(128, 128))
+    assert calls(lower_for_gpu(gsdd.render, g)) == 1
+    # The images and two launches of the gather; at 32 px no Gaussian reaches enough pixels for a second launch.
+    assert calls(lower_for_gpu(jax.grad(loss), g)) == 3
+    assert calls(lower_for_gpu(jax.grad(loss), scenes.random(n=2, m=9, size=(32, 32)))) == 2
+
+
+def test_vmap_and_remat_lower_for_cuda_as_one_folded_call(lower_for_gpu):
+    g = scenes.random(n=2, m=9, size=(32, 32))
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), g)
+    assert calls(lower_for_gpu(jax.vmap(jax.grad(loss)), stacked)) == 2
+    text = lower_for_gpu(jax.value_and_grad(jax.remat(lambda g: jnp.sum(jax.vmap(loss)(g)))), stacked)
+    assert calls(text) == 2
+    assert "tensor<6x32x32x3xf32>" in text
+
+
+def test_half_precision_is_lowered_without_a_conversion(lower_for_gpu):
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in operands()]
+    text = lower_for_gpu(functools.partial(splat, height=HEIGHT, width=WIDTH), *inputs)
+    call = next(line for line in text.splitlines() if "custom_call @triton_kernel_call" in line)
+    assert "tensor<2x7x2xbf16>, tensor<2x7x3xbf16>, tensor<2x7x3xbf16>" in call
+
+
+def test_float64_takes_the_portable_path_for_cuda_too(lower_for_gpu):
+    with jax.enable_x64(True):
+        inputs = [jnp.asarray(x, jnp.float64) for x in operands()]
+        assert calls(lower_for_gpu(functools.partial(splat, height=HEIGHT, width=WIDTH), *inputs)) == 0
+        with pytest.raises(ValueError, match="backend: 'triton' computes in float32 and found float64 operands"):
+            splat(*inputs, height=HEIGHT, width=WIDTH, backend="triton")
+
+
+def test_a_program_lowered_for_the_cpu_takes_the_portable_path(lower_for_gpu):
+    inputs = operands()
+    wanted = splat(*inputs, height=HEIGHT, width=WIDTH, backend="xla")
+    assert np.array_equal(jax.jit(functools.partial(splat, height=HEIGHT, width=WIDTH))(*inputs), wanted)
+
+
+def test_forcing_the_kernels_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="backend: 'triton' needs an NVIDIA GPU, JAX runs on cpu; allowed here: auto"):
+        splat(*operands(), height=HEIGHT, width=WIDTH, backend="triton")
+
+
+@pytest.mark.parametrize("value", ["9.0", "sm_90", "9", "-90"])
+def test_a_bad_capability_is_named(monkeypatch, value):
+    monkeypatch.setenv("GSDD_COMPUTE_CAPABILITY", value)
+    with pytest.raises(ValueError, match=f"GSDD_COMPUTE_CAPABILITY: expected ten times .*found '{value}'"):
+        splat(*operands(), height=HEIGHT, width=WIDTH, supersample=3, cutoff=0.0)
+
+
+@pytest.fixture
+def gpu_without_jax_triton(monkeypatch):
+    module = importlib.import_module("kernels.splat")
+    module._operator.cache_clear()
+    module._warn_of_slow_path.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(module, "_triton", lambda: ImportError("No module named 'jax_triton'"))
+    yield
+    module._operator.cache_clear()
+    module._warn_of_slow_path.cache_clear()
+
+
+def test_a_gpu_without_jax_triton_warns_once_and_takes_the_portable_path(gpu_without_jax_triton):
+    inputs = operands()
+    with pytest.warns(UserWarning, match=r"for want of jax-triton \(No module .*pip install 'gsdd_jax\[cuda\]'"):
+        images = splat(*inputs, height=HEIGHT, width=WIDTH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        splat(*inputs, height=HEIGHT, width=WIDTH, supersample=1)
+        assert np.array_equal(images, splat(*inputs, height=HEIGHT, width=WIDTH, backend="xla"))
+
+
+def test_forcing_the_kernels_without_jax_triton_names_the_package(gpu_without_jax_triton):
+    with pytest.raises(ImportError, match=r"backend: 'triton' needs the package jax-triton \(No module"):
+        splat(*operands(), height=HEIGHT, width=WIDTH, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scene", scenes.HOSTILE)
+def test_the_gpu_agrees_with_the_oracle_and_with_itself(scene):
+    g = scenes.HOSTILE[scene]()
+    height, width = g.size
+    inputs = to_pixels(g)
+    spec = SplatSpec(height=height, width=width, supersample=2, cutoff=DEFAULT_CUTOFF)
+    module = importlib.import_module("kernels._splat_triton")
+    assert_oracle(module, spec, [np.asarray(x) for x in inputs], wide_area=300)
+    draw = jax.jit(jax.grad(functools.partial(loss, backend="triton")))
+    first, second = draw(g), draw(g)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
