@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -60,8 +61,9 @@ class Tuning(NamedTuple):
         programs: A backward launch gives each program more Gaussians only while this many warps remain.
     """
 
-    # Instructions per pixel and Gaussian fall with the tile, the pixels drawn in vain rise with it. At 170 Gaussians
-    # and 128 px: 16 x 16 0.61 ms per 1,000 images, 8 x 16 0.65, 8 x 8 0.68, 16 x 32 0.77 (two warps).
+    # Instructions per pixel and Gaussian fall with the tile, the pixels drawn in vain rise with it. Bounds at 170
+    # Gaussians and 128 px: 16 x 16 0.54 ms per 1,000 images, 8 x 16 0.58, 8 x 8 0.60, 16 x 32 with two warps 0.68. The
+    # order is the same from 21 to 2,730 Gaussians.
     tile_height: int = 16
     tile_width: int = 16
     tile_warps: int = 1
@@ -69,7 +71,7 @@ class Tuning(NamedTuple):
     tile_programs: int = 1 << 12
     # The mean walk is 1,700 pixels of 170 Gaussians in an image, 100 of 2,730: more lanes waste more of the last step.
     lanes: int = 32
-    wide_lanes: int = 512
+    wide_lanes: int = 256
     wide_warps: int = 8
     # 128 steps of one warp, some 10 microseconds: what a launch may take longer at its end because of one Gaussian.
     wide_area: int = 4096
@@ -335,7 +337,10 @@ def _backward_kernel(
         bits &= bits - 1
         cx, cy, p, r, s = _geometry(centers, conics, k, True)
         top, rows, start, slope, length = _walk(cx, cy, p, r, s, HEIGHT, WIDTH, S, REACH)
-        area = tl.where(spoilt == 0, rows.to(tl.int32) * length.to(tl.int32), 0)
+        # Of a spoilt image no number is to be trusted as a bound.
+        rows = tl.where(spoilt == 0, rows, 0.0)
+        length = tl.where(spoilt == 0, length, 0.0)
+        area = rows.to(tl.int32) * length.to(tl.int32)
         color_0 = tl.load(colors + k * C).to(tl.float32)
         color_1 = tl.load(colors + k * C + 1, C > 1, 0.0).to(tl.float32)
         color_2 = tl.load(colors + k * C + 2, C > 2, 0.0).to(tl.float32)
@@ -543,21 +548,30 @@ def _block(n: int, m: int, programs: int) -> int:
 def _call(launch: Launch, *arrays: jax.Array, capability: int | None) -> list[jax.Array]:
     import jax_triton
 
-    # jax-triton 0.4 renamed the argument.
-    new = "out_type" in inspect.signature(jax_triton.triton_call).parameters
-    return jax_triton.triton_call(
-        *arrays,
-        kernel=launch.kernel,
-        grid=(launch.grid,),
-        num_warps=launch.warps,
-        # There is no loop over loads to pipeline.
-        num_stages=1,
-        input_output_aliases=launch.aliases,
-        compute_capability=capability,
-        name=launch.kernel.__name__.strip("_"),
-        **{"out_type" if new else "out_shape": launch.outputs},
-        **launch.constants,
-    )
+    kernel = launch.kernel
+    # jax-triton 0.4 renamed this argument, leaves multiply-adds to the default of Triton unless told, and hands an
+    # output that aliases an input to the kernel once, not twice.
+    if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
+        options: dict[str, Any] = {"out_type": launch.outputs, "backend_options": {"enable_fp_fusion": True}}
+        kernel = _backward_kernel if kernel is _wide_kernel else kernel
+    else:
+        options = {"out_shape": launch.outputs, "enable_fp_fusion": True}
+    with warnings.catch_warnings():
+        # 0.4 prefers mutable references for outputs that a kernel shares; 0.3 has none.
+        warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
+        return jax_triton.triton_call(
+            *arrays,
+            kernel=kernel,
+            grid=(launch.grid,),
+            num_warps=launch.warps,
+            # There is no loop over loads to pipeline.
+            num_stages=1,
+            input_output_aliases=launch.aliases,
+            compute_capability=capability,
+            name="splat" + launch.kernel.__name__.removesuffix("_kernel"),
+            **options,
+            **launch.constants,
+        )
 
 
 def _poison(centers: jax.Array, conics: jax.Array, colors: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from kernels.spec import SplatSpec
 
 pytest.importorskip("triton", reason="needs Triton: make env installs it")
 triton_interpreter = importlib.import_module("triton_interpreter")
-triton_compiler = importlib.import_module("triton_compiler")
+machine_code = importlib.import_module("benchmarks.machine_code")
 
 HEIGHT, WIDTH = 19, 26
 SPEC = SplatSpec(height=HEIGHT, width=WIDTH, supersample=2, cutoff=DEFAULT_CUTOFF)
@@ -225,10 +225,12 @@ def test_machine_code_neither_spills_nor_needs_atomics(capability, registers, n,
         *module.backward_launches(spec, n, m, channels, (dtype,) * 3),
     ]
     for launch in launches:
-        code = triton_compiler.compile(launch, [dtype] * 3 + ["float32"] * 2, capability)
+        code = machine_code.compile(launch, [dtype] * 3 + ["float32"] * 2, capability)
         assert code.target == capability and len(code.cubin) > 1000
         assert code.spilled == 0 and code.stack == 0, launch.kernel
-        assert 16 <= code.registers <= registers + 8 * (channels == 4), (launch.kernel, code.registers)
+        # The second gather has eight warps and few programs; Triton 3.6 gives it 80 registers, 3.9 64.
+        allowed = max(registers, 96) if launch.aliases else registers + 8 * (channels == 4)
+        assert 16 <= code.registers <= allowed, (launch.kernel, code.registers)
         assert not re.search(r"\b(atom|red)\.", code.ptx)
         assert "ex2.approx" in code.ptx
         assert ("cvt.rn.bf16" in code.ptx) == (dtype == "bfloat16" and launch != launches[0])
@@ -247,8 +249,10 @@ def lower_for_gpu(monkeypatch):
     cache.cache_clear()
 
     def lower(function, *args):
-        check = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")
-        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[check])(*args)
+        # The second name is that of jax-triton 0.4.
+        names = ("triton_kernel_call", "triton_kernel_call_ffi")
+        checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*args)
         return exported.mlir_module()
 
     yield lower
