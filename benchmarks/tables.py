@@ -58,11 +58,26 @@ def _splat(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _kernel_model(name: str) -> str:
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [
+        "| Gaussians | pixels in reach of one | walked by its gather | in its upright box | forward | backward |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["results"]["per_1000_images"]:
+        forward = min(one["bound_ms"] for one in row["forward"])
+        backward = min(one["bound_ms"] for one in row["backward"])
+        pixels = " | ".join(f"{row[f'pixels_{kind}']:,.0f}" for kind in ("ellipse", "walk", "box"))
+        lines.append(f"| {row['gaussians']} | {pixels} | {forward:.2f} | {backward:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
     "cifar10_dm_ipc1_cpu": _run,
     "fit_psnr": _fit,
     "splat": _splat,
+    "kernel_model": _kernel_model,
 }
 
 

@@ -27,7 +27,7 @@ def render(
         size: (height, width) of the images; the native size by default.
         supersample: Samples per pixel and axis; 1 turns supersampling off.
         cutoff: Contributions with ``exp(-q/2)`` below it are zero.
-        backend: ``"auto"`` or ``"xla"``; see :func:`kernels.splat`.
+        backend: ``"auto"``, ``"xla"`` or ``"triton"``; see :func:`kernels.splat`.
 
     Returns:
         Images ``[n, h, w, c]``, float32, unclamped. Differentiable with respect to every leaf of ``g``. No Gaussians

@@ -31,6 +31,9 @@ SMALL = SplatSpec(height=7, width=12, supersample=2, cutoff=DEFAULT_CUTOFF)
 VALUES, GRADIENTS = 1e-5, 1e-4
 
 
+without_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="is about machines without a GPU")
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """The module of the kernels, interpreted: its `forward` and `backward` take and return NumPy arrays."""
@@ -295,12 +298,14 @@ def test_float64_takes_the_portable_path_for_cuda_too(lower_for_gpu):
             splat(*inputs, height=HEIGHT, width=WIDTH, backend="triton")
 
 
+@without_gpu
 def test_a_program_lowered_for_the_cpu_takes_the_portable_path(lower_for_gpu):
     inputs = operands()
     wanted = splat(*inputs, height=HEIGHT, width=WIDTH, backend="xla")
     assert np.array_equal(jax.jit(functools.partial(splat, height=HEIGHT, width=WIDTH))(*inputs), wanted)
 
 
+@without_gpu
 def test_forcing_the_kernels_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match="backend: 'triton' needs an NVIDIA GPU, JAX runs on cpu; allowed here: auto"):
         splat(*operands(), height=HEIGHT, width=WIDTH, backend="triton")
@@ -340,6 +345,21 @@ def test_forcing_the_kernels_without_jax_triton_names_the_package(gpu_without_ja
         splat(*operands(), height=HEIGHT, width=WIDTH, backend="triton")
 
 
+class Jitted:
+    """The module of the kernels as the interpreted one is used: NumPy arrays in and out."""
+
+    def __init__(self, module):
+        self.TUNING = module.TUNING
+        self.forward, self.backward = self.wrap(module.forward), self.wrap(module.backward)
+
+    @staticmethod
+    def wrap(function):
+        def run(spec, *arrays, tuning):
+            return jax.tree.map(np.asarray, jax.jit(functools.partial(function, spec, tuning=tuning))(*arrays))
+
+        return run
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("scene", scenes.HOSTILE)
 def test_the_gpu_agrees_with_the_oracle_and_with_itself(scene):
@@ -348,7 +368,7 @@ def test_the_gpu_agrees_with_the_oracle_and_with_itself(scene):
     inputs = to_pixels(g)
     spec = SplatSpec(height=height, width=width, supersample=2, cutoff=DEFAULT_CUTOFF)
     module = importlib.import_module("kernels._splat_triton")
-    assert_oracle(module, spec, [np.asarray(x) for x in inputs], wide_area=300)
+    assert_oracle(Jitted(module), spec, [np.asarray(x) for x in inputs], wide_area=300)
     draw = jax.jit(jax.grad(functools.partial(loss, backend="triton")))
     first, second = draw(g), draw(g)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
