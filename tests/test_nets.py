@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from functools import partial
 
 import jax
 import jax.export
@@ -16,10 +18,15 @@ from gsdd_jax.nets.conv import conv_same
 SMALL = NetSpec(depth=2, width=6)
 
 
-def native_conv(x, k):
+def native_conv(x, k, *, stride=1):
     pad = k.shape[0] // 2
     return lax.conv_general_dilated(
-        x, k, (1, 1), ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+        x,
+        k,
+        (stride, stride),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
     )
 
 
@@ -137,11 +144,28 @@ def test_equal_specs_build_the_same_network_object():
     assert build(SMALL, (8, 8, 3), 4) is not build(SMALL, (8, 8, 3), 5)
 
 
-@pytest.mark.parametrize("size", [1, 3, 5])
-def test_conv_and_both_gradients_equal_those_of_jax(size):
-    x = jax.random.normal(jax.random.key(0), (4, 6, 7, 3))
+@pytest.mark.parametrize(
+    ("size", "stride", "shape"),
+    [
+        (1, 1, (6, 7)),
+        (3, 1, (6, 7)),
+        (5, 1, (6, 7)),
+        (1, 2, (6, 7)),
+        (3, 2, (6, 7)),
+        (5, 2, (9, 6)),
+        (3, 3, (7, 8)),
+        # Maps with fewer pixels than the kernel, which the CPU treats apart.
+        (3, 1, (2, 2)),
+        (5, 1, (4, 4)),
+        (3, 2, (2, 3)),
+        (5, 3, (1, 2)),
+    ],
+)
+def test_conv_and_both_gradients_equal_those_of_jax(size, stride, shape):
+    h, w = shape
+    x = jax.random.normal(jax.random.key(0), (4, h, w, 3))
     k = jax.random.normal(jax.random.key(1), (size, size, 3, 5))
-    g = jax.random.normal(jax.random.key(2), (4, 6, 7, 5))
+    g = jax.random.normal(jax.random.key(2), (4, math.ceil(h / stride), math.ceil(w / stride), 5))
 
     def value_and_pullback(conv):
         def both(x, k, g):
@@ -150,17 +174,19 @@ def test_conv_and_both_gradients_equal_those_of_jax(size):
 
         return jax.jit(both)(x, k, g)
 
-    for a, b in zip(value_and_pullback(conv_same), value_and_pullback(native_conv), strict=True):
+    ours, theirs = (value_and_pullback(partial(conv, stride=stride)) for conv in (conv_same, native_conv))
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_second_and_third_derivatives_of_conv_equal_those_of_jax():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_second_and_third_derivatives_of_conv_equal_those_of_jax(stride):
     x = jax.random.normal(jax.random.key(0), (2, 5, 5, 2))
     k = 0.3 * jax.random.normal(jax.random.key(1), (3, 3, 2, 3))
 
     def third(conv):
         def loss(x, k):
-            return jnp.sum(jnp.sin(conv(x, k)))
+            return jnp.sum(jnp.sin(conv(x, k, stride=stride)))
 
         def norm(x, k):
             return sum(jnp.sum(jnp.cos(g)) for g in jax.grad(loss, (0, 1))(x, k))
@@ -175,12 +201,13 @@ def test_second_and_third_derivatives_of_conv_equal_those_of_jax():
         np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
-def test_conv_nested_vmap_equals_loops():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_nested_vmap_equals_loops(stride):
     x = jax.random.normal(jax.random.key(0), (2, 3, 2, 5, 5, 2))
     k = jax.random.normal(jax.random.key(1), (3, 3, 3, 2, 4))
 
     def grads(conv):
-        return jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(conv(x, k))), argnums=(0, 1)))
+        return jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(conv(x, k, stride=stride))), argnums=(0, 1)))
 
     ours = jax.jit(jax.vmap(jax.vmap(grads(conv_same)), in_axes=(0, None)))(x, k)
     for i in range(2):
@@ -230,6 +257,18 @@ def test_cpu_gradients_are_plain_convolutions_without_groups():
             assert "batch_group_count = 1" in line and "feature_group_count = 1" in line
 
 
+def test_map_smaller_than_the_kernel_does_not_take_its_place_on_cpu():
+    x, k = jnp.zeros((4, 2, 2, 3)), jnp.zeros((3, 3, 3, 5))
+    grad = jax.grad(lambda x, k: jnp.sum(jnp.sin(conv_same(x, k))), argnums=(0, 1))
+    with jax.default_device(jax.devices("cpu")[0]):
+        text = jax.jit(grad).lower(x, k).compile().as_text()
+    windows = re.findall(r" convolution\(.*?window={([^}]*)}, dim_labels=(\S*?),", text)
+    # The forward pass and the input's gradient slide the kernel, in the layout of the fast kernel; the third slides
+    # the gradient.
+    assert sorted(window.split()[0] for window, _ in windows) == ["size=2x2", "size=3x3", "size=3x3"]
+    assert all("reversal" not in window and labels.startswith("b01f_01io") for window, labels in windows)
+
+
 def test_gpu_gradients_keep_the_form_that_cudnn_is_matched_by():
     assert any("[f, 0, 1, b]x[i, 0, 1, o]->[0, 1, b, f]" in line for line in convolutions("cuda"))
     assert any("feature_group_count = 2" in line for line in convolutions("cuda", batched=True))
@@ -243,7 +282,11 @@ def test_gpu_gradients_keep_the_form_that_cudnn_is_matched_by():
         ({"depth": 0}, (8, 8, 3), r"network\.depth: 0, must be 1 to 7"),
         ({"width": 0}, (8, 8, 3), r"network\.width: 0, must be at least 1"),
         ({"norm": "batch"}, (8, 8, 3), r"network\.norm: 'batch', must be one of"),
-        ({"name": "lenet"}, (8, 8, 3), r"network\.name: 'lenet', must be one of \['convnet'\]"),
+        (
+            {"name": "lenet"},
+            (8, 8, 3),
+            r"network\.name: 'lenet', must be one of \['alexnet', 'convnet', 'resnet18', 'vgg11', 'vit'\]",
+        ),
         ({}, (8, 8), r"image_shape: \(8, 8\), must be \(h, w, c\)"),
     ],
 )
@@ -274,3 +317,8 @@ def test_images_of_another_shape_are_refused():
 def test_conv_refuses_shapes_that_do_not_fit(images, kernel, message):
     with pytest.raises(ValueError, match=message):
         conv_same(jnp.zeros(images), jnp.zeros(kernel))
+
+
+def test_conv_refuses_a_stride_below_1():
+    with pytest.raises(ValueError, match="stride: 0, must be at least 1"):
+        conv_same(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 3)), stride=0)

@@ -4,7 +4,7 @@ A network is a pair of pure functions. The features next to the logits are what 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,23 +15,43 @@ from annotated_types import Ge, Le
 from flax import linen
 from typing_extensions import Doc
 
-from gsdd_jax.nets import convnet
+from gsdd_jax.nets import alexnet, convnet, resnet, vgg, vit
 
 __all__ = ["NetSpec", "Network", "build"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetSpec:
-    """Which network: the defaults are the field's ConvNetD3, meant for 32 px."""
+    """Which network: the defaults are the field's ConvNetD3, meant for 32 px.
 
-    name: Annotated[Literal["convnet"], Doc("Family of the network.")] = "convnet"
+    Raises:
+        ValueError: `depth`, `width` or `norm` is set for a family other than convnet, whose architectures are fixed.
+    """
+
+    name: Annotated[
+        Literal["convnet", "alexnet", "vgg11", "resnet18", "vit"],
+        Doc("Family of the network; the form of vgg11 and vit depends on the image size (GLaD), up to 32 px or above."),
+    ] = "convnet"
     depth: Annotated[
-        int, Ge(1), Le(7), Doc("Number of blocks, each halves the resolution; 3 for 32 px, 5 for 128 px (GSDD, A.2).")
+        int,
+        Ge(1),
+        Le(7),
+        Doc("Number of blocks of convnet, each halves the resolution; 3 for 32 px, 5 for 128 px (GSDD, A.2)."),
     ] = 3
-    width: Annotated[int, Ge(1), Doc("Channels of every block (DC, Zhao et al. 2021: 128).")] = 128
+    width: Annotated[int, Ge(1), Doc("Channels of every block of convnet (DC, Zhao et al. 2021: 128).")] = 128
     norm: Annotated[
-        Literal["instance", "none"], Doc("Normalisation after each convolution; the field uses instance.")
+        Literal["instance", "none"], Doc("Normalisation after each convolution of convnet; the field uses instance.")
     ] = "instance"
+
+    def __post_init__(self) -> None:
+        if self.name == "convnet":
+            return
+        for field in fields(self):
+            if field.name != "name" and (value := getattr(self, field.name)) != field.default:
+                raise ValueError(
+                    f"network.{field.name}: {value!r} is a setting of convnet, {self.name} has none; "
+                    f"write network: {{name: {self.name}}}"
+                )
 
 
 class Network(NamedTuple):
@@ -52,6 +72,10 @@ _NETWORKS: dict[str, Callable[[NetSpec, tuple[int, int, int], int], linen.Module
     "convnet": lambda spec, image_shape, num_classes: convnet.make(
         depth=spec.depth, width=spec.width, norm=spec.norm, image_shape=image_shape, num_classes=num_classes
     ),
+    "alexnet": lambda _, image_shape, num_classes: alexnet.make(image_shape=image_shape, num_classes=num_classes),
+    "vgg11": lambda _, image_shape, num_classes: vgg.make(image_shape=image_shape, num_classes=num_classes),
+    "resnet18": lambda _, image_shape, num_classes: resnet.make(image_shape=image_shape, num_classes=num_classes),
+    "vit": lambda _, image_shape, num_classes: vit.make(image_shape=image_shape, num_classes=num_classes),
 }
 
 

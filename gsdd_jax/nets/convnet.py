@@ -13,12 +13,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
+from gsdd_jax.nets import layers
 from gsdd_jax.nets.conv import conv_same
-
-_EPS = 1e-5  # PyTorch's GroupNorm
 
 
 class ConvNet(nn.Module):
@@ -39,40 +37,31 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps float images [n, h, w, c] to logits [n, k] and the flattened last feature map [n, f]."""
-        layers = self.param("layers", self._initial, images.shape[1:])
-        margin = _first_margin(images.shape[1:])
+        params = self.param("layers", self._initial, images.shape[1:])
+        margin = layers.digit_margin(images.shape[1:])
         x = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
         for block in range(self.depth):
-            conv = layers[f"conv{block}"]
+            conv = params[f"conv{block}"]
             x = conv_same(x, conv["kernel"]) + conv["bias"]
             if self.norm == "instance":
-                x = _instance_norm(x, **layers[f"norm{block}"])
+                x = layers.instance_norm(x, **params[f"norm{block}"])
             x = nn.avg_pool(nn.relu(x), (2, 2), strides=(2, 2))
         features = x.reshape(x.shape[0], -1)
-        return features @ layers["linear"]["kernel"] + layers["linear"]["bias"], features
+        return features @ params["linear"]["kernel"] + params["linear"]["bias"], features
 
     def _initial(self, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:
         h, w, c = image_shape
-        margin = 2 * _first_margin(image_shape)
+        margin = 2 * layers.digit_margin(image_shape)
         inputs = [c] + [self.width] * (self.depth - 1)
         kernels: dict[str, tuple[int, ...]] = {
             f"conv{block}": (3, 3, channels, self.width) for block, channels in enumerate(inputs)
         }
         pixels = ((h + margin) >> self.depth) * ((w + margin) >> self.depth)
         kernels["linear"] = (pixels * self.width, self.num_classes)
-
-        # One draw for all: XLA takes half a second to compile each, and distribution matching compiles this too.
-        sizes = [size for shape in kernels.values() for size in (math.prod(shape), shape[-1])]
-        drawn = jax.random.uniform(key, (sum(sizes),), minval=-1, maxval=1)
-        parts = iter(jnp.split(drawn, np.cumsum(sizes)[:-1]))
-        layers = {}
-        for name, shape in kernels.items():
-            bound = 1 / math.sqrt(math.prod(shape[:-1]))
-            layers[name] = {"kernel": bound * next(parts).reshape(shape), "bias": bound * next(parts)}
+        params = layers.uniform(key, kernels)
         if self.norm == "instance":
-            for block in range(self.depth):
-                layers[f"norm{block}"] = {"scale": jnp.ones(self.width), "bias": jnp.zeros(self.width)}
-        return layers
+            params.update({f"norm{block}": layers.unit_norm(self.width) for block in range(self.depth)})
+        return params
 
 
 def make(*, depth: int, width: int, norm: str, image_shape: tuple[int, int, int], num_classes: int) -> ConvNet:
@@ -98,22 +87,10 @@ def make(*, depth: int, width: int, norm: str, image_shape: tuple[int, int, int]
     if norm not in ("instance", "none"):
         raise ValueError(f"network.norm: {norm!r}, must be one of ['instance', 'none']")
     h, w, _ = image_shape
-    margin = _first_margin(image_shape)
+    margin = layers.digit_margin(image_shape)
     largest = int(math.log2(min(h, w) + 2 * margin))
     if depth > largest:
         raise ValueError(
             f"network.depth: {depth} blocks halve {h}x{w} px images below one pixel, the largest that fits is {largest}"
         )
     return ConvNet(depth=depth, width=width, norm=norm, num_classes=num_classes)
-
-
-def _first_margin(image_shape: tuple[int, ...]) -> int:
-    # Two pixels beside the convolution's own one: the reference's padding of 3.
-    return 2 if tuple(image_shape) == (28, 28, 1) else 0
-
-
-def _instance_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    # The two-pass variance is as fast here as E[x²] - E[x]², and does not cancel.
-    centred = x - x.mean((1, 2), keepdims=True)
-    variance = jnp.square(centred).mean((1, 2), keepdims=True)
-    return centred * (jax.lax.rsqrt(variance + _EPS) * scale) + bias

@@ -1,0 +1,74 @@
+"""The AlexNet of the dataset-distillation literature (GLaD, Cazenavette et al. 2023).
+
+Five convolutions with bias and ReLU, max-pooling after the first, second and fifth, and one linear layer; neither
+normalisation nor dropout. One form for all resolutions: the linear layer reads every pixel of the last map.
+Initialisation is PyTorch's default for these layers, as in the reference. Its deviations are those of `convnet`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gsdd_jax.nets import layers
+from gsdd_jax.nets.conv import conv_same
+
+# Side of the kernel, channels, whether a pooling follows.
+_CONVS = ((5, 128, True), (5, 192, True), (3, 256, False), (3, 192, False), (3, 192, True))
+_REDUCTION = 8
+
+
+class AlexNet(nn.Module):
+    """The network as a Flax module; `make` checks the arguments.
+
+    Attributes:
+        num_classes: k.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps float images [n, h, w, c] to logits [n, k] and the flattened last feature map [n, f]."""
+        params = self.param("layers", self._initial, images.shape[1:])
+        margin = layers.digit_margin(images.shape[1:])
+        x = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+        for index, (_, _, pooled) in enumerate(_CONVS):
+            conv = params[f"conv{index}"]
+            x = nn.relu(conv_same(x, conv["kernel"]) + conv["bias"])
+            if pooled:
+                x = layers.max_pool(x)
+        features = x.reshape(x.shape[0], -1)
+        return features @ params["linear"]["kernel"] + params["linear"]["bias"], features
+
+    def _initial(self, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:
+        h, w, channels = image_shape
+        margin = 2 * layers.digit_margin(image_shape)
+        kernels: dict[str, tuple[int, ...]] = {}
+        for index, (side, width, _) in enumerate(_CONVS):
+            kernels[f"conv{index}"] = (side, side, channels, width)
+            channels = width
+        pixels = ((h + margin) // _REDUCTION) * ((w + margin) // _REDUCTION)
+        kernels["linear"] = (pixels * channels, self.num_classes)
+        return layers.uniform(key, kernels)
+
+
+def make(*, image_shape: tuple[int, int, int], num_classes: int) -> AlexNet:
+    """Checks that an AlexNet fits the images and makes the module.
+
+    Args:
+        image_shape: (h, w, c).
+        num_classes: k.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: images too small for three poolings.
+    """
+    h, w, _ = image_shape
+    if min(h, w) < _REDUCTION:
+        raise ValueError(
+            f"network.name: alexnet does not fit {h}x{w} px images, "
+            f"its three poolings need at least {_REDUCTION}x{_REDUCTION} px"
+        )
+    return AlexNet(num_classes=num_classes)
