@@ -39,7 +39,7 @@ network: {depth: 1, width: 4}
 augment: {strategy: crop}
 codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.01}
 fit: {steps: 6}
-objective: {batch_real: 4, class_chunk: 10}
+objective: {name: distribution, batch_real: 4, class_chunk: 10}
 distill: {iterations: 6, log_every: 1, checkpoint_every: 2}
 evaluate: {steps: 8, batch: 8, lr: 0.1, seeds: 2}
 baselines: {full_data: false}

@@ -50,6 +50,10 @@ def make_step(codec, **objective):
     return distill.make_step(codec, spec, network=NETWORK, augment=AUGMENT, transform=whiten.apply)
 
 
+def init_state(codec, params):
+    return distill.init_state(codec, params, DistributionSpec(), NETWORK)
+
+
 @pytest.fixture(scope="module")
 def codec() -> codecs.Codec:
     return make_codec()
@@ -63,7 +67,7 @@ def start(codec, digits) -> distill.State:
     # Some centres at the border, so that the projection has something to do.
     mean = params.mean.at[:, 0].set(LIMIT).at[:, 1].set(-LIMIT)
     params = Gaussians(mean, params.cholesky, params.color, params.opacity, size=params.size)
-    return distill.init_state(codec, params)
+    return init_state(codec, params)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +185,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(step, start, on_device
 def test_large_steps_are_projected_compile_once_and_donate_their_state(start, on_device):
     codec = make_codec(lr=0.5, boundary=0.0)
     step = jax.jit(make_step(codec), donate_argnums=0)
-    state = jax.tree.map(jnp.copy, distill.init_state(codec, start.params))
+    state = jax.tree.map(jnp.copy, init_state(codec, start.params))
     first = jax.tree.leaves(state.params)[0]
     for _ in range(4):
         state, _ = step(state, on_device, KEY)
@@ -239,12 +243,12 @@ def test_distillation_of_digits_lowers_the_loss_on_fixed_keys(digits, on_device,
 
     def held_out(params) -> float:
         """Loss on networks and augmentations that training does not see; the step's metrics are those before it."""
-        state = distill.init_state(codec, params)
+        state = init_state(codec, params)
         return np.mean([float(step(state, on_device, jax.random.key(100 + i))[1]["loss"]) for i in range(6)])
 
     rng = np.random.default_rng(0)
     params = {"images": jnp.asarray(rng.uniform(0, 1, (2 * CLASSES, *SHAPE)), jnp.float32)}
-    state, _ = run(step, distill.init_state(codec, params), on_device, 40)
+    state, _ = run(step, init_state(codec, params), on_device, 40)
     before, after = held_out(params), held_out(state.params)
     assert after < 0.7 * before, (before, after)
 

@@ -14,7 +14,7 @@ from gsdd_jax.codecs import CodecSpec, PixelSpec
 from gsdd_jax.data import DataSpec
 from gsdd_jax.evaluate import EvalSpec
 from gsdd_jax.fit import FitSpec
-from gsdd_jax.match import DistributionSpec
+from gsdd_jax.match import DistributionSpec, ObjectiveSpec
 from gsdd_jax.nets import NetSpec
 from train import yaml12
 from train.errors import ConfigError
@@ -69,7 +69,9 @@ class RunConfig:
     network: NetSpec = NetSpec()
     augment: DsaSpec = DsaSpec()
     fit: FitSpec = FitSpec()
-    objective: DistributionSpec = DistributionSpec()
+    objective: Annotated[Tagged[ObjectiveSpec], Doc("What is matched between real and distilled images.")] = (
+        DistributionSpec()
+    )
     distill: DistillSpec
     evaluate: EvalSpec = EvalSpec()
     baselines: BaselineSpec = BaselineSpec()

@@ -236,7 +236,7 @@ def plan(experiment: Experiment) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         lines.append(f"  {jax.tree_util.keystr(path, simple=True, separator='.'):<12} {list(leaf.shape)}")
     lines.append(f"  written: {codec.nbytes(params)} bytes, {codec.nbytes(params) / codec.num_classes:g} per class")
-    state = jax.eval_shape(lambda p: distill.init_state(codec, p), params)
+    state = jax.eval_shape(lambda p: distill.init_state(codec, p, stages.objective(config), experiment.network), params)
     data = jax.eval_shape(lambda: stages.device_data(experiment))
     step = jax.jit(stages.build_step(experiment, codec), donate_argnums=0)
     memory = step.lower(state, data, key).compile().memory_analysis()

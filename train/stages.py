@@ -16,7 +16,9 @@ import numpy as np
 
 from gsdd_jax import codecs, distill, evaluate, fit, whiten
 from gsdd_jax.data import ClassTable, HostSampler, class_table, prefetch
+from gsdd_jax.match import GradientSpec, ObjectiveSpec
 from train.checkpoint import Checkpoints
+from train.config import RunConfig
 from train.errors import UserError
 from train.experiment import Experiment, real_images
 from train.progress import Progress
@@ -79,7 +81,7 @@ def distill_stage(
     config = experiment.config
     phase = f"{arm}-distill"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
-        state = distill.init_state(codec, params)
+        state = distill.init_state(codec, params, objective(config), experiment.network)
         latest, done, seconds = checkpoints.latest(), 0, 0.0
         if latest is not None:
             state, meta = checkpoints.restore(latest, state)
@@ -113,11 +115,17 @@ def build_step(experiment: Experiment, codec: codecs.Codec):
     """Builds the outer step of an experiment for one of its codecs."""
     return distill.make_step(
         codec,
-        experiment.config.objective,
+        objective(experiment.config),
         network=experiment.network,
         augment=experiment.config.augment,
         transform=whiten.apply,
     )
+
+
+def objective(config: RunConfig) -> ObjectiveSpec:
+    """Returns the objective of an experiment, with what depends on its budget filled in."""
+    spec = config.objective
+    return spec.for_ipc(config.ipc) if isinstance(spec, GradientSpec) else spec
 
 
 def device_data(experiment: Experiment) -> distill.DeviceData:

@@ -12,6 +12,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.nets import Network
 
 Transform = Callable[[Any, jax.Array], jax.Array]
@@ -63,47 +64,24 @@ def distribution_loss(
     key_network, key_augment = jax.random.split(key)
     phi_params = network.init(key_network)
     classes = real.shape[0]
-    chunk = min(class_chunk, classes)
-    chunks = -(-classes // chunk)
+    split, weight = split_classes(classes, class_chunk)
 
-    def embed(keys: jax.Array, images: jax.Array) -> jax.Array:
+    shared = (phi_params, transform_params)
+
+    def embed(shared: Any, keys: jax.Array, images: jax.Array) -> jax.Array:
         """Mean embeddings ``[chunk, f]`` of ``images [chunk, b, h, w, c]``."""
-        batch = images.shape[1]
+        phi_params, transform_params = shared
+        chunk, batch = images.shape[:2]
         normal = transform(transform_params, images)
         # A loop, not vmap: under vmap every class would pay for all six operations.
         augmented = jax.lax.map(lambda x: dsa(x[0], x[1], augment, siamese=True), (keys, normal))
         _, features = network.apply(phi_params, augmented.reshape(chunk * batch, *images.shape[2:]))
         return features.reshape(chunk, batch, -1).mean(1)
 
-    def chunk_loss(syn: jax.Array, keys: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.sum(weight[:, None] * (target - embed(keys, syn)) ** 2)
-
-    def split(x: jax.Array) -> jax.Array:
-        fill = jnp.arange(chunks * chunk) % classes
-        return x[fill].reshape(chunks, chunk, *x.shape[1:])
+    def chunk_loss(shared: Any, syn: jax.Array, keys: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.sum(weight[:, None] * (target - embed(shared, keys, syn)) ** 2)
 
     keys = split(jax.random.split(key_augment, classes))
-    # The classes that pad the last chunk count nothing.
-    weight = (jnp.arange(chunks * chunk) < classes).astype(jnp.float32).reshape(chunks, chunk)
     real_chunks = split(real)
-    targets = jax.lax.map(lambda x: embed(x[0], x[1].astype(jnp.float32) / 255), (keys, real_chunks))
-    return _sum_of_chunks(chunk_loss, split(syn), (keys, jax.lax.stop_gradient(targets), weight))
-
-
-def _sum_of_chunks(loss: Callable[..., jax.Array], syn: jax.Array, others: tuple[jax.Array, ...]) -> jax.Array:
-    """Sums ``loss`` over chunks, one after the other, with the gradient of each taken on the spot.
-
-    The chunks share no term, so what the backward pass needs of a chunk is its gradient and none of its activations.
-    Compared with ``jax.checkpoint`` this has the same peak memory and no second forward pass.
-    """
-
-    @jax.custom_vjp
-    def total(syn: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda x: loss(*x), (syn, *others)).sum()
-
-    def forward(syn: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, grads = jax.lax.map(lambda x: jax.value_and_grad(loss)(*x), (syn, *others))
-        return losses.sum(), grads
-
-    total.defvjp(forward, lambda grads, cotangent: (cotangent * grads,))
-    return total(syn)
+    targets = jax.lax.map(lambda x: embed(shared, x[0], x[1].astype(jnp.float32) / 255), (keys, real_chunks))
+    return sum_of_chunks(chunk_loss, split(syn), (keys, jax.lax.stop_gradient(targets), weight), shared)

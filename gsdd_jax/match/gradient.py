@@ -1,0 +1,190 @@
+"""Gradient matching: gradients of the training loss on real and on synthetic images (DC, Zhao et al. 2021)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from annotated_types import Ge, Gt
+from typing_extensions import Doc
+
+from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.match.chunks import split_classes, sum_of_chunks
+from gsdd_jax.match.distribution import Transform
+from gsdd_jax.nets import Network
+
+# Beside the product of two norms, as in the reference.
+EPSILON = 1e-6
+# Steps of a network's life and epochs of its training between them, by images per class (DC, get_loops; the steps of
+# in-between budgets are those of the next smaller row).
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientSpec:
+    """Settings of gradient matching."""
+
+    name: Annotated[Literal["gradient"], Doc("the objective")] = "gradient"
+    batch_real: Annotated[int, Ge(1), Doc("real images per class and iteration (DC: 256)")] = 256
+    batch_syn: Annotated[int, Ge(0), Doc("synthetic images per class and iteration, drawn anew each time; 0 = all")] = 0
+    class_chunk: Annotated[
+        int, Ge(1), Doc("classes whose gradients are held at once; bounds memory, changes no result")
+    ] = 1
+    outer_loop: Annotated[
+        int,
+        Ge(0),
+        Doc(
+            "iterations that a network lives, trained on the synthetic set in between; 0 = as in DC for this ipc: at "
+            "ipc 1 a single one, so that gradients are matched at random weights only"
+        ),
+    ] = 0
+    inner_loop: Annotated[int, Ge(0), Doc("epochs of that training; 0 = as in DC for this ipc")] = 0
+    net_lr: Annotated[float, Gt(0), Doc("its learning rate; SGD without momentum (DC: 0.01)")] = 0.01
+    net_batch: Annotated[int, Ge(1), Doc("its batch size (DC: 256)")] = 256
+
+    def for_ipc(self, ipc: float) -> GradientSpec:
+        """Returns the settings with both loops filled in, for a budget of ``ipc`` fp32 images per class."""
+        outer, inner = LOOPS[max((known for known in LOOPS if known <= ipc), default=min(LOOPS))]
+        return dataclasses.replace(self, outer_loop=self.outer_loop or outer, inner_loop=self.inner_loop or inner)
+
+
+def gradient_loss(
+    key: jax.Array,
+    real: jax.Array,
+    syn: jax.Array,
+    *,
+    params: Any,
+    network: Network,
+    augment: DsaSpec,
+    transform: Transform,
+    transform_params: Any,
+    class_chunk: int,
+) -> jax.Array:
+    """Returns ``sum_k D(grad loss(real_k), grad loss(syn_k))`` at the weights ``params`` (DC, Eq. 9; DSA, Eq. 2).
+
+    ``loss`` is the mean cross-entropy of a class's images. ``D`` is :func:`layerwise_distance`. Each class has its own
+    DSA draw, the same for its real and synthetic images.
+
+    Args:
+        key: Decides the augmentations; consumed.
+        real: ``[k, b, h, w, c]`` uint8 images.
+        syn: ``[k, g, h, w, c]`` float images in [0,1].
+        params: Weights of the network; constants here.
+        network: Its architecture.
+        augment: DSA settings.
+        transform: ``(transform_params, images) -> images``: normalisation of images in [0,1].
+        transform_params: Its arrays.
+        class_chunk: Classes whose gradients are held at once; need not divide ``k``.
+
+    Returns:
+        The loss, a scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps
+        nothing of a chunk but its gradient.
+    """
+    classes = real.shape[0]
+    split, weight = split_classes(classes, class_chunk)
+
+    def gradients(shared: Any, images: jax.Array, keys: jax.Array, labels: jax.Array) -> Any:
+        """Gradients of each class of a chunk, as params with a leading axis of classes."""
+        params, transform_params = shared
+        normal = transform(transform_params, images)
+        # A loop, not vmap: under vmap every class would pay for all six operations.
+        augmented = jax.lax.map(lambda x: dsa(x[0], x[1], augment, siamese=True), (keys, normal))
+
+        def loss(params: Any, images: jax.Array, label: jax.Array) -> jax.Array:
+            logits, _ = network.apply(params, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.full(len(images), label)).mean()
+
+        return jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, augmented, labels)
+
+    def of_chunk(
+        shared: Any, syn: jax.Array, keys: jax.Array, labels: jax.Array, weight: jax.Array, real: jax.Array
+    ) -> jax.Array:
+        wanted = jax.lax.stop_gradient(gradients(shared, real.astype(syn.dtype) / 255, keys, labels))
+        return jnp.sum(weight * jax.vmap(layerwise_distance)(wanted, gradients(shared, syn, keys, labels)))
+
+    keys, labels = split(jax.random.split(key, classes)), split(jnp.arange(classes))
+    return sum_of_chunks(of_chunk, split(syn), (keys, labels, weight, split(real)), (params, transform_params))
+
+
+def layerwise_distance(real: Any, syn: Any) -> jax.Array:
+    """Sums ``1 - cos`` over the output units of all layers ("ours" in DC's code).
+
+    A unit's vector holds all weights that lead to it: the last axis of each kernel counts the units. Biases, norm
+    parameters and learned embeddings, whatever is not named ``kernel``, do not count.
+
+    Args:
+        real: Gradients in the structure of a network's params.
+        syn: The same for the other set of images.
+
+    Returns:
+        A scalar between 0 and twice the number of units; differentiable, also where a gradient vanishes.
+    """
+    leaves = jax.tree.leaves_with_path(real)
+    total = jnp.float32(0)
+    for (path, a), b in zip(leaves, jax.tree.leaves(syn), strict=True):
+        if getattr(path[-1], "key", None) != "kernel":
+            continue
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        total += jnp.sum(1 - jnp.sum(a * b, 0) / (_norm(a) * _norm(b) + EPSILON))
+    return total
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Returns the norms of columns, with derivative 0 instead of NaN at 0."""
+    square = jnp.sum(x * x, 0)
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
+def train_between(
+    key: jax.Array,
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    spec: GradientSpec,
+    network: Network,
+    augment: DsaSpec,
+    transform: Transform,
+    transform_params: Any,
+) -> Any:
+    """Trains the network of gradient matching on the synthetic set, between two iterations of its life.
+
+    SGD without momentum, each image with its own DSA draw. Deviation: an epoch's last batch is filled up with the
+    first images of its order where the reference takes a smaller one.
+
+    Args:
+        key: Decides order and augmentations; consumed.
+        params: Weights.
+        images: ``[n, h, w, c]`` float in [0,1].
+        labels: ``[n]`` integers.
+        spec: ``inner_loop``, the passes over the images, ``net_lr`` and ``net_batch``.
+        network: The architecture.
+        augment: DSA settings.
+        transform: Normalisation.
+        transform_params: Its arrays.
+
+    Returns:
+        The trained weights.
+    """
+    n = len(images)
+    batch = min(spec.net_batch, n)
+    per_epoch = -(-n // batch)
+    normal = transform(transform_params, images)
+
+    def step(params: Any, i: jax.Array) -> tuple[Any, None]:
+        key_order = jax.random.fold_in(key, 2 * (i // per_epoch))
+        key_augment = jax.random.fold_in(key, 2 * i + 1)
+        place = (i % per_epoch) * batch + jnp.arange(batch)
+        index = jax.random.permutation(key_order, n)[place % n]
+
+        def loss(params: Any) -> jax.Array:
+            logits, _ = network.apply(params, dsa(key_augment, normal[index], augment))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
+
+        return jax.tree.map(lambda p, g: p - spec.net_lr * g, params, jax.grad(loss)(params)), None
+
+    return jax.lax.scan(step, params, jnp.arange(spec.inner_loop * per_epoch))[0]

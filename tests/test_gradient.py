@@ -1,0 +1,255 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gsdd_jax import codecs, data, distill, whiten
+from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.codecs import PixelSpec
+from gsdd_jax.match import GradientSpec, gradient_loss
+from gsdd_jax.match.gradient import layerwise_distance, train_between
+from gsdd_jax.nets import NetSpec, build
+
+CLASSES, SHAPE, GPC = 3, (8, 8, 1), 2
+NETWORK = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
+AUGMENT, NO_AUGMENT = DsaSpec(strategy="color_crop_cutout"), DsaSpec(strategy="none")
+KEY = jax.random.key(3)
+NORMAL = whiten.MeanStd(jnp.full(1, 0.3), jnp.full(1, 0.4))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lazy_compiler():
+    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def batches(seed=0, real=4, syn=GPC):
+    rng = np.random.default_rng(seed)
+    real = jnp.asarray(rng.integers(0, 256, (CLASSES, real, *SHAPE)), jnp.uint8)
+    return real, jnp.asarray(rng.uniform(0, 1, (CLASSES, syn, *SHAPE)), jnp.float32)
+
+
+def loss(syn, real, params, *, augment=AUGMENT, class_chunk=2):
+    return gradient_loss(
+        KEY,
+        real,
+        syn,
+        params=params,
+        network=NETWORK,
+        augment=augment,
+        transform=whiten.apply,
+        transform_params=NORMAL,
+        class_chunk=class_chunk,
+    )
+
+
+def cross_entropy(params, images, labels):
+    logits, _ = NETWORK.apply(params, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def distance(real, syn):
+    """The definition, in float64: one term for each output of each kernel."""
+    total = 0.0
+    for layer in real["layers"]:
+        if "kernel" in real["layers"][layer]:
+            a, b = (np.asarray(g["layers"][layer]["kernel"], np.float64) for g in (real, syn))
+            for unit in range(a.shape[-1]):
+                u, v = a[..., unit].ravel(), b[..., unit].ravel()
+                total += 1 - u @ v / (np.linalg.norm(u) * np.linalg.norm(v) + 1e-6)
+    return total
+
+
+def test_distance_counts_one_cosine_per_output_unit_and_nothing_else():
+    rng = np.random.default_rng(0)
+    real = {
+        "a": {"kernel": rng.normal(size=(3, 3, 2, 5)), "bias": rng.normal(size=5)},
+        "scale": rng.normal(size=(4, 4)),
+    }
+    same = jax.tree.map(lambda x: 7 * x, real)
+    opposite = jax.tree.map(lambda x: -x, real)
+    other_rest = real | {"a": {"kernel": real["a"]["kernel"], "bias": -real["a"]["bias"]}, "scale": -real["scale"]}
+    assert abs(float(layerwise_distance(real, same))) < 1e-5
+    np.testing.assert_allclose(layerwise_distance(real, opposite), 2 * 5, rtol=1e-6)
+    assert abs(float(layerwise_distance(real, other_rest))) < 1e-5
+    right = {"kernel": np.array([[1.0, 0.0], [0.0, 2.0]])}
+    np.testing.assert_allclose(layerwise_distance(right, {"kernel": np.array([[0.0, 3.0], [1.0, 3.0]])}), 2 - 0.5**0.5)
+
+
+def test_distance_has_a_finite_derivative_where_a_gradient_vanishes():
+    real, zero = {"kernel": jnp.ones((3, 2))}, {"kernel": jnp.zeros((3, 2)).at[0, 1].set(1.0)}
+    slope = jax.grad(lambda syn: layerwise_distance(real, syn))(zero)["kernel"]
+    assert np.all(np.isfinite(slope)) and np.any(slope[:, 1] != 0)
+
+
+def test_loss_is_the_sum_of_the_distances_of_the_classes_gradients():
+    real, syn = batches()
+    params = NETWORK.init(jax.random.key(1))
+    expected = 0.0
+    for label, key in enumerate(jax.random.split(KEY, CLASSES)):
+        gradients = []
+        for images in (real[label].astype(jnp.float32) / 255, syn[label]):
+            augmented = dsa(key, whiten.apply(NORMAL, images), AUGMENT, siamese=True)
+            gradients.append(jax.grad(cross_entropy)(params, augmented, jnp.full(len(images), label)))
+        expected += distance(*gradients)
+    assert expected > 1
+    np.testing.assert_allclose(loss(syn, real, params), expected, rtol=1e-4)
+
+
+def test_equal_images_match():
+    real, _ = batches()
+    params = NETWORK.init(jax.random.key(1))
+    assert abs(float(loss(real.astype(jnp.float32) / 255, real, params))) < 1e-3
+
+
+@pytest.mark.parametrize("class_chunk", [1, 8])
+def test_chunks_of_classes_change_nothing(class_chunk):
+    real, syn = batches()
+    params = NETWORK.init(jax.random.key(1))
+    wanted = jax.value_and_grad(loss)(syn, real, params)
+    found = jax.value_and_grad(loss)(syn, real, params, class_chunk=class_chunk)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=0, atol=2e-5 * np.abs(wanted[1]).max())
+
+
+def test_gradient_equals_finite_differences_in_float64():
+    with jax.enable_x64(True):
+        wide = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)  # noqa: E731
+        real, syn = batches()
+        params, syn = wide(NETWORK.init(jax.random.key(1))), wide(syn)
+        function = jax.jit(lambda syn: loss(syn, real, params, augment=NO_AUGMENT))
+        direction = jnp.asarray(np.random.default_rng(5).normal(size=syn.shape))
+        slope = jnp.sum(jax.grad(function)(syn) * direction)
+        step = 1e-5
+        difference = (function(syn + step * direction) - function(syn - step * direction)) / (2 * step)
+        assert abs(float(slope)) > 1e-3
+        # ReLU has kinks; along this line none is crossed.
+        np.testing.assert_allclose(slope, difference, rtol=1e-5)
+
+
+def test_a_full_batch_epoch_is_one_step_of_gradient_descent():
+    rng = np.random.default_rng(2)
+    images, labels = jnp.asarray(rng.uniform(size=(6, *SHAPE)), jnp.float32), jnp.arange(6) % CLASSES
+    params = NETWORK.init(jax.random.key(4))
+    settings = {"network": NETWORK, "augment": NO_AUGMENT, "transform": whiten.apply, "transform_params": NORMAL}
+    for batch in (6, 256):
+        spec = GradientSpec(inner_loop=2, net_lr=0.1, net_batch=batch)
+        found = train_between(KEY, params, images, labels, spec=spec, **settings)
+        wanted = params
+        for _ in range(2):
+            slope = jax.grad(cross_entropy)(wanted, whiten.apply(NORMAL, images), labels)
+            wanted = jax.tree.map(lambda p, g: p - 0.1 * g, wanted, slope)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_an_epoch_visits_every_image_in_batches_of_one_size():
+    # With one image of another class, the bias of that class moves up only in the batches that hold it.
+    images, labels = jnp.zeros((5, *SHAPE)), jnp.arange(5) % CLASSES
+    settings = {"network": NETWORK, "augment": NO_AUGMENT, "transform": whiten.apply, "transform_params": NORMAL}
+    params = NETWORK.init(jax.random.key(4))
+    spec = GradientSpec(inner_loop=1, net_lr=0.0 + 1e-3, net_batch=2)
+    moved = train_between(KEY, params, images, labels, spec=spec, **settings)
+    shift = np.asarray(moved["layers"]["linear"]["bias"] - params["layers"]["linear"]["bias"]) / 1e-3
+    # Three steps of two images, each image once and one of them twice: sums of (one hot - softmax) / 2.
+    weights = jax.nn.softmax(NETWORK.apply(params, whiten.apply(NORMAL, images[:1]))[0])[0]
+    counts = (shift + 3 * weights) * 2
+    np.testing.assert_allclose(counts.sum(), 6, atol=1e-2)
+    assert np.all(np.abs(counts - np.round(counts)) < 2e-2)
+    assert np.all(np.round(counts) - np.bincount(labels) >= 0)
+
+
+def test_loops_follow_the_budget_unless_they_are_given():
+    assert [(s.outer_loop, s.inner_loop) for s in map(GradientSpec().for_ipc, (0.5, 1, 2, 10, 11, 50, 100))] == [
+        (1, 1), (1, 1), (1, 1), (10, 50), (10, 50), (50, 10), (50, 10),
+    ]  # fmt: skip
+    given = GradientSpec(outer_loop=3).for_ipc(10)
+    assert (given.outer_loop, given.inner_loop) == (3, 50)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    full = data.load(data.DataSpec(per_class=20, test_limit=10))
+    keep = full.train_labels < CLASSES
+    images, labels = full.train_images[keep], full.train_labels[keep]
+    on_device = distill.DeviceData(jnp.asarray(images), data.class_table(labels, CLASSES), NORMAL)
+    codec = codecs.make(
+        PixelSpec(ipc=GPC), image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=GPC * 4 * int(np.prod(SHAPE))
+    )
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:GPC] for label in range(CLASSES)])
+    params = codec.init(KEY, jnp.asarray(images[chosen], jnp.float32) / 255)
+    return codec, params, on_device
+
+
+def steps(setting, count, *, start=None, **changes):
+    codec, params, on_device = setting
+    spec = GradientSpec(**{"batch_real": 4, "outer_loop": 3, "inner_loop": 2, "net_lr": 0.1} | changes)
+    step = jax.jit(distill.make_step(codec, spec, network=NETWORK, augment=AUGMENT, transform=whiten.apply))
+    state = distill.init_state(codec, params, spec, NETWORK) if start is None else start
+    states = []
+    for _ in range(count):
+        state, metrics = step(state, on_device, KEY)
+        states.append((state, metrics))
+    return states
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_network_lives_for_its_iterations_and_learns_in_between(setting):
+    states = steps(setting, 6)
+    codec, _, on_device = setting
+    del on_device
+
+    def fit(state):
+        images = whiten.apply(NORMAL, codec.decode(state.params))
+        return float(cross_entropy(state.matcher, images, jnp.repeat(jnp.arange(CLASSES), GPC)))
+
+    losses = [fit(state) for state, _ in states]
+    # Trained after the first and second iteration; the third leaves it as it was; then another is born.
+    assert losses[1] < losses[0] and abs(losses[2] - losses[1]) < 0.05
+    assert bits(states[1][0].matcher) == bits(states[2][0].matcher)
+    assert bits(states[2][0].matcher) != bits(states[3][0].matcher)
+    assert losses[3] > losses[2]
+
+
+def test_a_single_iteration_carries_no_network(setting):
+    (state, metrics), *_ = steps(setting, 1, outer_loop=1, inner_loop=1)
+    assert state.matcher == ()
+    assert all(np.isfinite(float(value)) for value in metrics.values()) and float(metrics["grad_norm"]) > 0
+
+
+def test_a_resumed_run_repeats_the_same_bits(setting):
+    whole = steps(setting, 5)
+    resumed = steps(setting, 3, start=jax.tree.map(jnp.asarray, whole[1][0]))
+    assert bits(resumed[-1][0]) == bits(whole[-1][0])
+
+
+def test_matching_brings_the_loss_down(setting):
+    codec, params, on_device = setting
+    states = steps(setting, 40, outer_loop=1, inner_loop=1)
+    real = on_device.images[data.sample_classes(jax.random.key(9), on_device.table, 20)]
+
+    def mean_loss(params):
+        syn = codec.decode(params).reshape(CLASSES, GPC, *SHAPE)
+        return np.mean([loss(syn, real, NETWORK.init(jax.random.key(seed)), augment=NO_AUGMENT) for seed in range(4)])
+
+    assert mean_loss(states[-1][0].params) < 0.97 * mean_loss(params)
+
+
+def test_loops_must_be_filled_in(setting):
+    with pytest.raises(ValueError, match=r"objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc"):
+        distill.make_step(
+            setting[0],
+            dataclasses.replace(GradientSpec(), outer_loop=2),
+            network=NETWORK,
+            augment=AUGMENT,
+            transform=whiten.apply,
+        )
