@@ -12,9 +12,17 @@ import optax
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
 from gsdd_jax.data.sampling import ClassTable, sample_classes
-from gsdd_jax.match import GradientSpec, ObjectiveSpec, distribution_loss, gradient_loss
+from gsdd_jax.match import (
+    GradientSpec,
+    ObjectiveSpec,
+    TrajectorySpec,
+    distribution_loss,
+    gradient_loss,
+    trajectory_loss,
+)
 from gsdd_jax.match.distribution import Transform
 from gsdd_jax.match.gradient import train_between
+from gsdd_jax.match.trajectory import floor_syn_lr, syn_lr_optimiser
 from gsdd_jax.nets import Network
 
 
@@ -24,7 +32,8 @@ class State(NamedTuple):
     params: Any
     opt_state: Any
     step: jax.Array  # int32 scalar, steps taken
-    matcher: Any = ()  # what the objective carries on: gradient matching its network's weights, others nothing
+    # What the objective carries on: gradient matching its network's weights, trajectory matching its SynLr.
+    matcher: Any = ()
 
 
 class DeviceData(NamedTuple):
@@ -42,12 +51,34 @@ class HostBatch(NamedTuple):
     transform_params: Any
 
 
+class ExpertBatch(NamedTuple):
+    """Segments of expert trajectories, for trajectory matching."""
+
+    start: jax.Array  # float32 [segments, p], flat weights
+    target: jax.Array  # float32 [segments, p], expert_epochs later
+    transform_params: Any
+
+
+class SynLr(NamedTuple):
+    """The learned step size of trajectory matching."""
+
+    value: jax.Array  # float32 scalar
+    opt_state: Any
+
+
+Data = DeviceData | HostBatch | ExpertBatch
+Step = Callable[[State, Data, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
 def init_state(codec: Codec, params: Any, objective: ObjectiveSpec, network: Network) -> State:
     """Returns the state before the first step."""
     matcher: Any = ()
     if _network_lives_on(objective):
         # Overwritten by the first step, which draws them.
         matcher = jax.tree.map(jnp.zeros_like, jax.eval_shape(network.init, jax.random.key(0)))
+    if isinstance(objective, TrajectorySpec):
+        syn_lr = jnp.float32(objective.syn_lr)
+        matcher = SynLr(syn_lr, syn_lr_optimiser(objective).init(syn_lr))
     return State(params, codec.optimiser().init(params), jnp.zeros((), jnp.int32), matcher)
 
 
@@ -62,7 +93,7 @@ def make_step(
     network: Network,
     augment: DsaSpec,
     transform: Transform,
-) -> Callable[[State, DeviceData | HostBatch, jax.Array], tuple[State, dict[str, jax.Array]]]:
+) -> Step:
     """Builds the outer step; pure, to be jitted with its state donated.
 
     Args:
@@ -73,19 +104,22 @@ def make_step(
         transform: Normalisation; its arrays travel in the data, so that they are not baked into the executable.
 
     Returns:
-        ``step(state, data, key)``. The randomness of step ``i`` is ``fold_in(key, i)``, so an interrupted run that
-        resumes from a state repeats the same bits. Metrics are device scalars: ``loss``, ``regulariser``,
-        ``grad_norm``, and ``param_norm`` after the step.
+        ``step(state, data, key)``, with ``ExpertBatch`` for trajectory matching and real images for the others. The
+        randomness of step ``i`` is ``fold_in(key, i)``, so an interrupted run that resumes from a state repeats the
+        same bits. Metrics are device scalars: ``loss``, ``regulariser``, ``grad_norm``, and ``param_norm`` after the
+        step; for trajectory matching also those of ``trajectory_loss`` and the ``syn_lr`` after the step.
 
     Raises:
         ValueError: The loops of gradient matching are not filled in.
     """
     if isinstance(objective, GradientSpec) and 0 in (objective.outer_loop, objective.inner_loop):
         raise ValueError("objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc fills them in")
-    optimiser = codec.optimiser()
+    if isinstance(objective, TrajectorySpec):
+        return _trajectory_step(codec, objective, network=network, augment=augment, transform=transform)
     k, g = codec.num_classes, codec.images_per_class
 
-    def step(state: State, data: DeviceData | HostBatch, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        assert not isinstance(data, ExpertBatch)
         key_real, key_syn, key_loss = jax.random.split(jax.random.fold_in(key, state.step), 3)
         if isinstance(data, DeviceData):
             real = data.images[sample_classes(key_real, data.table, objective.batch_real)]
@@ -119,10 +153,7 @@ def make_step(
             return loss + regulariser, {"loss": loss, "regulariser": regulariser}
 
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
-        params = codec.project(optax.apply_updates(state.params, updates))
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        metrics["param_norm"] = optax.tree.norm(params)
+        params, opt_state, norms = _updated(codec, state, grads)
         matcher: Any = ()
         if isinstance(objective, GradientSpec) and _network_lives_on(objective):
 
@@ -135,6 +166,49 @@ def make_step(
             # Its last iteration leaves a network untrained, for nothing follows.
             dies = (state.step + 1) % objective.outer_loop == 0
             matcher = jax.lax.cond(dies, lambda: weights, train)
-        return State(params, opt_state, state.step + 1, matcher), metrics
+        return State(params, opt_state, state.step + 1, matcher), metrics | norms
+
+    return step
+
+
+def _updated(codec: Codec, state: State, grads: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """Returns parameters and optimiser state after a gradient, and the norms to log."""
+    updates, opt_state = codec.optimiser().update(grads, state.opt_state, state.params)
+    params = codec.project(optax.apply_updates(state.params, updates))
+    return params, opt_state, {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+
+
+def _trajectory_step(
+    codec: Codec, objective: TrajectorySpec, *, network: Network, augment: DsaSpec, transform: Transform
+) -> Step:
+    """Builds the outer step of trajectory matching: one for the codec, one for the student's step size."""
+
+    def step(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        assert isinstance(data, ExpertBatch)
+        labels = jnp.repeat(jnp.arange(codec.num_classes), codec.images_per_class)
+
+        def loss_fn(params: Any, syn_lr: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            loss, student = trajectory_loss(
+                jax.random.fold_in(key, state.step),
+                codec.decode(params),
+                labels,
+                syn_lr,
+                data.start,
+                data.target,
+                network=network,
+                augment=augment,
+                transform=transform,
+                transform_params=data.transform_params,
+                spec=objective,
+            )
+            regulariser = codec.regularise(params)
+            return loss + regulariser, {"loss": loss, "regulariser": regulariser, **student}
+
+        old: SynLr = state.matcher
+        (grads, lr_grad), metrics = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(state.params, old.value)
+        params, opt_state, norms = _updated(codec, state, grads)
+        update, lr_state = syn_lr_optimiser(objective).update(lr_grad, old.opt_state)
+        syn_lr = SynLr(floor_syn_lr(old.value + update), lr_state)
+        return State(params, opt_state, state.step + 1, syn_lr), metrics | norms | {"syn_lr": syn_lr.value}
 
     return step

@@ -13,6 +13,7 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import CodecSpec, PixelSpec
 from gsdd_jax.data import DataSpec
 from gsdd_jax.evaluate import EvalSpec
+from gsdd_jax.experts import ExpertSpec
 from gsdd_jax.fit import FitSpec
 from gsdd_jax.match import DistributionSpec, ObjectiveSpec
 from gsdd_jax.nets import NetSpec
@@ -38,6 +39,14 @@ class DistillSpec:
         Literal["device", "host"],
         Doc("Where real images are drawn: on the device, or on the host for sets that do not fit the device."),
     ] = "device"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(ExpertSpec):
+    """The experts of trajectory matching: how they are trained, where they are kept."""
+
+    path: Annotated[str, Doc("Folder of the experts, which runs may share; '' = experts in the run directory.")] = ""
+    train: Annotated[bool, Doc("Train those that are missing; false = say with which command.")] = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +81,7 @@ class RunConfig:
     objective: Annotated[Tagged[ObjectiveSpec], Doc("What is matched between real and distilled images.")] = (
         DistributionSpec()
     )
+    experts: ExpertsConfig = ExpertsConfig()
     distill: DistillSpec
     evaluate: EvalSpec = EvalSpec()
     baselines: BaselineSpec = BaselineSpec()

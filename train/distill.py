@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import gsdd_jax
 from gsdd_jax import codecs, distill, fit, storage, synset, whiten
+from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
+from gsdd_jax.match import TrajectorySpec
 from train import config as configs
 from train import experiment as experiments
 from train import pictures, report, results, stages
@@ -30,7 +33,7 @@ from train.progress import Progress
 from train.rundir import RunDir, write_bytes, write_json
 
 # What may differ when a run is continued: nothing that touches numbers already computed.
-MAY_CHANGE = ("name", "distill.log_every", "distill.checkpoint_every")
+MAY_CHANGE = ("name", "distill.log_every", "distill.checkpoint_every", "experts.path", "experts.train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +97,11 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
         fitted = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main")
         if "fit_only" in wanted:
             images["fit_only"] = _as_stored(codec, fitted)
-        params = stages.distill_stage(
+        experts = None
+        if isinstance(config.objective, TrajectorySpec):
+            folder = Path(config.experts.path or rundir.path / "experts")
+            experts = stages.expert_stage(experiment, folder, progress=progress)
+        state = stages.distill_stage(
             experiment,
             codec,
             fitted,
@@ -103,13 +110,17 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
             arm="main",
             iterations=config.distill.iterations,
             purpose="distill",
+            experts=experts,
         )
+        params, meta = state.params, _meta(experiment, environment)
+        if isinstance(state.matcher, distill.SynLr):
+            meta["syn_lr"] = float(state.matcher.value)
         distilled = synset.SynSet(
             codec,
             codec.loaded(codec.stored(params)),
             experiment.bytes_per_class,
             dataset.class_names,
-            _meta(experiment, environment),
+            meta,
         )
         sizes = distilled.save(rundir.path / synset.EXPORT)
         # What is evaluated is what was written, not what is in memory.
@@ -118,7 +129,7 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
 
         pixel = None
         if "pixel" in wanted:
-            pixel, images["pixel"] = _pixel_arm(experiment, rundir, progress)
+            pixel, images["pixel"] = _pixel_arm(experiment, rundir, progress, experts)
         accuracies = {
             name: stages.evaluate_stage(experiment, name, images[name], run=rundir, progress=progress)
             for name in wanted
@@ -156,7 +167,9 @@ def _as_stored(codec: codecs.Codec, params: Any) -> jax.Array:
     return jax.jit(lambda p: codec.decode(codec.loaded(codec.stored(p))))(params)
 
 
-def _pixel_arm(experiment: Experiment, run: RunDir, progress: Progress) -> tuple[codecs.Codec, jax.Array]:
+def _pixel_arm(
+    experiment: Experiment, run: RunDir, progress: Progress, experts: Experts | None
+) -> tuple[codecs.Codec, jax.Array]:
     config, dataset = experiment.config, experiment.dataset
     codec = codecs.make(
         config.baselines.pixel_codec,
@@ -167,7 +180,7 @@ def _pixel_arm(experiment: Experiment, run: RunDir, progress: Progress) -> tuple
     start = codec.init(
         experiment.key("start"), experiments.real_images(experiment, codec, purpose="pixel_select", how="random")
     )
-    params = stages.distill_stage(
+    state = stages.distill_stage(
         experiment,
         codec,
         start,
@@ -176,8 +189,9 @@ def _pixel_arm(experiment: Experiment, run: RunDir, progress: Progress) -> tuple
         arm="pixel",
         iterations=config.baselines.pixel_iterations or config.distill.iterations,
         purpose="pixel_distill",
+        experts=experts,
     )
-    return codec, _as_stored(codec, params)
+    return codec, _as_stored(codec, state.params)
 
 
 def _psnr(fitted: jax.Array | None, targets: jax.Array) -> float | None:
@@ -237,7 +251,7 @@ def plan(experiment: Experiment) -> str:
         lines.append(f"  {jax.tree_util.keystr(path, simple=True, separator='.'):<12} {list(leaf.shape)}")
     lines.append(f"  written: {codec.nbytes(params)} bytes, {codec.nbytes(params) / codec.num_classes:g} per class")
     state = jax.eval_shape(lambda p: distill.init_state(codec, p, stages.objective(config), experiment.network), params)
-    data = jax.eval_shape(lambda: stages.device_data(experiment))
+    data = jax.eval_shape(lambda: _example_data(experiment))
     step = jax.jit(stages.build_step(experiment, codec), donate_argnums=0)
     memory = step.lower(state, data, key).compile().memory_analysis()
     if memory is not None:
@@ -254,6 +268,15 @@ def plan(experiment: Experiment) -> str:
         f"{spec.num_steps(codec.num_images)} steps for each of {', '.join(experiments.arms(config))}"
     )
     return "\n".join(lines)
+
+
+def _example_data(experiment: Experiment) -> distill.Data:
+    """Returns data of the shapes that a step gets."""
+    objective = experiment.config.objective
+    if not isinstance(objective, TrajectorySpec):
+        return stages.device_data(experiment)
+    weights = jnp.zeros((objective.segments, experiment.network.num_params))
+    return distill.ExpertBatch(weights, weights, experiment.whitening)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stages of a run: fit, distil, evaluate.
+"""The stages of a run: fit, train experts, distil, evaluate.
 
 Each continues where its last checkpoint stands and returns when it is done.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +18,8 @@ import numpy as np
 
 from gsdd_jax import codecs, distill, evaluate, fit, whiten
 from gsdd_jax.data import ClassTable, HostSampler, class_table, prefetch
-from gsdd_jax.match import GradientSpec, ObjectiveSpec
+from gsdd_jax.experts import Experts, IncompleteError, Origin, Segments, train_experts
+from gsdd_jax.match import GradientSpec, ObjectiveSpec, TrajectorySpec
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.errors import UserError
@@ -66,6 +69,48 @@ def fit_stage(
     return state.params
 
 
+def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) -> Experts:
+    """Trains the experts that a folder lacks, or says how to, and opens it.
+
+    Raises:
+        UserError: Experts are missing and ``experts.train`` is off.
+        ValueError: The folder holds experts of another network, dataset, whitening or training.
+    """
+    config, dataset = experiment.config, experiment.dataset
+    assert isinstance(config.objective, TrajectorySpec)
+    origin = Origin(
+        network=config.network,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        dataset=dataset.fingerprint(),
+        whiten=config.whiten,
+        augment=config.augment,
+    )
+    wanted: dict[str, Any] = {"origin": origin, "spec": config.experts, "objective": config.objective}
+    try:
+        return Experts.open(folder, **wanted)
+    except (FileNotFoundError, IncompleteError) as error:
+        missing = str(error)
+    if not config.experts.train:
+        raise UserError(
+            f"{missing}; experts.train is off: set experts.train=true, or run python -m train.experts with the same "
+            f"config and settings and --out {folder}"
+        )
+    total = config.experts.count * config.objective.last_epoch
+    with progress.phase("train experts", total=total) as bar:
+        return train_experts(
+            folder,
+            dataset.train_images,
+            dataset.train_labels,
+            transform=whiten.apply,
+            transform_params=experiment.whitening,
+            on_epoch=lambda group, epoch, losses: bar.advance(
+                len(group), f"expert {group.stop} of {config.experts.count}, loss {losses.mean():.3f}"
+            ),
+            **wanted,
+        )
+
+
 def distill_stage(
     experiment: Experiment,
     codec: codecs.Codec,
@@ -76,8 +121,9 @@ def distill_stage(
     arm: str,
     iterations: int,
     purpose: str,
-) -> Any:
-    """Runs the outer loop on a codec's parameters and returns the final ones."""
+    experts: Experts | None = None,
+) -> distill.State:
+    """Runs the outer loop on a codec's parameters and returns the final state."""
     config = experiment.config
     phase = f"{arm}-distill"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
@@ -90,7 +136,7 @@ def distill_stage(
         step = jax.jit(build_step(experiment, codec), donate_argnums=0)
         key, saved = experiment.key(purpose), done
         with progress.phase(f"distil {arm}", total=iterations, done=done) as bar:
-            batches = _batches(experiment, done, iterations)
+            batches = _batches(experiment, done, iterations, experts)
             while done < iterations:
                 began = time.perf_counter()
                 count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
@@ -101,14 +147,23 @@ def distill_stage(
                 done += count
                 seconds += time.perf_counter() - began
                 worst = sum(values.values())
-                _stop_if_not_finite(worst, phase, done, saved, checkpoints, "a smaller learning rate (codec.lr)")
+                _stop_if_not_finite(worst, phase, done, saved, checkpoints, _remedy(values))
                 run.append(phase, done, **values, total_seconds=seconds)
                 bar.advance(count, f"loss {values['loss']:.4g}")
                 if done == iterations or done - saved >= config.distill.checkpoint_every:
                     checkpoints.save(done, state, {"seconds": seconds})
                     saved = done
             batches.close()
-    return state.params
+    return state
+
+
+def _remedy(values: dict[str, float]) -> str:
+    if values.get("bad_step", -1) < 0:
+        return "a smaller learning rate (codec.lr)"
+    return (
+        f"a smaller objective.syn_lr (now {values['syn_lr']:g}) or objective.lr_lr: in the last iteration the numbers "
+        f"of the student were not finite from its step {values['bad_step']:.0f} on"
+    )
 
 
 def build_step(experiment: Experiment, codec: codecs.Codec):
@@ -135,9 +190,20 @@ def device_data(experiment: Experiment) -> distill.DeviceData:
     return distill.DeviceData(jnp.asarray(dataset.train_images), table, experiment.whitening)
 
 
-def _batches(experiment: Experiment, first: int, last: int):
+def _batches(
+    experiment: Experiment, first: int, last: int, experts: Experts | None
+) -> Generator[distill.Data, None, None]:
     """Yields the data argument of every step from ``first`` on."""
     config, dataset = experiment.config, experiment.dataset
+    if isinstance(config.objective, TrajectorySpec):
+        assert experts is not None
+        segments = prefetch(Segments(experts, config.objective, seed=config.seed), first)
+        try:
+            for _, (start, target) in segments:
+                yield distill.ExpertBatch(jnp.asarray(start), jnp.asarray(target), experiment.whitening)
+        finally:
+            segments.close()
+        return
     if config.distill.data == "device":
         data = device_data(experiment)
         for _ in range(first, last):

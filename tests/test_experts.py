@@ -1,0 +1,469 @@
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsdd_jax import data
+from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.experts import (
+    MANIFEST,
+    Experts,
+    ExpertSpec,
+    Origin,
+    Segments,
+    expert_keys,
+    train_epoch,
+    train_experts,
+)
+from gsdd_jax.match.trajectory import TrajectorySpec, flattener
+from gsdd_jax.nets import NetSpec, Network
+
+OBJECTIVE = TrajectorySpec(syn_steps=2, max_start_epoch=3, expert_epochs=2)
+EPOCHS = 4
+SPEC = ExpertSpec(count=5, batch=16, lr=0.05, group=2)
+AUGMENT = DsaSpec(strategy="color")
+NONE = DsaSpec(strategy="none")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lazy_compiler():
+    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load(data.DataSpec(source="digits", per_class=4))
+
+
+@pytest.fixture(scope="module")
+def origin(digits):
+    return Origin(
+        network=NetSpec(depth=1, width=4),
+        image_shape=digits.image_shape,
+        num_classes=10,
+        dataset=digits.fingerprint(),
+        whiten="none",
+        augment=AUGMENT,
+    )
+
+
+def train(path, digits, origin, spec=SPEC, objective=OBJECTIVE, **settings) -> Experts:
+    return train_experts(
+        path, digits.train_images, digits.train_labels, origin=origin, spec=spec, objective=objective, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, digits, origin) -> Path:
+    """Five experts; never written to."""
+    path = tmp_path_factory.mktemp("experts")
+    train(path, digits, origin)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    """The same five, to be damaged."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def opened(folder, origin) -> Experts:
+    return Experts.open(folder, origin=origin, spec=SPEC, objective=OBJECTIVE)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def linear(pixels: int, classes: int) -> Network:
+    """Softmax regression, whose training NumPy can follow."""
+
+    def apply(params, images):
+        flat = images.reshape(len(images), -1)
+        return flat @ params["kernel"] + params["bias"], flat
+
+    def init(key):
+        return {"bias": jnp.zeros(classes), "kernel": 0.1 * jax.random.normal(key, (pixels, classes))}
+
+    return Network(init, apply, pixels * classes + classes)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (10, 5), (3, 8)])
+def test_epoch_is_sgd_over_a_permutation_with_a_short_last_batch(n, batch):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (n, 2, 3, 1), np.uint8)
+    labels = random.integers(0, 4, n).astype(np.int32)
+    network = linear(6, 4)
+    flatten, unflatten = flattener(network)
+    theta = flatten(network.init(jax.random.key(1)))
+    key, lr = jax.random.key(2), 0.3
+
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), unflatten(theta))
+    order = np.asarray(jax.random.permutation(jax.random.split(jax.random.fold_in(key, 7))[0], n))
+    losses = []
+    for first in range(0, n, batch):
+        chosen = order[first : first + batch]
+        x = (images[chosen] / 255 - 0.5).reshape(len(chosen), -1)
+        logits = x @ params["kernel"] + params["bias"]
+        soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        losses += list(-np.log(soft[np.arange(len(chosen)), labels[chosen]]))
+        error = (soft - np.eye(4)[labels[chosen]]) / len(chosen)
+        params["kernel"] -= lr * x.T @ error
+        params["bias"] -= lr * error.sum(0)
+
+    after, loss = train_epoch(
+        theta,
+        key,
+        7,
+        jnp.asarray(images),
+        jnp.asarray(labels),
+        lr,
+        network=network,
+        augment=NONE,
+        batch=batch,
+        transform=lambda shift, x: x - shift,
+        transform_params=jnp.float32(0.5),
+    )
+    np.testing.assert_allclose(after, flatten(params), rtol=1e-5, atol=1e-6)
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_epoch_augments_each_batch_with_a_key_of_its_own():
+    images = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (4, 4, 4, 1)), jnp.float32)
+    seen = []
+    network = linear(16, 2)
+
+    def apply(params, x):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
+        return network.apply(params, x)
+
+    key = jax.random.key(5)
+    theta = flattener(network)[0](network.init(key))
+    spying = Network(network.init, apply, network.num_params)
+    train_epoch(theta, key, 0, images, jnp.zeros(4, jnp.int32), 0.1, network=spying, augment=AUGMENT, batch=2)
+    jax.effects_barrier()
+    key_order, key_augment = jax.random.split(jax.random.fold_in(key, 0))
+    order = jax.random.permutation(key_order, 4)
+    assert len(seen) >= 2
+    for t in range(2):
+        expected = dsa(jax.random.fold_in(key_augment, t), images[order[2 * t : 2 * t + 2]], AUGMENT)
+        assert any(np.allclose(x, expected, atol=1e-6) for x in seen)
+
+
+def test_rows_are_the_initialisation_and_the_weights_after_each_epoch(opened, digits, origin):
+    network = origin.build()
+    key_init, key_train = expert_keys(SPEC.seed, range(3, 4))
+    theta = jax.jit(lambda key: flattener(network)[0](network.init(key)))(key_init[0])
+    np.testing.assert_array_equal(opened.row(3, 0), theta)
+    step = jax.jit(
+        lambda theta, epoch: train_epoch(
+            theta,
+            key_train[0],
+            epoch,
+            jnp.asarray(digits.train_images),
+            jnp.asarray(digits.train_labels),
+            SPEC.lr,
+            network=network,
+            augment=AUGMENT,
+            batch=SPEC.batch,
+        )[0]
+    )
+    for epoch in range(EPOCHS):
+        theta = step(theta, epoch)
+        np.testing.assert_allclose(opened.row(3, epoch + 1), theta, atol=1e-6)
+    assert np.abs(theta - opened.row(3, 0)).max() > 0.01
+
+
+def test_only_epochs_that_a_match_can_reach_are_trained(folder, opened):
+    assert opened.epochs == OBJECTIVE.last_epoch == EPOCHS
+    shapes = [np.load(file, allow_pickle=False).shape for file in sorted(folder.glob("*.npy"))]
+    assert shapes == [(2, EPOCHS + 1, opened.num_params)] * 2 + [(1, EPOCHS + 1, opened.num_params)]
+
+
+def test_experts_differ(opened):
+    starts = np.stack([opened.row(expert, 0) for expert in range(5)])
+    assert np.abs(starts[:, None] - starts[None])[~np.eye(5, dtype=bool)].max(-1).min() > 0.1
+
+
+@pytest.mark.parametrize(("method", "group"), [("vmap", 5), ("map", 1)])
+def test_method_and_group_change_an_expert_by_rounding_only(tmp_path, opened, digits, origin, method, group):
+    spec = dataclasses.replace(SPEC, method=method, group=group)
+    other = train(tmp_path, digits, origin, spec)
+    for expert in (0, 3, 4):
+        np.testing.assert_array_equal(other.row(expert, 0), opened.row(expert, 0))
+        np.testing.assert_allclose(other.row(expert, EPOCHS), opened.row(expert, EPOCHS), atol=1e-5)
+
+
+def test_a_transform_works_as_on_images_prepared_beforehand(tmp_path, digits, origin):
+    spec = dataclasses.replace(SPEC, count=1)
+    batchwise = train(
+        tmp_path / "a", digits, origin, spec, transform=lambda shift, x: x - shift, transform_params=jnp.float32(0.5)
+    )
+    prepared = digits._replace(train_images=digits.train_images.astype(np.float32) / 255 - 0.5)
+    beforehand = train(tmp_path / "b", prepared, origin, spec)
+    np.testing.assert_allclose(batchwise.row(0, EPOCHS), beforehand.row(0, EPOCHS), atol=1e-6)
+
+
+def test_progress_names_experts_epoch_and_losses(tmp_path, digits, origin):
+    calls = []
+    train(tmp_path, digits, origin, dataclasses.replace(SPEC, count=3), on_epoch=lambda *call: calls.append(call))
+    assert [(group, epoch) for group, epoch, _ in calls] == [
+        (group, epoch) for group in (range(2), range(2, 3)) for epoch in range(1, EPOCHS + 1)
+    ]
+    assert [losses.shape for *_, losses in calls] == [(2,)] * EPOCHS + [(1,)] * EPOCHS
+    assert (calls[EPOCHS - 1][2] < calls[0][2]).all()
+
+
+@pytest.mark.parametrize("stop", [(range(2, 4), 1), (range(4, 5), EPOCHS)])
+def test_training_killed_at_any_epoch_continues_to_the_same_bits(tmp_path, folder, digits, origin, stop):
+    class KilledError(Exception):
+        pass
+
+    trained = []
+
+    def kill(group, epoch, losses):
+        if (group, epoch) == stop:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(tmp_path, digits, origin, on_epoch=kill)
+    assert any(name.endswith(".tmp") for name in contents(tmp_path))
+    train(tmp_path, digits, origin, on_epoch=lambda group, *_: trained.append(group))
+    assert contents(tmp_path) == contents(folder)
+    assert trained[0] == stop[0]  # what was finished is not trained again
+
+
+def test_finished_experts_are_left_alone_and_more_can_be_added(copy, digits, origin):
+    before = contents(copy)
+    calls = []
+    train(copy, digits, origin, on_epoch=lambda *call: calls.append(call))
+    assert contents(copy) == before and not calls
+    more = train(copy, digits, origin, dataclasses.replace(SPEC, count=6))
+    assert more.count == 6 and np.isfinite(more.row(5, EPOCHS)).all()
+    assert all(contents(copy)[name] == before[name] for name in before if name != MANIFEST)
+
+
+def test_fewer_experts_than_stored_can_be_asked_for(folder, origin):
+    few = Experts.open(folder, origin=origin, spec=dataclasses.replace(SPEC, count=2), objective=OBJECTIVE)
+    assert {expert for i in range(50) for expert, _ in Segments(few, OBJECTIVE, seed=0).choice(i)} == {0, 1}
+
+
+def test_an_objective_that_needs_fewer_epochs_may_use_and_extend_the_folder(copy, digits, origin):
+    shorter = dataclasses.replace(OBJECTIVE, max_start_epoch=1)
+    experts = train(copy, digits, origin, dataclasses.replace(SPEC, count=6), shorter)
+    assert experts.epochs == EPOCHS
+
+
+def test_method_and_group_follow_the_platform_unless_they_are_set():
+    automatic = ExpertSpec()
+    assert [(s.method, s.group) for s in (automatic.resolved("cpu"), automatic.resolved("gpu"))] == [
+        ("map", 1),
+        ("vmap", 10),
+    ]
+    chosen = ExpertSpec(method="vmap", group=3)
+    assert chosen.resolved("cpu") == chosen
+    assert ExpertSpec(method="map", group=4).resolved("gpu").group == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": NetSpec(depth=2, width=4)}, r"network.depth: expected 2, found 1 \(and \d more\)"),
+        ({"dataset": "abc"}, r"dataset: expected 'abc', found '[0-9a-f]{64}'; name another folder"),
+        ({"whiten": "zca"}, r"whiten: expected 'zca', found 'none'"),
+        ({"augment": NONE}, r"augment.strategy: expected 'none', found 'color'"),
+        ({"num_classes": 9}, r"num_classes: expected 9, found 10"),
+        ({"image_shape": (16, 16, 1)}, r"image_shape: expected \[16, 16, 1\], found \[8, 8, 1\]"),
+        ({"lr": 0.01}, r"experts.lr: expected 0.01, found 0.05"),
+        ({"batch": 8}, r"experts.batch: expected 8, found 16"),
+        ({"seed": 1}, r"experts.seed: expected 1, found 0"),
+    ],
+)
+def test_experts_of_another_origin_or_training_are_refused_in_one_line(folder, digits, origin, change, message):
+    fields = {field.name for field in dataclasses.fields(ExpertSpec)}
+    spec = dataclasses.replace(SPEC, **{k: v for k, v in change.items() if k in fields})
+    other = dataclasses.replace(origin, **{k: v for k, v in change.items() if k not in fields})
+    for use in (
+        lambda: Experts.open(folder, origin=other, spec=spec, objective=OBJECTIVE),
+        lambda: train(folder, digits, other, spec),
+    ):
+        with pytest.raises(ValueError, match=f"these experts do not belong to this run: {message}") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_laid_out_by_other_code_are_refused(copy, origin):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["origin"]["layout"].reverse()
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="layout: expected"):
+        Experts.open(copy, origin=origin, spec=SPEC, objective=OBJECTIVE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"max_start_epoch": 4},
+            "max_start_epoch 4 with expert_epochs 2 reaches epoch 5, but these experts end at epoch 4; "
+            "objective.max_start_epoch may be up to 3, or train others in another folder",
+        ),
+        ({"expert_epochs": 5}, "reaches epoch 7, but these experts end at epoch 4; no window fits"),
+    ],
+)
+def test_a_window_past_the_last_epoch_is_refused(folder, digits, origin, opened, fields, message):
+    longer = dataclasses.replace(OBJECTIVE, **fields)
+    for use in (
+        lambda: Experts.open(folder, origin=origin, spec=SPEC, objective=longer),
+        lambda: train(folder, digits, origin, objective=longer),
+        lambda: Segments(opened, longer, seed=0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_half_written_experts_are_refused(copy, origin):
+    wanted = dataclasses.replace(SPEC, count=7)
+    with pytest.raises(ValueError, match="half written: 5 of 7 experts are finished; train the rest"):
+        Experts.open(copy, origin=origin, spec=wanted, objective=OBJECTIVE)
+
+
+def truncate(copy):
+    file = copy / "experts-00002.npy"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def reshape(copy):
+    np.save(copy / "experts-00002.npy", np.zeros((1, 2, 3), np.float32))
+
+
+def garble(copy):
+    (copy / "experts-00002.npy").write_bytes(b"not an array")
+
+
+def edit(**changes):
+    def change(copy):
+        manifest = json.loads((copy / MANIFEST).read_text())
+        (copy / MANIFEST).write_text(json.dumps(manifest | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda copy: (copy / MANIFEST).unlink(), FileNotFoundError, r"no experts here \(expected manifest.json\)"),
+        (lambda copy: (copy / "experts-00002.npy").unlink(), FileNotFoundError, "experts-00002.npy: missing, although"),
+        (truncate, ValueError, r"experts-00002.npy: damaged: expected float32 \[2, 5, \d+\] in (\d+) bytes"),
+        (reshape, ValueError, r"experts-00002.npy: damaged: .* found float32 \[1, 2, 3\]"),
+        (garble, ValueError, "experts-00002.npy: damaged header"),
+        (lambda copy: (copy / MANIFEST).write_text("{"), ValueError, "manifest.json: damaged manifest"),
+        (edit(origin=3), ValueError, "manifest.json: damaged manifest"),
+        (edit(epochs="4"), ValueError, "damaged manifest .*epochs and num_params are"),
+        (edit(epochs=5), ValueError, "damaged manifest .*checksums are missing"),
+        (edit(format="gsdd_jax experts 9"), ValueError, "format: expected 'gsdd_jax experts 1', found .* 9'"),
+    ],
+)
+def test_damaged_folders_are_refused(copy, origin, damage, error, message):
+    damage(copy)
+    with pytest.raises(error, match=message):
+        Experts.open(copy, origin=origin, spec=SPEC, objective=OBJECTIVE)
+
+
+def test_a_flipped_bit_is_found_when_its_row_is_read(copy, origin):
+    file = copy / "experts-00002.npy"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    experts = Experts.open(copy, origin=origin, spec=SPEC, objective=OBJECTIVE)
+    assert experts.row(3, EPOCHS - 1).shape == (experts.num_params,)
+    with pytest.raises(ValueError, match="experts-00002.npy: damaged: the checksum of expert 3, epoch 4"):
+        experts.row(3, EPOCHS)
+
+
+@pytest.mark.parametrize(
+    ("expert", "epoch", "message"),
+    [(5, 0, "expert: 5, must be 0 to 4"), (-1, 0, "expert: -1"), (0, 5, "epoch: 5, must be 0 to 4"), (0, -1, "epoch")],
+)
+def test_rows_out_of_range_are_refused(opened, expert, epoch, message):
+    with pytest.raises(IndexError, match=message):
+        opened.row(expert, epoch)
+
+
+def test_two_processes_cannot_train_into_one_folder(copy, digits, origin):
+    with (copy / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process trains experts there"):
+            train(copy, digits, origin)
+
+
+def test_an_expert_that_diverges_is_named(tmp_path, digits, origin):
+    with pytest.raises(ValueError, match="expert 0: weights not finite after epoch 1; lower the experts' lr"):
+        train(tmp_path, digits, origin, dataclasses.replace(SPEC, lr=1e38))
+
+
+def test_segments_are_rows_of_experts_within_the_window(opened):
+    spec = dataclasses.replace(OBJECTIVE, segments=3, min_start_epoch=1)
+    segments = Segments(opened, spec, seed=4)
+    starts, targets = segments.batch(7)
+    assert starts.shape == targets.shape == (3, opened.num_params) and starts.dtype == np.float32
+    for place, (expert, start) in enumerate(segments.choice(7)):
+        np.testing.assert_array_equal(starts[place], opened.row(expert, start))
+        np.testing.assert_array_equal(targets[place], opened.row(expert, start + 2))
+    drawn = {choice for i in range(200) for choice in segments.choice(i)}
+    assert drawn == {(expert, start) for expert in range(5) for start in (1, 2)}
+
+
+def test_segments_follow_a_growing_window(opened):
+    spec = dataclasses.replace(OBJECTIVE, first_max_start_epoch=1, expansion_iterations=100)
+    segments = Segments(opened, spec, seed=0)
+    seen = [
+        {start for i in iterations for _, start in segments.choice(i)} for iterations in (range(50), range(99, 150))
+    ]
+    assert seen == [{0}, {0, 1, 2}]
+
+
+def test_prefetched_segments_resume_to_the_same_draws(opened):
+    def first(start, count):
+        stream = data.prefetch(Segments(opened, OBJECTIVE, seed=1), start)
+        pairs = [next(stream) for _ in range(count)]
+        stream.close()
+        return pairs
+
+    whole, resumed = first(0, 6), first(4, 2)
+    assert [i for i, _ in whole] == list(range(6))
+    for (i, expected), (j, found) in zip(whole[4:], resumed, strict=True):
+        assert i == j
+        np.testing.assert_array_equal(expected, found)
+    other = Segments(opened, OBJECTIVE, seed=2)
+    assert any(other.choice(i) != Segments(opened, OBJECTIVE, seed=1).choice(i) for i in range(6))
+
+
+def test_an_expert_that_stands_still_is_refused(tmp_path, digits, origin):
+    still = dataclasses.replace(SPEC, count=1, lr=1e-30)
+    experts = train(tmp_path, digits, origin, still)
+    with pytest.raises(ValueError, match="expert 0 did not move from epoch"):
+        Segments(experts, OBJECTIVE, seed=0).batch(0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_segment_seed_out_of_range_is_refused(opened, seed):
+    with pytest.raises(ValueError, match=r"seed must be in 0 to 2\*\*64 - 1, found"):
+        Segments(opened, OBJECTIVE, seed=seed)
+
+
+def test_negative_iteration_is_refused(opened):
+    with pytest.raises(ValueError, match="iteration must be at least 0, found -1"):
+        Segments(opened, OBJECTIVE, seed=0).choice(-1)

@@ -1,0 +1,384 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsdd_jax import data
+from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.match.trajectory import (
+    MIN_SYN_LR,
+    TrajectorySpec,
+    flattener,
+    floor_syn_lr,
+    student_batches,
+    syn_lr_optimiser,
+    trajectory_loss,
+)
+from gsdd_jax.nets import NetSpec, build
+
+SHAPE, CLASSES, N = (8, 8, 1), 10, 10
+# Two blocks where the gradient is at stake; one, which compiles in half the time, elsewhere.
+NETWORK = build(NetSpec(depth=2, width=4), SHAPE, CLASSES)
+SMALL = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
+P = NETWORK.num_params
+# Operations whose draw always does something, and no more of them than needed: each takes a second to compile.
+AUGMENT = DsaSpec(strategy="color_scale")
+SPEC = TrajectorySpec(syn_steps=3, batch_syn=4)
+MEAN, STD = jnp.float32(0.3), jnp.float32(0.4)
+KEY = jax.random.key(3)
+
+
+def standardise(params, images):
+    return (images - params[0]) / params[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lazy_compiler():
+    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    dataset = data.load(data.DataSpec(source="digits", per_class=1))
+    return jnp.asarray(dataset.train_images, jnp.float32) / 255, jnp.asarray(dataset.train_labels)
+
+
+def segments(network):
+    """Three starts and targets, `[3, p]` each, a small step apart as those of an expert are."""
+    initial = jax.jit(lambda key: flattener(network)[0](network.init(key)))
+    start = jnp.stack([initial(jax.random.key(seed)) for seed in range(3)])
+    return start, start + 0.02 * jax.random.normal(jax.random.key(9), start.shape)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return segments(NETWORK)
+
+
+@pytest.fixture(scope="module")
+def small_weights():
+    return segments(SMALL)
+
+
+def objective(spec=SPEC, augment=AUGMENT, loss=trajectory_loss, network=NETWORK):
+    """`(key, syn, labels, syn_lr, start, target) -> (loss, metrics), (slope in syn, slope in syn_lr)`, jitted."""
+    bound = partial(
+        loss, network=network, augment=augment, transform=standardise, transform_params=(MEAN, STD), spec=spec
+    )
+    return jax.jit(jax.value_and_grad(bound, argnums=(1, 3), has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return objective()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return objective(network=SMALL)
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    return objective(TrajectorySpec(syn_steps=1), DsaSpec(strategy="none"), network=SMALL)
+
+
+def unrolled(key, syn, labels, syn_lr, start, target, *, network, augment, transform, transform_params, spec):
+    """The loss of one segment as the paper writes it: a Python loop, nothing recomputed, no flat weights."""
+    unflatten = flattener(network)[1]
+    key_batches, key_augment = jax.random.split(key)
+    batches = student_batches(key_batches, len(syn), spec=spec)
+    first, params = unflatten(start), unflatten(start)
+    for t in range(spec.syn_steps):
+        chosen = jnp.arange(len(syn)) if batches is None else batches[t]
+        x = dsa(jax.random.fold_in(key_augment, t), transform(transform_params, syn[chosen]), augment)
+
+        def cross_entropy(params, x=x, chosen=chosen):
+            logits, _ = network.apply(params, x)
+            picked = jnp.take_along_axis(logits, labels[chosen][:, None], 1)[:, 0]
+            return jnp.mean(jnp.log(jnp.sum(jnp.exp(logits), 1)) - picked)
+
+        grads = jax.grad(cross_entropy)(params)
+        params = jax.tree.map(lambda p, g: p - syn_lr * g, params, grads)
+    moved = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, unflatten(target))
+    apart = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), first, unflatten(target))
+    return sum(jax.tree.leaves(moved)) / sum(jax.tree.leaves(apart)), {}
+
+
+def doubled(*arrays):
+    return [jnp.asarray(np.asarray(a, np.float64)) for a in arrays]
+
+
+def test_gradient_is_that_of_float64_finite_differences(digits, weights):
+    with jax.enable_x64(True):
+        syn, start, target = doubled(digits[0], weights[0][0], weights[1][0])
+        params = tuple(doubled(MEAN, STD))
+        bound = partial(
+            trajectory_loss,
+            network=NETWORK,
+            augment=AUGMENT,
+            transform=standardise,
+            transform_params=params,
+            spec=SPEC,
+        )
+        # One executable for the slopes and all the values.
+        both = jax.jit(jax.value_and_grad(bound, argnums=(1, 3), has_aux=True))
+
+        def value(syn, lr):
+            return float(both(KEY, syn, digits[1], lr, start, target)[0][0])
+
+        lr = jnp.float64(0.05)
+        (loss, _), (slope, slope_lr) = both(KEY, syn, digits[1], lr, start, target)
+        assert loss.dtype == jnp.float64
+        along = slope / jnp.linalg.norm(slope)
+        anywhere = jnp.asarray(np.random.default_rng(0).normal(size=syn.shape))
+        h = 1e-6
+        for direction in (along, anywhere):
+            measured = (value(syn + h * direction, lr) - value(syn - h * direction, lr)) / (2 * h)
+            assert measured != 0
+            assert float(jnp.sum(slope * direction)) == pytest.approx(measured, rel=1e-5)
+        measured = (value(syn, lr + h) - value(syn, lr - h)) / (2 * h)
+        assert float(slope_lr) == pytest.approx(measured, rel=1e-6)
+
+
+def test_loss_and_gradient_are_those_of_the_unrolled_student(exact, digits, weights):
+    plain = objective(loss=unrolled)
+    arguments = (KEY, *digits, jnp.float32(0.05), weights[0][0], weights[1][0])
+    (loss, _), (slope, slope_lr) = exact(*arguments)
+    (expected, _), (expected_slope, expected_lr) = plain(*arguments)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert slope_lr == pytest.approx(float(expected_lr), rel=1e-4)
+    np.testing.assert_allclose(slope, expected_slope, atol=1e-5 * np.abs(expected_slope).max())
+
+
+def test_gradient_without_checkpoint_is_the_same(small, digits, small_weights):
+    held = objective(dataclasses.replace(SPEC, checkpoint=False), network=SMALL)
+    arguments = (KEY, *digits, jnp.float32(0.05), small_weights[0][0], small_weights[1][0])
+    (loss, _), (slope, slope_lr) = small(*arguments)
+    (expected, _), (expected_slope, expected_lr) = held(*arguments)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert slope_lr == pytest.approx(float(expected_lr), rel=1e-5)
+    np.testing.assert_allclose(slope, expected_slope, atol=1e-6 * np.abs(expected_slope).max())
+
+
+def test_segments_are_the_mean_of_single_ones(small, digits, small_weights):
+    lr = jnp.float32(0.05)
+    (loss, metrics), slopes = small(KEY, *digits, lr, *small_weights)
+    singles = [small(KEY, *digits, lr, start, target) for start, target in zip(*small_weights, strict=True)]
+    values = [float(value) for (value, _), _ in singles]
+    assert np.ptp(values) > 1e-3  # or the mean would prove nothing
+    assert loss == pytest.approx(np.mean(values), rel=1e-5)
+    last = np.mean([float(m["student_loss"]) for (_, m), _ in singles])
+    assert metrics["student_loss"] == pytest.approx(last, rel=1e-5)
+    for place in range(2):
+        expected = np.mean([np.asarray(single[1][place]) for single in singles], axis=0)
+        np.testing.assert_allclose(slopes[place], expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_one_segment_may_keep_its_axis(one_step, digits, small_weights):
+    lr = jnp.float32(0.05)
+    (flat, _), _ = one_step(KEY, *digits, lr, small_weights[0][0], small_weights[1][0])
+    (loss, _), _ = one_step(KEY, *digits, lr, small_weights[0][:1], small_weights[1][:1])
+    assert loss.shape == () and loss == pytest.approx(float(flat), rel=1e-6)
+
+
+def test_keys_rates_and_segments_share_one_trace(digits, small_weights):
+    traces = []
+
+    def counted(*args, **kwargs):
+        traces.append(None)
+        return trajectory_loss(*args, **kwargs)
+
+    step = objective(dataclasses.replace(SPEC, syn_steps=2), DsaSpec(strategy="none"), counted, SMALL)
+    losses = {
+        float(
+            step(jax.random.key(i), *digits, jnp.float32(0.01 * (i + 1)), small_weights[0][i], small_weights[1][i])[0][
+                0
+            ]
+        )
+        for i in range(3)
+    }
+    assert len(losses) == 3 and len(traces) == 1
+
+
+def peak(spec):
+    arguments = (KEY, np.zeros((N, *SHAPE), np.float32), np.zeros(N, np.int32), np.float32(0.01))
+    step = objective(spec, DsaSpec(strategy="none"), network=SMALL)
+    flat = np.zeros((2, SMALL.num_params), np.float32)
+    return step.lower(*arguments, *flat).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_by_the_flat_weights_of_each_step_and_no_more():
+    few, many = (peak(dataclasses.replace(SPEC, syn_steps=steps)) for steps in (4, 16))
+    per_step, flat = (many - few) / 12, 4 * SMALL.num_params
+    # Beside the weights: the batch's indices, the step's loss, and the rounding of buffers to 64 bytes.
+    assert flat <= per_step <= flat + 4 * SPEC.batch_syn + 128
+    held = [peak(dataclasses.replace(SPEC, syn_steps=steps, checkpoint=False)) for steps in (4, 16)]
+    assert (held[1] - held[0]) / 12 > 2 * per_step
+
+
+def test_loss_is_zero_at_the_student_and_one_without_steps(one_step, digits, small_weights):
+    start = small_weights[0][0]
+    unflatten = flattener(SMALL)[1]
+
+    def cross_entropy(theta):
+        logits = SMALL.apply(unflatten(theta), standardise((MEAN, STD), digits[0]))[0]
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(N), digits[1]])
+
+    loss, grads = jax.jit(jax.value_and_grad(cross_entropy))(start)
+    (there, metrics), _ = one_step(KEY, *digits, jnp.float32(0.1), start, start - 0.1 * grads)
+    assert float(there) < 1e-10
+    assert metrics["student_loss"] == pytest.approx(float(loss), rel=1e-5)
+    (still, _), _ = one_step(KEY, *digits, jnp.float32(0), start, start - 0.1 * grads)
+    assert float(still) == 1
+    # Half way along a straight line, a quarter of the squared distance is left.
+    (half, _), _ = one_step(KEY, *digits, jnp.float32(0.05), start, start - 0.1 * grads)
+    assert float(half) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_only_images_of_some_batch_have_a_gradient(digits, small_weights):
+    spec = dataclasses.replace(SPEC, syn_steps=2)  # 8 of 10 images
+    step = objective(spec, DsaSpec(strategy="none"), network=SMALL)
+    _, (slope, _) = step(KEY, *digits, jnp.float32(0.05), small_weights[0][0], small_weights[1][0])
+    seen = np.unique(student_batches(jax.random.split(KEY)[0], N, spec=spec))
+    assert len(seen) == 8
+    np.testing.assert_array_equal(np.flatnonzero(np.abs(slope).max((1, 2, 3)) > 0), seen)
+
+
+@pytest.mark.parametrize(("start", "rate", "first"), [(0, 0.05, -1), (np.nan, 0.05, 0), (0, 1e38, 1)])
+def test_first_step_that_is_not_finite_is_reported(small, digits, small_weights, start, rate, first):
+    (_, metrics), _ = small(KEY, *digits, jnp.float32(rate), small_weights[0][0] + start, small_weights[1][0])
+    assert metrics["bad_step"].dtype == jnp.int32 and metrics["bad_step"] == first
+
+
+def test_segments_report_the_earliest_bad_step(small, digits, small_weights):
+    start = small_weights[0].at[2].set(jnp.nan)
+    (_, metrics), _ = small(KEY, *digits, jnp.float32(0.05), start, small_weights[1])
+    assert metrics["bad_step"] == 0
+
+
+def test_weights_that_only_the_last_step_spoils_are_reported_as_step_t(one_step, digits, small_weights):
+    (_, metrics), _ = one_step(KEY, *digits, jnp.float32(np.inf), small_weights[0][0], small_weights[1][0])
+    assert metrics["bad_step"] == 1 and np.isfinite(metrics["student_loss"])
+
+
+def test_batches_are_whole_parts_of_permutations():
+    spec = TrajectorySpec(syn_steps=7, batch_syn=4)
+    batches = np.asarray(student_batches(KEY, 11, spec=spec))
+    assert batches.shape == (7, 4) and batches.dtype == np.int32
+    assert batches.min() >= 0 and batches.max() < 11
+    for epoch in range(3):  # two batches of four fit into eleven images
+        assert len(np.unique(batches[2 * epoch : 2 * epoch + 2])) == batches[2 * epoch : 2 * epoch + 2].size
+    assert not np.array_equal(batches[:2], batches[2:4])
+
+
+def test_batches_reach_every_image_equally_often():
+    spec = TrajectorySpec(syn_steps=2000, batch_syn=4)
+    count = np.bincount(np.ravel(student_batches(KEY, 11, spec=spec)), minlength=11)
+    # 1,000 epochs, each leaves out 3 of 11: standard deviation 14 about 727.
+    assert np.abs(count - 8000 / 11).max() < 5 * 14
+
+
+@pytest.mark.parametrize("batch_syn", [0, 10, 12])
+def test_every_step_sees_all_images_where_a_batch_could_hold_them(batch_syn):
+    assert student_batches(KEY, 10, spec=TrajectorySpec(batch_syn=batch_syn)) is None
+
+
+def test_flattener_inverts_and_has_the_order_of_ravel(weights):
+    flatten, unflatten = flattener(NETWORK)
+    params = NETWORK.init(jax.random.key(0))
+    assert flatten(params).shape == (P,)
+    assert jax.tree.structure(unflatten(weights[0][0])) == jax.tree.structure(params)
+    np.testing.assert_array_equal(flatten(unflatten(weights[0][0])), weights[0][0])
+
+
+def test_syn_lr_follows_sgd_with_momentum_and_keeps_above_its_floor():
+    optimiser = syn_lr_optimiser(TrajectorySpec(lr_lr=0.1))
+    lr = jnp.float32(0.01)
+    state = optimiser.init(lr)
+    update, state = optimiser.update(jnp.float32(-2.0), state)
+    lr = floor_syn_lr(lr + update)
+    assert lr == pytest.approx(0.21)
+    update, state = optimiser.update(jnp.float32(5.0), state)  # velocity 5 - 0.5 * 2
+    assert update == pytest.approx(-0.4)
+    lr = floor_syn_lr(lr + update)
+    assert lr == np.float32(MIN_SYN_LR) == np.float32(1e-3)
+    assert np.isnan(floor_syn_lr(jnp.float32(np.nan)))
+
+
+def test_fixed_window_and_last_epoch():
+    spec = TrajectorySpec(min_start_epoch=4, max_start_epoch=30, expert_epochs=2)
+    assert [spec.start_window(i) for i in (0, 10**6)] == [(4, 30)] * 2
+    # Starts are 4, ..., 29; the last match ends at 31.
+    assert spec.last_epoch == 31
+
+
+def test_growing_window_is_that_of_datm():
+    # DATM, CIFAR-10 at 10 images per class: T-, T, T+ = 0, 10, 20 over 1,000 iterations.
+    spec = TrajectorySpec(max_start_epoch=20, first_max_start_epoch=10, expansion_iterations=1000)
+    upper = {0: 10, 99: 10, 100: 11, 500: 15, 999: 19, 1000: 20, 5000: 20}
+    assert {i: spec.start_window(i)[1] for i in upper} == upper
+    assert spec.start_window(0)[0] == 0 and spec.last_epoch == 21
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"min_start_epoch": 30}, r"objective.min_start_epoch must be below max_start_epoch \(30\), found 30"),
+        ({"first_max_start_epoch": 5}, r"must both be set for a growing window, or both 0, found 5 and 0"),
+        ({"expansion_iterations": 5}, r"must both be set for a growing window, or both 0, found 0 and 5"),
+        (
+            {"first_max_start_epoch": 31, "expansion_iterations": 9},
+            r"objective.first_max_start_epoch must be above min_start_epoch \(0\) and at most max_start_epoch \(30\), ",
+        ),
+        (
+            {"first_max_start_epoch": 3, "expansion_iterations": 9, "min_start_epoch": 3},
+            r"objective.first_max_start_epoch must be above min_start_epoch \(3\) .* found 3",
+        ),
+    ],
+)
+def test_windows_without_epochs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrajectorySpec(**fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"syn": np.zeros((10, 8, 8))}, ValueError, r"syn: shape \(10, 8, 8\), must be \[n, h, w, c\]"),
+        ({"syn": np.zeros((0, 8, 8, 1))}, ValueError, r"n at least 1"),
+        ({"labels": np.zeros(9, np.int32)}, ValueError, r"labels: shape \(9,\), must be \(10,\), one per image"),
+        ({"labels": np.zeros(10)}, TypeError, r"labels: float64, must be integers"),
+        ({"start": np.zeros(P - 1)}, ValueError, rf"start: shape \({P - 1},\), must be \[{P}\] or \[segments, {P}\]"),
+        ({"start": np.zeros((1, 1, P))}, ValueError, r"start: shape \(1, 1, "),
+        ({"target": np.zeros((2, P))}, ValueError, rf"target: shape \(2, {P}\), must be that of start, \({P},\)"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(change, error, message):
+    arguments = {
+        "syn": np.zeros((N, *SHAPE), np.float32),
+        "labels": np.zeros(N, np.int32),
+        "start": np.zeros(P),
+        "target": np.zeros(P),
+    } | change
+    with pytest.raises(error, match=message):
+        trajectory_loss(
+            KEY,
+            arguments["syn"],
+            arguments["labels"],
+            0.01,
+            arguments["start"],
+            arguments["target"],
+            network=NETWORK,
+            augment=AUGMENT,
+            transform=standardise,
+            transform_params=(MEAN, STD),
+            spec=SPEC,
+        )

@@ -1,0 +1,47 @@
+"""Train the experts of trajectory matching: ``python -m train.experts --config configs/NAME.yaml [key=value ...]``.
+
+Runs that share a folder of experts (``experts.path``) train them once. An interrupted training is continued by the
+same command. ``train.distill`` does all of this by itself where experts are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gsdd_jax.match import TrajectorySpec
+from train import config as configs
+from train import experiment as experiments
+from train import stages
+from train.errors import ConfigError, exit_cleanly
+from train.progress import Progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.experts", description=__doc__.split("\n")[0] if __doc__ else None
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="experiment with objective.name=trajectory")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the experts (default: experts.path, else runs/NAME/experts)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="shrink the experiment by the config's smoke block")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as experts.count=10")
+    args = parser.parse_intermixed_args(argv)
+    with exit_cleanly(debug=args.debug or None):
+        config: configs.RunConfig = configs.load(args.config, [*args.overrides, "experts.train=true"], smoke=args.smoke)
+        if not isinstance(config.objective, TrajectorySpec):
+            raise ConfigError(f"objective.name: experts are for trajectory, found {config.objective.name!r}")
+        folder = Path(args.out or config.experts.path or Path("runs") / config.name / "experts")
+        experts = stages.expert_stage(experiments.prepare(config), folder, progress=Progress(quiet=args.quiet))
+        print(f"{folder}: {experts.count} experts, {experts.epochs} epochs, {experts.num_params} weights each")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
