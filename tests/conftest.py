@@ -1,7 +1,10 @@
 """Shared test set-up: the platform, the real data, and the `gpu` marker."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +44,39 @@ def data_root() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set GSDD_DATA to a folder of TFDS datasets")
     return folder
+
+
+@pytest.fixture(scope="module")
+def lazy_compiler() -> Iterator[None]:
+    """Spares LLVM's expensive passes: compiling takes longer than running in most tests, and XLA's own passes stay."""
+    with _jax_settings({"jax_disable_most_optimizations": True}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A lazy compiler and a compilation cache of the file's own, for tests that start the same run again and again."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    with _jax_settings(settings):
+        compilation_cache.reset_cache()
+        yield settings
+    compilation_cache.reset_cache()
+
+
+@contextmanager
+def _jax_settings(settings: dict[str, Any]) -> Iterator[None]:
+    import jax
+
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from command_line import assert_same, findings, refused, start
 from safetensors import SafetensorError
 
 import gsdd_jax
@@ -25,7 +25,9 @@ from gsdd_jax import codecs, storage, synset
 from train import config as configs
 from train import distill, evaluate, experiment, report, stages
 from train.checkpoint import Checkpoints
-from train.rundir import RunDir, is_wall_clock, read_metrics
+from train.rundir import RunDir, read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -47,25 +49,6 @@ smoke: {fit: {steps: 2}}
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """A compilation cache of this file's own and a lazy compiler: these tests start the same run again and again."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield settings
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(autouse=True)
 def in_checkout(monkeypatch):
     """Paths in configs are relative to the checkout."""
@@ -79,69 +62,12 @@ def toy(tmp_path_factory) -> Path:
     return path
 
 
-def start(config: Path, out: Path | None, *arguments: str) -> int:
-    """Runs the command line in this process and returns its exit code."""
-    where = [] if out is None else ["--out", str(out)]
-    try:
-        return distill.main(["--config", str(config), "--quiet", *where, *arguments])
-    except SystemExit as end:
-        return end.code
-
-
 @pytest.fixture(scope="module")
 def whole(toy, tmp_path_factory) -> Path:
     """An uninterrupted toy run; read only."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert start(toy, out) == 0
     return out
-
-
-def refused(capsys, code: int) -> str:
-    """Checks that a command ended with one line of error, and returns that line."""
-    err = capsys.readouterr().err
-    assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    return err
-
-
-def findings(run: Path) -> dict:
-    """Everything a run found out, in a form that can be compared.
-
-    Left out are times, the command, and the commit, which may change while the tests run.
-    """
-
-    def untimed(value):
-        if isinstance(value, dict):
-            left_out = ("command", "commit", "commits", "dirty")
-            return {k: untimed(v) for k, v in value.items() if not is_wall_clock(k) and k not in left_out}
-        return value
-
-    export = {
-        "arrays": (run / "export" / "synset.safetensors").read_bytes(),
-        "manifest": untimed(json.loads((run / "export" / "manifest.json").read_text())),
-        "files": sorted(path.name for path in (run / "export").iterdir()),
-    }
-    metrics = [untimed(entry) for entry in read_metrics(run)]
-    checkpoints = {}
-    for phase in sorted((run / "checkpoints").iterdir()):
-        with Checkpoints(phase) as held:
-            checkpoints[phase.name] = held.latest()
-    return {
-        "export": export,
-        "metrics": {phase: [m for m in metrics if m["phase"] == phase] for phase in checkpoints},
-        "lines": len(metrics),
-        "checkpoints": checkpoints,
-        "config": (run / "config.yaml").read_bytes(),
-        "evaluation": untimed(json.loads((run / "evaluation.json").read_text())),
-        "result": untimed(json.loads((run / "result.json").read_text())),
-        "table": (run / "table.md").read_bytes(),
-        "pictures": {path.name: path.read_bytes() for path in run.glob("*.png")},
-    }
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    for key in expected:
-        assert found[key] == expected[key], key
 
 
 # The demo, as a real command

@@ -16,6 +16,8 @@ from gsdd_jax.codecs import GaussianSpec, PixelSpec
 from gsdd_jax.codecs import gaussian as gaussian_codec
 from gsdd_jax.gaussians import Gaussians
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 SHAPE, CLASSES = (6, 8, 3), 2
 BUDGET = 2 * 6 * 8 * 3 * 4  # two float32 images per class
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -34,15 +36,6 @@ class Case(NamedTuple):
     started: Any
     params: Any
     decode: Any  # jitted
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lazy_compiler():
-    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make(spec, **changes) -> codecs.Codec:

@@ -10,20 +10,13 @@ from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.match import DistributionSpec, distribution_loss
 from gsdd_jax.nets import NetSpec, build
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 CLASSES, SHAPE, GPC, POINTS = 2, (8, 8, 1), 3, 4
 NETWORK = build(NetSpec(depth=2, width=8), SHAPE, CLASSES)
 AUGMENT = DsaSpec(strategy="crop_cutout")
 KEY = jax.random.key(7)
 LIMIT = np.float32(1 - 1e-3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lazy_compiler():
-    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -23,20 +23,13 @@ from gsdd_jax.experts import (
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import NetSpec, Network
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 OBJECTIVE = TrajectorySpec(syn_steps=2, max_start_epoch=3, expert_epochs=2)
 EPOCHS = 4
 SPEC = ExpertSpec(count=5, batch=16, lr=0.05, group=2)
 AUGMENT = DsaSpec(strategy="color")
 NONE = DsaSpec(strategy="none")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lazy_compiler():
-    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

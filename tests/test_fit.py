@@ -9,16 +9,9 @@ import pytest
 from gsdd_jax import codecs, data, fit
 from gsdd_jax.codecs import GaussianSpec, PixelSpec
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 STEPS, POINTS = 40, 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lazy_compiler():
-    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

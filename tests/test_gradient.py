@@ -13,20 +13,13 @@ from gsdd_jax.match import GradientSpec, gradient_loss
 from gsdd_jax.match.gradient import layerwise_distance, train_between
 from gsdd_jax.nets import NetSpec, build
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 CLASSES, SHAPE, GPC = 3, (8, 8, 1), 2
 NETWORK = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
 AUGMENT, NO_AUGMENT = DsaSpec(strategy="color_crop_cutout"), DsaSpec(strategy="none")
 KEY = jax.random.key(3)
 NORMAL = whiten.MeanStd(jnp.full(1, 0.3), jnp.full(1, 0.4))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lazy_compiler():
-    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def batches(seed=0, real=4, syn=GPC):

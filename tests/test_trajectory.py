@@ -19,6 +19,8 @@ from gsdd_jax.match.trajectory import (
 )
 from gsdd_jax.nets import NetSpec, build
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 SHAPE, CLASSES, N = (8, 8, 1), 10, 10
 # Two blocks where the gradient is at stake; one, which compiles in half the time, elsewhere.
 NETWORK = build(NetSpec(depth=2, width=4), SHAPE, CLASSES)
@@ -33,15 +35,6 @@ KEY = jax.random.key(3)
 
 def standardise(params, images):
     return (images - params[0]) / params[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lazy_compiler():
-    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,440 @@
+"""The benchmarks measure what they say, and refuse what they cannot: at sizes that take seconds on a CPU."""
+
+import functools
+import importlib.util
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import correctness, figure5, gpu, plots, record, siren, table16, timing
+
+ROOT = Path(__file__).resolve().parent.parent
+REFUSAL = "needs a CUDA device; JAX runs on cpu; --smoke runs everything at tiny sizes on the XLA path\n"
+
+
+def numbers(tree) -> list[float]:
+    """Returns every number of a JSON document; non-finite ones were written as strings and are put back."""
+    if isinstance(tree, dict):
+        return [x for value in tree.values() for x in numbers(value)]
+    if isinstance(tree, list):
+        return [x for value in tree for x in numbers(value)]
+    if tree in ("NaN", "Infinity", "-Infinity"):
+        return [math.nan]
+    return [tree] if isinstance(tree, int | float) else []
+
+
+# SIREN
+
+
+@pytest.mark.parametrize(("width", "floats"), [(10, 283), (20, 963), (30, 2043), (40, 3523)])
+def test_siren_has_the_floats_of_the_paper(width, floats):
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: siren.init(jax.random.key(0), 3, width)))
+    assert siren.floats(width) == floats == figure5_floats(width)
+    assert sum(leaf.size for leaf in leaves) == 3 * floats
+
+
+def figure5_floats(width: int) -> int:
+    return next(floats for floats, found in figure5.WIDTHS.items() if found == width)
+
+
+def test_siren_draws_what_a_loop_over_images_and_pixels_draws():
+    n, size = 2, 5
+    params = jax.device_get(siren.init(jax.random.key(1), n, 4))
+    expected = np.zeros((n, size, size, 3))
+    for i in range(n):
+        for y in range(size):
+            for x in range(size):
+                h = np.array([y, x]) * 2 / (size - 1) - 1
+                for place, layer in enumerate(params):
+                    h = h @ np.float64(layer.weight[i]) + np.float64(layer.bias[i])
+                    if place < 3:
+                        h = np.sin((30 if place == 0 else 40) * h)
+                expected[i, y, x] = h
+    assert expected.std() > 0.01
+    # The phases reach hundreds, of which float32 knows 1e-5.
+    np.testing.assert_allclose(jax.jit(siren.decode, static_argnums=1)(params, size), expected, atol=1e-4)
+
+
+def test_siren_starts_within_its_bounds_and_uses_them():
+    params = jax.device_get(siren.init(jax.random.key(2), 50, 20))
+    for layer, bound in zip(params, [0.5, *3 * [math.sqrt(6 / 20) / 40]], strict=True):
+        for leaf in layer:
+            assert 0.95 * bound < np.abs(leaf).max() <= bound
+
+
+def test_checkpointed_siren_has_the_same_images_and_gradients(monkeypatch):
+    # Two chunks of three images and a rest of one.
+    monkeypatch.setattr(siren, "CHUNK_PIXELS", 3 * 8 * 8)
+    params = siren.init(jax.random.key(3), 7, 6, layers=2)
+    v = jax.random.normal(jax.random.key(4), (7, 8, 8, 3))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(decode, params):
+        images, pull = jax.vjp(lambda p: decode(p, 8), params)
+        return images, pull(v)
+
+    plain, gradient = both(siren.decode, params)
+    chunked, gradient_chunked = both(siren.decode_checkpointed, params)
+    np.testing.assert_allclose(chunked, plain, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient_chunked), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+# Timing
+
+
+def test_measuring_traces_once_and_reports_time_and_memory():
+    timed = timing.Timed(lambda x: 2 * x, jnp.ones(1000)).compile()
+    found = timed.measure(seconds=0.01, repeats=4)
+    assert timed.traces == 1
+    assert 0 < found["min_ms"] <= found["median_ms"] < 1e3 and 1 <= found["repeats"] <= 4
+    assert found["memory"]["argument"] >= 4000 and found["memory"]["total"] >= 8000
+    np.testing.assert_array_equal(timed(), 2.0)
+
+
+def test_measuring_refuses_a_function_that_was_traced_twice():
+    timed = timing.Timed(lambda x: x + 1, jnp.ones(3)).compile()
+    timed._jitted.lower(jnp.ones(4))
+    with pytest.raises(AssertionError, match="traced 2 times, expected once"):
+        timed.measure(seconds=0)
+
+
+def test_compiling_several_keeps_those_that_work():
+    def wrong(x):
+        raise ValueError("no such kernel")
+
+    found = timing.compile_all({"good": timing.Timed(jnp.sin, jnp.ones(3)), "bad": timing.Timed(wrong, jnp.ones(3))})
+    assert isinstance(found["bad"], ValueError)
+    np.testing.assert_allclose(found["good"](), np.sin(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("cpu", "cpu"),
+        ("", "unknown"),
+    ],
+)
+def test_devices_have_short_labels_that_tell_them_apart(monkeypatch, kind, label):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert timing.device_label() == label
+
+
+# Figure 5
+
+
+@pytest.fixture(scope="module")
+def figure(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("figure5") / "figure5.json"
+    assert figure5.main(["--smoke", "--series", "gsdd", "siren", "--out", str(out)]) == 0
+    return out
+
+
+def test_figure5_records_time_and_memory_of_every_series(figure):
+    found = json.loads(figure.read_text())
+    assert {"commit", "device", "versions", "settings"} <= found.keys()
+    rows = found["results"]["rows"]
+    assert [row["series"] for row in rows] == ["gsdd", "siren"]
+    for row in rows:
+        for direction in figure5.DIRECTIONS:
+            assert {"median_ms", "min_ms", "calls", "compile_seconds", "memory"} <= row[direction].keys()
+            assert row[direction]["memory"]["total"] > 0
+    assert found["results"]["speedups"][0]["forward+backward"] > 0 and found["results"]["skipped"] == []
+    assert np.isfinite(numbers(found)).all()
+
+
+def test_figure5_begins_with_the_headline_and_has_each_point_once():
+    found = figure5.points()
+    assert found[:2] == [(963, 32, 128), (963, 1024, 128)]
+    assert len(found) == len(set(found)) == 4 * (5 + 11 - 1)
+
+
+def test_figure5_skips_what_does_not_fit_in_time_or_memory(monkeypatch):
+    point = figure5.Point(283, 1, 4)
+    results = figure5.run([point], timing.Deadline(0), series=["siren"])
+    assert results == {"rows": [], "speedups": [], "skipped": [point._asdict()]}
+    monkeypatch.setattr(timing, "device_bytes", lambda: 100)
+    (row,) = figure5.run([point], timing.Deadline(60), series=["siren"])["rows"]
+    assert row["forward"]["skipped"] == "out of memory" and row["forward"]["memory"]["total"] > 100
+
+
+def test_gaussians_of_the_figure_have_at_most_the_floats_of_the_networks():
+    for floats in figure5.WIDTHS:
+        decode, g = figure5.decoder("gsdd", figure5.Point(floats, 2, 64))
+        count = sum(leaf.size for leaf in jax.tree.leaves(g)) / 2
+        assert floats - 9 < count <= floats
+        assert g.size == (128, 128) and jax.eval_shape(decode, g).shape == (2, 64, 64, 3)
+
+
+def test_plot_draws_a_panel_for_each_quantity_and_sweep(figure, tmp_path):
+    out = tmp_path / "figure5.png"
+    assert plots.main([str(figure), "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 500
+    drawn = plots.draw(*plots.read([figure, figure]))
+    assert len(drawn.axes) == 6
+    rows, _ = plots.read([figure])
+    assert sum(len(line.get_xdata()) for line in drawn.axes[2].lines) == len(rows)
+
+
+def test_plot_names_a_file_of_another_benchmark(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"results": [1]}')
+    with pytest.raises(ValueError, match="FILE: .*other.json holds no results of benchmarks.figure5"):
+        plots.read([path])
+
+
+# Table 16
+
+
+def encoded() -> table16.Encoded:
+    files = []
+    for i in range(3):
+        buffer = io.BytesIO()
+        Image.fromarray(table16.synthetic(3, 16)[i]).save(buffer, "PNG" if i else "JPEG")
+        files.append(buffer.getvalue())
+    return table16.Encoded(files, np.array([4, 0, 4]))
+
+
+def test_packed_images_come_back_as_they_were(tmp_path):
+    images, path = encoded(), tmp_path / "new" / "images.npz"
+    table16.pack(images, path)
+    found = table16.unpack(path)
+    assert found.files == images.files and found.fingerprint() == images.fingerprint()
+    np.testing.assert_array_equal(found.labels, images.labels)
+    np.testing.assert_array_equal(found.decode()[1:], table16.synthetic(3, 16)[1:])
+    pixels, source = table16.load(path, tmp_path)
+    assert pixels.shape == (3, 16, 16, 3) and source == {"source": "images.npz", "sha256": images.fingerprint()}
+
+
+def test_a_file_that_is_no_pack_is_named(tmp_path):
+    np.savez(tmp_path / "other.npz", data=np.zeros(3, np.uint8))
+    with pytest.raises(ValueError, match=r"--images: .*other.npz has no array 'offsets'"):
+        table16.unpack(tmp_path / "other.npz")
+
+
+def test_a_missing_data_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data: no such directory: .*absent; --images FILE.npz reads"):
+        table16.from_tfds(tmp_path / "absent")
+
+
+def test_images_of_each_class_are_the_first_by_name_whatever_their_order(data_root):
+    path = data_root / "imagenette128" / "1.0.0"
+    if not path.is_dir():
+        pytest.skip(f"no data at {path}")
+    two, three = table16.from_tfds(path, per_class=2), table16.from_tfds(path, per_class=3)
+    np.testing.assert_array_equal(two.labels, np.repeat(np.arange(10), 2))
+    assert [file for i, file in enumerate(three.files) if i % 3 < 2] == two.files
+    assert two.decode().shape == (20, 128, 128, 3)
+    with pytest.raises(ValueError, match=r"--data: class 0 has \d+ training images, 100000 are needed"):
+        table16.from_tfds(path, per_class=100000)
+
+
+def test_table16_fits_in_one_loop_and_reports_time_memory_and_psnr(tmp_path):
+    out = tmp_path / "table16.json"
+    assert table16.main(["--smoke", "--start", "uniform", "--repeats", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    (row,) = found["results"]
+    assert (row["points"], row["images"], row["steps"], row["start"]) == (4, 2, 3, "uniform")
+    assert len(row["seconds"]) == 2 and row["repeats_bit_equal"] is True and 0 < row["psnr"] < 40
+    assert row["memory"]["total"] > 0 and row["start_seconds"] > 0 and row["compile_seconds"] > 0
+    assert found["settings"]["images"] == {"source": "synthetic"} and found["settings"]["smoke"] is True
+    assert np.isfinite(numbers(found)).all()
+
+
+def test_table16_goes_on_after_a_row_that_breaks_or_comes_too_late(monkeypatch):
+    def broken(images, points, **settings):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(table16, "fit_row", broken)
+    images = table16.synthetic(1, 8)
+    rows = table16.run(images, [21, 2730], timing.Deadline(60))
+    assert [(row["points"], row["start"], row["error"]) for row in rows] == [
+        (21, "clusters", "RuntimeError: no memory"),
+        (2730, "gradient", "RuntimeError: no memory"),
+    ]
+    assert table16.run(images, [21], timing.Deadline(0))[0]["skipped"] == "out of time"
+
+
+def test_same_bits_sees_the_last_bit_and_the_sign_of_zero():
+    x = {"a": jnp.arange(5.0), "b": jnp.ones(3, jnp.bfloat16)}
+    assert table16.same_bits(x, dict(x))
+    assert not table16.same_bits(x, x | {"a": x["a"].at[4].add(5e-7)})
+    assert not table16.same_bits(x, x | {"a": x["a"].at[0].set(-0.0)})
+
+
+# The command for a GPU
+
+
+def test_without_a_gpu_the_command_says_so_in_one_line_and_needs_no_optional_package():
+    script = (
+        "import sys\n"
+        "optional = 'pydantic', 'rich', 'sklearn', 'triton', 'tensorflow_datasets', 'array_record', 'matplotlib'\n"
+        "sys.modules.update(dict.fromkeys(optional))\n"
+        "from benchmarks import gpu\nsys.exit(gpu.main([]))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout.strip()) == (2, REFUSAL, "")
+
+
+def test_smoke_results_are_kept_out_of_the_committed_ones(capsys):
+    assert gpu.main(["--smoke", "--out", str(record.RESULTS / "h200")]) == 2
+    assert "--out: smoke results do not belong in" in capsys.readouterr().err
+    assert not (record.RESULTS / "h200" / "environment.json").exists()
+
+
+def test_missing_kernels_images_and_commits_are_named_before_any_phase(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "RUNNERS", {})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpu.main(["--smoke", "--out", str(tmp_path)]) == 2
+    assert "needs jax-triton, without which XLA would be timed" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for smoke in ([], ["--smoke"]):
+        arguments = [*smoke, "--out", str(tmp_path), "--images", str(tmp_path / "absent.npz")]
+        assert gpu.main(arguments) == 2
+        assert "--images: no such file: " in (found := capsys.readouterr().err) and "absent.npz; python -m" in found
+    monkeypatch.setattr(record, "environment", lambda: {"commit": None})
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "--commit: git cannot tell the commit of this code; name it" in capsys.readouterr().err
+
+
+def test_results_lie_in_a_folder_of_the_device_and_name_device_commit_command_seed_and_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "RUNNERS", {"tune": lambda setup, deadline, save: ({"rows": []}, [])})
+    monkeypatch.setattr(timing, "device_label", lambda: "h100")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--smoke", "--only", "tune", "--commit", "0123abc"]) == 0
+    found = json.loads((tmp_path / "h100" / "tune.json").read_text())
+    assert {"commit", "dirty", "command", "device"} <= found.keys() and found["seed"] == gpu.SEED
+    assert found["versions"].keys() >= {"jax", "jaxlib", "triton", "jax-triton", "numpy"}
+    assert found["settings"]["commit_named"] == "0123abc"
+
+
+def test_targets_name_their_device_and_are_met_only_by_what_was_timed(monkeypatch):
+    point = {"floats": 963, "batch": 32, "pixels": figure5.PIXELS, "forward": 90.0}
+    for ratios, met in ([], None), ([40.0], True), ([40.0, 29.0, 50.0], False):
+        speedups = [point | {"forward+backward": ratio} for ratio in ratios] or [point]
+        monkeypatch.setattr(figure5, "run", lambda *args, found=speedups, **kwargs: {"rows": [], "speedups": found})
+        target = gpu.figure(gpu.Setup(smoke=True), timing.Deadline(1), print)[0]["target"]
+        assert target["device"] == "h200" and target.get("met") is met
+
+
+def test_a_phase_that_breaks_is_recorded_and_the_next_one_still_runs(tmp_path, monkeypatch, capsys):
+    def broken(setup, deadline, save):
+        save({"rows": [1]})
+        raise RuntimeError("no such kernel")
+
+    def fine(setup, deadline, save):
+        return {"rows": [2]}, []
+
+    monkeypatch.setattr(gpu, "RUNNERS", {"environment": broken, "tune": fine})
+    assert gpu.main(["--smoke", "--only", "tune", "environment", "--out", str(tmp_path)]) == 1
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("environment", "tune"))
+    assert first["results"] == {"rows": [1]} and first["settings"]["complete"] is False
+    assert "RuntimeError: no such kernel" in first["settings"]["failures"][0]
+    assert second["results"] == {"rows": [2]} and second["settings"]["complete"] is True
+    assert first["settings"]["smoke"] is True
+    assert first["settings"]["stand_in"] is (jax.default_backend() != "gpu")
+    assert "FAILED environment" in capsys.readouterr().err
+
+
+def test_the_check_of_values_tells_a_wrong_gradient_from_rounding():
+    one = correctness.cases(smoke=True)[0]
+    expected = correctness.reference(one)
+    single = [np.float32(x) for x in expected.float32]
+    assert all(
+        0 < row["beyond_slack"] <= row["tolerance"] for row in correctness.errors(one, single, expected).values()
+    )
+    for i, name in enumerate(correctness.TOLERANCES):
+        off = [x.copy() for x in single]
+        off[i].flat[3] += 3 * correctness.TOLERANCES[name] * max(1, np.abs(single[i]).max())
+        wrong = [
+            key for key, row in correctness.errors(one, off, expected).items() if row["beyond_slack"] > row["tolerance"]
+        ]
+        assert wrong == [name]
+
+
+def test_a_wrong_a_broken_and_an_unchecked_case_all_count_as_failures(monkeypatch):
+    operands = tuple(np.ones((1, 1, last), np.float32) for last in (2, 3, 3))
+    one = correctness.Case("only", operands, height=2, width=2)
+    zeros = [np.zeros(x.shape) for x in (one.cotangent(), *operands)]
+    monkeypatch.setattr(correctness, "cases", lambda smoke: [one])
+    monkeypatch.setattr(correctness, "reference", lambda one: correctness.Reference(zeros, zeros, zeros))
+    for check in ("poison", "repeatability"):
+        monkeypatch.setattr(correctness, check, lambda *args, **settings: {"fine": True})
+
+    def run(function, seconds=60.0):
+        monkeypatch.setattr(correctness, "operator", lambda *settings: function)
+        return correctness.run(timing.Deadline(seconds), backend="xla", smoke=True)[1]
+
+    def broken(*args):
+        raise RuntimeError("no such kernel")
+
+    assert run(lambda *args: [np.float32(x) for x in zeros]) == []
+    assert len(run(lambda *args: [np.float32(x + np.nan) for x in zeros])) == 1
+    assert run(broken) == ["only: RuntimeError: no such kernel"]
+    assert run(broken, seconds=0) == ["only: not checked, out of time"]
+
+
+def test_slack_covers_samples_at_the_cutoff_and_no_others():
+    # The samples half a pixel beside and below the centre have exactly this weight.
+    cutoff = math.exp(-1 / 8)
+    operands = [np.array(x, np.float32).reshape(1, 1, -1) for x in ([0.25, 0.25], [1, 0, 1], [-2])]
+    one = correctness.Case("hand", tuple(operands), height=2, width=2, cutoff=cutoff)
+    v = np.full((1, 2, 2, 1), 3, np.float32)
+    images, centers, conics, colors = correctness.slack(one, v)
+    np.testing.assert_allclose(images[0, :, :, 0], [[2 * cutoff * 2 / 4, 0], [0, 0]])
+    # |v color w u p| / 4 with u = 1/2, from the sample beside for x and from the one below for y.
+    np.testing.assert_allclose(centers, [[[6 * cutoff * 0.5 / 4] * 2]])
+    np.testing.assert_allclose(conics, [[[6 * cutoff * 0.25 / 4, 0, 6 * cutoff * 0.25 / 4]]])
+    np.testing.assert_allclose(colors, [[[3 * 2 * cutoff / 4]]])
+    assert not any(x.any() for x in correctness.slack(one._replace(cutoff=0.0), v))
+
+
+def test_counted_samples_agree_with_the_area_of_the_ellipse():
+    g = figure5.gaussians(1, 20, 64)
+    one = correctness.case("count", g)._replace(cutoff=1e-2)
+    inside = gpu.reached(one, (8, 8))
+    p, _, s = np.moveaxis(one.operands[1][0], -1, 0)
+    # pi q_max / (p s) pixels, less what lies outside of the image.
+    whole = np.mean(np.pi * 2 * math.log(1e2) / (p * s)) / 64**2
+    assert 0.6 * whole < inside["above_cutoff"] < whole
+    assert inside["above_cutoff"] < inside["drawn"] < 2.5 * inside["above_cutoff"]
+    assert gpu.reached(one, (64, 64))["drawn"] == 1.0
+
+
+def test_every_tuning_of_the_sweep_is_one_that_the_kernels_know():
+    pytest.importorskip("triton")
+    from kernels import _splat_triton
+    from kernels.spec import SplatSpec
+
+    spec = SplatSpec(height=128, width=128, supersample=2, cutoff=1e-4)
+    for fields in (*gpu.FORWARD_TUNINGS, *gpu.BACKWARD_TUNINGS):
+        tuning = _splat_triton.TUNING._replace(**fields)
+        assert _splat_triton.forward_launch(spec, 1000, 170, 3, tuning).grid >= 1000
+        assert _splat_triton.backward_launches(spec, 1000, 170, 3, (jnp.float32,) * 3, tuning)
+
+
+@pytest.mark.gpu
+def test_all_phases_run_and_pass_on_a_gpu(tmp_path):
+    assert gpu.main(["--smoke", "--out", str(tmp_path)]) == 0
+    for name in gpu.PHASES:
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["settings"]["stand_in"] is False and found["settings"]["complete"] is True

@@ -1,0 +1,199 @@
+"""Trajectory matching and its experts on the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import assert_same, findings, refused, start
+
+import gsdd_jax
+from gsdd_jax.experts import Segments
+from train import experts
+from train.rundir import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Both arms, two checkpoints in each, a window of two starting epochs.
+TOY = """
+name: toy
+ipc: 1
+data: {source: digits, per_class: 8, test_limit: 50}
+network: {depth: 1, width: 4}
+augment: {strategy: crop}
+codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.01}
+fit: {steps: 2}
+experts: {count: 2, batch: 16, lr: 0.1}
+objective: {name: trajectory, syn_steps: 2, batch_syn: 10, expert_epochs: 1, max_start_epoch: 2, lr_lr: 0.001}
+distill: {iterations: 6, log_every: 1, checkpoint_every: 2}
+evaluate: {steps: 4, batch: 8, lr: 0.1, seeds: 2}
+baselines: {full_data: false, random_real: false}
+smoke: {fit: {steps: 1}}
+"""
+SHORT = ["baselines.pixel=false", "baselines.fit_only=false", "evaluate.seeds=1", "evaluate.steps=1"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory) -> Path:
+    """An uninterrupted run that trained its own experts; read only."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(toy, out) == 0
+    return out
+
+
+def train_experts(config: Path, *arguments: str) -> int:
+    """Runs `train.experts` in this process and returns its exit code."""
+    try:
+        return experts.main(["--config", str(config), "--quiet", *arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def test_run_trains_its_experts_and_learns_the_step_size(whole):
+    manifest = json.loads((whole / "experts" / "manifest.json").read_text())
+    # Starts at epochs 0 and 1, one epoch each: nothing past epoch 2 can be used.
+    assert manifest["epochs"] == 2 and sum(len(chunk["crc32"]) for chunk in manifest["chunks"]) == 2
+    logged = [entry for entry in read_metrics(whole) if entry["phase"] == "main-distill"]
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4, 5, 6]
+    assert all(entry["bad_step"] == -1 and entry["syn_lr"] >= 1e-3 for entry in logged)
+    assert gsdd_jax.load(whole).meta["syn_lr"] == logged[-1]["syn_lr"] != 0.01
+    result = json.loads((whole / "result.json").read_text())
+    assert result["objective"] == "trajectory" and result["pixel"]["n"] == 2
+
+
+def test_pixels_are_matched_to_the_same_experts(whole):
+    logged = [entry for entry in read_metrics(whole) if entry["phase"] == "pixel-distill"]
+    assert len(logged) == 6 and {entry["bad_step"] for entry in logged} == {-1}
+
+
+def test_sigkill_while_matching_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
+    out = tmp_path / "run"
+    program = f"""
+import os, signal
+from train import distill
+from train.rundir import RunDir
+append = RunDir.append
+def wrapper(self, phase, step, **values):
+    append(self, phase, step, **values)
+    if (phase, step) == ("main-distill", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+RunDir.append = wrapper
+distill.main(["--config", {str(toy)!r}, "--quiet", "--out", {str(out)!r}])
+"""
+    environment = {name.upper(): str(value) for name, value in quick_compilation.items()}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert read_metrics(out)[-1]["step"] == 3
+    assert start(toy, out) == 0
+    assert_same(findings(out), findings(whole))
+
+
+def test_experts_trained_beforehand_serve_several_runs(toy, whole, tmp_path, capsys):
+    folder = tmp_path / "experts"
+    assert train_experts(toy, "--out", str(folder)) == 0
+    assert f"{folder}: 2 experts, 2 epochs" in capsys.readouterr().out
+    chunks = sorted(path.name for path in folder.glob("*.npy"))
+    assert [(folder / name).read_bytes() for name in chunks] == [
+        (whole / "experts" / name).read_bytes() for name in chunks
+    ]
+    shared = [f"experts.path={folder}", "experts.train=false"]
+    assert start(toy, tmp_path / "run", *shared) == 0
+    assert not (tmp_path / "run" / "experts").exists()
+    exports = [run / "export" / "synset.safetensors" for run in (tmp_path / "run", whole)]
+    assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+def test_missing_experts_are_named_with_the_command_that_trains_them(toy, tmp_path, capsys):
+    folder = tmp_path / "experts"
+    text = refused(capsys, start(toy, tmp_path / "run", f"experts.path={folder}", "experts.train=false"))
+    assert f"{folder}: no experts here" in text
+    assert f"python -m train.experts with the same config and settings and --out {folder}" in text
+
+
+def test_half_written_experts_are_counted_and_completed(toy, whole, tmp_path, capsys):
+    folder = tmp_path / "experts"
+    assert train_experts(toy, "--out", str(folder), "experts.count=1") == 0
+    settings = [f"experts.path={folder}", *SHORT]
+    text = refused(capsys, start(toy, tmp_path / "run", "experts.train=false", *settings))
+    assert f"{folder}: half written: 1 of 2 experts are finished" in text
+    assert start(toy, tmp_path / "run", *settings) == 0
+    assert (folder / "experts-00001.npy").read_bytes() == (whole / "experts" / "experts-00001.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["objective.max_start_epoch=3"], "max_start_epoch 3 with expert_epochs 1 reaches epoch 3, but these experts"),
+        (["network.width=8"], "network.width: expected 8, found 4"),
+        (["data.per_class=7"], "dataset: expected "),
+        (["whiten=none"], "whiten: expected 'none', found 'meanstd'"),
+        (["augment.strategy=none"], "augment.strategy: expected "),
+        (["experts.lr=0.2"], "experts.lr: expected 0.2, found 0.1"),
+    ],
+)
+def test_experts_of_another_kind_are_refused(toy, whole, tmp_path, capsys, settings, message):
+    text = refused(capsys, start(toy, tmp_path / "run", f"experts.path={whole / 'experts'}", *settings))
+    assert message in text and str(whole / "experts") in text
+
+
+def test_damaged_expert_stops_the_run_and_is_named(toy, whole, tmp_path, capsys):
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    for path in (whole / "experts").glob("[!.]*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    for file in folder.glob("*.npy"):
+        data = bytearray(file.read_bytes())
+        for row in range(3):
+            data[-1 - row * (len(data) - 128) // 3] ^= 1
+        file.write_bytes(data)
+    text = refused(capsys, start(toy, tmp_path / "run", f"experts.path={folder}"))
+    assert "damaged: the checksum of expert " in text
+
+
+def test_student_that_diverges_stops_the_run_with_iteration_step_and_remedy(toy, whole, tmp_path, capsys):
+    settings = [f"experts.path={whole / 'experts'}", "objective.syn_lr=1e30", *SHORT]
+    text = refused(capsys, start(toy, tmp_path / "run", *settings))
+    assert "main-distill: not a finite number by step 1; nothing was checkpointed yet" in text
+    assert "a smaller objective.syn_lr" in text and "not finite from its step 1 on" in text
+
+
+def test_state_before_the_divergence_is_kept(toy, whole, tmp_path, capsys, monkeypatch):
+    batch = Segments.batch
+
+    def spoilt(self, step):
+        # As if the student of the fourth iteration had broken.
+        return batch(self, step) * np.float32(np.nan if step == 3 else 1)
+
+    monkeypatch.setattr(Segments, "batch", spoilt)
+    text = refused(capsys, start(toy, tmp_path / "run", f"experts.path={whole / 'experts'}", *SHORT))
+    assert "main-distill: not a finite number by step 4; the state of step 2 is kept in " in text
+    monkeypatch.undo()
+    assert start(toy, tmp_path / "run", f"experts.path={whole / 'experts'}", *SHORT) == 0
+    assert gsdd_jax.load(tmp_path / "run").meta["syn_lr"] == gsdd_jax.load(whole).meta["syn_lr"]
+
+
+def test_dry_run_of_trajectory_matching_trains_nothing(toy, tmp_path, capsys):
+    assert start(toy, None, "--dry-run", f"experts.path={tmp_path / 'experts'}") == 0
+    assert "MiB" in capsys.readouterr().out
+    assert not (tmp_path / "experts").exists()
+
+
+def test_experts_for_another_objective_are_refused(toy, tmp_path, capsys):
+    config = tmp_path / "distribution.yaml"
+    lines = [line for line in TOY.splitlines() if not line.startswith("objective:")]
+    config.write_text("\n".join(lines))
+    text = refused(capsys, train_experts(config))
+    assert "objective.name: experts are for trajectory, found 'distribution'" in text
