@@ -78,6 +78,14 @@ def test_pixels_are_matched_to_the_same_experts(whole):
     assert len(logged) == 6 and {entry["bad_step"] for entry in logged} == {-1}
 
 
+def test_evaluation_may_use_the_learned_step_size(toy, whole, tmp_path):
+    settings = [f"experts.path={whole / 'experts'}", "evaluate.lr_from=syn_lr", "evaluate.seeds=1", "evaluate.steps=1"]
+    assert start(toy, tmp_path / "run", *settings) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["accuracy"]["lr"] == gsdd_jax.load(whole).meta["syn_lr"]
+    assert result["fit_only"]["lr"] == 0.1 and result["pixel"]["lr"] not in (0.1, result["accuracy"]["lr"])
+
+
 def test_sigkill_while_matching_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
     out = tmp_path / "run"
     program = f"""
@@ -186,8 +194,10 @@ def test_state_before_the_divergence_is_kept(toy, whole, tmp_path, capsys, monke
 
 
 def test_dry_run_of_trajectory_matching_trains_nothing(toy, tmp_path, capsys):
-    assert start(toy, None, "--dry-run", f"experts.path={tmp_path / 'experts'}") == 0
-    assert "MiB" in capsys.readouterr().out
+    assert start(toy, None, "--dry-run", f"experts.path={tmp_path / 'experts'}", "experts.count=100") == 0
+    # 4 * 1 * 3 * 3 + 4 weights of the convolution, 2 * 4 of the norm, 4 * 16 * 10 + 10 of the head; initialisation too.
+    size = 100 * 3 * (40 + 8 + 650) * 4 / 2**20
+    assert f"experts: 100 networks, 2 epochs each, {size:.0f} MiB on disk" in capsys.readouterr().out
     assert not (tmp_path / "experts").exists()
 
 

@@ -8,8 +8,8 @@ import pytest
 from gsdd_jax.codecs import PixelSpec
 from gsdd_jax.fit import FitSpec
 from train import config as configs
+from train import evaluation, results, stages
 from train import experiment as experiments
-from train import results, stages
 from train.errors import ConfigError, UserError
 from train.progress import Progress
 from train.rundir import RunDir
@@ -88,4 +88,4 @@ def test_damaged_evaluation_is_named_with_the_way_out(tmp_path):
     with RunDir(tmp_path / "run") as run:
         (run.path / "evaluation.json").write_text("{half")
         with pytest.raises(UserError, match=r"evaluation.json is damaged .*: delete it and run the same command again"):
-            stages.evaluate_stage(experiment, "random_real", None, run=run, progress=Progress(quiet=True))
+            evaluation.evaluate_stage(experiment, "random_real", None, run=run, progress=Progress(quiet=True))

@@ -50,6 +50,26 @@ class ExpertsConfig(ExpertSpec):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(EvalSpec):
+    """How sets are tested: how networks are trained, when, and what is reported."""
+
+    protocol: Annotated[
+        Literal["trusted", "paper"],
+        Doc(
+            "trusted: the last set, tested once. paper: the best of the tests of every test_every iterations on the "
+            "test set, as the field reports; biased upwards."
+        ),
+    ] = "trusted"
+    test_every: Annotated[
+        int, Ge(1), Doc("Outer steps between the tests of protocol=paper (GSDD: 500, or 2,000 for DM).")
+    ] = 500
+    lr_from: Annotated[
+        Literal["lr", "syn_lr"],
+        Doc("Learning rate: lr, or for sets of trajectory matching the step size they learned (MTT)."),
+    ] = "lr"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BaselineSpec:
     """What stands beside the distilled set in the table of results, trained as config.evaluate says."""
 
@@ -83,7 +103,7 @@ class RunConfig:
     )
     experts: ExpertsConfig = ExpertsConfig()
     distill: DistillSpec
-    evaluate: EvalSpec = EvalSpec()
+    evaluate: EvaluateConfig = EvaluateConfig()
     baselines: BaselineSpec = BaselineSpec()
 
 

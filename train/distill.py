@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -28,12 +29,17 @@ from train import config as configs
 from train import experiment as experiments
 from train import pictures, report, results, stages
 from train.errors import exit_cleanly
+from train.evaluation import PeriodicTests, as_stored, evaluate_stage, evaluation_lr
 from train.experiment import Experiment
 from train.progress import Progress
 from train.rundir import RunDir, write_bytes, write_json
 
 # What may differ when a run is continued: nothing that touches numbers already computed.
 MAY_CHANGE = ("name", "distill.log_every", "distill.checkpoint_every", "experts.path", "experts.train")
+
+
+# Distilled arms: the name of their phase, and the purpose of their random key.
+ARMS = {"distilled": ("main", "distill"), "pixel": ("pixel", "pixel_distill")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,22 +102,14 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
         targets = _targets(experiment)
         fitted = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main")
         if "fit_only" in wanted:
-            images["fit_only"] = _as_stored(codec, fitted)
+            images["fit_only"] = as_stored(codec, fitted)
         experts = None
         if isinstance(config.objective, TrajectorySpec):
             folder = Path(config.experts.path or rundir.path / "experts")
             experts = stages.expert_stage(experiment, folder, progress=progress)
-        state = stages.distill_stage(
-            experiment,
-            codec,
-            fitted,
-            run=rundir,
-            progress=progress,
-            arm="main",
-            iterations=config.distill.iterations,
-            purpose="distill",
-            experts=experts,
-        )
+        arm = functools.partial(_distilled, experiment, experts=experts, run=rundir, progress=progress)
+        state, tested = arm(codec, fitted, name="distilled", iterations=config.distill.iterations)
+        accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
         params, meta = state.params, _meta(experiment, environment)
         if isinstance(state.matcher, distill.SynLr):
             meta["syn_lr"] = float(state.matcher.value)
@@ -129,14 +127,18 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
 
         pixel = None
         if "pixel" in wanted:
-            pixel, images["pixel"] = _pixel_arm(experiment, rundir, progress, experts)
-        accuracies = {
-            name: stages.evaluate_stage(experiment, name, images[name], run=rundir, progress=progress)
+            pixel, start = _pixel_start(experiment)
+            iterations = config.baselines.pixel_iterations or config.distill.iterations
+            state, accuracies["pixel"] = arm(pixel, start, name="pixel", iterations=iterations)
+            images["pixel"], lrs["pixel"] = as_stored(pixel, state.params), evaluation_lr(experiment, state)
+        rows = {
+            name: accuracies.get(name)
+            or evaluate_stage(experiment, name, images[name], run=rundir, progress=progress, lr=lrs.get(name))
             for name in wanted
         }
         result = results.collect(
             experiment,
-            accuracies,
+            rows,
             sizes=sizes,
             environment=environment,
             run=rundir,
@@ -162,36 +164,47 @@ def _targets(experiment: Experiment) -> jax.Array:
     return fit.solid_targets(dataset.train_images, codec.num_images)
 
 
-def _as_stored(codec: codecs.Codec, params: Any) -> jax.Array:
-    """Decodes what would be read back from disk."""
-    return jax.jit(lambda p: codec.decode(codec.loaded(codec.stored(p))))(params)
-
-
-def _pixel_arm(
-    experiment: Experiment, run: RunDir, progress: Progress, experts: Experts | None
-) -> tuple[codecs.Codec, jax.Array]:
-    config, dataset = experiment.config, experiment.dataset
-    codec = codecs.make(
-        config.baselines.pixel_codec,
-        image_shape=dataset.image_shape,
-        num_classes=dataset.num_classes,
-        bytes_per_class=experiment.bytes_per_class,
-    )
-    start = codec.init(
-        experiment.key("start"), experiments.real_images(experiment, codec, purpose="pixel_select", how="random")
-    )
+def _distilled(
+    experiment: Experiment,
+    codec: codecs.Codec,
+    start: Any,
+    *,
+    experts: Experts | None,
+    name: str,
+    iterations: int,
+    run: RunDir,
+    progress: Progress,
+) -> tuple[distill.State, dict[str, Any] | None]:
+    """Distils an arm; returns its final state, or with protocol=paper its best one and that one's row."""
+    tests = None
+    if experiment.config.evaluate.protocol == "paper":
+        tests = PeriodicTests(experiment, codec, name, iterations, run=run, progress=progress)
+    phase, purpose = ARMS[name]
     state = stages.distill_stage(
         experiment,
         codec,
         start,
         run=run,
         progress=progress,
-        arm="pixel",
-        iterations=config.baselines.pixel_iterations or config.distill.iterations,
-        purpose="pixel_distill",
+        arm=phase,
+        iterations=iterations,
+        purpose=purpose,
         experts=experts,
+        tests=tests,
     )
-    return codec, _as_stored(codec, state.params)
+    return (state, None) if tests is None else tests.best(state)
+
+
+def _pixel_start(experiment: Experiment) -> tuple[codecs.Codec, Any]:
+    """Returns the codec of the pixel baseline and its start, real images."""
+    codec = codecs.make(
+        experiment.config.baselines.pixel_codec,
+        image_shape=experiment.dataset.image_shape,
+        num_classes=experiment.dataset.num_classes,
+        bytes_per_class=experiment.bytes_per_class,
+    )
+    real = experiments.real_images(experiment, codec, purpose="pixel_select", how="random")
+    return codec, codec.init(experiment.key("start"), real)
 
 
 def _psnr(fitted: jax.Array | None, targets: jax.Array) -> float | None:
@@ -262,6 +275,10 @@ def plan(experiment: Experiment) -> str:
             f"{memory.argument_size_in_bytes / mib:.0f} MiB arguments (training set, state, whitening), "
             f"{memory.temp_size_in_bytes / mib:.0f} MiB temporary",
         ]
+    if isinstance(config.objective, TrajectorySpec):
+        count, epochs = config.experts.count, config.objective.last_epoch
+        size = count * (epochs + 1) * experiment.network.num_params * storage.ITEMSIZE["float32"]
+        lines.append(f"experts: {count} networks, {epochs} epochs each, {size / 2**20:.0f} MiB on disk")
     spec = config.evaluate
     lines.append(
         f"network: {experiment.network.num_params} parameters; evaluation: {spec.seeds} networks of "

@@ -1,12 +1,10 @@
-"""The stages of a run: fit, train experts, distil, evaluate.
+"""The stages of a run that make its distilled sets: fit, train experts, distil.
 
 Each continues where its last checkpoint stands and returns when it is done.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -16,16 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import codecs, distill, evaluate, fit, whiten
+from gsdd_jax import codecs, distill, fit, whiten
 from gsdd_jax.data import ClassTable, HostSampler, class_table, prefetch
 from gsdd_jax.experts import Experts, IncompleteError, Origin, Segments, train_experts
 from gsdd_jax.match import GradientSpec, ObjectiveSpec, TrajectorySpec
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.errors import UserError
-from train.experiment import Experiment, real_images
+from train.evaluation import PeriodicTests
+from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, write_json
+from train.rundir import RunDir
 
 
 def fit_stage(
@@ -122,8 +121,9 @@ def distill_stage(
     iterations: int,
     purpose: str,
     experts: Experts | None = None,
+    tests: PeriodicTests | None = None,
 ) -> distill.State:
-    """Runs the outer loop on a codec's parameters and returns the final state."""
+    """Runs the outer loop on a codec's parameters, with tests in between if asked for; returns the final state."""
     config = experiment.config
     phase = f"{arm}-distill"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
@@ -137,9 +137,14 @@ def distill_stage(
         key, saved = experiment.key(purpose), done
         with progress.phase(f"distil {arm}", total=iterations, done=done) as bar:
             batches = _batches(experiment, done, iterations, experts)
+            # Killed in the middle of it, perhaps.
+            if tests is not None and tests.due(done):
+                tests.test(done, state)
             while done < iterations:
                 began = time.perf_counter()
                 count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
+                if tests is not None:
+                    count = min(count, tests.until_due(done))
                 for _ in range(count):
                     state, metrics = step(state, next(batches), key)
                 # The only wait for the device: once per logged line, not per step.
@@ -150,9 +155,12 @@ def distill_stage(
                 _stop_if_not_finite(worst, phase, done, saved, checkpoints, _remedy(values))
                 run.append(phase, done, **values, total_seconds=seconds)
                 bar.advance(count, f"loss {values['loss']:.4g}")
-                if done == iterations or done - saved >= config.distill.checkpoint_every:
+                due = tests is not None and tests.due(done)
+                if due or done == iterations or done - saved >= config.distill.checkpoint_every:
                     checkpoints.save(done, state, {"seconds": seconds})
                     saved = done
+                if tests is not None and due:
+                    tests.test(done, state)
             batches.close()
     return state
 
@@ -228,88 +236,3 @@ def _stop_if_not_finite(value: float, phase: str, done: int, saved: int, checkpo
     if not np.isfinite(value):
         kept = f"the state of step {saved} is kept in {checkpoints.path}" if saved else "nothing was checkpointed yet"
         raise UserError(f"{phase}: not a finite number by step {done}; {kept}; try {remedy}")
-
-
-def evaluate_stage(
-    experiment: Experiment, arm: str, images: jax.Array | None, *, run: RunDir, progress: Progress
-) -> dict[str, Any]:
-    """Trains fresh networks on an arm's images and tests them; finished networks are kept in evaluation.json.
-
-    Args:
-        experiment: The experiment.
-        arm: Row of the table. ``random_real`` draws its images anew for each network; ``full_data`` takes the
-            training set.
-        images: ``[n, h, w, c]`` class-major images in [0,1], for the other arms.
-        run: Run directory.
-        progress: Progress bars.
-
-    Returns:
-        ``{"mean", "std", "n", "seeds", "accuracies", "seconds", "images", "steps"}``.
-    """
-    config, dataset = experiment.config, experiment.dataset
-    spec = evaluation_spec(experiment, arm)
-    path = run.path / "evaluation.json"
-    try:
-        known = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete it and run the same command again; networks will be tested anew"
-        ) from error
-    entry = known.setdefault(arm, {"accuracies": {}, "seconds": 0.0})
-    classes = dataset.num_classes
-    with progress.phase(f"test {arm}", total=spec.seeds, done=len(entry["accuracies"])) as bar:
-        for seed in range(spec.seeds):
-            if str(seed) in entry["accuracies"]:
-                continue
-            began = time.perf_counter()
-            if arm == "full_data":
-                batch, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-            else:
-                if arm == "random_real":
-                    pixels = codecs.make(
-                        codecs.PixelSpec(ipc=int(config.ipc)),
-                        image_shape=dataset.image_shape,
-                        num_classes=classes,
-                        bytes_per_class=experiment.bytes_per_class,
-                    )
-                    batch = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
-                else:
-                    assert images is not None
-                    batch = images
-                labels = jnp.repeat(jnp.arange(classes, dtype=jnp.int32), len(batch) // classes)
-            accuracy = evaluate.evaluate(
-                experiment.key("evaluate", seed)[None],
-                batch,
-                labels,
-                jnp.asarray(dataset.test_images),
-                jnp.asarray(dataset.test_labels),
-                network=experiment.network,
-                spec=spec,
-                augment=config.augment,
-                transform=whiten.apply,
-                transform_params=experiment.whitening,
-            )
-            entry["accuracies"][str(seed)] = float(accuracy[0])
-            entry["seconds"] += time.perf_counter() - began
-            entry["images"] = len(batch)
-            write_json(path, known)
-            bar.advance(1, f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
-    seeds = list(range(spec.seeds))
-    values = [entry["accuracies"][str(seed)] for seed in seeds]
-    return {
-        **evaluate.summarise(values, seeds),
-        "accuracies": values,
-        "seconds": entry["seconds"],
-        "images": entry["images"],
-        "steps": spec.num_steps(entry["images"]),
-    }
-
-
-def evaluation_spec(experiment: Experiment, arm: str) -> evaluate.EvalSpec:
-    """Returns the training recipe of an arm: the same for all, but for the full data where the config says so."""
-    spec, baselines = experiment.config.evaluate, experiment.config.baselines
-    if arm != "full_data":
-        return spec
-    return dataclasses.replace(
-        spec, steps=baselines.full_data_steps or spec.steps, seeds=baselines.full_data_seeds or spec.seeds
-    )

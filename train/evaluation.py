@@ -1,0 +1,189 @@
+"""The tests of a run: fresh networks on every arm's images, and the field's habit of testing while distilling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsdd_jax import codecs, distill, evaluate, whiten
+from train.checkpoint import Checkpoints
+from train.errors import UserError
+from train.experiment import Experiment, real_images
+from train.progress import Progress
+from train.rundir import RunDir, write_json
+
+
+def evaluate_stage(
+    experiment: Experiment,
+    arm: str,
+    images: jax.Array | None,
+    *,
+    run: RunDir,
+    progress: Progress,
+    seeds: Sequence[int] = (),
+    lr: float | None = None,
+) -> dict[str, Any]:
+    """Trains fresh networks on an arm's images and tests them; finished networks are kept in evaluation.json.
+
+    Args:
+        experiment: The experiment.
+        arm: Row of the table. ``random_real`` draws its images anew for each network; ``full_data`` takes the
+            training set.
+        images: ``[n, h, w, c]`` class-major images in [0,1], for the other arms.
+        run: Run directory.
+        progress: Progress bars.
+        seeds: Of the networks; 0, 1, ... as config.evaluate says if empty.
+        lr: Learning rate in place of that of config.evaluate.
+
+    Returns:
+        ``{"mean", "std", "n", "seeds", "accuracies", "seconds", "images", "steps", "lr"}``.
+    """
+    config, dataset = experiment.config, experiment.dataset
+    spec = evaluation_spec(experiment, arm)
+    seeds = seeds or range(spec.seeds)
+    path = run.path / "evaluation.json"
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it and run the same command again; networks will be tested anew"
+        ) from error
+    entry = known.setdefault(arm, {"accuracies": {}, "seconds": 0.0})
+    classes = dataset.num_classes
+    with progress.phase(f"test {arm}", total=len(seeds), done=len(entry["accuracies"])) as bar:
+        for seed in seeds:
+            if str(seed) in entry["accuracies"]:
+                continue
+            began = time.perf_counter()
+            if arm == "full_data":
+                batch, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+            else:
+                if arm == "random_real":
+                    pixels = codecs.make(
+                        codecs.PixelSpec(ipc=int(config.ipc)),
+                        image_shape=dataset.image_shape,
+                        num_classes=classes,
+                        bytes_per_class=experiment.bytes_per_class,
+                    )
+                    batch = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
+                else:
+                    assert images is not None
+                    batch = images
+                labels = jnp.repeat(jnp.arange(classes, dtype=jnp.int32), len(batch) // classes)
+            accuracy = evaluate.evaluate(
+                experiment.key("evaluate", seed)[None],
+                batch,
+                labels,
+                jnp.asarray(dataset.test_images),
+                jnp.asarray(dataset.test_labels),
+                network=experiment.network,
+                spec=spec,
+                augment=config.augment,
+                transform=whiten.apply,
+                transform_params=experiment.whitening,
+                lr=lr,
+            )
+            entry["accuracies"][str(seed)] = float(accuracy[0])
+            entry["seconds"] += time.perf_counter() - began
+            entry["images"] = len(batch)
+            write_json(path, known)
+            bar.advance(1, f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
+    values = [entry["accuracies"][str(seed)] for seed in seeds]
+    return {
+        **evaluate.summarise(values, seeds),
+        "accuracies": values,
+        "seconds": entry["seconds"],
+        "images": entry["images"],
+        "steps": spec.num_steps(entry["images"]),
+        "lr": spec.lr if lr is None else lr,
+    }
+
+
+def evaluation_spec(experiment: Experiment, arm: str) -> evaluate.EvalSpec:
+    """Returns the training recipe of an arm: the same for all, but for the full data where the config says so."""
+    spec, baselines = experiment.config.evaluate, experiment.config.baselines
+    if arm != "full_data":
+        return spec
+    return dataclasses.replace(
+        spec, steps=baselines.full_data_steps or spec.steps, seeds=baselines.full_data_seeds or spec.seeds
+    )
+
+
+def evaluation_lr(experiment: Experiment, state: distill.State) -> float | None:
+    """Returns the learning rate that a distilled set brings along, if the config asks for it."""
+    if experiment.config.evaluate.lr_from == "syn_lr" and isinstance(state.matcher, distill.SynLr):
+        return float(state.matcher.value)
+    return None
+
+
+class PeriodicTests:
+    """Tests on the test set while a set is distilled, and keeps the best state: ``evaluate.protocol=paper``.
+
+    This is how the field reports (MTT, GSDD): the mean over the networks of one test, maximised over the tests. It
+    selects on test data and is biased upwards; results carry the name of the protocol.
+
+    Args:
+        experiment: The experiment.
+        codec: Of the arm.
+        arm: "distilled" or "pixel".
+        iterations: Outer steps of the arm; the state after the last is always tested.
+        run: Run directory.
+        progress: Progress bars.
+    """
+
+    def __init__(
+        self, experiment: Experiment, codec: codecs.Codec, arm: str, iterations: int, *, run: RunDir, progress: Progress
+    ):
+        self._experiment, self._codec, self._arm = experiment, codec, arm
+        self._iterations, self._every = iterations, experiment.config.evaluate.test_every
+        self._run, self._progress = run, progress
+
+    def due(self, step: int) -> bool:
+        """Tells whether the state after so many steps is to be tested."""
+        return step == self._iterations or (step > 0 and step % self._every == 0)
+
+    def until_due(self, step: int) -> int:
+        """Returns how many outer steps are left before the next test."""
+        return min(self._every - step % self._every, self._iterations - step)
+
+    def test(self, step: int, state: distill.State) -> None:
+        """Tests a state and keeps it if it is the best so far; a state that was tested before costs nothing."""
+        count = self._experiment.config.evaluate.seeds
+        entry = evaluate_stage(
+            self._experiment,
+            f"{self._arm} after {step}",
+            as_stored(self._codec, state.params),
+            run=self._run,
+            progress=self._progress,
+            # Fresh networks in every test.
+            seeds=range(step * count, (step + 1) * count),
+            lr=evaluation_lr(self._experiment, state),
+        )
+        with self._checkpoints() as checkpoints:
+            latest = checkpoints.latest()
+            mean = -1.0 if latest is None else checkpoints.restore(latest, state)[1]["entry"]["mean"]
+            if (latest is None or step > latest) and entry["mean"] > mean:
+                checkpoints.save(step, state, {"entry": entry})
+
+    def best(self, like: distill.State) -> tuple[distill.State, dict[str, Any]]:
+        """Returns the best state and its row for the table, with the number of the tests it was chosen from."""
+        with self._checkpoints() as checkpoints:
+            step = checkpoints.latest()
+            assert step is not None
+            state, meta = checkpoints.restore(step, like)
+        return state, meta["entry"] | {"iteration": step, "tests": max(1, -(-self._iterations // self._every))}
+
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self._run.checkpoints_path / f"{self._arm}-best", keep=1)
+
+
+def as_stored(codec: codecs.Codec, params: Any) -> jax.Array:
+    """Returns the images as they come back from disk."""
+    return jax.jit(lambda p: codec.decode(codec.loaded(codec.stored(p))))(params)
