@@ -22,7 +22,15 @@ def environment() -> dict[str, Any]:
     return rundir.environment() | {"load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None}
 
 
-def write(path: str | os.PathLike[str], results: Any, *, seed: int | list[int], n: int, **settings: Any) -> Path:
+def write(
+    path: str | os.PathLike[str],
+    results: Any,
+    *,
+    seed: int | list[int],
+    n: int,
+    commit: str | None = None,
+    **settings: Any,
+) -> Path:
     """Writes one JSON file with ``results`` and their circumstances, and creates its folder.
 
     Args:
@@ -30,6 +38,7 @@ def write(path: str | os.PathLike[str], results: Any, *, seed: int | list[int], 
         results: What was measured; JSON types only.
         seed: The seed or seeds of everything random.
         n: Repeats or images behind each number.
+        commit: Of the code, where git cannot tell, as in a copy without history.
         settings: The constants of the benchmark.
 
     Returns:
@@ -37,5 +46,7 @@ def write(path: str | os.PathLike[str], results: Any, *, seed: int | list[int], 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = environment() | {"seed": seed, "n": n, "settings": settings, "results": results}
+    record = environment()
+    record["commit"] = record["commit"] or commit
+    record |= {"seed": seed, "n": n, "settings": settings, "results": results}
     return rundir.write_json(path, record)
