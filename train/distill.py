@@ -143,7 +143,7 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
             environment=environment,
             run=rundir,
             pixel=pixel,
-            fit_psnr=_psnr(images.get("fit_only"), targets),
+            fit_psnr=_fit_psnr(experiment, fitted, targets),
         )
         write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
@@ -207,8 +207,11 @@ def _pixel_start(experiment: Experiment) -> tuple[codecs.Codec, Any]:
     return codec, codec.init(experiment.key("start"), real)
 
 
-def _psnr(fitted: jax.Array | None, targets: jax.Array) -> float | None:
-    return None if fitted is None else float(fit.psnr(fitted, targets).mean())
+def _fit_psnr(experiment: Experiment, fitted: Any, targets: jax.Array) -> float | None:
+    """Returns the mean PSNR of the fitted images as stored, in dB, where real images were fitted."""
+    if experiment.config.fit.to != "real" or experiment.codec.name == "pixel":
+        return None
+    return float(fit.psnr(as_stored(experiment.codec, fitted), targets).mean())
 
 
 def ellipse_picture(distilled: synset.SynSet) -> bytes:

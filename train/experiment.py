@@ -37,14 +37,14 @@ def key_of(seed: int, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 
-def prepare(config: RunConfig) -> Experiment:
-    """Reads the data and builds the parts.
+def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experiment:
+    """Reads the data, unless they are given, and builds the parts.
 
     Raises:
         ConfigError: Settings that contradict each other or the data; the message names the key.
     """
     _check_start(config)
-    dataset = data.load(config.data)
+    dataset = data.load(config.data) if dataset is None else dataset
     shape, classes = dataset.image_shape, dataset.num_classes
     available = storage.budget_bytes(config.ipc, shape)
     codec = codecs.make(config.codec, image_shape=shape, num_classes=classes, bytes_per_class=available)
