@@ -633,10 +633,7 @@ def needs_no_data(path):
 # digits.yaml itself is started above.
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, id=path.stem, marks=[] if needs_no_data(path) else [pytest.mark.slow])
-        for path in CONFIGS
-    ],
+    [pytest.param(path, id=path.stem, marks=[] if needs_no_data(path) else [pytest.mark.slow]) for path in CONFIGS],
 )
 def test_smoke_run_of_every_config_succeeds(path, request, tmp_path):
     config = with_its_data(configs.load(path, smoke=True), request)

@@ -101,8 +101,10 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
         codec = experiment.codec
         targets = _targets(experiment)
         fitted = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main")
+        # Before its arrays are donated to the first outer step.
+        fitted_images = as_stored(codec, fitted)
         if "fit_only" in wanted:
-            images["fit_only"] = as_stored(codec, fitted)
+            images["fit_only"] = fitted_images
         experts = None
         if isinstance(config.objective, TrajectorySpec):
             folder = Path(config.experts.path or rundir.path / "experts")
@@ -143,7 +145,7 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
             environment=environment,
             run=rundir,
             pixel=pixel,
-            fit_psnr=_fit_psnr(experiment, fitted, targets),
+            fit_psnr=_fit_psnr(experiment, fitted_images, targets),
         )
         write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
@@ -207,11 +209,11 @@ def _pixel_start(experiment: Experiment) -> tuple[codecs.Codec, Any]:
     return codec, codec.init(experiment.key("start"), real)
 
 
-def _fit_psnr(experiment: Experiment, fitted: Any, targets: jax.Array) -> float | None:
+def _fit_psnr(experiment: Experiment, fitted: jax.Array, targets: jax.Array) -> float | None:
     """Returns the mean PSNR of the fitted images as stored, in dB, where real images were fitted."""
     if experiment.config.fit.to != "real" or experiment.codec.name == "pixel":
         return None
-    return float(fit.psnr(as_stored(experiment.codec, fitted), targets).mean())
+    return float(fit.psnr(fitted, targets).mean())
 
 
 def ellipse_picture(distilled: synset.SynSet) -> bytes:
