@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
 from train import results
@@ -72,12 +73,84 @@ def _kernel_model(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Runs on the same data, networks, budget and evaluation; fitted and random images stand in the first.
+OBJECTIVES = ("cifar10_dm_ipc1_w64", "cifar10_dc_ipc1_cpu", "cifar10_tm_ipc1_cpu")
+
+
+def _objectives(_: str) -> str:
+    runs = [json.loads((RESULTS / name / "result.json").read_text()) for name in OBJECTIVES]
+    for key in ("evaluate", "network", "augment", "whiten", "seed"):
+        if any(run["protocol"][key] != runs[0]["protocol"][key] for run in runs):
+            raise ValueError(f"the runs of the objectives differ in {key}")
+    if len({(run["data_sha256"], run["bytes_per_class"], run["accuracy"]["n"]) for run in runs}) > 1:
+        raise ValueError("the runs of the objectives differ in data, budget or number of networks")
+    first = runs[0]
+    lines = [
+        f"{first['dataset']}, {first['bytes_per_class']:,} bytes per class, test accuracy in % of "
+        f"{first['accuracy']['n']} networks:",
+        "",
+        "| objective | Gaussians | pixels |",
+        "|---|---:|---:|",
+        *(
+            f"| {run['objective']} | {_percent(run['accuracy'])} | {_percent(run['pixel'])} |"
+            for run in sorted(runs, key=lambda run: run["accuracy"]["mean"])
+        ),
+        f"| none: real images, fitted or as they are | {_percent(first['fit_only'])} | "
+        f"{_percent(first['random_real'])} |",
+        "",
+    ]
+    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    commits = ", ".join(dict.fromkeys(str(run["commit"])[:9] for run in runs))
+    return "\n".join(lines) + f"\n{commands}; commit {commits}.\n"
+
+
+def _percent(entry: dict[str, Any]) -> str:
+    return f"{100 * entry['mean']:.1f} ± {100 * entry['std']:.1f}"
+
+
+def _steps(name: str) -> str:
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [
+        "| sizes | objective | codec | seconds | arguments, MiB | temporary, MiB |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for size, found in record["results"].items():
+        for row in found["steps"]:
+            seconds = f"{row['min_ms'] / 1e3:.2f}" if "min_ms" in row else ""
+            memory = [row["memory"][kind] / 2**20 for kind in ("argument", "temp")]
+            lines.append(
+                f"| {size} | {row['objective']} | {row['codec']} | {seconds} | {memory[0]:.0f} | {memory[1]:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _trajectory(name: str) -> str:
+    results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    measured, planned = results["gradient"], results["planned"]
+    lines = [
+        "| steps of the student | 1,600 images, width 128: exact, MiB | held, MiB | 100 images, width 32: exact, s "
+        "| held, s | TESLA, s | cosine of TESLA's gradient, syn_lr "
+        + " / ".join(str(one["syn_lr"]) for one in measured["by_steps"][0]["tesla"])
+        + " |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in measured["by_steps"]:
+        memory = [planned["temp_bytes"][kind][str(row["steps"])] / 2**20 for kind in ("exact", "held")]
+        seconds = " | ".join(f"{row['min_s'][kind]:.2f}" for kind in ("exact", "held", "tesla"))
+        cosines = " / ".join(f"{one['cosine']:.3f}" for one in row["tesla"])
+        lines.append(f"| {row['steps']} | {memory[0]:,.0f} | {memory[1]:,.0f} | {seconds} | {cosines} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
     "cifar10_dm_ipc1_cpu": _run,
     "fit_psnr": _fit,
     "splat": _splat,
     "kernel_model": _kernel_model,
+    "matching": _objectives,
+    "objectives": _steps,
+    "trajectory": _trajectory,
 }
 
 

@@ -513,6 +513,23 @@ def test_absurd_learning_rate_stops_the_run_with_the_iteration(toy, tmp_path, ca
     assert not (tmp_path / "run" / "export").exists()
 
 
+def test_networks_that_diverge_end_the_run_and_the_set_is_kept(toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    text = refused(capsys, start(toy, run, "evaluate.lr=1e30"))
+    assert "test distilled: network 0 diverged at a learning rate of 1e+30; what was distilled is kept" in text
+    assert gsdd_jax.load(run).images().shape == (20, 8, 8, 1)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--run", str(run), "--quiet"])
+    assert evaluate.main(["--run", str(run), "--quiet", "evaluate.lr=0.1"]) == 0
+
+
+def test_networks_trained_side_by_side_find_the_same_accuracies(toy, whole, tmp_path):
+    assert start(toy, tmp_path / "run", "evaluate.parallel=2") == 0
+    alone, together = (json.loads((run / "result.json").read_text()) for run in (whole, tmp_path / "run"))
+    for arm in ("accuracy", "fit_only", "pixel", "random_real"):
+        np.testing.assert_allclose(together[arm]["accuracies"], alone[arm]["accuracies"], atol=0.021)
+
+
 # Evaluation of an exported set
 
 

@@ -12,6 +12,8 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.evaluate import (
     EvalSpec,
     accuracy,
+    adam_start,
+    adam_step,
     choose_lr,
     evaluate,
     lr_factor,
@@ -22,6 +24,7 @@ from gsdd_jax.evaluate import (
     train_network,
 )
 from gsdd_jax.nets import NetSpec, Network, build
+from gsdd_jax.recipes import recipe_for
 
 NO_DSA = DsaSpec(strategy="none")
 CONVNET = build(NetSpec(depth=1, width=4, norm="none"), (4, 4, 3), 3)
@@ -33,6 +36,15 @@ def linear_apply(params, images):
 
 
 LINEAR = Network(lambda key: {"w": 0.1 * jax.random.normal(key, (12, 3)), "b": jnp.zeros(3)}, linear_apply, 39)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """A lazy compiler: what these tests wait for is compilation."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def toy(n, seed=0, size=4):
@@ -95,6 +107,90 @@ def test_training_equals_pytorch_sgd_written_in_numpy(schedule):
         np.testing.assert_allclose(trained[name], params[name], atol=2e-6)
 
 
+def in_numpy(params, key, images, labels, spec):
+    """Trains LINEAR in float64; the batches and the factors on the rate are the library's own, tested elsewhere."""
+    n = len(images)
+    batch, steps = min(spec.batch, n), spec.num_steps(n)
+    key_stream = jax.random.split(key, 3)[1]
+
+    @jax.jit
+    def stream():
+        def cut(order, t):
+            return stream_batch(key_stream, order, t, batch=batch)
+
+        return jax.lax.scan(cut, stream_start(key_stream, n), jnp.arange(steps))[1]
+
+    batches = np.asarray(stream())
+    factors = np.asarray(jax.jit(lambda: lr_factor(jnp.arange(steps), spec=spec, steps=steps))())
+    state = {name: [np.zeros_like(value), np.zeros_like(value), 0] for name, value in params.items()}
+    average, epochs = None, 0
+    for t in range(steps):
+        index = batches[t]
+        grads = softmax_gradients(params, images[index].reshape(batch, -1) / 255, labels[index])
+        rate = spec.lr * float(factors[t])
+        for name, (first, second, count) in state.items():
+            g = grads[name] + spec.weight_decay * params[name]
+            if spec.schedule == "step" and t == (steps + 1) // 2:
+                first, second, count = 0 * first, 0 * second, 0
+            if spec.optimiser == "sgd":
+                first = spec.momentum * first + g
+                direction = first
+            else:
+                first, second, count = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2, count + 1
+                direction = first / (1 - 0.9**count) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+            params = params | {name: params[name] - rate * direction}
+            state[name] = [first, second, count]
+        if (t + 1) * batch // n > epochs or t == steps - 1:
+            decay = min(1 - 1 / (1 + epochs), spec.ema)
+            average = {k: decay * average[k] + (1 - decay) * v for k, v in params.items()} if epochs else params
+            epochs += 1
+    return average if spec.ema else params
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimiser": "adam", "schedule": "step"},
+        {"optimiser": "sgd", "schedule": "warmup_cosine", "ema": 0.995},
+        {"optimiser": "sgd", "schedule": "step", "ema": 0.5},
+        {"optimiser": "adam", "schedule": "cosine", "ema": 0.4, "batch": 99},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_training_equals_the_loop_written_in_numpy(settings):
+    # Epochs end within batches: 8 steps of 4 images are five epochs of 6, and a part of a sixth.
+    images, labels = toy(6, size=2)
+    spec = EvalSpec(**{"steps": 8, "batch": 4, "lr": 0.05, "weight_decay": 0.02, **settings})
+    key = jax.random.key(3)
+    start = LINEAR.init(jax.random.split(key, 3)[0])
+    start = {name: np.asarray(value, np.float64) for name, value in start.items()}
+    expected = in_numpy(start, key, images, labels, spec)
+    trained = train_network(key, images, labels, network=LINEAR, augment=NO_DSA, spec=spec)
+    for name in expected:
+        assert np.abs(expected[name] - start[name]).max() > 0.02
+        np.testing.assert_allclose(trained[name], expected[name], atol=5e-6)
+
+
+def test_average_begins_with_the_weights_after_the_first_epoch_not_with_the_initial_ones():
+    # One weight that only weight decay moves: with rates 0.5 and 0.25 from 8 to 4 and to 3.
+    network = Network(lambda key: {"w": jnp.float32(8)}, lambda p, x: (jnp.zeros((x.shape[0], 3)) * p["w"], x), 1)
+    spec = EvalSpec(steps=2, lr=0.5, momentum=0.0, weight_decay=1.0, schedule="cosine", ema=0.9)
+    trained = train_network(jax.random.key(0), *toy(5, size=2), network=network, spec=spec, augment=NO_DSA)
+    np.testing.assert_allclose(trained["w"], 3.5, rtol=1e-6)
+
+
+def test_adam_step_equals_hand_values():
+    params = {"a": jnp.float32(2)}
+    moments = adam_start(params)
+    params, moments = adam_step(params, moments, {"a": jnp.float32(1)}, lr=0.1, weight_decay=0.5)
+    # The first step is the sign of the gradient with decay, 2.
+    np.testing.assert_allclose([params["a"], moments.mu["a"], moments.nu["a"]], [1.9, 0.2, 0.004], rtol=1e-5)
+    params, moments = adam_step(params, moments, {"a": jnp.float32(-2)}, lr=0.1, weight_decay=0.5)
+    # g = -2 + 0.5 * 1.9 = -1.05; mu = 0.18 - 0.105, nu = 0.003996 + 0.0011025
+    expected = 1.9 - 0.1 * (0.075 / 0.19) / math.sqrt(0.0050985 / 0.001999)
+    np.testing.assert_allclose(params["a"], expected, rtol=1e-5)
+
+
 def test_sgd_step_equals_hand_values():
     params, velocity = {"a": jnp.float32(2)}, {"a": jnp.float32(0)}
     settings = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.25}
@@ -119,6 +215,47 @@ def test_learning_rate_follows_hand_values(schedule, warmup, steps, expected):
     spec = EvalSpec(schedule=schedule, warmup_steps=warmup)
     factors = [lr_factor(t, spec=spec, steps=steps) for t in range(steps)]
     np.testing.assert_allclose(factors, expected, atol=1e-6)
+
+
+def test_glad_schedule_rises_to_half_time_and_follows_a_cosine_down():
+    # What PyTorch's LinearLR, then CosineAnnealingLR give over GLaD's 1000 epochs.
+    spec = EvalSpec(schedule="warmup_cosine")
+    expected = {0: 1e-7, 250: 0.5, 499: 0.998, 500: 1, 501: 1, 750: 0.50314, 900: 0.0973, 999: 3.948e-5}
+    factors = lr_factor(jnp.array(list(expected)), spec=spec, steps=1000)
+    np.testing.assert_allclose(factors, list(expected.values()), rtol=1e-3)
+    for steps, few in ((1, [1e-7]), (4, [1e-7, 0.5, 1, 1])):
+        np.testing.assert_allclose(lr_factor(jnp.arange(steps), spec=spec, steps=steps), few, atol=1e-6)
+    with pytest.raises(ValueError, match="evaluate.warmup_steps: 5, must be 0 with schedule warmup_cosine"):
+        EvalSpec(schedule="warmup_cosine", warmup_steps=5)
+
+
+RUN = EvalSpec(epochs=7, steps=70, batch=5, lr=0.3, momentum=0.1, weight_decay=0.2, warmup_steps=4, seeds=9, parallel=3)
+
+
+@pytest.mark.parametrize(
+    ("network", "gsdd", "glad"),
+    [
+        ("convnet", 1e-2, 1e-3),
+        ("alexnet", 1e-3, 1e-3),
+        ("vgg11", 1e-2, 1e-4),
+        ("resnet18", 1e-2, 1e-3),
+        ("vit", 5e-5, 1e-3),
+    ],
+)
+def test_recipes_are_those_of_their_sources_and_leave_the_rest_to_the_run(network, gsdd, glad):
+    assert recipe_for("config", network, RUN) is RUN
+    expected = dataclasses.replace(RUN, optimiser="adam", lr=gsdd, schedule="cosine", warmup_steps=0, seeds=3)
+    assert recipe_for("gsdd", network, RUN) == expected
+    expected = EvalSpec(batch=256, lr=glad, schedule="warmup_cosine", ema=0.995, parallel=3)
+    assert recipe_for("glad", network, RUN) == expected
+    assert expected.num_steps(200) == 1000 and (expected.momentum, expected.weight_decay) == (0.9, 5e-4)
+
+
+def test_unknown_recipe_or_network_is_refused():
+    with pytest.raises(ValueError, match="recipe: 'mtt', must be one of config, gsdd, glad"):
+        recipe_for("mtt", "vit", RUN)
+    with pytest.raises(ValueError, match="network: 'lenet', recipe glad is for one of convnet, alexnet"):
+        recipe_for("glad", "lenet", RUN)
 
 
 def test_number_of_steps_follows_epochs_or_the_override():
@@ -270,9 +407,11 @@ def test_evaluate_gives_the_same_results_one_by_one_and_in_parallel():
     keys = jax.random.split(jax.random.key(2), 4)
     settings = {"network": CONVNET, "spec": EvalSpec(steps=8, batch=8, lr=0.1), "augment": DsaSpec(strategy="flip")}
     single = np.asarray(evaluate(keys, *data, **settings))
-    paired = np.asarray(evaluate(keys, *data, **settings, parallel=2))
+    # Three and then one.
+    spec = dataclasses.replace(settings["spec"], parallel=3)
+    grouped = np.asarray(evaluate(keys, *data, **settings | {"spec": spec}))
     assert len(set(single.tolist())) > 1
-    np.testing.assert_allclose(single, paired, atol=0.011)  # rounding may turn two of 200 images
+    np.testing.assert_allclose(single, grouped, atol=0.011)  # rounding may turn two of 200 images
     trained = train_network(keys[1], images, labels, **settings)
     assert accuracy(trained, *data[2:], network=CONVNET) == single[1]
 
@@ -292,6 +431,20 @@ def test_choose_lr_picks_the_rate_that_does_best_on_the_held_out_images():
     )
     assert lr == 0.1 and set(table) == {1e-6, 0.1, 1e4} and all(isinstance(value, float) for value in table.values())
     assert table[0.1] > 0.9 > max(table[1e-6], table[1e4])
+
+
+def test_diverged_networks_have_no_accuracy_and_their_rate_is_not_chosen():
+    images, labels = toy(20)
+    data = (images, labels, *toy(10, seed=1))
+    keys = jax.random.split(jax.random.key(0), 2)
+    settings = {"network": LINEAR_4, "spec": EvalSpec(steps=4, batch=8), "augment": NO_DSA}
+    assert np.isnan(evaluate(keys, *data, **settings, lr=1e30)).all()
+    lr, table = choose_lr(keys[0], *data, [1e30, 0.01], **settings)
+    assert lr == 0.01 and np.isnan(table[1e30]) and np.isfinite(table[0.01])
+    with pytest.raises(ValueError, match=r"lrs: \[1e\+30\], networks diverge with each of them; lower rates"):
+        choose_lr(keys[0], *data, [1e30], **settings)
+    result = summarise([0.5, float("nan"), 0.25], [0, 1, 2])
+    assert np.isnan([result["mean"], result["std"]]).all() and result["n"] == 3
 
 
 def test_summary_is_plain_and_uses_the_sample_deviation():
@@ -329,8 +482,6 @@ def test_settings_that_do_not_fit_are_refused():
     keys = jax.random.split(jax.random.key(0), 3)
     data = (IMAGES, LABELS, IMAGES, LABELS)
     settings = {"network": CONVNET, "spec": EvalSpec(), "augment": NO_DSA}
-    with pytest.raises(ValueError, match="parallel: 2, must divide the number of keys, 3"):
-        evaluate(keys, *data, **settings, parallel=2)
     with pytest.raises(ValueError, match=r"keys: shape \(\), must be \[s\]"):
         evaluate(keys[0], *data, **settings)
     with pytest.raises(ValueError, match="batch: 0, must be at least 1"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from command_line import assert_same, findings, start
 
-from train import evaluation, results
+from train import evaluate, evaluation, results
 from train.checkpoint import Checkpoints
 from train.rundir import read_metrics
 
@@ -60,10 +60,14 @@ def test_every_test_has_networks_of_its_own(whole):
     assert len(seeds) == len(set(seeds)) == 6
 
 
-def test_what_is_exported_is_the_set_of_the_best_test(whole):
+def test_what_is_exported_is_the_set_of_the_best_test(whole, tmp_path):
     row = json.loads((whole / "result.json").read_text())["accuracy"]
     with Checkpoints(whole / "checkpoints" / "distilled-best") as best:
         assert best.latest() == row["iteration"]
+    out = tmp_path / "again.json"
+    seed = str(row["seeds"][0])
+    assert evaluate.main(["--run", str(whole), "--quiet", "--first-seed", seed, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["accuracy"]["accuracies"] == pytest.approx(row["accuracies"], abs=1e-6)
 
 
 def test_protocol_is_named_in_table_and_result(whole):

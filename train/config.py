@@ -68,6 +68,10 @@ class EvaluateConfig(EvalSpec):
         Doc("Learning rate: lr, or for sets of trajectory matching the step size they learned (MTT)."),
     ] = "lr"
 
+    def training(self) -> EvalSpec:
+        """Returns how networks are trained, without the rest."""
+        return EvalSpec(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EvalSpec)})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaselineSpec:

@@ -1,7 +1,35 @@
 """Re-evaluate an exported set: ``python -m train.evaluate --run runs/digits``.
 
-Reads the run's config, its data and its exported set, trains fresh networks and tests each once. Nothing in the run
-directory changes; ``--out`` writes the numbers as JSON.
+Reads the run's config, its data and its exported set, trains fresh networks and tests each once, after its last step.
+Nothing in the run directory changes; ``--out`` writes the numbers as JSON, after every network, and the same command
+continues such a file.
+
+Across architectures, as in Table 14 of GSDD (five lines of table and the average without the ConvNet)::
+
+    python -m train.evaluate --run DIR --networks alexnet vgg11 resnet18 vit convnet --recipe gsdd --out cross.json
+
+``--recipe`` says how networks are trained: ``config``, ``gsdd`` or ``glad``, see `gsdd_jax.recipes`. Overrides such as
+``evaluate.steps=100`` apply on top of it, to all networks. ``evaluate.lr_from=syn_lr`` takes the rate that trajectory
+matching learned (MTT).
+
+Across resolutions, as in Table 17 of GSDD: a set distilled at 128 px, networks trained and tested at 256 and 512 px,
+with five and with six blocks::
+
+    python -m train.evaluate --run DIR --resolution 256 network.depth=5
+    python -m train.evaluate --run DIR --resolution 256 network.depth=6
+    python -m train.evaluate --run DIR --resolution 512 network.depth=6 evaluate.batch=64
+
+The set is rendered at that size, and the data are read at that size from their source: photographs that are larger are
+scaled down, smaller ones up (then the test holds no more detail than before, unlike in the paper). Where the run read
+a small copy, a larger one of the same classes can be named, such as data.path=.../imagenette/full-size-v2/1.0.0.
+Normalisation is fitted to the training images at that size. ZCA of 64 px images did not end in nine minutes on two
+cores, and that of larger ones is refused: whiten=meanstd.
+
+``--ddranking`` computes the scores of `gsdd_jax.ddranking` for the run's own network. The full data, the set and random
+real images (drawn anew for each network) are trained by the same recipe, the last two without augmentation as well.
+Deviations from DD-Ranking's code: accuracies are of the last weights, tested once, not the best of many tests; the
+learning rate of random images is chosen on training images that are held out, not on test images; the set has the
+recipe's rate; the full data has the recipe too (and baselines.full_data_steps and full_data_seeds of the config).
 """
 
 from __future__ import annotations
@@ -10,93 +38,202 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import jax.numpy as jnp
+from typing import Any, get_args, get_type_hints
 
 import gsdd_jax
-from gsdd_jax import evaluate, whiten
+from gsdd_jax import nets, recipes
+from gsdd_jax.evaluate import EvalSpec
 from train import config as configs
-from train import experiment as experiments
+from train.bench import Bench, Request, Results, diverged, head, percent, set_up, train_and_test
 from train.errors import UserError, exit_cleanly
 from train.progress import Progress
-from train.rundir import environment, write_json
+from train.ranking import rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    args = _parser().parse_intermixed_args(argv)
+    # Overrides that follow the names of networks are handed over as further names.
+    named = [text for text in args.networks or [] if "=" not in text]
+    overrides = [*(text for text in args.networks or [] if "=" in text), *args.overrides]
+    with exit_cleanly(debug=args.debug or None):
+        _check_arguments(args, named)
+        request = _request(args, named, overrides)
+        # Whatever does not fit is found before data are read.
+        networks = {
+            name: nets.build(
+                spec, (*request.size, request.synset.codec.image_shape[2]), request.synset.codec.num_classes
+            )
+            for name, spec in request.networks.items()
+        }
+        bench = set_up(request)
+        results = Results(Path(args.out) if args.out else None, head(request, bench))
+        progress = Progress(quiet=args.quiet)
+        if args.ddranking:
+            print(rank(request, bench, networks, results, progress))
+        else:
+            text = test_networks(request, bench, networks, results, progress)
+            own = results.content["accuracy"]
+            print(text if named else json.dumps(own))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate",
         description="Train fresh networks on the exported set of a run and test each once.",
         epilog="Settings of the run's config can be overridden, such as evaluate.steps=1000 evaluate.seeds=5.",
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="run directory that train.distill wrote")
-    parser.add_argument("--size", metavar="HxW", help="render at another size, such as 64x64 (with data.resolution)")
+    parser.add_argument(
+        "--networks", nargs="+", metavar="NAME", help=f"networks to train: {', '.join(_names())}; default: the run's"
+    )
+    parser.add_argument(
+        "--recipe",
+        default="config",
+        metavar="NAME",
+        help=f"how they are trained: {', '.join(recipes.RECIPES)} (default: config, the run's evaluate section)",
+    )
+    parser.add_argument(
+        "--resolution", metavar="SIDE", help="render the set and read the data at another size, such as 256"
+    )
+    parser.add_argument("--size", metavar="HxW", help="render only, to meet data that are not square")
+    parser.add_argument("--ddranking", action="store_true", help="compute DD-Ranking's LRS and ARS")
     parser.add_argument(
         "--first-seed", type=int, default=0, metavar="N", help="first seed; the run itself used 0, 1, ..."
     )
-    parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--out", metavar="FILE", help="write the results as JSON; an interrupted file is continued")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluate.seeds=10")
-    args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None):
-        run = Path(args.run)
-        synset = gsdd_jax.load(run)
-        file = run / "config.yaml"
-        if not file.exists():
-            raise UserError(f"{run} holds an exported set but no config.yaml, which says how to train on it")
-        config: configs.RunConfig = configs.load(file, args.overrides)
-        experiment = experiments.prepare(dataclasses.replace(config, codec=synset.codec.spec))
-        images = synset.images(_size(args.size))
-        if images.shape[1:] != experiment.dataset.image_shape:
-            raise UserError(
-                f"the set renders to {list(images.shape[1:])}, test images are {list(experiment.dataset.image_shape)}; "
-                "choose --size and data.resolution to agree"
-            )
-        seeds = list(range(args.first_seed, args.first_seed + config.evaluate.seeds))
-        accuracies = []
-        with Progress(quiet=args.quiet).phase("test", total=len(seeds)) as bar:
-            for seed in seeds:
-                accuracy = evaluate.evaluate(
-                    experiment.key("evaluate", seed)[None],
-                    images,
-                    jnp.asarray(synset.labels),
-                    jnp.asarray(experiment.dataset.test_images),
-                    jnp.asarray(experiment.dataset.test_labels),
-                    network=experiment.network,
-                    spec=config.evaluate,
-                    augment=config.augment,
-                    transform=whiten.apply,
-                    transform_params=experiment.whitening,
-                )
-                accuracies.append(float(accuracy[0]))
-                bar.advance(1, f"accuracy {100 * accuracies[-1]:.1f} %")
-        result = {
-            "run": str(run),
-            "codec": synset.codec.name,
-            "dataset": experiment.dataset.name,
-            "images": len(images),
-            "size": list(images.shape[1:3]),
-            "bytes_per_class": synset.nbytes / synset.codec.num_classes,
-            "accuracy": evaluate.summarise(accuracies, seeds) | {"accuracies": accuracies},
-            "evaluate": dataclasses.asdict(config.evaluate),
-            "environment": environment(),
-        }
-        if args.out:
-            write_json(Path(args.out), result)
-        print(json.dumps(result["accuracy"]))
-    return 0
+    return parser
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
+def _names() -> tuple[str, ...]:
+    return get_args(get_type_hints(nets.NetSpec)["name"])
+
+
+def _check_arguments(args: argparse.Namespace, named: list[str]) -> None:
+    for name in named:
+        if name not in _names():
+            raise UserError(f"--networks: unknown network {name!r}; allowed: {', '.join(_names())}")
+    if args.networks and not named:
+        raise UserError(f"--networks: expected one or more of {', '.join(_names())}, found none")
+    if args.recipe not in recipes.RECIPES:
+        raise UserError(f"--recipe: unknown recipe {args.recipe!r}; allowed: {', '.join(recipes.RECIPES)}")
+    if args.ddranking and named:
+        raise UserError("--networks: --ddranking is computed for the run's own network; leave one of them out")
+    if args.size and args.resolution:
+        raise UserError("--size: --resolution sets the size of the set and of the data; leave one of them out")
+    if args.first_seed < 0:
+        raise UserError(f"--first-seed: expected an integer of at least 0, found {args.first_seed}")
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise UserError(f"--out: no such directory: {Path(args.out).parent}")
+
+
+def _request(args: argparse.Namespace, named: list[str], overrides: list[str]) -> Request:
+    run = Path(args.run)
+    synset = gsdd_jax.load(run)
+    file = run / "config.yaml"
+    if not file.exists():
+        raise UserError(f"{run} holds an exported set but no config.yaml, which says how to train on it")
+    size, resolution = synset.codec.image_shape[:2], 0
+    if args.resolution:
+        resolution = _side(args.resolution)
+        size = (resolution, resolution)
+    elif args.size:
+        size = _size(args.size)
+    config: configs.RunConfig = configs.load(file, overrides)
+    places = {text: [part.strip() for part in text.partition("=")[0].split(".")] for text in overrides}
+    section = [place for place in places.values() if place[0] == "evaluate"]
+    # A recipe works on the run's own section; what the command line says about it goes on top.
+    base: configs.RunConfig = configs.load(file, [text for text in overrides if places[text] not in section])
+    every = {field.name for field in dataclasses.fields(EvalSpec)}
+    on_top = {name for place in section for name in place[1:2] or every} & every
+    own = config.network
+    names = named or [own.name]
+    specs = {}
+    for name in names:
+        spec = recipes.recipe_for(args.recipe, name, base.evaluate.training())
+        if args.recipe == "config" and config.evaluate.lr_from == "syn_lr" and "syn_lr" in synset.meta:
+            spec = dataclasses.replace(spec, lr=synset.meta["syn_lr"])
+        specs[name] = dataclasses.replace(spec, **{field: getattr(config.evaluate, field) for field in on_top})
+    maker: configs.RunConfig = configs.load(file)
+    networks = {name: own if name == own.name else nets.NetSpec(name=name) for name in names}  # type: ignore[arg-type]
+    return Request(
+        run, synset, config, maker.network.name, args.recipe, networks, specs, size, resolution, args.first_seed
+    )
+
+
+def _side(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--resolution: expected a side in pixels such as 256, found {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise UserError(f"--size: expected HEIGHTxWIDTH such as 64x64, found {text!r}")
     return int(height), int(width)
+
+
+def test_networks(
+    request: Request, bench: Bench, networks: dict[str, nets.Network], results: Results, progress: Progress
+) -> str:
+    """Trains and tests every network that is not in the file yet; returns the table."""
+    augment = request.config.augment
+    settings = {name: request.settings(name, spec, augment) for name, spec in request.specs.items()}
+    entries = {name: results.known("networks", name, settings[name]) for name in networks}
+    for name, network in networks.items():
+        if entries[name] is not None:
+            progress.say(f"{name}: kept from the file of results")
+            continue
+        spec, began = request.specs[name], time.perf_counter()
+        with progress.phase(f"test {name}", total=spec.seeds) as bar:
+            training = bench.images, bench.labels
+            values = train_and_test(request, bench, network, spec, augment, training, bar)
+        seconds = time.perf_counter() - began
+        entry = request.entry(values, spec, settings[name], images=len(bench.images), seconds=seconds)
+        entries[name] = entry
+        results.keep("networks", name, entry)
+    finished: dict[str, dict[str, Any]] = {name: entry for name, entry in entries.items() if entry is not None}
+    others = {name: entry["mean"] for name, entry in finished.items() if name != request.maker}
+    known = [mean for mean in others.values() if mean is not None]
+    complete = known and len(known) == len(others)
+    results.content["cross_architecture"] = (
+        {"mean": sum(known) / len(known), "networks": list(others)} if complete else None
+    )
+    own = finished.get(request.config.network.name)
+    keys = ("mean", "std", "n", "seeds", "accuracies")
+    results.content["accuracy"] = None if own is None else {key: own[key] for key in keys}
+    results.save()
+    text = _table(request, finished, results.content["cross_architecture"])
+    failed = {name: entry for name, entry in finished.items() if "diverged" in entry}
+    if failed:
+        if len(networks) > 1:
+            print(text)
+        raise UserError(diverged(failed))
+    return text
+
+
+def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str, Any] | None) -> str:
+    height, width = request.size
+    lines = [
+        f"{request.run}: networks trained and tested at {height}x{width} px, recipe {request.recipe}",
+        "",
+        "| network | test accuracy, % | networks | learning rate | steps each |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, entry in entries.items():
+        made = " (made the set)" if name == request.maker else ""
+        lines.append(f"| {name}{made} | {percent(entry)} | {entry['n']} | {entry['lr']:g} | {entry['steps']:,} |")
+    if cross is not None and len(cross["networks"]) > 1:
+        lines.append(f"| average of those that did not make the set | {100 * cross['mean']:.1f} | | | |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

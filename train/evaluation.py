@@ -56,31 +56,16 @@ def evaluate_stage(
             f"{path} is damaged ({error}): delete it and run the same command again; networks will be tested anew"
         ) from error
     entry = known.setdefault(arm, {"accuracies": {}, "seconds": 0.0})
-    classes = dataset.num_classes
-    with progress.phase(f"test {arm}", total=len(seeds), done=len(entry["accuracies"])) as bar:
-        for seed in seeds:
-            if str(seed) in entry["accuracies"]:
-                continue
+    left = [seed for seed in seeds if str(seed) not in entry["accuracies"]]
+    # Each network of random real images has a training set of its own.
+    together = 1 if arm == "random_real" else spec.parallel
+    with progress.phase(f"test {arm}", total=len(seeds), done=len(seeds) - len(left)) as bar:
+        for group in (left[i : i + together] for i in range(0, len(left), together)):
             began = time.perf_counter()
-            if arm == "full_data":
-                batch, labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-            else:
-                if arm == "random_real":
-                    pixels = codecs.make(
-                        codecs.PixelSpec(ipc=int(config.ipc)),
-                        image_shape=dataset.image_shape,
-                        num_classes=classes,
-                        bytes_per_class=experiment.bytes_per_class,
-                    )
-                    batch = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
-                else:
-                    assert images is not None
-                    batch = images
-                labels = jnp.repeat(jnp.arange(classes, dtype=jnp.int32), len(batch) // classes)
-            accuracy = evaluate.evaluate(
-                experiment.key("evaluate", seed)[None],
-                batch,
-                labels,
+            training = _training_set(experiment, arm, images, group[0])
+            accuracies = evaluate.evaluate(
+                jnp.stack([experiment.key("evaluate", seed) for seed in group]),
+                *training,
                 jnp.asarray(dataset.test_images),
                 jnp.asarray(dataset.test_labels),
                 network=experiment.network,
@@ -90,11 +75,17 @@ def evaluate_stage(
                 transform_params=experiment.whitening,
                 lr=lr,
             )
-            entry["accuracies"][str(seed)] = float(accuracy[0])
+            for seed, accuracy in zip(group, np.asarray(accuracies), strict=True):
+                if not np.isfinite(accuracy):
+                    raise UserError(
+                        f"test {arm}: network {seed} diverged at a learning rate of {spec.lr if lr is None else lr:g}; "
+                        f"what was distilled is kept: python -m train.evaluate --run {run.path} evaluate.lr=... tests it"
+                    )
+                entry["accuracies"][str(seed)] = float(accuracy)
             entry["seconds"] += time.perf_counter() - began
-            entry["images"] = len(batch)
+            entry["images"] = len(training[0])
             write_json(path, known)
-            bar.advance(1, f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
+            bar.advance(len(group), f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
     values = [entry["accuracies"][str(seed)] for seed in seeds]
     return {
         **evaluate.summarise(values, seeds),
@@ -106,9 +97,26 @@ def evaluate_stage(
     }
 
 
+def _training_set(experiment: Experiment, arm: str, images: jax.Array | None, seed: int) -> tuple[jax.Array, jax.Array]:
+    """Returns images and labels that a network is trained on."""
+    config, dataset = experiment.config, experiment.dataset
+    if arm == "full_data":
+        return jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+    if arm == "random_real":
+        pixels = codecs.make(
+            codecs.PixelSpec(ipc=int(config.ipc)),
+            image_shape=dataset.image_shape,
+            num_classes=dataset.num_classes,
+            bytes_per_class=experiment.bytes_per_class,
+        )
+        images = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
+    assert images is not None
+    return images, jnp.repeat(jnp.arange(dataset.num_classes, dtype=jnp.int32), len(images) // dataset.num_classes)
+
+
 def evaluation_spec(experiment: Experiment, arm: str) -> evaluate.EvalSpec:
     """Returns the training recipe of an arm: the same for all, but for the full data where the config says so."""
-    spec, baselines = experiment.config.evaluate, experiment.config.baselines
+    spec, baselines = experiment.config.evaluate.training(), experiment.config.baselines
     if arm != "full_data":
         return spec
     return dataclasses.replace(

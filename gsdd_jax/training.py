@@ -1,0 +1,327 @@
+"""Training of one network on a set of images: optimiser, schedule, stream of batches, averaged weights.
+
+Nothing here sees test images; `gsdd_jax.evaluate` tests what comes out.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from annotated_types import Ge, Gt, Lt
+from jax import lax
+from typing_extensions import Doc
+
+from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.nets import Network
+
+Transform = Callable[[Any, jax.Array], jax.Array]
+
+# Where GLaD's warm-up starts, as a factor on the rate.
+_WARMUP_START = 1e-7
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """How networks are trained for a test: SGD or Adam as in PyTorch, with coupled weight decay.
+
+    Raises:
+        ValueError: `warmup_steps` is set for a schedule that has its own warm-up.
+    """
+
+    epochs: Annotated[int, Ge(1), Doc("Passes over the images (DSA: 1000); steps = ceil(epochs * n / batch).")] = 1000
+    steps: Annotated[int, Ge(0), Doc("Training steps, in place of epochs; 0 = by epochs.")] = 0
+    batch: Annotated[int, Ge(1), Doc("Images per step (DC: 256); all of them if there are fewer.")] = 256
+    optimiser: Annotated[
+        Literal["sgd", "adam"], Doc("sgd with momentum (DC), or adam with PyTorch's defaults (GSDD across networks).")
+    ] = "sgd"
+    lr: Annotated[float, Gt(0), Doc("Learning rate (DC: 0.01, with sgd).")] = 0.01
+    momentum: Annotated[float, Ge(0), Lt(1), Doc("Momentum of sgd (DC: 0.9); adam has none.")] = 0.9
+    weight_decay: Annotated[float, Ge(0), Doc("Times the weight, added to the gradient; all weights (DC: 5e-4).")] = (
+        5e-4
+    )
+    schedule: Annotated[
+        Literal["step", "cosine", "warmup_cosine"],
+        Doc(
+            "step: a tenth from half time on, optimiser restarted (DC); cosine: to 0; warmup_cosine: linear from 0 to "
+            "half time, then cosine to 0 (GLaD)."
+        ),
+    ] = "step"
+    warmup_steps: Annotated[int, Ge(0), Doc("First steps over which the rate rises linearly.")] = 0
+    ema: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        Doc("Decay of a mean of the weights, taken once per epoch, that is tested (GLaD: 0.995); 0 = last weights."),
+    ] = 0.0
+    seeds: Annotated[int, Ge(1), Doc("Number of networks trained and tested.")] = 5
+    parallel: Annotated[int, Ge(1), Doc("Networks trained side by side where several are asked for at once.")] = 1
+
+    def __post_init__(self) -> None:
+        """Checks what no single field can say."""
+        if self.schedule == "warmup_cosine" and self.warmup_steps:
+            raise ValueError(
+                f"evaluate.warmup_steps: {self.warmup_steps}, must be 0 with schedule warmup_cosine, "
+                "which rises until half time"
+            )
+
+    def num_steps(self, num_images: int) -> int:
+        """Returns how many steps training takes on so many images."""
+        return self.steps or -(-self.epochs * num_images // min(self.batch, num_images))
+
+    def static(self) -> "EvalSpec":
+        """Returns the settings with neutral values where compiled training does not depend on them."""
+        return dataclasses.replace(self, lr=1.0, seeds=1, parallel=1)
+
+
+class _Static(NamedTuple):
+    """What the compiled functions depend on, and hash by."""
+
+    network: Network
+    spec: EvalSpec
+    augment: DsaSpec
+    transform: Transform | None
+
+
+def train_network(
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    network: Network,
+    spec: EvalSpec,
+    augment: DsaSpec,
+    transform: Transform | None = None,
+    transform_params: Any = None,
+    lr: jax.Array | float | None = None,
+) -> Any:
+    """Trains a fresh network on cross entropy and returns its final weights, or their average with `spec.ema`.
+
+    Protocol of DC, DSA, DM and MTT (their `evaluate_synset`). Deviations: batches are windows of fixed size in a
+    stream of shuffled epochs, so that no last batch is short; and there are `epochs` epochs with the drop at half of
+    all steps, where the reference runs one more and drops after epochs // 2 + 2 of them.
+
+    All steps are one compiled loop. It is compiled anew for other shapes, settings or functions, but not for
+    another learning rate or other `transform_params`. Works under `vmap` over `key`.
+
+    Args:
+        key: decides the weights, the batches and the augmentations; consumed.
+        images: [n, h, w, c], uint8 (divided by 255 batch by batch) or float.
+        labels: int [n], in 0..k-1.
+        network: what to train.
+        spec: how.
+        augment: DSA, with parameters per image; strategy "none" for none.
+        transform: (transform_params, images) -> images, applied to each batch before augmentation: whitening. A set
+            that fits into memory as floats is cheaper to transform beforehand.
+        transform_params: arrays that `transform` needs, of any structure.
+        lr: learning rate in place of `spec.lr`.
+
+    Returns:
+        The weights, as `network.init` shapes them.
+
+    Raises:
+        ValueError: no images, images that are not [n, h, w, c], or labels of another shape than [n].
+        TypeError: images that are neither uint8 nor floating point, or labels that are not integers.
+    """
+    check_images(images, labels, "")
+    static = _Static(network, spec.static(), augment, transform)
+    return _train(key, images, labels, transform_params, rate_of(lr, spec), static=static)
+
+
+def lr_factor(step: jax.Array | int, *, spec: EvalSpec, steps: int) -> jax.Array:
+    """Returns the factor on the learning rate at a step: warm-up times schedule.
+
+    Args:
+        step: 0 to steps - 1.
+        spec: `schedule` and `warmup_steps` count. The cosine starts after the warm-up; the drop of "step" is at
+            half of all steps. "warmup_cosine" is GLaD's with a step where GLaD has an epoch (the same thing where one
+            batch holds all images): from 1e-7 up to 1 at half time, 1 once more, then down along a cosine.
+        steps: length of the training.
+
+    Returns:
+        float32 scalar in [0, 1].
+    """
+    step = jnp.asarray(step)
+    if spec.schedule == "warmup_cosine":
+        half = max(steps // 2, 1)
+        rise = _WARMUP_START + (1 - _WARMUP_START) * jnp.minimum(step / half, 1.0)
+        return rise * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - half - 1) / half, 0, 1)))
+    warmup = jnp.minimum(1.0, (step + 1) / max(spec.warmup_steps, 1))
+    if spec.schedule == "cosine":
+        progress = (step - spec.warmup_steps) / max(steps - spec.warmup_steps, 1)
+        return warmup * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+    return warmup * jnp.where(step < _drop(steps), 1.0, 0.1)
+
+
+def sgd_step(
+    params: Any,
+    velocity: Any,
+    grads: Any,
+    *,
+    lr: jax.Array | float,
+    momentum: jax.Array | float,
+    weight_decay: float,
+) -> tuple[Any, Any]:
+    """Updates weights as PyTorch's SGD does: v <- momentum * v + (g + weight_decay * p); p <- p - lr * v.
+
+    Args:
+        params: weights, a pytree.
+        velocity: the same structure; zeros at first.
+        grads: the same structure.
+        lr: learning rate.
+        momentum: factor on the old velocity, without dampening.
+        weight_decay: coupled: it goes through the momentum.
+
+    Returns:
+        New params and velocity.
+    """
+    velocity = jax.tree.map(lambda v, g, p: momentum * v + (g + weight_decay * p), velocity, grads, params)
+    return jax.tree.map(lambda p, v: p - lr * v, params, velocity), velocity
+
+
+def adam_step(
+    params: Any, moments: optax.ScaleByAdamState, grads: Any, *, lr: jax.Array | float, weight_decay: float
+) -> tuple[Any, optax.ScaleByAdamState]:
+    """Updates weights as PyTorch's Adam does by default: betas 0.9 and 0.999, eps 1e-8.
+
+    Args:
+        params: weights, a pytree.
+        moments: `adam_start(params)` at first.
+        grads: as params.
+        lr: learning rate.
+        weight_decay: coupled: it goes through both moments, as in `Adam(weight_decay=...)` and unlike in AdamW.
+
+    Returns:
+        New params and moments.
+    """
+    grads = jax.tree.map(lambda g, p: g + weight_decay * p, grads, params)
+    direction, moments = _ADAM.update(grads, moments)
+    return jax.tree.map(lambda p, d: p - lr * d, params, direction), moments
+
+
+def adam_start(params: Any) -> optax.ScaleByAdamState:
+    """Returns the moments before the first `adam_step`."""
+    return _ADAM.init(params)
+
+
+_ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+
+def stream_start(key: jax.Array, num_images: int) -> jax.Array:
+    """Returns the first two epochs of the stream of batches: int32 [2n], two permutations of the n images."""
+    return jnp.concatenate([_epoch(key, 0, num_images), _epoch(key, 1, num_images)])
+
+
+def stream_batch(key: jax.Array, order: jax.Array, step: jax.Array, *, batch: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts batch number `step` from the stream of shuffled epochs, laid end to end.
+
+    Must be called for step 0, 1, 2, ... in turn.
+
+    Args:
+        key: the one given to `stream_start`.
+        order: what that, or the call for the step before, returned.
+        step: number of the batch.
+        batch: its size, at most n.
+
+    Returns:
+        The order for the next call, and the image indices, int32 [batch].
+    """
+    n = order.shape[0] // 2
+    epoch, before = step * batch // n, jnp.maximum(step - 1, 0) * batch // n
+    # A batch is no longer than an epoch, so at most one epoch ends per step. The predicate does not depend on the
+    # key: under vmap over keys this stays a branch.
+    order = lax.cond(epoch > before, lambda: jnp.concatenate([order[n:], _epoch(key, epoch + 1, n)]), lambda: order)
+    return order, lax.dynamic_slice_in_dim(order, step * batch - epoch * n, batch)
+
+
+def rate_of(lr: jax.Array | float | None, spec: EvalSpec) -> jax.Array:
+    """Returns the learning rate as an array, so that another one needs no compilation."""
+    return jnp.asarray(spec.lr if lr is None else lr, jnp.float32)
+
+
+def inputs(images: jax.Array, transform: Transform | None, transform_params: Any) -> jax.Array:
+    """Returns what a network sees of images: floats, transformed."""
+    x = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+    return x if transform is None else transform(transform_params, x)
+
+
+def check_images(images: jax.Array, labels: jax.Array, which: str) -> None:
+    """Raises if images and labels are not what `train_network` says; `which` goes before their names."""
+    if images.ndim != 4 or images.shape[0] < 1:
+        raise ValueError(f"{which}images: shape {images.shape}, must be [n, h, w, c] with n at least 1")
+    if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"{which}images: {images.dtype}, must be uint8 or floating point")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{which}labels: shape {labels.shape}, must be {images.shape[:1]}, one per image")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{which}labels: {labels.dtype}, must be integers")
+
+
+def _epoch(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:
+    return jax.random.permutation(jax.random.fold_in(key, epoch), n).astype(jnp.int32)
+
+
+def _drop(steps: int) -> int:
+    return (steps + 1) // 2
+
+
+def _start(spec: EvalSpec, params: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, params) if spec.optimiser == "sgd" else adam_start(params)
+
+
+def _update(
+    spec: EvalSpec, params: Any, state: Any, grads: Any, *, lr: jax.Array, restart: jax.Array
+) -> tuple[Any, Any]:
+    """Takes one step of the optimiser; a restart forgets its state first."""
+    if spec.optimiser == "sgd":
+        momentum = jnp.where(restart, 0.0, spec.momentum)
+        return sgd_step(params, state, grads, lr=lr, momentum=momentum, weight_decay=spec.weight_decay)
+    state = jax.tree.map(lambda leaf: jnp.where(restart, jnp.zeros_like(leaf), leaf), state)
+    return adam_step(params, state, grads, lr=lr, weight_decay=spec.weight_decay)
+
+
+def _average(average: Any, params: Any, step: jax.Array, *, decay: float, batch: int, n: int, steps: int) -> Any:
+    """Takes the weights into their running mean where an epoch ends, as GLaD does with the package ema_pytorch.
+
+    The decay of update k = 0, 1, ... is min(1 - 1 / (1 + k), decay): a plain mean at first. Deviation: the last step
+    counts as the end of an epoch even if it is not, so that weights are tested that saw all steps.
+    """
+    k = step * batch // n
+    ends = ((step + 1) * batch // n > k) | (step == steps - 1)
+    keep = jnp.where(ends, jnp.minimum(1 - 1 / (1 + k), decay), 1.0)
+    return jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)
+
+
+@partial(jax.jit, static_argnames="static")
+def _train(
+    key: jax.Array, images: jax.Array, labels: jax.Array, transform_params: Any, lr: jax.Array, *, static: _Static
+) -> Any:
+    network, spec, augment, transform = static
+    n = images.shape[0]
+    batch, steps = min(spec.batch, n), spec.num_steps(n)
+    key_init, key_stream, key_augment = jax.random.split(key, 3)
+
+    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits, _ = network.apply(params, x)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1))
+
+    def step(carry: tuple[Any, Any, jax.Array, Any], t: jax.Array) -> tuple[tuple[Any, Any, jax.Array, Any], None]:
+        params, state, order, average = carry
+        order, index = stream_batch(key_stream, order, t, batch=batch)
+        x = inputs(images[index], transform, transform_params)
+        x = dsa(jax.random.fold_in(key_augment, t), x, augment)
+        grads = jax.grad(loss)(params, x, labels[index])
+        rate = lr * lr_factor(t, spec=spec, steps=steps)
+        restart = (t == _drop(steps)) & (spec.schedule == "step")
+        params, state = _update(spec, params, state, grads, lr=rate, restart=restart)
+        if spec.ema:
+            average = _average(average, params, t, decay=spec.ema, batch=batch, n=n, steps=steps)
+        return (params, state, order, average), None
+
+    params = network.init(key_init)
+    start = (params, _start(spec, params), stream_start(key_stream, n), params if spec.ema else None)
+    (params, _, _, average), _ = lax.scan(step, start, jnp.arange(steps))
+    return average if spec.ema else params

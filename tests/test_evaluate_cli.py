@@ -1,0 +1,318 @@
+"""train.evaluate across networks and resolutions, and DD-Ranking: protocol, table, files of results, refusals."""
+
+import dataclasses
+import json
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsdd_jax import codecs, data, ddranking, synset
+from gsdd_jax import evaluate as library
+from gsdd_jax.evaluate import EvalSpec
+from train import evaluate
+
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
+CONFIG = """
+name: tiny
+ipc: 1
+data: {source: digits, per_class: 12, test_limit: 40}
+network: {depth: 1, width: 8}
+augment: {strategy: crop}
+codec: {name: pixel}
+distill: {iterations: 0}
+evaluate: {steps: 3, batch: 16, lr: 0.1, seeds: 2, weight_decay: 0.25}
+baselines: {full_data_steps: 7, full_data_seeds: 1}
+"""
+DIGITS = data.load(data.DataSpec(per_class=12, test_limit=40))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory as train.evaluate reads it: config and exported set, the first image of every class."""
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    first = [int(np.flatnonzero(DIGITS.train_labels == label)[0]) for label in range(10)]
+    images = jnp.asarray(DIGITS.train_images[first], jnp.float32) / 255
+    codec = codecs.make(codecs.PixelSpec(), image_shape=(8, 8, 1), num_classes=10, bytes_per_class=256)
+    exported = synset.SynSet(codec, codec.init(jax.random.key(0), images), 256, DIGITS.class_names)
+    (path / synset.EXPORT).mkdir(parents=True)
+    exported.save(path / synset.EXPORT)
+    (path / "config.yaml").write_text(CONFIG)
+    return path
+
+
+def start(run, *arguments) -> int:
+    """Runs the command line in this process and returns its exit code."""
+    try:
+        return evaluate.main(["--run", str(run), "--quiet", *map(str, arguments)])
+    except SystemExit as end:
+        return end.code
+
+
+def refused(capsys, code) -> str:
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture
+def mock(monkeypatch):
+    """Replaces training: calls are recorded, accuracies are those of `mock.answers` in turn, or 0.5."""
+    mock = types.SimpleNamespace(calls=[], answers=[])
+
+    def fake(keys, images, labels, test_images, test_labels, **settings):
+        mock.calls.append(
+            types.SimpleNamespace(keys=keys, images=images, labels=labels, test_images=test_images, **settings)
+        )
+        answer = mock.answers.pop(0) if mock.answers else 0.5
+        if isinstance(answer, BaseException):
+            raise answer
+        return jnp.full(len(keys), answer, jnp.float32)
+
+    monkeypatch.setattr(library, "evaluate", fake)
+    return mock
+
+
+# Across networks
+
+
+def test_networks_of_other_families_are_trained_and_tested_and_average_without_the_maker(run, tmp_path, capsys):
+    out = tmp_path / "cross.json"
+    arguments = ["--networks", "alexnet", "convnet", "evaluate.steps=1", "evaluate.seeds=1", "--out", out]
+    assert start(run, *arguments) == 0
+    written, text = json.loads(out.read_text()), capsys.readouterr().out
+    assert list(written["networks"]) == ["alexnet", "convnet"]
+    for entry in written["networks"].values():
+        assert {"mean", "std", "n", "seeds", "lr", "steps", "recipe"} <= entry.keys()
+        assert (entry["n"], entry["seeds"], entry["lr"], entry["steps"]) == (1, [0], 0.1, 1)
+        # 40 test images.
+        assert entry["mean"] * 40 == pytest.approx(round(entry["mean"] * 40), abs=1e-4) and 0 <= entry["mean"] <= 1
+    means = {name: entry["mean"] for name, entry in written["networks"].items()}
+    assert written["cross_architecture"] == {"mean": means["alexnet"], "networks": ["alexnet"]}
+    assert written["accuracy"]["mean"] == means["convnet"]
+    assert f"| alexnet | {100 * means['alexnet']:.1f} | 1 | 0.1 | 1 |" in text
+    assert f"| convnet (made the set) | {100 * means['convnet']:.1f} |" in text
+    assert {"environment", "set_sha256", "data_sha256"} <= written.keys()
+
+
+def test_table_and_average_of_several_networks(run, mock, capsys):
+    mock.answers = [0.25, 0.75, 0.5, 0.5, 1.0, 1.0]
+    assert start(run, "--resolution", "32", "--networks", "vgg11", "vit", "convnet") == 0
+    text = capsys.readouterr().out
+    assert "networks trained and tested at 32x32 px, recipe config" in text
+    assert "| vgg11 | 50.0 ± 35.4 | 2 | 0.1 | 3 |" in text and "| vit | 50.0 ± 0.0 |" in text
+    assert "| average of those that did not make the set | 50.0 |" in text
+
+
+def test_recipes_set_the_training_of_each_network_and_overrides_apply_on_top(run, mock):
+    names = ("alexnet", "vgg11", "resnet18", "vit", "convnet")
+
+    def specs(*arguments) -> dict[str, EvalSpec]:
+        mock.calls.clear()
+        assert start(run, "--resolution", "32", "--networks", *names, *arguments) == 0
+        found = [call.spec for call in mock.calls]
+        distinct = [spec for i, spec in enumerate(found) if i == 0 or call_network(i) is not call_network(i - 1)]
+        return dict(zip(names, distinct, strict=True))
+
+    def call_network(i):
+        return mock.calls[i].network
+
+    own = EvalSpec(steps=3, batch=16, lr=0.1, seeds=2, weight_decay=0.25)
+    assert set(specs().values()) == {own}
+    gsdd = specs("--recipe", "gsdd", "evaluate.steps=9")
+    assert {name: spec.lr for name, spec in gsdd.items()} == {
+        "alexnet": 1e-3, "vgg11": 1e-2, "resnet18": 1e-2, "vit": 5e-5, "convnet": 1e-2,
+    }  # fmt: skip
+    adam = dataclasses.replace(own, optimiser="adam", schedule="cosine", lr=1e-3, steps=9, seeds=3)
+    assert gsdd["alexnet"] == adam
+    glad = specs("evaluate.lr=0.5", "--recipe", "glad", "evaluate.seeds=1")["vgg11"]
+    assert glad == EvalSpec(lr=0.5, schedule="warmup_cosine", ema=0.995, seeds=1)
+    whole = specs("--recipe", "glad", "evaluate={steps: 4}")
+    assert set(whole.values()) == {EvalSpec(steps=4)}
+
+
+def test_networks_are_trained_side_by_side_with_the_keys_of_their_seeds(run, mock):
+    assert start(run, "evaluate.seeds=5") == 0
+    single = [jax.random.key_data(call.keys).tolist()[0] for call in mock.calls]
+    assert len(single) == 5
+    mock.calls.clear()
+    assert start(run, "--first-seed", "1", "evaluate.seeds=4", "evaluate.parallel=3") == 0
+    assert [len(call.keys) for call in mock.calls] == [3, 1]
+    assert np.concatenate([jax.random.key_data(call.keys) for call in mock.calls]).tolist() == single[1:]
+
+
+# Across resolutions
+
+
+def test_resolution_renders_the_set_and_reads_the_data_at_that_size(run, mock, tmp_path):
+    out = tmp_path / "large.json"
+    assert start(run, "--resolution", "16", "network.depth=4", "--out", out) == 0
+    call = mock.calls[0]
+    assert call.images.shape == (10, 16, 16, 1) and call.test_images.shape == (40, 16, 16, 1)
+    larger = data.load(data.DataSpec(per_class=12, test_limit=40, resolution=16))
+    np.testing.assert_array_equal(call.test_images, larger.test_images)
+    assert {"conv0", "conv1", "conv2", "conv3"} <= set(jax.eval_shape(call.network.init, jax.random.key(0))["layers"])
+    written = json.loads(out.read_text())
+    assert (written["native_size"], written["size"]) == ([8, 8], [16, 16])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--networks", "lenet"],
+            "--networks: unknown network 'lenet'; allowed: convnet, alexnet, vgg11, resnet18, vit",
+        ),
+        (["--networks", "evaluate.seeds=1"], "--networks: expected one or more of convnet, alexnet"),
+        (["--recipe", "mtt"], "--recipe: unknown recipe 'mtt'; allowed: config, gsdd, glad"),
+        (["--resolution", "16x16"], "--resolution: expected a side in pixels such as 256, found '16x16'"),
+        (["--resolution", "0"], "--resolution: expected a side in pixels"),
+        (["--resolution", "16", "--size", "16x16"], "--size: --resolution sets the size"),
+        (["--first-seed", "-1"], "--first-seed: expected an integer of at least 0, found -1"),
+        (["--networks", "vit", "--ddranking"], "--networks: --ddranking is computed for the run's own network"),
+        (["--out", "/absent/place/x.json"], "--out: no such directory: /absent/place"),
+        (["--networks", "alexnet", "vgg11"], "network.name: vgg11 does not fit 8x8 px images"),
+        (["--resolution", "16", "network.depth=5"], "network.depth: 5 blocks halve 16x16 px images below one pixel"),
+        (["--recipe", "glad", "evaluate.warmup_steps=5"], "evaluate.warmup_steps: 5, must be 0 with schedule"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_one_line_before_any_data_are_read(run, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(data, "load", lambda spec: pytest.fail("read data"))
+    assert message in refused(capsys, start(run, *arguments))
+
+
+def test_data_of_other_classes_are_refused(run, mock, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda spec: DIGITS._replace(class_names=DIGITS.class_names[::-1]))
+    message = refused(capsys, start(run))
+    assert "data: the set has the classes 0, 1, 2, ... (10), digits has 9, 8, 7, ... (10)" in message
+
+
+# The file of results
+
+
+def test_finished_networks_survive_a_crash_and_are_not_trained_again(run, mock, tmp_path, capsys):
+    out = tmp_path / "cross.json"
+    command = ["--resolution", "32", "--out", out, "--networks", "alexnet", "vgg11", "resnet18"]
+    mock.answers = [0.25, 0.25, KeyboardInterrupt()]
+    assert start(run, *command) == 130
+    assert list(json.loads(out.read_text())["networks"]) == ["alexnet"]
+    mock.answers, count = [0.5, 0.5, MemoryError()], len(mock.calls)
+    with pytest.raises(MemoryError):
+        start(run, *command)
+    assert len(mock.calls) - count == 3
+    assert list(json.loads(out.read_text())["networks"]) == ["alexnet", "vgg11"]
+    mock.answers, count = [0.75, 0.75], len(mock.calls)
+    assert start(run, *command) == 0
+    assert len(mock.calls) - count == 2
+    written = json.loads(out.read_text())
+    assert {name: entry["mean"] for name, entry in written["networks"].items()} == {
+        "alexnet": 0.25, "vgg11": 0.5, "resnet18": 0.75,
+    }  # fmt: skip
+    assert written["cross_architecture"]["mean"] == 0.5
+    # More networks go into the same file, and `parallel` changes no number.
+    assert start(run, *command, "vit", "evaluate.parallel=2") == 0
+    assert list(json.loads(out.read_text())["networks"]) == ["alexnet", "vgg11", "resnet18", "vit"]
+
+
+def test_file_of_other_settings_set_or_size_is_refused_and_kept(run, mock, tmp_path, capsys):
+    out = tmp_path / "own.json"
+    assert start(run, "--out", out) == 0
+    before, count = out.read_bytes(), len(mock.calls)
+    capsys.readouterr()
+    message = refused(capsys, start(run, "--out", out, "evaluate.steps=4", "augment.strategy=none"))
+    assert f"{out} holds convnet with other settings: evaluate.steps is 3 there and 4 now; " in message
+    assert 'augment.strategy is "crop" there and "none" now; choose another file or delete it' in message
+    message = refused(capsys, start(run, "--out", out, "--resolution", "16"))
+    assert f"{out} holds results with another data, another size: choose another file or delete it" in message
+    assert out.read_bytes() == before and len(mock.calls) == count
+    out.write_text("{half")
+    assert f"{out} is damaged" in refused(capsys, start(run, "--out", out))
+    out.write_text("[1]")
+    assert "holds results with another set" in refused(capsys, start(run, "--out", out))
+
+
+def test_diverged_networks_are_reported_and_the_others_are_tested(run, mock, tmp_path, capsys):
+    out = tmp_path / "cross.json"
+    mock.answers = [0.5, math.nan, 0.75, 0.75]
+    code = start(run, "--resolution", "32", "--networks", "vgg11", "vit", "--out", out)
+    captured = capsys.readouterr()
+    assert code == 2 and "| vgg11 | diverged (1 of 2) | 2 |" in captured.out and "| vit | 75.0" in captured.out
+    assert captured.err.startswith(
+        "error: diverged, so that there is no accuracy: vgg11 with learning rate 0.1, seeds 1;"
+    )
+    written = json.loads(out.read_text())
+    assert written["networks"]["vgg11"]["accuracies"] == [0.5, None]
+    assert written["networks"]["vgg11"]["mean"] is None and written["cross_architecture"] is None
+
+
+def test_absurd_learning_rate_is_one_line(run, capsys):
+    message = refused(capsys, start(run, "evaluate.lr=1e30"))
+    assert "diverged, so that there is no accuracy: convnet with learning rate 1e+30, seeds 0, 1; lower" in message
+
+
+# DD-Ranking
+
+
+def test_ranking_of_digits_gives_scores_from_its_own_accuracies(run, tmp_path, capsys):
+    out = tmp_path / "ranking.json"
+    assert start(run, "--ddranking", "evaluate.seeds=1", "--out", out) == 0
+    written, text = json.loads(out.read_text()), capsys.readouterr().out
+    arms = written["ddranking"]
+    mean = {name: entry["mean"] for name, entry in arms.items()}
+    assert {name: (entry["images"], entry["steps"]) for name, entry in arms.items()} == {
+        "full_data": (120, 7), "distilled": (10, 3), "random_real": (10, 3),
+        "distilled_plain": (10, 3), "random_real_plain": (10, 3),
+    }  # fmt: skip
+    assert written["scores"]["lrs"] == ddranking.label_robust_score(
+        full=mean["full_data"], syn_hard=mean["distilled"], syn=mean["distilled"], random=mean["random_real"]
+    )
+    assert written["scores"]["ars"] == ddranking.augmentation_robust_score(
+        syn=mean["distilled"],
+        random=mean["random_real"],
+        syn_plain=mean["distilled_plain"],
+        random_plain=mean["random_real_plain"],
+    )
+    assert f"LRS {100 * written['scores']['lrs']:.1f} %, ARS {100 * written['scores']['ars']:.1f} %" in text
+    # Nothing is left to do.
+    assert start(run, "--ddranking", "evaluate.seeds=1", "--out", out, "evaluate.parallel=7") == 0
+    assert capsys.readouterr().out == text
+
+
+def test_ranking_chooses_the_rate_of_random_images_on_held_out_training_images(run, mock):
+    # Of five rates the third does best with augmentation, the last one without.
+    mock.answers = [0.9] + [0.5] * 2 + [0.1, 0.2, 0.8, 0.3, 0.4] + [0.6] * 2 + [0.5] * 2 + [0.1] * 4 + [0.2] + [0.6] * 2
+    assert start(run, "--ddranking") == 0
+    assert [call.augment.strategy for call in mock.calls] == ["crop"] * 10 + ["none"] * 9
+    assert [(call.spec.steps, call.lr) for call in mock.calls[3:8] if (call.lr)] == [
+        (3, lr) for lr in (1e-3, 5e-3, 1e-2, 5e-2, 1e-1)
+    ]  # fmt: skip
+    assert [call.spec.lr for call in (*mock.calls[:3], *mock.calls[8:12], *mock.calls[17:])] == (
+        [0.1] * 3 + [0.01] * 2 + [0.1] * 2 + [0.1] * 2
+    )
+    tests = {np.asarray(image).tobytes() for image in DIGITS.test_images}
+    held_out = {np.asarray(image).tobytes() for call in mock.calls[3:8] for image in call.test_images}
+    trained = {np.asarray(image).tobytes() for call in mock.calls[3:10] for image in call.images}
+    assert len(held_out) == 20 and not held_out & tests and not held_out & trained
+    train = {np.asarray(image).tobytes() for image in DIGITS.train_images}
+    assert held_out | trained <= train
+    # Random images are drawn anew for every network, one of each class.
+    assert not np.array_equal(mock.calls[8].images, mock.calls[9].images)
+    assert all(call.labels.tolist() == list(range(10)) for call in mock.calls[8:10])
+
+
+def test_ranking_without_room_for_random_images_or_with_a_diverging_arm_is_one_line(run, mock, capsys):
+    assert "ipc: --ddranking compares with random images, at least 1 per class; found 0.5" in refused(
+        capsys, start(run, "--ddranking", "ipc=0.5")
+    )
+    assert (
+        "ipc: --ddranking needs 11 random images per class and 2 held-out ones; the smallest class has 12"
+        in refused(capsys, start(run, "--ddranking", "ipc=11"))
+    )
+    mock.answers = [math.nan]
+    assert "diverged, so that there is no accuracy: full_data" in refused(capsys, start(run, "--ddranking"))
