@@ -77,9 +77,10 @@ def evaluate_stage(
             )
             for seed, accuracy in zip(group, np.asarray(accuracies), strict=True):
                 if not np.isfinite(accuracy):
+                    rate = spec.lr if lr is None else lr
                     raise UserError(
-                        f"test {arm}: network {seed} diverged at a learning rate of {spec.lr if lr is None else lr:g}; "
-                        f"what was distilled is kept: python -m train.evaluate --run {run.path} evaluate.lr=... tests it"
+                        f"test {arm}: network {seed} diverged at a learning rate of {rate:g}; what was distilled is "
+                        f"kept: python -m train.evaluate --run {run.path} evaluate.lr=... tests it"
                     )
                 entry["accuracies"][str(seed)] = float(accuracy)
             entry["seconds"] += time.perf_counter() - began
