@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -32,6 +33,53 @@ def _as_bfloat16_jvp(primals, tangents):
     return as_bfloat16(*primals), tangents[0]
 
 
+def grid_codes(x: jax.Array, low: jax.Array, step: jax.Array, bits: int) -> jax.Array:
+    """Returns the numbers 0 to 2^bits - 1, as floats, of the nearest grid values ``low + code * step``; NaN stays."""
+    return jnp.clip(jnp.round((x - low) / step), 0, 2**bits - 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def on_grid(x: jax.Array, low: jax.Array, step: jax.Array, bits: int) -> jax.Array:
+    """Rounds to the nearest of 2^bits evenly spaced values, with the gradient of a learned step size.
+
+    LSQ (Esser et al. 2020, Eq. 3 and 5, gradient scale of section 2.2) with the offset of LSQ+ (Bhalgat et al. 2020,
+    Eq. 4 to 7). Deviation: what is beyond an end by less than half a step rounds to it like all else, so it does not
+    count as clipped. A clipped value has no gradient of its own, it pulls at the range.
+
+    Where ``low`` and ``step`` are bfloat16 numbers and ``bits`` at most 16, ``code * step`` is exact in float32 and
+    the sum rounds once: the same bits whether or not a compiler fuses the two.
+
+    Args:
+        x: ``[..., c]`` float32.
+        low: ``[c]`` value of code 0.
+        step: ``[c]`` distance of neighbours, > 0.
+        bits: 1 to 16.
+
+    Returns:
+        ``[..., c]``. Differentiable with respect to ``x``, ``low`` and ``step``.
+    """
+    return low + grid_codes(x, low, step, bits) * step
+
+
+def _on_grid_fwd(x, low, step, bits):
+    return on_grid(x, low, step, bits), (x, low, step)
+
+
+def _on_grid_bwd(bits, residuals, v):
+    x, low, step = residuals
+    top = 2**bits - 1
+    place, code = (x - low) / step, grid_codes(x, low, step, bits)
+    inside = (place >= -0.5) & (place <= top + 0.5)
+    others = tuple(range(x.ndim - 1))
+    scale = 1 / np.sqrt(max(x.size // x.shape[-1], 1) * top)
+    v_low = scale * jnp.sum(jnp.where(inside, 0, v), others)
+    v_step = scale * jnp.sum(v * jnp.where(inside, code - place, code), others)
+    return jnp.where(inside, v, 0), v_low, v_step
+
+
+on_grid.defvjp(_on_grid_fwd, _on_grid_bwd)
+
+
 def quantise(x: jax.Array, dtype: str) -> jax.Array:
     """Rounds to a stored precision, ``"float32"`` or ``"bfloat16"``, with a straight-through gradient."""
     return as_bfloat16(x) if dtype == "bfloat16" else x
@@ -42,9 +90,9 @@ def budget_bytes(ipc: float, image_shape: Sequence[int]) -> int:
     return int(ipc * int(np.prod(image_shape)) * ITEMSIZE["float32"])
 
 
-def gaussian_numbers(channels: int) -> int:
-    """Returns the stored numbers per Gaussian: 9 for three channels."""
-    return GEOMETRY_NUMBERS + channels
+def gaussian_numbers(channels: int, *, opacity: bool = True) -> int:
+    """Returns the stored numbers per Gaussian: 9 for three channels, 8 where opacity is folded into colour."""
+    return GEOMETRY_NUMBERS + channels - (not opacity)
 
 
 def largest_num_points(bytes_per_class: int, gpc: int, channels: int, dtype: str = "bfloat16") -> int:
@@ -77,11 +125,21 @@ class BudgetRow(NamedTuple):
     bytes_available: int
 
 
-def budget_table(ipc: float, image_shape: Sequence[int], gpc: int, num_points: int, dtype: str) -> list[BudgetRow]:
+def budget_table(
+    ipc: float, image_shape: Sequence[int], gpc: int, num_points: int, dtype: str, *, packed_bytes: int = 0
+) -> list[BudgetRow]:
     """Sets the paper's accounting and ours side by side.
 
     The paper counts floats and grants its own floats half a count each, because they are bfloat16; we count bytes for
     all.
+
+    Args:
+        ipc: Budget per class in float32 pixel images.
+        image_shape: (h, w, c).
+        gpc: Gaussian images per class of the run.
+        num_points: Its Gaussians per image.
+        dtype: Its precision; ``"packed"`` for codes.
+        packed_bytes: With ``"packed"``, its bytes per class as written, rounded up.
     """
     channels = image_shape[-1]
     available = budget_bytes(ipc, image_shape)
@@ -98,7 +156,12 @@ def budget_table(ipc: float, image_shape: Sequence[int], gpc: int, num_points: i
         if points:
             note = " (the paper's count)" if name == "bfloat16" else " (the rivals' count)"
             rows.append(row(f"{gpc} Gaussian images, {name}{note}", gpc, points, size))
-    rows.append(row(f"this run: {gpc} Gaussian images, {dtype}", gpc, num_points, ITEMSIZE[dtype]))
+    name = f"this run: {gpc} Gaussian images, {dtype}"
+    if dtype == "packed":
+        floats = gpc * num_points * gaussian_numbers(channels, opacity=False)
+        rows.append(BudgetRow(name, gpc, num_points, floats, packed_bytes, available))
+    else:
+        rows.append(row(name, gpc, num_points, ITEMSIZE[dtype]))
     return rows
 
 

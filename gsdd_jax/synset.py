@@ -81,11 +81,11 @@ class SynSet:
         arrays = folder / ARRAYS
         # Written beside and renamed, so that a crash never leaves half a set under the final name.
         fresh = folder / (ARRAYS + ".new")
-        stored = self.codec.stored(self.params)
-        save_file(jax.tree.map(jnp.asarray, stored), fresh)
+        written = self.codec.pack(self.codec.stored(self.params))
+        save_file(jax.tree.map(jnp.asarray, written), fresh)
         with fresh.open("rb") as file:
             header = 8 + struct.unpack("<Q", file.read(8))[0]
-        sizes = {"payload": storage.nbytes(stored), "header": header, "file": fresh.stat().st_size}
+        sizes = {"payload": storage.nbytes(written), "header": header, "file": fresh.stat().st_size}
         manifest = {
             "format": FORMAT,
             "codec": dataclasses.asdict(self.codec.spec),
@@ -144,23 +144,23 @@ def load(path: str | Path) -> SynSet:
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / MANIFEST}: damaged manifest ({type(error).__name__}: {error})") from error
     try:
-        stored = load_file(folder / ARRAYS)
+        written = load_file(folder / ARRAYS)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder / ARRAYS}: missing, although {MANIFEST} is there") from error
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / ARRAYS}: damaged file ({error})") from error
-    _check_arrays(folder / ARRAYS, stored, codec)
-    return SynSet(codec, codec.loaded(stored), available, names, meta)
+    _check_arrays(folder / ARRAYS, written, codec)
+    try:
+        stored = codec.unpack(written)
+    except ValueError as error:
+        raise ValueError(f"{folder / ARRAYS}: {error}") from error
+    return SynSet(codec, codec.loaded(jax.tree.map(jnp.asarray, stored)), available, names, meta)
 
 
-def _check_arrays(path: Path, stored: dict[str, jax.Array], codec: codecs.Codec) -> None:
+def _check_arrays(path: Path, written: dict[str, jax.Array], codec: codecs.Codec) -> None:
     """Compares names, shapes and dtypes with what the codec writes for a set of this size."""
-    like = jax.eval_shape(
-        lambda images: codec.stored(codec.init(jax.random.key(0), images)),
-        jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), jnp.float32),
-    )
-    want = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in like.items()}
-    have = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in stored.items()}
+    want = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in codec.layout().items()}
+    have = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in written.items()}
     for name in sorted(want.keys() | have.keys()):
         if want.get(name) != have.get(name):
             raise ValueError(f"{path}: {name}: expected {want.get(name, 'nothing')}, found {have.get(name, 'nothing')}")

@@ -10,7 +10,7 @@ from safetensors.flax import load_file, save_file
 
 import gsdd_jax
 from gsdd_jax import SynSet, codecs, synset
-from gsdd_jax.codecs import GaussianSpec, PixelSpec
+from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec, PixelSpec
 from gsdd_jax.gaussians import Gaussians
 
 SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152
@@ -19,6 +19,8 @@ META = {"dataset": "toy", "channel_mean": [0.5, 0.25, 0.125]}
 SPECS = {
     "gaussian": GaussianSpec(gpc=2, num_points=3),
     "gaussian float32": GaussianSpec(gpc=1, dtype="float32", num_points=3),
+    "packed": PackedGaussianSpec(gpc=2, num_points=5),
+    "packed in order": PackedGaussianSpec(gpc=1, num_points=3, order="kept", bits_mean=7, ranges="fitted"),
     "pixel": PixelSpec(ipc=1),
     "pixel bfloat16": PixelSpec(dtype="bfloat16", ipc=2),
 }
@@ -29,6 +31,8 @@ def make(name: str) -> SynSet:
     like = jax.eval_shape(codec.init, jax.random.key(0), jax.ShapeDtypeStruct((codec.num_images, *SHAPE), jnp.float32))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.uniform(-0.9, 0.9, x.shape), jnp.float32), like)
+    # Params of a set are at stored precision.
+    params = codec.loaded(codec.stored(params))
     return SynSet(codec, params, BUDGET, NAMES, META)
 
 
@@ -181,7 +185,9 @@ def test_other_format_names_both(folder, found):
 @pytest.mark.parametrize("name", ["wavelet", None])
 def test_unknown_codec_lists_the_known_ones(folder, name):
     edit(folder, lambda m: m["codec"].update(name=name))
-    with pytest.raises(ValueError, match=f"manifest.json: codec.name: expected one of gaussian, pixel; found {name!r}"):
+    with pytest.raises(
+        ValueError, match=f"manifest.json: codec.name: expected one of gaussian, packed_gaussian, pixel; found {name!r}"
+    ):
         gsdd_jax.load(folder)
 
 

@@ -149,8 +149,9 @@ def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]
         )
         write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
-        if isinstance(distilled.params, Gaussians):
-            shown["ellipses"] = ellipse_picture(distilled)
+        gaussians = codec.gaussians(distilled.params)
+        if gaussians is not None:
+            shown["ellipses"] = ellipse_picture(codec, gaussians, dataset.class_names)
         for name, png in shown.items():
             write_bytes(rundir.path / f"{name}.png", png)
         report.write(rundir.path, result, shown)
@@ -216,15 +217,14 @@ def _fit_psnr(experiment: Experiment, fitted: jax.Array, targets: jax.Array) -> 
     return float(fit.psnr(fitted, targets).mean())
 
 
-def ellipse_picture(distilled: synset.SynSet) -> bytes:
+def ellipse_picture(codec: codecs.Codec, g: Gaussians, class_names: Sequence[str]) -> bytes:
     """Draws the Gaussians of a set as in Figure 9 of the paper."""
-    g, codec = distilled.params, distilled.codec
     return pictures.ellipse_grid(
         experiments.class_rows(codec, g.mean),
         experiments.class_rows(codec, g.cholesky) + np.array(CHOLESKY_SHIFT),
         experiments.class_rows(codec, g.color),
         experiments.class_rows(codec, g.opacity),
-        distilled.class_names,
+        class_names,
         size=g.size,
     )
 
@@ -254,16 +254,14 @@ def plan(experiment: Experiment) -> str:
         f"{len(dataset.test_labels)} test images of {'x'.join(map(str, dataset.image_shape))}",
         f"budget: ipc {config.ipc:g} = {experiment.bytes_per_class} bytes per class",
     ]
-    if codec.name == "gaussian":
-        lines.append("")
-        for row in storage.budget_table(
-            config.ipc, dataset.image_shape, codec.spec.gpc, codec.spec.num_points, codec.spec.dtype
-        ):
-            points = f" x {row.points_per_image} Gaussians" if row.points_per_image else ""
-            lines.append(f"  {row.what:<48} {row.images} images{points}: {row.floats} floats, {row.bytes} bytes")
     shape = (codec.num_images, *codec.image_shape)
     key = jax.random.key(0)
     params = jax.eval_shape(codec.init, key, jax.ShapeDtypeStruct(shape, np.float32))
+    rows = results.budget_rows(config.ipc, codec, codec.nbytes(params))
+    lines += [""] if rows else []
+    for row in rows:
+        points = f" x {row.points_per_image} Gaussians" if row.points_per_image else ""
+        lines.append(f"  {row.what:<48} {row.images} images{points}: {row.floats} floats, {row.bytes} bytes")
     lines += ["", f"parameters (float32 masters of {codec.num_images} images):"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         lines.append(f"  {jax.tree_util.keystr(path, simple=True, separator='.'):<12} {list(leaf.shape)}")

@@ -49,9 +49,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     available = storage.budget_bytes(config.ipc, shape)
     codec = codecs.make(config.codec, image_shape=shape, num_classes=classes, bytes_per_class=available)
     if config.fit.to == "real":
-        data.require_per_class(
-            dataset, codec.images_per_class, "codec.gpc" if codec.name == "gaussian" else "codec.ipc"
-        )
+        data.require_per_class(dataset, codec.images_per_class, "codec.ipc" if codec.name == "pixel" else "codec.gpc")
     data.require_per_class(dataset, 1, "objective.batch_real")
     network = nets.build(config.network, shape, classes)
     if config.baselines.pixel:

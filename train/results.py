@@ -70,7 +70,7 @@ def collect(
         "bytes_per_class": experiment.bytes_per_class,
         "paper_ipc": config.ipc,
         "gpc": codec.images_per_class,
-        "num_points": codec.spec.num_points if codec.name == "gaussian" else None,
+        "num_points": getattr(codec.spec, "num_points", None),
         "accuracy": accuracies["distilled"]
         | {"images_per_class": codec.images_per_class, "bytes_per_class": round(sizes["payload"] / classes)},
         **rows,
@@ -106,12 +106,30 @@ def _budget(experiment: Experiment, sizes: dict[str, int]) -> dict[str, Any]:
         "exported file (bytes)": sizes["file"],
         "manifest beside it (bytes)": sizes["manifest"],
     }
-    if codec.name == "gaussian":
-        spec = codec.spec
-        for row in storage.budget_table(config.ipc, codec.image_shape, spec.gpc, spec.num_points, spec.dtype):
-            points = f" of {row.points_per_image} Gaussians" if row.points_per_image else ""
-            budget[row.what] = f"{row.images} images{points}: {row.floats} floats, {row.bytes} bytes"
+    for row in budget_rows(config.ipc, codec, sizes["payload"]):
+        points = f" of {row.points_per_image} Gaussians" if row.points_per_image else ""
+        budget[row.what] = f"{row.images} images{points}: {row.floats} floats, {row.bytes} bytes"
     return budget
+
+
+def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRow]:
+    """Returns the ways to spend the budget on Gaussians and the one of this codec; nothing for other codecs.
+
+    Args:
+        ipc: The budget.
+        codec: The codec of the run.
+        payload: Bytes of its whole set.
+    """
+    if not hasattr(codec.spec, "num_points"):
+        return []
+    return storage.budget_table(
+        ipc,
+        codec.image_shape,
+        codec.images_per_class,
+        codec.spec.num_points,
+        getattr(codec.spec, "dtype", "packed"),
+        packed_bytes=-(-payload // codec.num_classes),
+    )
 
 
 def _seconds(run: RunDir, accuracies: dict[str, dict[str, Any]]) -> float:

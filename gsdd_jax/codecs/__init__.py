@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gsdd_jax.codecs import gaussian, pixel
+from gsdd_jax.codecs import gaussian, packed, pixel
 from gsdd_jax.codecs.base import Codec
 from gsdd_jax.codecs.gaussian import GaussianSpec
+from gsdd_jax.codecs.packed import PackedGaussianSpec
 from gsdd_jax.codecs.pixel import PixelSpec
 
-__all__ = ["SPECS", "Codec", "CodecSpec", "GaussianSpec", "PixelSpec", "make"]
+__all__ = ["SPECS", "Codec", "CodecSpec", "GaussianSpec", "PackedGaussianSpec", "PixelSpec", "make"]
 
-CodecSpec = GaussianSpec | PixelSpec
-SPECS = {"gaussian": GaussianSpec, "pixel": PixelSpec}
-_MAKERS: dict[str, Callable[..., Codec]] = {"gaussian": gaussian.make, "pixel": pixel.make}
+CodecSpec = GaussianSpec | PackedGaussianSpec | PixelSpec
+SPECS = {"gaussian": GaussianSpec, "packed_gaussian": PackedGaussianSpec, "pixel": PixelSpec}
+_MAKERS: dict[str, Callable[..., Codec]] = {
+    "gaussian": gaussian.make,
+    "packed_gaussian": packed.make,
+    "pixel": pixel.make,
+}
 
 
 def make(spec: CodecSpec, *, image_shape: Sequence[int], num_classes: int, bytes_per_class: int) -> Codec:

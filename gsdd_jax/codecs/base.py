@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
+
+from gsdd_jax.gaussians import Gaussians
+
+
+def _unchanged(arrays: Any) -> Any:
+    return arrays
+
+
+def _no_gaussians(params: Any) -> Gaussians | None:
+    return None
 
 
 class Codec(NamedTuple):
@@ -24,14 +36,18 @@ class Codec(NamedTuple):
         decode: ``(params, index=None, *, size=None, key=None) -> [len(index), h, w, c]``: images around [0,1]; all of
             them without ``index``; at another (height, width) where the parameterisation knows how. ``key`` is for
             codecs that decode at random.
-        stored: ``params -> pytree`` of arrays exactly as they are written to disk.
+        stored: ``params -> dict`` of arrays that hold exactly the information that is written to disk; jittable.
         loaded: The inverse of ``stored`` up to the stored precision: ``decode(loaded(stored(p)))`` has the bits of
             ``decode(p)``.
-        nbytes: ``params -> int``: bytes of ``stored(params)``.
+        nbytes: ``params -> int``: bytes of the arrays as they are written.
         regularise: ``params -> scalar``, already weighted, added to every objective.
         project: ``params -> params``, applied after each step.
         optimiser: ``() -> optax`` transformation for distillation.
         fitter: ``(steps) -> optax`` transformation for fitting images in that many steps.
+        layout: ``() -> dict`` of the shapes and dtypes of the arrays as they are written.
+        pack: ``stored -> dict`` of the arrays as they are written; on the host.
+        unpack: The inverse of ``pack``; raises ValueError where the arrays are none that ``pack`` writes.
+        gaussians: ``params -> Gaussians`` that ``decode`` draws, or None where it draws no Gaussians.
     """
 
     name: str
@@ -48,8 +64,20 @@ class Codec(NamedTuple):
     project: Callable[[Any], Any]
     optimiser: Callable[[], optax.GradientTransformation]
     fitter: Callable[[int], optax.GradientTransformation]
+    layout: Callable[[], dict[str, jax.ShapeDtypeStruct]]
+    pack: Callable[[Any], Any] = _unchanged
+    unpack: Callable[[Any], Any] = _unchanged
+    gaussians: Callable[[Any], Gaussians | None] = _no_gaussians
 
     @property
     def num_images(self) -> int:
         """``n``."""
         return self.num_classes * self.images_per_class
+
+
+def unpacked_layout(
+    init: Callable[..., Any], stored: Callable[[Any], Any], image_shape: tuple[int, int, int], n: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the layout of a codec whose arrays are written as ``stored`` gives them."""
+    images = jax.ShapeDtypeStruct((n, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda images: stored(init(jax.random.key(0), images)), images)

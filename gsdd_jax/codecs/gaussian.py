@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import starts, storage
-from gsdd_jax.codecs.base import Codec
+from gsdd_jax.codecs.base import Codec, unpacked_layout
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.render import render
 from kernels import DEFAULT_CUTOFF
@@ -82,11 +83,16 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         )
     spec = dataclasses.replace(spec, num_points=spec.num_points or fits)
 
+    def init(key: jax.Array, images: jax.Array) -> Gaussians:
+        return starts.START[spec.start](key, jnp.asarray(images, jnp.float32), spec.num_points)
+
+    def rounded(params: Gaussians) -> Gaussians:
+        return jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params)
+
     def decode(params: Gaussians, index=None, *, size=None, key=None) -> jax.Array:
         del key
         chosen = params if index is None else params[index]
-        rounded = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), chosen)
-        return render(rounded, size, supersample=spec.supersample, cutoff=spec.cutoff)
+        return render(rounded(chosen), size, supersample=spec.supersample, cutoff=spec.cutoff)
 
     def stored(params: Gaussians) -> dict[str, jax.Array]:
         leaves = {name: getattr(params, name) for name in ("mean", "cholesky", "color", "opacity")}
@@ -111,7 +117,7 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         image_shape=image_shape,
         num_classes=num_classes,
         images_per_class=spec.gpc,
-        init=lambda key, images: starts.START[spec.start](key, jnp.asarray(images, jnp.float32), spec.num_points),
+        init=init,
         decode=decode,
         stored=stored,
         loaded=loaded,
@@ -122,10 +128,24 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         fitter=lambda steps: leafwise_adam(
             fit_rates((h, w), spec.num_points), optax.cosine_decay_schedule(1.0, steps, alpha=0.02)
         ),
+        layout=lambda: unpacked_layout(init, stored, image_shape, num_classes * spec.gpc),
+        gaussians=rounded,
     )
 
 
-def boundary_loss(params: Gaussians) -> jax.Array:
+class Positioned(Protocol):
+    """A dataclass of parameters with positions ``[n, m, 2]``."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def mean(self) -> jax.Array: ...  # noqa: D102
+
+
+P = TypeVar("P", bound=Positioned)
+
+
+def boundary_loss(params: Positioned) -> jax.Array:
     """Log-barrier that keeps centres inside the image (paper, Eq. 10), on the raw positions.
 
     The mean over images, Gaussians and both coordinates of ``-log(1 - x^2)``, as in the released code; Eq. 10 itself
@@ -134,16 +154,18 @@ def boundary_loss(params: Gaussians) -> jax.Array:
     return -jnp.mean(jnp.log(jnp.maximum(1 - params.mean**2, LOG_FLOOR)))
 
 
-def clip_positions(params: Gaussians) -> Gaussians:
+def clip_positions(params: P) -> P:
     """Clips centres to +-(1 - ``CLIP_MARGIN``) (paper, Eq. 11), after the step so that Eq. 10 keeps its gradient."""
     limit = 1 - CLIP_MARGIN
     return dataclasses.replace(params, mean=jnp.clip(params.mean, -limit, limit))
 
 
-def leafwise_adam(rates: dict[str, float], schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
-    """Adam (default betas) whose update of each leaf of :class:`Gaussians` has its own learning rate."""
+def leafwise_adam(
+    rates: Mapping[str, float | np.ndarray], schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """Adam (default betas) whose update of each leaf of a dataclass has its own learning rate."""
 
-    def scale(updates: Gaussians) -> Gaussians:
+    def scale(updates: P) -> P:
         return dataclasses.replace(updates, **{name: -rate * getattr(updates, name) for name, rate in rates.items()})
 
     parts = [optax.scale_by_adam(), optax.stateless(lambda updates, params: scale(updates))]

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import Codec
+from gsdd_jax.codecs.base import Codec, unpacked_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,9 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         )
     spec = dataclasses.replace(spec, ipc=spec.ipc or fits)
 
+    def init(key, images):
+        return {"images": jnp.asarray(images, jnp.float32)}
+
     def decode(params, index=None, *, size=None, key=None):
         del key
         images = storage.quantise(params["images"], spec.dtype)
@@ -57,7 +60,7 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         image_shape=image_shape,
         num_classes=num_classes,
         images_per_class=spec.ipc,
-        init=lambda key, images: {"images": jnp.asarray(images, jnp.float32)},
+        init=init,
         decode=decode,
         stored=stored,
         loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
@@ -66,4 +69,5 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         project=lambda params: params,
         optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.sgd(0.0),
+        layout=lambda: unpacked_layout(init, stored, image_shape, num_classes * spec.ipc),
     )

@@ -1,0 +1,361 @@
+"""Sparse Gaussian images in a third of the bits: integer codes on dataset-wide grids, trained through the rounding.
+
+Eight numbers per Gaussian, since opacity folds into colour, on uniform grids whose ranges the whole set shares; the
+order of an image's Gaussians, which no image depends on, is not stored. The file holds exactly these bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from annotated_types import Ge, Gt, Le
+from typing_extensions import Doc
+
+from gsdd_jax import packing, starts, storage
+from gsdd_jax.codecs.base import Codec
+from gsdd_jax.codecs.gaussian import boundary_loss, clip_positions, fit_rates, leafwise_adam
+from gsdd_jax.gaussians import Gaussians
+from gsdd_jax.render import render
+from kernels import DEFAULT_CUTOFF
+
+# A step is at least this share of the larger of 1 and |low|, so that a range of zero width has a grid and codes come
+# back from float32 values.
+FINEST_STEP = 2.0**-16
+# Share of the numbers that fitted ranges clip at each end, for finer steps. 100 CIFAR-10 images of 22 Gaussians, fitted
+# 1000 steps, rounded at the end to 8, 6, 6 bits: 24.90, 25.14, 25.17 and 24.97 dB with 0, 0.001, 0.003 and 0.01.
+CLIPPED_SHARE = 0.003
+# bfloat16 rounds by at most half of it, relatively: what is stretched by it before still covers the range after.
+BFLOAT16_ULP = 2.0**-7
+# Arrays of the file.
+BITS, LOW, STEP = "codes", "low", "step"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedGaussianSpec:
+    """Settings of the packed Gaussian codec."""
+
+    name: Annotated[Literal["packed_gaussian"], Doc("the parameterisation")] = "packed_gaussian"
+    gpc: Annotated[int, Ge(1), Doc("Gaussian images per class")]
+    num_points: Annotated[int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds")] = 0
+    bits_mean: Annotated[int, Ge(2), Le(16), Doc("bits of each coordinate of a position")] = 8
+    bits_cholesky: Annotated[int, Ge(2), Le(16), Doc("bits of each of the three numbers of a shape")] = 6
+    bits_color: Annotated[int, Ge(2), Le(16), Doc("bits of each colour channel")] = 6
+    ranges: Annotated[
+        Literal["learned", "fitted"],
+        Doc(
+            "ranges of shapes and colours over the whole set: trained (LSQ), or set after each step to what nearly all "
+            "numbers need"
+        ),
+    ] = "learned"
+    order: Annotated[
+        Literal["sorted", "kept"],
+        Doc("sorted: an image's Gaussians are stored as a set, which saves log2(m!) bits; kept: as a list"),
+    ] = "sorted"
+    supersample: Annotated[int, Ge(1), Doc("samples per pixel and axis (paper, section 3.2: 2)")] = 2
+    cutoff: Annotated[float, Ge(0), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
+    boundary: Annotated[float, Ge(0), Doc("weight of the boundary loss (paper, Eq. 10 and section 4.1: 0.1)")] = 0.1
+    start: Annotated[
+        Literal["clusters", "gradient", "uniform"],
+        Doc(
+            "starting point of the fit: colour clusters of the image, points on its edges, or the authors' uniform draw"
+        ),
+    ] = "clusters"
+    lr: Annotated[
+        float, Gt(0), Doc("learning rate of Adam in distillation, for every leaf (paper, section 4.1: 1e-3)")
+    ] = 1e-3
+    lr_mean: Annotated[float, Ge(0), Doc("factor of lr for the positions")] = 1.0
+    lr_cholesky: Annotated[float, Ge(0), Doc("factor of lr for the shapes")] = 1.0
+    lr_color: Annotated[float, Ge(0), Doc("factor of lr for the colours")] = 1.0
+    lr_ranges: Annotated[float, Ge(0), Doc("learned ranges: factor of the rate of what they bound, for both ends")] = (
+        0.5
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedGaussians:
+    """Float32 masters of ``n`` images with ``m`` Gaussians each, and the grids that they are rounded to.
+
+    Attributes:
+        mean: ``[n, m, 2]`` as in :class:`~gsdd_jax.Gaussians`; its grid is fixed, the centres of 2^bits equal cells of
+            [-1, 1].
+        cholesky: ``[n, m, 3]`` as in :class:`~gsdd_jax.Gaussians`.
+        color: ``[n, m, c]`` opacity times colour.
+        low: ``[3 + c]`` lowest grid value of each number of ``cholesky`` and ``color``, for all images.
+        step: ``[3 + c]`` distance of grid values.
+        size: Native (height, width) in pixels; static.
+    """
+
+    mean: jax.Array
+    cholesky: jax.Array
+    color: jax.Array
+    low: jax.Array
+    step: jax.Array
+    size: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, index) -> PackedGaussians:
+        """Selects images, as ``array[index]`` does; the grids stay."""
+        chosen = {name: getattr(self, name)[index] for name in ("mean", "cholesky", "color")}
+        return dataclasses.replace(self, **chosen)
+
+
+def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    h, w, c = image_shape
+    spec = dataclasses.replace(spec, num_points=_num_points(spec, c, num_classes, bytes_per_class))
+    n, m = num_classes * spec.gpc, spec.num_points
+    written = _layout(spec, c, n)
+
+    def decode(params: PackedGaussians, index=None, *, size=None, key=None) -> jax.Array:
+        del key
+        chosen = params if index is None else params[index]
+        return render(quantised(chosen, spec), size, supersample=spec.supersample, cutoff=spec.cutoff)
+
+    def loaded(tree: dict[str, jax.Array]) -> PackedGaussians:
+        codes = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}
+        ends = {name: codes.pop(name) for name in (LOW, STEP)}
+        grids = _grids(**ends, spec=spec)
+        values = {name: grids[name][0] + code * grids[name][1] for name, code in codes.items()}
+        return PackedGaussians(**values, **ends, size=(h, w))
+
+    def project(params: PackedGaussians) -> PackedGaussians:
+        params = clip_positions(dataclasses.replace(params, cholesky=canonical(params.cholesky)))
+        return params if spec.ranges == "learned" else fit_ranges(params, spec)
+
+    def adam(rates: dict[str, float], schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
+        learned = spec.lr_ranges if spec.ranges == "learned" else 0.0
+        ends = learned * np.repeat([rates["cholesky"], rates["color"]], [3, c]).astype(np.float32)
+        # The upper end moves by as many changes of the step as there are steps.
+        steps = np.repeat([2**spec.bits_cholesky - 1, 2**spec.bits_color - 1], [3, c]).astype(np.float32)
+        every: dict[str, float | np.ndarray] = {**rates, LOW: ends, STEP: ends / steps}
+        return leafwise_adam(every, schedule)
+
+    def fitter(steps: int) -> optax.GradientTransformation:
+        rates = fit_rates((h, w), m)
+        del rates["opacity"]
+        return adam(rates, optax.cosine_decay_schedule(1.0, steps, alpha=0.02))
+
+    def optimiser() -> optax.GradientTransformation:
+        factors = {"mean": spec.lr_mean, "cholesky": spec.lr_cholesky, "color": spec.lr_color}
+        return adam({name: spec.lr * factor for name, factor in factors.items()})
+
+    return Codec(
+        name="packed_gaussian",
+        spec=spec,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        images_per_class=spec.gpc,
+        init=lambda key, images: from_gaussians(
+            starts.START[spec.start](key, jnp.asarray(images, jnp.float32), m), spec
+        ),
+        decode=decode,
+        stored=lambda params: stored(params, spec),
+        loaded=loaded,
+        nbytes=lambda params: storage.nbytes(written),
+        regularise=lambda params: spec.boundary * boundary_loss(params),
+        project=project,
+        optimiser=optimiser,
+        fitter=fitter,
+        layout=lambda: written,
+        pack=lambda tree: pack(tree, spec),
+        unpack=lambda arrays: unpack(arrays, spec, n, c),
+        gaussians=lambda params: quantised(params, spec),
+    )
+
+
+def from_gaussians(g: Gaussians, spec: PackedGaussianSpec) -> PackedGaussians:
+    """Folds opacity into colour and lays grids over the numbers of the set; nothing is rounded yet.
+
+    Gaussians that were fitted otherwise are packed as they are by it: the comparison for training through the
+    rounding.
+    """
+    color = g.color * g.opacity[..., None]
+    none = jnp.zeros(3 + color.shape[-1])
+    params = PackedGaussians(g.mean, canonical(g.cholesky), color, low=none, step=none, size=g.size)
+    return fit_ranges(clip_positions(params), spec)
+
+
+def canonical(cholesky: jax.Array) -> jax.Array:
+    """Makes the diagonal of L non-negative, by signs that cancel in L L^T; whatever is so already keeps its bits.
+
+    L is ``cholesky + CHOLESKY_SHIFT``, whose diagonal 1/2 reflects x to -x - 1.
+    """
+    l11, l21, l22 = cholesky[..., 0], cholesky[..., 1], cholesky[..., 2]
+    column = l11 < -0.5
+    return jnp.stack(
+        [jnp.where(column, -l11 - 1, l11), jnp.where(column, -l21, l21), jnp.where(l22 < -0.5, -l22 - 1, l22)], axis=-1
+    )
+
+
+def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGaussians:
+    """Lays the grids of shapes and colours over all but ``CLIPPED_SHARE`` of the set's numbers at either end.
+
+    What is not finite has no say.
+    """
+    lows, steps = [], []
+    for leaf, bits in ((params.cholesky, spec.bits_cholesky), (params.color, spec.bits_color)):
+        finite = jnp.where(jnp.isfinite(leaf), leaf, jnp.nan).reshape(-1, leaf.shape[-1])
+        ends = jnp.nanquantile(finite, jnp.array([CLIPPED_SHARE, 1 - CLIPPED_SHARE]), axis=0)
+        low, high = jnp.nan_to_num(ends)
+        low = storage.as_bfloat16(low - BFLOAT16_ULP * jnp.abs(low))
+        lows.append(low)
+        steps.append(storage.as_bfloat16((high - low) * np.float32((1 + BFLOAT16_ULP) / (2**bits - 1))))
+    return dataclasses.replace(params, low=jnp.concatenate(lows), step=jnp.concatenate(steps))
+
+
+def quantised(params: PackedGaussians, spec: PackedGaussianSpec) -> Gaussians:
+    """Returns the Gaussians as they come back from disk, in the order in which they come back.
+
+    Sums of floats depend on the order, so the images that are trained are drawn in the order of the file, too.
+    Differentiable with respect to every leaf: straight through for the masters, LSQ for the grids.
+    """
+    leaves = {
+        name: storage.on_grid(getattr(params, name), low, step, bits)
+        for name, (low, step, bits) in _grids(params.low, params.step, spec).items()
+    }
+    leaves = _in_order(params, leaves, spec)
+    return Gaussians(**leaves, opacity=jnp.ones(params.mean.shape[:-1]), size=params.size)
+
+
+def stored(params: PackedGaussians, spec: PackedGaussianSpec) -> dict[str, jax.Array]:
+    """Returns the codes, uint16, in the order of the file, and the grids, bfloat16. A NaN gets code 0."""
+    grids = _grids(params.low, params.step, spec)
+    codes = {
+        name: jnp.nan_to_num(storage.grid_codes(getattr(params, name), low, step, bits)).astype(jnp.uint16)
+        for name, (low, step, bits) in grids.items()
+    }
+    low, step = (jnp.concatenate([grids[name][i] for name in ("cholesky", "color")]) for i in (0, 1))
+    return _in_order(params, codes, spec) | storage.cast({LOW: low, STEP: step}, "bfloat16")
+
+
+def pack(tree: dict[str, Any], spec: PackedGaussianSpec) -> dict[str, np.ndarray]:
+    """Writes codes as bytes: all positions, all shapes, all colours; padded with zeros to a byte at the very end."""
+    codes = {name: np.asarray(tree[name]) for name in ("mean", "cholesky", "color")}
+    if spec.order == "sorted":
+        y, x = (codes["mean"][..., i].astype(np.uint32) for i in (1, 0))
+        positions = packing.multisets_to_bits(y << spec.bits_mean | x, 4**spec.bits_mean)
+    else:
+        positions = packing.to_bits(codes["mean"], spec.bits_mean)
+    bits = [
+        positions,
+        packing.to_bits(codes["cholesky"], spec.bits_cholesky),
+        packing.to_bits(codes["color"], spec.bits_color),
+    ]
+    return {BITS: np.packbits(np.concatenate(bits)), LOW: np.asarray(tree[LOW]), STEP: np.asarray(tree[STEP])}
+
+
+def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: int) -> dict[str, np.ndarray]:
+    """Reads the codes of ``n`` images back; the inverse of :func:`pack`.
+
+    Raises:
+        ValueError: The bytes are none that :func:`pack` writes.
+    """
+    m = spec.num_points
+    sizes = [n * _position_bits(spec, m), n * m * 3 * spec.bits_cholesky, n * m * channels * spec.bits_color]
+    bits = np.unpackbits(np.asarray(arrays[BITS]))
+    positions, cholesky, color, padding = np.split(bits, np.cumsum(sizes))
+    if padding.any():
+        raise ValueError(f"{BITS}: the {padding.size} bits after the last code must be 0")
+    if spec.order == "sorted":
+        keys = packing.multisets_from_bits(positions, n, m, 4**spec.bits_mean)
+        mean = np.stack([keys & (2**spec.bits_mean - 1), keys >> spec.bits_mean], axis=-1)
+    else:
+        mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, 2)
+    return {
+        "mean": mean.astype(np.uint16),
+        "cholesky": packing.from_bits(cholesky, spec.bits_cholesky).reshape(n, m, 3).astype(np.uint16),
+        "color": packing.from_bits(color, spec.bits_color).reshape(n, m, channels).astype(np.uint16),
+        LOW: arrays[LOW],
+        STEP: arrays[STEP],
+    }
+
+
+def image_bits(spec: PackedGaussianSpec, num_points: int, channels: int) -> int:
+    """Returns the bits of one image of so many Gaussians."""
+    return _position_bits(spec, num_points) + num_points * (3 * spec.bits_cholesky + channels * spec.bits_color)
+
+
+def _position_bits(spec: PackedGaussianSpec, num_points: int) -> int:
+    if spec.order == "sorted":
+        return packing.multiset_bits(num_points, 4**spec.bits_mean)
+    return num_points * 2 * spec.bits_mean
+
+
+def _layout(spec: PackedGaussianSpec, channels: int, n: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the arrays that a set of ``n`` images is written as."""
+    ranges = jax.ShapeDtypeStruct((3 + channels,), jnp.bfloat16)
+    size = -(-n * image_bits(spec, spec.num_points, channels) // 8)
+    return {BITS: jax.ShapeDtypeStruct((size,), np.uint8), LOW: ranges, STEP: ranges}
+
+
+def _num_points(spec: PackedGaussianSpec, channels: int, num_classes: int, bytes_per_class: int) -> int:
+    """Returns the Gaussians per image, the most that fit where the spec leaves them open.
+
+    Raises:
+        ValueError: They do not fit; the message says what would.
+    """
+    available = num_classes * bytes_per_class
+
+    def needed(num_points: int, gpc: int = spec.gpc) -> int:
+        one = dataclasses.replace(spec, num_points=num_points)
+        return storage.nbytes(_layout(one, channels, num_classes * gpc))
+
+    if spec.num_points and needed(spec.num_points) <= available:
+        return spec.num_points
+    if needed(1) > available:
+        most = _most(lambda gpc: needed(1, gpc) <= available)
+        raise ValueError(
+            f"codec.gpc: {spec.gpc} images per class with one packed Gaussian each "
+            f"({image_bits(spec, 1, channels)} bits) need {needed(1)} bytes, the budget of all classes has "
+            f"{available}; expected at most {most}"
+        )
+    fits = _most(lambda points: needed(points) <= available)
+    if spec.num_points:
+        raise ValueError(
+            f"codec.num_points: {spec.gpc} images per class of {spec.num_points} packed Gaussians need "
+            f"{needed(spec.num_points)} bytes, the budget of all classes has {available}; expected at most {fits} "
+            "Gaussians per image"
+        )
+    return fits
+
+
+def _most(fits: Callable[[int], bool]) -> int:
+    """Returns the largest number that fits, 0 if 1 does not."""
+    high = 1
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _grids(low: jax.Array, step: jax.Array, spec: PackedGaussianSpec) -> dict[str, tuple[jax.Array, jax.Array, int]]:
+    """Returns (low, step, bits) of each leaf, at the precision in which they are stored."""
+    low = storage.as_bfloat16(low)
+    finest = FINEST_STEP * jnp.maximum(1, jnp.abs(jax.lax.stop_gradient(low)))
+    step = storage.as_bfloat16(jnp.maximum(step, finest))
+    cell = 2.0 ** (1 - spec.bits_mean)
+    return {
+        "mean": (jnp.full(2, 0.5 * cell - 1), jnp.full(2, cell), spec.bits_mean),
+        "cholesky": (low[:3], step[:3], spec.bits_cholesky),
+        "color": (low[3:], step[3:], spec.bits_color),
+    }
+
+
+def _in_order(params: PackedGaussians, leaves: dict[str, jax.Array], spec: PackedGaussianSpec) -> dict[str, jax.Array]:
+    """Brings the Gaussians of each image into the order of the file: by row and column of their cells, if at all."""
+    if spec.order == "kept":
+        return leaves
+    low, step, bits = _grids(params.low, params.step, spec)["mean"]
+    cells = jnp.nan_to_num(storage.grid_codes(jax.lax.stop_gradient(params.mean), low, step, bits)).astype(jnp.uint32)
+    # Stable, so that Gaussians of one cell stay in the order in which they were stored.
+    order = jnp.argsort((cells[..., 1] << bits) | cells[..., 0], axis=-1, stable=True)
+    return {name: jnp.take_along_axis(leaf, order[..., None], axis=1) for name, leaf in leaves.items()}
