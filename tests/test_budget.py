@@ -1,0 +1,133 @@
+"""`train.budget`: which settings fit, which are kept, and what it writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import refused
+
+from gsdd_jax import codecs, data
+from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
+from train import budget
+from train import config as configs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TOY = """
+name: toy
+ipc: 1
+data: {source: digits, per_class: 20, test_limit: 50}
+network: {depth: 1, width: 4}
+augment: {strategy: crop}
+codec: {name: packed_gaussian, gpc: 2, lr: 0.01}
+fit: {steps: 2}
+objective: {name: distribution, batch_real: 4, class_chunk: 10}
+distill: {iterations: 2, log_every: 1, checkpoint_every: 2}
+evaluate: {steps: 8, batch: 8, lr: 0.1, seeds: 2}
+smoke: {fit: {steps: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+def start(toy: Path, *arguments) -> int:
+    try:
+        return budget.main(["--config", str(toy), "--quiet", *map(str, arguments)])
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.fixture(scope="module")
+def found(toy, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "budget"
+    assert start(toy, "--bits", "bf16", "8+6+6", "--points", 3, 6, "--keep", 1, "--out", out) == 0
+    return out
+
+
+def test_every_point_takes_as_many_images_as_fit_and_one_more_does_not(toy):
+    config, dataset = configs.load(toy), data.load(configs.load(toy).data)
+    for one in budget.candidates(config, dataset, ("bf16", "8+6+6", "4+4+4"), (3, 6, 11)):
+
+        def make(gpc, one=one):
+            spec = one.codec.__class__(**{**vars(one.codec), "gpc": gpc})
+            return codecs.make(spec, image_shape=(8, 8, 1), num_classes=10, bytes_per_class=256)
+
+        assert make(one.codec.gpc).spec.num_points == one.codec.num_points
+        if one.codec.gpc < 20:
+            with pytest.raises(ValueError, match="codec."):
+                make(one.codec.gpc + 1)
+
+
+def test_bfloat16_images_per_class_are_those_of_the_papers_formula(toy):
+    config = configs.load(toy)
+    dataset = data.load(config.data)
+    (one,) = budget.candidates(config, dataset, ("bf16",), (6,))
+    # 7 numbers of 2 bytes for grey images.
+    assert one.codec == GaussianSpec(gpc=256 // (6 * 7 * 2), num_points=6, lr=0.01)
+
+
+def test_images_per_class_end_with_those_of_the_data(toy):
+    config = configs.load(toy)
+    dataset = data.load(config.data)
+    (one,) = budget.candidates(config, dataset, ("2+2+2",), (1,))
+    assert one.codec.gpc == 20 and isinstance(one.codec, PackedGaussianSpec)
+
+
+def test_held_out_images_are_training_images_that_nothing_else_sees():
+    whole = data.load(data.DataSpec(per_class=20, test_limit=50))
+    part = budget.hold_out(whole)
+    assert np.bincount(part.train_labels).tolist() == [18] * 10 and np.bincount(part.test_labels).tolist() == [2] * 10
+    both = np.concatenate([part.train_images, part.test_images])
+    assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in whole.train_images)
+
+
+def test_search_keeps_the_best_fit_and_proposes_it(found, toy):
+    result = json.loads((found / "frontier.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["bf16x3", "bf16x6", "8+6+6x3", "8+6+6x6"]
+    best = max(result["rows"], key=lambda row: row["accuracy"]["mean"])
+    assert [row["name"] for row in result["rows"] if "distilled" in row] == [best["name"]]
+    assert result["proposal"] == best["overrides"] and result["held_out"] == 20
+    assert all(row["bytes_per_class"] <= 256 for row in result["rows"])
+    # The proposal is a setting of the command line.
+    config = configs.load(toy, result["proposal"])
+    assert (config.codec.gpc, config.codec.num_points) == (best["images_per_class"], best["points"])
+
+
+def test_table_and_plot_are_written(found):
+    text = (found / "frontier.md").read_text()
+    assert text.count("\n| bf16 ") == 2 and text.count("\n| 8+6+6 ") == 2
+    assert "20 held-out training images" in text
+    assert (found / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_search_that_is_done_is_only_read(found, toy, capsys):
+    before = {path: path.stat().st_mtime_ns for path in found.rglob("result.json")}
+    assert start(toy, "--bits", "bf16", "8+6+6", "--points", 3, 6, "--keep", 1, "--out", found) == 0
+    assert {path: path.stat().st_mtime_ns for path in found.rglob("result.json")} == before
+    assert "proposal: codec={name: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "8+6"], "--bits: expected bf16 or three numbers from 2 to 16 such as 8+6+6, found '8+6'"),
+        (["--bits", "8+6+17"], "--bits: expected bf16 or three numbers"),
+        (["--points", "0"], "--points: expected numbers of at least 1, found 0"),
+        (["--keep", "-1"], "--keep: expected 0 or more, found -1"),
+        (["bytes_per_class=ten"], "bytes_per_class: expected a whole number of at least 1, found 'ten'"),
+        (
+            ["bytes_per_class=5", "--points", "40"],
+            "bytes_per_class: no combination of --bits and --points fits; codec.",
+        ),
+        (["codec={name: pixel}"], "codec.name: a budget is searched for Gaussians, found 'pixel'"),
+    ],
+)
+def test_bad_request_is_one_line(toy, tmp_path, capsys, arguments, message):
+    assert message in refused(capsys, start(toy, "--out", tmp_path / "out", *arguments))
+    assert not (tmp_path / "out").exists()
