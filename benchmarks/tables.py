@@ -121,6 +121,15 @@ def _steps(name: str) -> str:
             lines.append(
                 f"| {size} | {row['objective']} | {row['codec']} | {seconds} | {memory[0]:.0f} | {memory[1]:.0f} |"
             )
+    for size, found in record["results"].items():
+        if "experts" in found:
+            experts, tests = found["experts"], found["evaluation"]
+            lines += [
+                "",
+                f"`{size}`: {experts['experts_per_minute']:.2f} experts of {experts['epochs']} epochs of "
+                f"{found['images']:,} images, or {tests['networks_per_minute']:.2f} evaluation networks of "
+                f"{tests['steps']} steps per minute.",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -142,6 +151,26 @@ def _trajectory(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _packed(name: str) -> str:
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    layouts = list(dict.fromkeys(tuple(row["layout"]) for row in rows if row["layout"]))
+    found = {(row["method"], tuple(row["layout"] or ()), row["steps"]): row for row in rows}
+    methods = ("rounded at the end", "trained, ranges learned", "trained, ranges fitted")
+    steps = sorted({row["steps"] for row in rows})
+    heads = [f"{method}, {count} steps" for count in steps for method in methods]
+    lines = [
+        "| bits of position, shape, colour | bits per Gaussian | " + " | ".join(heads) + " |",
+        "|---|---:|" + "---:|" * len(heads),
+    ]
+    plain = " | ".join(f"{found['bfloat16', (), count]['psnr']:.2f} | | " for count in steps)
+    lines.append(f"| bfloat16 | 144.0 | {plain}|".replace("  ", " "))
+    for layout in layouts:
+        cells = [found[method, layout, count] for count in steps for method in methods]
+        psnr = " | ".join(f"{cell['psnr']:.2f}" for cell in cells)
+        lines.append(f"| {', '.join(map(str, layout))} | {cells[0]['bits']['written']:.1f} | {psnr} |")
+    return "Mean PSNR in dB:\n\n" + "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
     "cifar10_dm_ipc1_cpu": _run,
@@ -150,6 +179,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "kernel_model": _kernel_model,
     "matching": _objectives,
     "objectives": _steps,
+    "packed_psnr": _packed,
     "trajectory": _trajectory,
 }
 
