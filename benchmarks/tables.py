@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
 from train import results
+from train.config import EvaluateConfig
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -79,11 +80,7 @@ OBJECTIVES = ("cifar10_dm_ipc1_w64", "cifar10_dc_ipc1_cpu", "cifar10_tm_ipc1_cpu
 
 def _objectives(_: str) -> str:
     runs = [json.loads((RESULTS / name / "result.json").read_text()) for name in OBJECTIVES]
-    for key in ("evaluate", "network", "augment", "whiten", "seed"):
-        if any(run["protocol"][key] != runs[0]["protocol"][key] for run in runs):
-            raise ValueError(f"the runs of the objectives differ in {key}")
-    if len({(run["data_sha256"], run["bytes_per_class"], run["accuracy"]["n"]) for run in runs}) > 1:
-        raise ValueError("the runs of the objectives differ in data, budget or number of networks")
+    _refuse_unlike(runs)
     first = runs[0]
     lines = [
         f"{first['dataset']}, {first['bytes_per_class']:,} bytes per class, test accuracy in % of "
@@ -99,9 +96,25 @@ def _objectives(_: str) -> str:
         f"{_percent(first['random_real'])} |",
         "",
     ]
+    return "\n".join(lines) + "\n" + _sources(runs)
+
+
+def _refuse_unlike(runs: list[dict[str, Any]]) -> None:
+    """Raises if runs that stand in one table were not evaluated alike."""
+    # Settings that came later have the default that was the rule before.
+    if len({EvaluateConfig(**run["protocol"]["evaluate"]) for run in runs}) > 1:
+        raise ValueError("runs of one table differ in evaluate")
+    for key in ("network", "augment", "whiten", "seed"):
+        if any(run["protocol"][key] != runs[0]["protocol"][key] for run in runs):
+            raise ValueError(f"runs of one table differ in {key}")
+    if len({(run["data_sha256"], run["bytes_per_class"], run["accuracy"]["n"]) for run in runs}) > 1:
+        raise ValueError("runs of one table differ in data, budget or number of networks")
+
+
+def _sources(runs: list[dict[str, Any]]) -> str:
     commands = "; ".join(f"`{run['command']}`" for run in runs)
     commits = ", ".join(dict.fromkeys(str(run["commit"])[:9] for run in runs))
-    return "\n".join(lines) + f"\n{commands}; commit {commits}.\n"
+    return f"{commands}; commit {commits}.\n"
 
 
 def _percent(entry: dict[str, Any]) -> str:
@@ -151,6 +164,30 @@ def _trajectory(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+# The same objective, iterations, data and evaluation.
+CODECS = ("cifar10_dm_ipc1_w64", "cifar10_packed_dm_ipc1_w64")
+
+
+def _codecs(_: str) -> str:
+    runs = [json.loads((RESULTS / name / "result.json").read_text()) for name in CODECS]
+    _refuse_unlike(runs)
+    first = runs[0]
+    lines = [
+        f"{first['dataset']}, {first['bytes_per_class']:,} bytes per class, {first['objective']} matching, test "
+        f"accuracy in % of {first['accuracy']['n']} networks of {first['accuracy']['steps']} steps each:",
+        "",
+        "| codec | images per class | Gaussians per image | bytes per class | fitted only | distilled |",
+        "|---|---:|---:|---:|---:|---:|",
+        *(
+            f"| {run['codec']} | {run['gpc']} | {run['num_points']} | {run['accuracy']['bytes_per_class']:,} | "
+            f"{_percent(run['fit_only'])} | {_percent(run['accuracy'])} |"
+            for run in runs
+        ),
+        "",
+    ]
+    return "\n".join(lines) + "\n" + _sources(runs)
+
+
 def _packed(name: str) -> str:
     rows = json.loads((RESULTS / f"{name}.json").read_text())["results"]
     layouts = list(dict.fromkeys(tuple(row["layout"]) for row in rows if row["layout"]))
@@ -178,6 +215,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "splat": _splat,
     "kernel_model": _kernel_model,
     "matching": _objectives,
+    "codecs": _codecs,
     "objectives": _steps,
     "packed_psnr": _packed,
     "trajectory": _trajectory,
