@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 import gsdd_jax
 from gsdd_jax import codecs, storage, synset
 from train import config as configs
-from train import distill, evaluate, experiment, report, stages
+from train import distill, evaluate, evaluation, experiment, report, stages
 from train.checkpoint import Checkpoints
 from train.rundir import RunDir, read_metrics
 
@@ -295,13 +295,13 @@ def test_run_survives_accident_upon_accident_and_ends_in_the_same_bits(toy, whol
 
     # No room for the result of a network.
     with monkeypatch.context() as patch:
-        at(stages, "write_json", second_network_of("fit_only"), lambda: fill_disk(patch), patch)
+        at(evaluation, "write_json", second_network_of("fit_only"), lambda: fill_disk(patch), patch)
         message = refused(capsys, start(toy, out))
     assert f"error: disk full while writing {out / 'evaluation.json'}: nothing saved so far is lost" in message
     assert list(json.loads((out / "evaluation.json").read_text())) == ["distilled"]
 
     # Killed between two networks, and at last while the report is written.
-    killed(stages, "write_json", second_network_of("random_real"))
+    killed(evaluation, "write_json", second_network_of("random_real"))
     assert "random_real" not in json.loads((out / "evaluation.json").read_text())
     killed(report, "write", lambda *_: True)
     assert start(toy, out) == 0
