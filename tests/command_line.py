@@ -1,11 +1,17 @@
 """Runs of the command line inside the test process, and what they leave."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from train import distill
 from train.checkpoint import Checkpoints
 from train.rundir import is_wall_clock, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def start(config: Path, out: Path | None, *arguments: str) -> int:
@@ -63,3 +69,24 @@ def findings(run: Path) -> dict:
 def assert_same(found: dict, expected: dict) -> None:
     for key in expected:
         assert found[key] == expected[key], key
+
+
+def kill_while_distilling(config: Path, out: Path, step: int, settings: dict) -> None:
+    """Runs the command line in a process that SIGKILL ends right after the line of metrics of a step."""
+    program = f"""
+import os, signal
+from train import distill
+from train.rundir import RunDir
+append = RunDir.append
+def wrapper(self, phase, step, **values):
+    append(self, phase, step, **values)
+    if (phase, step) == ("main-distill", {step}):
+        os.kill(os.getpid(), signal.SIGKILL)
+RunDir.append = wrapper
+distill.main(["--config", {str(config)!r}, "--quiet", "--out", {str(out)!r}])
+"""
+    environment = {name.upper(): str(value) for name, value in settings.items()}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert read_metrics(out)[-1]["step"] == step

@@ -92,11 +92,13 @@ def test_search_keeps_the_best_fit_and_proposes_it(found, toy):
     assert [row["name"] for row in result["rows"]] == ["bf16x6", "8+6+6x6"]
     best = max(result["rows"], key=lambda row: row["accuracy"]["mean"])
     assert [row["name"] for row in result["rows"] if "distilled" in row] == [best["name"]]
-    assert result["proposal"] == best["overrides"] and result["held_out"] == 20
+    assert result["proposal"][1:] == best["overrides"] and result["held_out"] == 20
     assert all(row["bytes_per_class"] <= 256 for row in result["rows"])
     # The proposal is a setting of the command line.
     config = configs.load(toy, result["proposal"])
     assert (config.codec.gpc, config.codec.num_points) == (best["images_per_class"], best["points"])
+    # Nor does it lose what the config had set.
+    assert config.codec.lr == configs.load(toy).codec.lr == 0.01 and config.ipc == 1
 
 
 def test_table_and_plot_are_written(found):
@@ -110,7 +112,7 @@ def test_search_that_is_done_is_only_read(found, toy, capsys):
     before = {path: path.stat().st_mtime_ns for path in found.rglob("result.json")}
     assert start(toy, "--bits", "bf16", "8+6+6", "--points", 6, "--keep", 1, "--out", found) == 0
     assert {path: path.stat().st_mtime_ns for path in found.rglob("result.json")} == before
-    assert "proposal: codec={name: " in capsys.readouterr().out
+    assert "proposal: ipc=1.0 codec={name: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command_line import assert_same, findings, refused, start
+from command_line import assert_same, findings, kill_while_distilling, refused, start
 from safetensors import SafetensorError
 
 import gsdd_jax
@@ -337,23 +336,7 @@ def fill_disk(patch) -> None:
 
 def test_sigkill_in_the_distillation_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
     out = tmp_path / "run"
-    program = f"""
-import os, signal
-from train import distill
-from train.rundir import RunDir
-append = RunDir.append
-def wrapper(self, phase, step, **values):
-    append(self, phase, step, **values)
-    if (phase, step) == ("main-distill", 3):
-        os.kill(os.getpid(), signal.SIGKILL)
-RunDir.append = wrapper
-distill.main(["--config", {str(toy)!r}, "--quiet", "--out", {str(out)!r}])
-"""
-    environment = {name.upper(): str(value) for name, value in quick_compilation.items()}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert read_metrics(out)[-1]["step"] == 3
+    kill_while_distilling(toy, out, 3, quick_compilation)
     assert start(toy, out) == 0
     assert_same(findings(out), findings(whole))
 

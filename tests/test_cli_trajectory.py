@@ -1,15 +1,11 @@
 """Trajectory matching and its experts on the command line."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import assert_same, findings, refused, start
+from command_line import assert_same, findings, kill_while_distilling, refused, start
 
 import gsdd_jax
 from gsdd_jax.experts import Segments
@@ -88,23 +84,7 @@ def test_evaluation_may_use_the_learned_step_size(toy, whole, tmp_path):
 
 def test_sigkill_while_matching_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
     out = tmp_path / "run"
-    program = f"""
-import os, signal
-from train import distill
-from train.rundir import RunDir
-append = RunDir.append
-def wrapper(self, phase, step, **values):
-    append(self, phase, step, **values)
-    if (phase, step) == ("main-distill", 3):
-        os.kill(os.getpid(), signal.SIGKILL)
-RunDir.append = wrapper
-distill.main(["--config", {str(toy)!r}, "--quiet", "--out", {str(out)!r}])
-"""
-    environment = {name.upper(): str(value) for name, value in quick_compilation.items()}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert read_metrics(out)[-1]["step"] == 3
+    kill_while_distilling(toy, out, 3, quick_compilation)
     assert start(toy, out) == 0
     assert_same(findings(out), findings(whole))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,10 +54,11 @@ class Candidate(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        """The settings of a config that stand for it."""
-        base = GaussianSpec if self.bits == "bf16" else PackedGaussianSpec
-        kept = ["name", "gpc", "num_points", *(f.name for f in dataclasses.fields(base) if f.name.startswith("bits_"))]
-        return ["codec={" + ", ".join(f"{name}: {getattr(self.codec, name)}" for name in kept) + "}"]
+        """The settings of a config that stand for it; the section is replaced whole, so all that was set is named."""
+        named = {f.name: getattr(self.codec, f.name) for f in dataclasses.fields(self.codec)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self.codec) if f.name not in ("name", "num_points")}
+        kept = {name: value for name, value in named.items() if name not in defaults or value != defaults[name]}
+        return ["codec={" + ", ".join(f"{name}: {value}" for name, value in kept.items()) + "}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = data.load(config.data)
         if budget is not None:
             one = storage.budget_bytes(1, dataset.image_shape)
-            config = dataclasses.replace(config, ipc=budget / one)
+            ipc = budget / one
+            # Rounded down, the quotient would lose a byte.
+            ipc = ipc if storage.budget_bytes(ipc, dataset.image_shape) == budget else math.nextafter(ipc, math.inf)
+            config = dataclasses.replace(config, ipc=ipc)
         compared = hold_out(dataset)
         found = candidates(config, compared, args.bits, args.points)
         out = Path(args.out) if args.out else Path("runs") / f"{config.name}-budget"
@@ -217,7 +222,7 @@ def search(
         "held_out": len(dataset.test_labels),
         "evaluate": dataclasses.asdict(config.evaluate),
         "rows": rows,
-        "proposal": found[winner].overrides,
+        "proposal": [f"ipc={config.ipc!r}", *found[winner].overrides],
         "environment": environment(),
     }
     write_json(out / "frontier.json", result)

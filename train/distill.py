@@ -37,7 +37,6 @@ from train.rundir import RunDir, write_bytes, write_json
 # What may differ when a run is continued: nothing that touches numbers already computed.
 MAY_CHANGE = ("name", "distill.log_every", "distill.checkpoint_every", "experts.path", "experts.train")
 
-
 # Distilled arms: the name of their phase, and the purpose of their random key.
 ARMS = {"distilled": ("main", "distill"), "pixel": ("pixel", "pixel_distill")}
 
