@@ -13,6 +13,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from gsdd_jax.codecs import Codec
+from gsdd_jax.codecs.base import Draft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,16 +118,18 @@ def fit_steps(
         The new state, and the mean over images of the PSNR in dB before the last of the steps, unclamped.
     """
     optimiser = codec.fitter(steps)
+    draft = codec.draft or Draft(lambda params, done: codec.decode(params), lambda params, done: codec.project(params))
 
-    def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-        error = jnp.mean((codec.decode(params) - targets) ** 2, axis=(1, 2, 3))
+    def loss_fn(params: Any, done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        error = jnp.mean((draft.decode(params, done) - targets) ** 2, axis=(1, 2, 3))
         return error.sum(), error
 
     def step(_, carry: tuple[FitState, jax.Array]) -> tuple[FitState, jax.Array]:
         state, _ = carry
-        grads, error = jax.grad(loss_fn, has_aux=True)(state.params)
+        done = state.step / steps
+        grads, error = jax.grad(loss_fn, has_aux=True)(state.params, done)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
-        params = codec.project(optax.apply_updates(state.params, updates))
+        params = draft.project(optax.apply_updates(state.params, updates), done)
         return FitState(params, opt_state, state.step + 1), error
 
     state, error = jax.lax.fori_loop(0, count, step, (state, jnp.ones(targets.shape[0])))

@@ -9,7 +9,7 @@ from command_line import refused
 
 from gsdd_jax import codecs, data
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
-from train import budget
+from train import budget, tune
 from train import config as configs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -81,7 +81,7 @@ def test_images_per_class_end_with_those_of_the_data(toy):
 
 def test_held_out_images_are_training_images_that_nothing_else_sees():
     whole = data.load(data.DataSpec(per_class=20, test_limit=50))
-    part = budget.hold_out(whole)
+    part = tune.hold_out(whole)
     assert np.bincount(part.train_labels).tolist() == [18] * 10 and np.bincount(part.test_labels).tolist() == [2] * 10
     both = np.concatenate([part.train_images, part.test_images])
     assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in whole.train_images)
@@ -133,3 +133,36 @@ def test_search_that_is_done_is_only_read(found, toy, capsys):
 def test_bad_request_is_one_line(toy, tmp_path, capsys, arguments, message):
     assert message in refused(capsys, start(toy, "--out", tmp_path / "out", *arguments))
     assert not (tmp_path / "out").exists()
+
+
+def test_tune_compares_on_held_out_images_and_shares_the_fit(toy, tmp_path, capsys):
+    out = tmp_path / "tune"
+    command = ["--config", str(toy), "--vary", "codec.lr=0.001,0.1", "--out", str(out), "--quiet", "evaluate.seeds=1"]
+    assert tune.main(command) == 0
+    result = json.loads((out / "tune.json").read_text())
+    assert [row["overrides"] for row in result["rows"]] == [["codec.lr=0.001"], ["codec.lr=0.1"]]
+    assert result["held_out"] == 20
+    best = max(result["rows"], key=lambda row: row["accuracy"]["mean"])
+    assert result["best"] == best["overrides"] and f"best: {best['overrides'][0]}" in capsys.readouterr().out
+    # One was fitted, the other took the fit over and went on from it with a rate of its own.
+    fits = [
+        [entry["phase"] for entry in map(json.loads, (out / name / "metrics.jsonl").read_text().splitlines())]
+        for name in ("codec.lr=0.001", "codec.lr=0.1")
+    ]
+    assert fits[0].count("main-fit") == 2 and fits[1].count("main-fit") == 0
+    assert result["rows"][0]["psnr"] == result["rows"][1]["psnr"]
+    sets = [(out / name / "export" / "synset.safetensors") for name in ("codec.lr=0.001", "codec.lr=0.1")]
+    assert sets[0].read_bytes() != sets[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("codec.lr", "--vary: expected KEY=V1,V2 such as codec.lr=0.003,0.01, found 'codec.lr'"),
+        ("data.per_class=10,20", "--vary: expected settings other than those of data"),
+    ],
+)
+def test_tune_refuses_what_cannot_be_varied(toy, tmp_path, capsys, vary, message):
+    with pytest.raises(SystemExit) as end:
+        tune.main(["--config", str(toy), "--vary", vary, "--out", str(tmp_path / "x"), "--quiet"])
+    assert end.value.code == 2 and message in capsys.readouterr().err

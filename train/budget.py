@@ -32,13 +32,12 @@ from train import experiment as experiments
 from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
 from train.rundir import environment, write_bytes, write_json
+from train.tune import hold_out
 
 # The paper's precision, and layouts whose sensitivity was measured on fits: bits of each number of position, Cholesky
 # factor and colour.
 BITS = ("bf16", "8+6+6", "7+6+5", "6+5+4")
 POINTS = (12, 22, 42)
-# Of the training images of a class, the share on which candidates are compared.
-HELD_OUT = 0.1
 
 
 class Candidate(NamedTuple):
@@ -110,21 +109,6 @@ def _split(overrides: Sequence[str]) -> tuple[int | None, list[str]]:
             raise ConfigError(f"bytes_per_class: expected a whole number of at least 1, found {value!r}")
         budget = int(value)
     return budget, rest
-
-
-def hold_out(dataset: data.Dataset) -> data.Dataset:
-    """Returns a dataset whose test set is the last tenth of each class's training images, taken out of them."""
-    labels = dataset.train_labels
-    held = np.zeros(len(labels), bool)
-    for label in range(dataset.num_classes):
-        own = np.flatnonzero(labels == label)
-        held[own[len(own) - max(1, round(HELD_OUT * len(own))) :]] = True
-    return dataset._replace(
-        train_images=dataset.train_images[~held],
-        train_labels=labels[~held],
-        test_images=dataset.train_images[held],
-        test_labels=labels[held],
-    )
 
 
 def candidates(
@@ -209,7 +193,8 @@ def search(
     best = sorted(range(len(found)), key=lambda i: -rows[i]["accuracy"]["mean"])[:keep]
     for i in best:
         whole = dataclasses.replace(config, baselines=alone)
-        distilled = _row(found[i], whole, dataset, out / "distilled" / found[i].name, progress)
+        name = found[i].name
+        distilled = _row(found[i], whole, dataset, out / "distilled" / name, progress, fitted=out / "fit" / name)
         rows[i]["distilled"] = distilled["accuracy"]
     chosen, kind = (best, "distilled") if best else (list(range(len(found))), "accuracy")
     winner = max(chosen, key=lambda i: rows[i][kind]["mean"])
@@ -232,10 +217,16 @@ def search(
 
 
 def _row(
-    one: Candidate, config: configs.RunConfig, dataset: data.Dataset, out: Path, progress: Progress
+    one: Candidate,
+    config: configs.RunConfig,
+    dataset: data.Dataset,
+    out: Path,
+    progress: Progress,
+    *,
+    fitted: Path | None = None,
 ) -> dict[str, Any]:
     config = dataclasses.replace(config, codec=one.codec, name=f"{config.name}-{one.name}")
-    result = distill.run(experiments.prepare(config, dataset), out, progress)
+    result = distill.run(experiments.prepare(config, dataset), out, progress, fitted=fitted)
     return {
         "name": one.name,
         "bits": one.bits,

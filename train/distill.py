@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,13 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(experiment: Experiment, out: Path, progress: Progress) -> dict[str, Any]:
-    """Carries out or continues an experiment in the run directory ``out`` and returns the result."""
+def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path | None = None) -> dict[str, Any]:
+    """Carries out or continues an experiment in the run directory ``out`` and returns the result.
+
+    Args:
+        experiment: What to run.
+        out: The run directory.
+        progress: Progress bars.
+        fitted: Another run directory whose fit, of the same codec to the same images, is taken over.
+    """
     config, dataset = experiment.config, experiment.dataset
     with RunDir(out) as rundir:
         continued = rundir.configure(
             dataclasses.asdict(experiments.resolved(config, experiment.codec)), may_change=MAY_CHANGE
         )
+        if fitted is not None and not continued:
+            copied = rundir.checkpoints_path / "main-fit"
+            shutil.copytree(fitted / copied.relative_to(rundir.path), copied)
         done = rundir.path / "result.json"
         if continued and done.exists():
             # A damaged one is made anew from the stages, which are all kept.

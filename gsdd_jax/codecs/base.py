@@ -20,6 +20,19 @@ def _no_gaussians(params: Any) -> Gaussians | None:
     return None
 
 
+class Draft(NamedTuple):
+    """What a codec does while fitting, as long as what it stores would only get in the way.
+
+    Attributes:
+        decode: ``(params, done) -> images``, where ``done`` is the share of the fit's steps that were taken; in the end
+            equal to the codec's ``decode``.
+        project: ``(params, done) -> params``, likewise.
+    """
+
+    decode: Callable[[Any, jax.Array], jax.Array]
+    project: Callable[[Any, jax.Array], Any]
+
+
 class Codec(NamedTuple):
     """A parameterisation of images as pure functions.
 
@@ -48,6 +61,7 @@ class Codec(NamedTuple):
         pack: ``stored -> dict`` of the arrays as they are written; on the host.
         unpack: The inverse of ``pack``; raises ValueError where the arrays are none that ``pack`` writes.
         gaussians: ``params -> Gaussians`` that ``decode`` draws, or None where it draws no Gaussians.
+        draft: How fitting begins where it does not draw with ``decode`` from its first step.
     """
 
     name: str
@@ -68,6 +82,7 @@ class Codec(NamedTuple):
     pack: Callable[[Any], Any] = _unchanged
     unpack: Callable[[Any], Any] = _unchanged
     gaussians: Callable[[Any], Gaussians | None] = _no_gaussians
+    draft: Draft | None = None
 
     @property
     def num_images(self) -> int:

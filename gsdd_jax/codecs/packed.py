@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import packing, starts, storage
-from gsdd_jax.codecs.base import Codec
+from gsdd_jax.codecs.base import Codec, Draft
 from gsdd_jax.codecs.gaussian import boundary_loss, clip_positions, fit_rates, leafwise_adam
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.render import render
@@ -72,6 +72,9 @@ class PackedGaussianSpec:
     lr_mean: Annotated[float, Ge(0), Doc("factor of lr for the positions")] = 1.0
     lr_cholesky: Annotated[float, Ge(0), Doc("factor of lr for the shapes")] = 1.0
     lr_color: Annotated[float, Ge(0), Doc("factor of lr for the colours")] = 1.0
+    draft: Annotated[
+        float, Ge(0), Le(1), Doc("share of the steps of the fit that are taken before anything is rounded")
+    ] = 0.5
     lr_ranges: Annotated[float, Ge(0), Doc("learned ranges: factor of the rate of what they bound, for both ends")] = (
         0.5
     )
@@ -124,9 +127,19 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         values = {name: grids[name][0] + code * grids[name][1] for name, code in codes.items()}
         return PackedGaussians(**values, **ends, size=(h, w))
 
+    def clipped(params: PackedGaussians) -> PackedGaussians:
+        return clip_positions(dataclasses.replace(params, cholesky=canonical(params.cholesky)))
+
     def project(params: PackedGaussians) -> PackedGaussians:
-        params = clip_positions(dataclasses.replace(params, cholesky=canonical(params.cholesky)))
-        return params if spec.ranges == "learned" else fit_ranges(params, spec)
+        return clipped(params) if spec.ranges == "learned" else fit_ranges(clipped(params), spec)
+
+    def draw_draft(params: PackedGaussians, done: jax.Array) -> jax.Array:
+        rounded = quantised(params, spec, rounding=done >= spec.draft)
+        return render(rounded, supersample=spec.supersample, cutoff=spec.cutoff)
+
+    def project_draft(params: PackedGaussians, done: jax.Array) -> PackedGaussians:
+        # The grids follow the numbers until they are used.
+        return jax.lax.cond(done < spec.draft, lambda p: fit_ranges(clipped(p), spec), project, params)
 
     def adam(rates: dict[str, float], schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
         learned = spec.lr_ranges if spec.ranges == "learned" else 0.0
@@ -166,6 +179,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         pack=lambda tree: pack(tree, spec),
         unpack=lambda arrays: unpack(arrays, spec, n, c),
         gaussians=lambda params: quantised(params, spec),
+        draft=Draft(draw_draft, project_draft),
     )
 
 
@@ -209,14 +223,15 @@ def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGauss
     return dataclasses.replace(params, low=jnp.concatenate(lows), step=jnp.concatenate(steps))
 
 
-def quantised(params: PackedGaussians, spec: PackedGaussianSpec) -> Gaussians:
+def quantised(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bool | jax.Array = True) -> Gaussians:
     """Returns the Gaussians as they come back from disk, in the order in which they come back.
 
     Sums of floats depend on the order, so the images that are trained are drawn in the order of the file, too.
-    Differentiable with respect to every leaf: straight through for the masters, LSQ for the grids.
+    Differentiable with respect to every leaf: straight through for the masters, LSQ for the grids. Without ``rounding``
+    the masters are taken as they are.
     """
     leaves = {
-        name: storage.on_grid(getattr(params, name), low, step, bits)
+        name: jnp.where(rounding, storage.on_grid(getattr(params, name), low, step, bits), getattr(params, name))
         for name, (low, step, bits) in _grids(params.low, params.step, spec).items()
     }
     leaves = _in_order(params, leaves, spec)

@@ -1,0 +1,156 @@
+"""Choose settings without the test set: ``python -m train.tune --config FILE --vary KEY=V1,V2 ... [key=value ...]``.
+
+Every combination of the varied settings is distilled and tested on held-out training images: the last tenth of each
+class, which neither the fit nor the objective sees. Combinations that start from the same fit share it.
+
+Every combination is a run directory under ``--out``; the same command continues an interrupted search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gsdd_jax import data, storage
+from train import config as configs
+from train import distill
+from train import experiment as experiments
+from train.errors import ConfigError, exit_cleanly
+from train.progress import Progress
+from train.rundir import environment, read_metrics, write_bytes, write_json
+
+# Of the training images of a class, the share on which settings are compared.
+HELD_OUT = 0.1
+# Settings of a codec that its fit does not depend on.
+NOT_OF_THE_FIT = ("lr", "lr_mean", "lr_cholesky", "lr_color", "boundary")
+# The loss of a combination is the mean of so much of its end, since single batches are noisy.
+END = 0.2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m train.tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", required=True, metavar="FILE", help="experiment")
+    parser.add_argument(
+        "--vary", nargs="+", required=True, metavar="KEY=V1,V2", help="such as codec.lr=0.003,0.01 fit.steps=300,1000"
+    )
+    parser.add_argument("--out", metavar="DIR", help="default: runs/NAME-tune")
+    parser.add_argument("--smoke", action="store_true", help="shrink the experiment by the config's smoke block")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluate.seeds=2")
+    args = parser.parse_intermixed_args(argv)
+    with exit_cleanly(debug=args.debug or None):
+        varied = [_values(text) for text in args.vary]
+        chosen = [list(one) for one in itertools.product(*varied)]
+        found: list[configs.RunConfig] = [
+            configs.load(args.config, [*args.overrides, *one], smoke=args.smoke) for one in chosen
+        ]
+        dataset = hold_out(data.load(found[0].data))
+        if any(one.data != found[0].data for one in found):
+            raise ConfigError("--vary: expected settings other than those of data, which all combinations share")
+        out = Path(args.out) if args.out else Path("runs") / f"{found[0].name}-tune"
+        result = search(list(zip(chosen, found, strict=True)), dataset, out=out, progress=Progress(quiet=args.quiet))
+        print((out / "tune.md").read_text())
+        print("best: " + " ".join(result["best"]))
+    return 0
+
+
+def _values(text: str) -> list[str]:
+    """Splits ``key=v1,v2`` into ``key=v1`` and ``key=v2``."""
+    key, _, values = text.partition("=")
+    if not key.strip() or not all(value.strip() for value in values.split(",")):
+        raise ConfigError(f"--vary: expected KEY=V1,V2 such as codec.lr=0.003,0.01, found {text!r}")
+    return [f"{key.strip()}={value.strip()}" for value in values.split(",")]
+
+
+def hold_out(dataset: data.Dataset) -> data.Dataset:
+    """Returns a dataset whose test set is the last tenth of each class's training images, taken out of them."""
+    labels = dataset.train_labels
+    held = np.zeros(len(labels), bool)
+    for label in range(dataset.num_classes):
+        own = np.flatnonzero(labels == label)
+        held[own[len(own) - max(1, round(HELD_OUT * len(own))) :]] = True
+    return dataset._replace(
+        train_images=dataset.train_images[~held],
+        train_labels=labels[~held],
+        test_images=dataset.train_images[held],
+        test_labels=labels[held],
+    )
+
+
+def search(
+    found: Sequence[tuple[list[str], configs.RunConfig]], dataset: data.Dataset, *, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """Distils and tests every combination, and writes tune.json and tune.md into ``out``."""
+    fits: dict[Any, Path] = {}
+    rows = []
+    for overrides, config in found:
+        alone = dataclasses.replace(config.baselines, fit_only=False, random_real=False, pixel=False, full_data=False)
+        experiment = experiments.prepare(dataclasses.replace(config, baselines=alone), dataset)
+        path = out / ",".join(overrides).replace("/", "_")
+        result = distill.run(experiment, path, progress, fitted=fits.get(_fit_of(experiment.config)))
+        fits.setdefault(_fit_of(experiment.config), path)
+        losses = [entry["loss"] for entry in read_metrics(path) if entry["phase"] == "main-distill"]
+        last = losses[-max(1, round(END * len(losses))) :]
+        rows.append(
+            {
+                "overrides": overrides,
+                "accuracy": result["accuracy"],
+                "psnr": result["fit_psnr"],
+                "loss": float(np.mean(last)) if last else None,
+                "seconds": result["seconds"],
+            }
+        )
+    config = found[0][1]
+    result = {
+        "name": config.name,
+        "codec": config.codec.name,
+        "dataset": dataset.name,
+        "objective": config.objective.name,
+        "bytes_per_class": storage.budget_bytes(config.ipc, dataset.image_shape),
+        "held_out": len(dataset.test_labels),
+        "rows": rows,
+        "best": max(rows, key=lambda row: row["accuracy"]["mean"])["overrides"],
+        "environment": environment(),
+    }
+    write_json(out / "tune.json", result)
+    write_bytes(out / "tune.md", table(result).encode())
+    return result
+
+
+def _fit_of(config: configs.RunConfig) -> tuple[Any, ...]:
+    """Returns what the fit of a config depends on; the data are the same for all."""
+    codec = {name: value for name, value in vars(config.codec).items() if name not in NOT_OF_THE_FIT}
+    return tuple(sorted(codec.items())), config.fit, config.seed, config.ipc, config.network
+
+
+def table(result: dict[str, Any]) -> str:
+    """Writes a search as a Markdown table."""
+    lines = [
+        f"{result['dataset']}, {result['bytes_per_class']:,} bytes per class, {result['objective']} matching, accuracy "
+        f"in % on {result['held_out']:,} held-out training images",
+        "",
+        "| settings | images per class | loss at the end | distilled |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        entry = row["accuracy"]
+        spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
+        loss = "" if row["loss"] is None else f"{row['loss']:.4g}"
+        lines.append(
+            f"| `{' '.join(row['overrides'])}` | {entry['images_per_class']} | {loss} | "
+            f"{100 * entry['mean']:.1f}{spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
