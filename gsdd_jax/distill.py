@@ -93,6 +93,7 @@ def make_step(
     network: Network,
     augment: DsaSpec,
     transform: Transform,
+    schedule: optax.Schedule | None = None,
 ) -> Step:
     """Builds the outer step; pure, to be jitted with its state donated.
 
@@ -102,6 +103,7 @@ def make_step(
         network: The architecture that matches.
         augment: DSA settings.
         transform: Normalisation; its arrays travel in the data, so that they are not baked into the executable.
+        schedule: Factor of the codec's updates, by outer steps taken; 1 throughout if None, as in the references.
 
     Returns:
         ``step(state, data, key)``, with ``ExpertBatch`` for trajectory matching and real images for the others. The
@@ -115,7 +117,9 @@ def make_step(
     if isinstance(objective, GradientSpec) and 0 in (objective.outer_loop, objective.inner_loop):
         raise ValueError("objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc fills them in")
     if isinstance(objective, TrajectorySpec):
-        return _trajectory_step(codec, objective, network=network, augment=augment, transform=transform)
+        return _trajectory_step(
+            codec, objective, network=network, augment=augment, transform=transform, schedule=schedule
+        )
     k, g = codec.num_classes, codec.images_per_class
 
     def step(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
@@ -153,7 +157,7 @@ def make_step(
             return loss + regulariser, {"loss": loss, "regulariser": regulariser}
 
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
-        params, opt_state, norms = _updated(codec, state, grads)
+        params, opt_state, norms = _updated(codec, state, grads, schedule)
         matcher: Any = ()
         if isinstance(objective, GradientSpec) and _network_lives_on(objective):
 
@@ -171,15 +175,25 @@ def make_step(
     return step
 
 
-def _updated(codec: Codec, state: State, grads: Any) -> tuple[Any, Any, dict[str, jax.Array]]:
+def _updated(
+    codec: Codec, state: State, grads: Any, schedule: optax.Schedule | None
+) -> tuple[Any, Any, dict[str, jax.Array]]:
     """Returns parameters and optimiser state after a gradient, and the norms to log."""
     updates, opt_state = codec.optimiser().update(grads, state.opt_state, state.params)
+    if schedule is not None:
+        updates = optax.tree.scale(schedule(state.step), updates)
     params = codec.project(optax.apply_updates(state.params, updates))
     return params, opt_state, {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
 
 
 def _trajectory_step(
-    codec: Codec, objective: TrajectorySpec, *, network: Network, augment: DsaSpec, transform: Transform
+    codec: Codec,
+    objective: TrajectorySpec,
+    *,
+    network: Network,
+    augment: DsaSpec,
+    transform: Transform,
+    schedule: optax.Schedule | None,
 ) -> Step:
     """Builds the outer step of trajectory matching: one for the codec, one for the student's step size."""
 
@@ -206,7 +220,7 @@ def _trajectory_step(
 
         old: SynLr = state.matcher
         (grads, lr_grad), metrics = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(state.params, old.value)
-        params, opt_state, norms = _updated(codec, state, grads)
+        params, opt_state, norms = _updated(codec, state, grads, schedule)
         update, lr_state = syn_lr_optimiser(objective).update(lr_grad, old.opt_state)
         syn_lr = SynLr(floor_syn_lr(old.value + update), lr_state)
         return State(params, opt_state, state.step + 1, syn_lr), metrics | norms | {"syn_lr": syn_lr.value}

@@ -111,6 +111,24 @@ def composed(codec, on_device):
     return jax.jit(loss_and_gradient)
 
 
+def test_schedule_scales_the_update_and_nothing_else(codec, start, step, on_device):
+    plain, _ = step(start, on_device, KEY)
+    spec = DistributionSpec(batch_real=6)
+    parts = {"network": NETWORK, "augment": AUGMENT, "transform": whiten.apply}
+    scheduled = jax.jit(distill.make_step(codec, spec, **parts, schedule=lambda taken: 0.25 / (1 + taken)))
+    first, _ = scheduled(start, on_device, KEY)
+    np.testing.assert_allclose(
+        first.params.color - start.params.color, 0.25 * (plain.params.color - start.params.color), rtol=0, atol=1e-6
+    )
+    assert bits(first.opt_state) == bits(plain.opt_state)
+    # The second step has half of that.
+    again, _ = step(first, on_device, KEY)
+    second, _ = scheduled(first, on_device, KEY)
+    np.testing.assert_allclose(
+        second.params.color - first.params.color, 0.125 * (again.params.color - first.params.color), rtol=0, atol=1e-6
+    )
+
+
 def test_first_steps_are_adam_on_the_composed_gradient(composed, start, step, on_device):
     state = start
     m = v = {name: 0.0 for name in ("mean", "cholesky", "color", "opacity")}

@@ -33,6 +33,10 @@ class DistillSpec:
     """Cadence of the distillation loop."""
 
     iterations: Annotated[int, Ge(0), Doc("Outer steps (GSDD, tables 10 and 11: 20,000 for distribution matching).")]
+    schedule: Annotated[
+        Literal["constant", "cosine"],
+        Doc("Learning rate of the codec over the iterations: constant as in the references, or falling to 0."),
+    ] = "constant"
     log_every: Annotated[int, Ge(1), Doc("Outer steps between lines of metrics.jsonl.")] = 10
     checkpoint_every: Annotated[int, Ge(1), Doc("Outer steps (and fitting steps) between checkpoints.")] = 100
     data: Annotated[

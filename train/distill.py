@@ -278,7 +278,7 @@ def plan(experiment: Experiment) -> str:
     lines.append(f"  written: {codec.nbytes(params)} bytes, {codec.nbytes(params) / codec.num_classes:g} per class")
     state = jax.eval_shape(lambda p: distill.init_state(codec, p, stages.objective(config), experiment.network), params)
     data = jax.eval_shape(lambda: _example_data(experiment))
-    step = jax.jit(stages.build_step(experiment, codec), donate_argnums=0)
+    step = jax.jit(stages.build_step(experiment, codec, config.distill.iterations), donate_argnums=0)
     memory = step.lower(state, data, key).compile().memory_analysis()
     if memory is not None:
         mib = 2.0**20

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from gsdd_jax import codecs, distill, fit, whiten
 from gsdd_jax.data import ClassTable, HostSampler, class_table, prefetch
@@ -133,7 +134,7 @@ def distill_stage(
             state, meta = checkpoints.restore(latest, state)
             done, seconds = latest, meta["seconds"]
         run.truncate(phase, done)
-        step = jax.jit(build_step(experiment, codec), donate_argnums=0)
+        step = jax.jit(build_step(experiment, codec, iterations), donate_argnums=0)
         key, saved = experiment.key(purpose), done
         with progress.phase(f"distil {arm}", total=iterations, done=done) as bar:
             batches = _batches(experiment, done, iterations, experts)
@@ -174,14 +175,16 @@ def _remedy(values: dict[str, float]) -> str:
     )
 
 
-def build_step(experiment: Experiment, codec: codecs.Codec):
-    """Builds the outer step of an experiment for one of its codecs."""
+def build_step(experiment: Experiment, codec: codecs.Codec, iterations: int) -> distill.Step:
+    """Builds the outer step of an experiment for one of its codecs, out of so many."""
+    cosine = experiment.config.distill.schedule == "cosine"
     return distill.make_step(
         codec,
         objective(experiment.config),
         network=experiment.network,
         augment=experiment.config.augment,
         transform=whiten.apply,
+        schedule=optax.cosine_decay_schedule(1.0, max(iterations, 1)) if cosine else None,
     )
 
 
