@@ -1,10 +1,10 @@
 """PSNR of images fitted in few bits: bfloat16, codes trained through the rounding, and codes rounded at the end.
 
-    python -m benchmarks.packed_psnr [--data DIR] [--images 100] [--points 22] [--steps 300 1000]
+    python -m benchmarks.packed_psnr [--data DIR] [--images 100] [--points 22] [--steps 300 1000] [--layouts 8+7+6 ...]
 
 The images are a fixed, seeded sample of the training split. Beside each PSNR stand the bits per Gaussian as written,
 as they would be with the order kept, and with an ideal entropy coder that knows the frequencies of each number's codes
-for nothing.
+for nothing. What suffers is measured by rounding one kind of number at a time, after a fit in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import lzma
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ from gsdd_jax.codecs import Codec, GaussianSpec, PackedGaussianSpec, packed
 DATA = record.ROOT.parent / "shared" / "data" / "cifar10_jpeg" / "1.0.0"
 # Bits of each coordinate, number of the shape and colour channel. With the order dropped, 8, 7, 6 costs what 8, 6, 6
 # does with the order kept, for images of 22 Gaussians.
-LAYOUTS = ((8, 6, 6), (7, 6, 5), (8, 7, 6))
+LAYOUTS = ("8+6+6", "7+6+5", "8+7+6")
+# The ways to train through the rounding.
+TRAINED = {
+    "trained from the start, ranges learned": {"draft": 0.0, "ranges": "learned"},
+    "trained from half, ranges learned": {"draft": 0.5, "ranges": "learned"},
+    "trained from half, ranges fitted": {"draft": 0.5, "ranges": "fitted"},
+}
+# Rounded alone to so many bits; what is not has 16.
+ALONE = (3, 4, 5, 6, 7, 8, 9)
+FINE = 16
 
 
 def codec_of(spec: codecs.CodecSpec, images: jax.Array) -> Codec:
@@ -83,7 +93,7 @@ def entropy(codes: np.ndarray) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def rows(images: jax.Array, points: int, steps: int, layouts=LAYOUTS) -> list[dict[str, Any]]:
+def rows(images: jax.Array, points: int, steps: int, layouts: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
     """Fits the images in every way with so many steps."""
     found = []
 
@@ -103,15 +113,29 @@ def rows(images: jax.Array, points: int, steps: int, layouts=LAYOUTS) -> list[di
     params, seconds = fitted(exact, images, steps)
     add("float32", None, exact, params, seconds)
     for layout in layouts:
-        mean, cholesky, color = layout
-        spec = PackedGaussianSpec(
-            gpc=len(images), num_points=points, bits_mean=mean, bits_cholesky=cholesky, bits_color=color
-        )
+        spec = layout_spec(layout, images, points)
         add("rounded at the end", layout, codec_of(spec, images), packed.from_gaussians(params, spec), seconds)
-        for ranges in ("learned", "fitted"):
-            codec = codec_of(dataclasses.replace(spec, ranges=ranges), images)  # type: ignore[arg-type]
-            add(f"trained, ranges {ranges}", layout, codec, *fitted(codec, images, steps))
+        for method, how in TRAINED.items():
+            codec = codec_of(dataclasses.replace(spec, **how), images)  # type: ignore[arg-type]
+            add(method, layout, codec, *fitted(codec, images, steps))
+    for place, name in enumerate(("position", "shape", "colour")):
+        for bits in ALONE:
+            widths = [FINE] * 3
+            widths[place] = bits
+            spec = layout_spec((widths[0], widths[1], widths[2]), images, points)
+            codec = codec_of(spec, images)
+            quantised = packed.from_gaussians(params, spec)
+            row = {"method": f"only {name} rounded", "points": points, "steps": steps, "layout": widths}
+            found.append(row | quality(codec, quantised, images) | {"seconds": seconds})
     return found
+
+
+def layout_spec(layout: tuple[int, int, int], images: jax.Array, points: int) -> PackedGaussianSpec:
+    """Returns the packed codec of these images with so many bits of position, shape and colour."""
+    mean, cholesky, color = layout
+    return PackedGaussianSpec(
+        gpc=len(images), num_points=points, bits_mean=mean, bits_cholesky=cholesky, bits_color=color
+    )
 
 
 def main() -> None:
@@ -121,10 +145,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--points", type=int, default=22)
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 1000])
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), metavar="P+L+C")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "packed_psnr.json")
     args = parser.parse_args()
+    layouts = []
+    for text in args.layouts:
+        mean, cholesky, color = map(int, text.split("+"))
+        layouts.append((mean, cholesky, color))
     images, name = sample(args.data, args.images)
-    results = [row for steps in args.steps for row in rows(images, args.points, steps)]
+    results = [row for steps in args.steps for row in rows(images, args.points, steps, layouts)]
     record.write(args.out, results, seed=SEED, n=args.images, data=name, size=list(images.shape[1:]))
 
 

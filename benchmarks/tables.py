@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.packed_psnr import ALONE, TRAINED
 from benchmarks.record import RESULTS, ROOT
 from train import results
 from train.config import EvaluateConfig
@@ -192,7 +193,7 @@ def _packed(name: str) -> str:
     rows = json.loads((RESULTS / f"{name}.json").read_text())["results"]
     layouts = list(dict.fromkeys(tuple(row["layout"]) for row in rows if row["layout"]))
     found = {(row["method"], tuple(row["layout"] or ()), row["steps"]): row for row in rows}
-    methods = ("rounded at the end", "trained, ranges learned", "trained, ranges fitted")
+    methods = ("rounded at the end", *TRAINED)
     steps = sorted({row["steps"] for row in rows})
     heads = [f"{method}, {count} steps" for count in steps for method in methods]
     lines = [
@@ -208,6 +209,23 @@ def _packed(name: str) -> str:
     return "Mean PSNR in dB:\n\n" + "\n".join(lines) + "\n"
 
 
+def _sensitivity(_: str) -> str:
+    rows = json.loads((RESULTS / "packed_psnr.json").read_text())["results"]
+    steps = max(row["steps"] for row in rows)
+    rows = [row for row in rows if row["steps"] == steps]
+    exact = next(row["psnr"] for row in rows if row["method"] == "float32")
+    lines = [
+        f"PSNR in dB that is lost by rounding one kind of number after {steps:,} steps in float32 ({exact:.2f} dB):",
+        "",
+        "| rounded | " + " | ".join(f"{bits} bits" for bits in ALONE) + " |",
+        "|---|" + "---:|" * len(ALONE),
+    ]
+    for name in ("position", "shape", "colour"):
+        psnr = [row["psnr"] for row in rows if row["method"] == f"only {name} rounded"]
+        lines.append(f"| {name} | " + " | ".join(f"{exact - one:.2f}" for one in psnr) + " |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
     "cifar10_dm_ipc1_cpu": _run,
@@ -218,6 +236,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "codecs": _codecs,
     "objectives": _steps,
     "packed_psnr": _packed,
+    "sensitivity": _sensitivity,
     "trajectory": _trajectory,
 }
 

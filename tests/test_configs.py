@@ -163,3 +163,25 @@ def test_smoke_run_needs_neither_data_nor_experts_of_other_runs(name):
     smoke = load(name, smoke=True)
     assert smoke.data.source == "digits"
     assert (smoke.data.channels, smoke.data.resolution, smoke.experts.path) == (3, 8, "")
+
+
+# The packed configs and those that they are compared with, side by side.
+PACKED = {
+    "cifar10_packed_dm_ipc1": "cifar10_dm_ipc1",
+    "cifar10_packed_dm_ipc1_cpu": "cifar10_dm_ipc1_cpu",
+    "cifar10_packed_tm_ipc10": "cifar10_tm_ipc10",
+    "imagenette128_packed_dm_ipc1": "imagenette128_dm_ipc1",
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_config_fills_the_budget_and_differs_in_the_codec_alone(name):
+    packed, plain = load(name), load(PACKED[name])
+    assert dataclasses.replace(packed, name="", codec=plain.codec) == dataclasses.replace(plain, name="")
+    assert packed.codec.num_points == plain.codec.num_points
+    side = packed.data.resolution or 32
+    shape, available = (side, side, 3), storage.budget_bytes(packed.ipc, (side, side, 3))
+    codecs.make(packed.codec, image_shape=shape, num_classes=10, bytes_per_class=available)
+    with pytest.raises(ValueError, match="codec.num_points"):
+        one_more = dataclasses.replace(packed.codec, gpc=packed.codec.gpc + 1)
+        codecs.make(one_more, image_shape=shape, num_classes=10, bytes_per_class=available)
