@@ -73,7 +73,7 @@ def select_images(
         own = np.flatnonzero(labels == label)
         if len(own) < per_class:
             raise ValueError(
-                f"codec.gpc: {per_class} images per class are to be fitted, class {label} has {len(own)} training ones"
+                f"per_class: {per_class} images per class are to be fitted, class {label} has {len(own)} training ones"
             )
         if how == "first":
             chosen.append(own[:per_class])

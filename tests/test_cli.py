@@ -415,7 +415,7 @@ def test_help_mentions_every_setting(capsys):
         (["evaluate.lr=-1"], "evaluate.lr: expected a number > 0, found -1"),
         (["codec.lr=.nan"], "codec.lr: expected a finite number > 0"),
         (["nonsense"], "override 'nonsense': expected section.key=value"),
-        (["codec.name=wavelet"], "codec.name: expected one of gaussian, packed_gaussian, pixel, found"),
+        (["codec.name=wavelet"], f"codec.name: expected one of {', '.join(codecs.SPECS)}, found"),
         (["codec.gpc=19", "codec.num_points=0"], "codec.gpc: 19 images do not fit 256 bytes per class"),
         (["codec.num_points=10"], "codec.num_points: 2 images of 10 bfloat16 Gaussians need 280 bytes"),
         (

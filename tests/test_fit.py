@@ -193,7 +193,7 @@ def test_kmeans_takes_one_image_of_every_cluster():
 
 
 def test_selection_from_a_small_class_names_it():
-    with pytest.raises(ValueError, match="codec.gpc: 5 images per class are to be fitted, class 1 has 4 training ones"):
+    with pytest.raises(ValueError, match="per_class: 5 images per class are to be fitted, class 1 has 4 training ones"):
         select("first", per_class=5)
 
 

@@ -10,7 +10,18 @@ from safetensors.flax import load_file, save_file
 
 import gsdd_jax
 from gsdd_jax import SynSet, codecs, synset
-from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec, PixelSpec
+from gsdd_jax.codecs import (
+    DownscaleSpec,
+    FactorSpec,
+    FrequencySpec,
+    GaussianSpec,
+    MemorySpec,
+    NeuralFieldSpec,
+    PackedGaussianSpec,
+    PixelSpec,
+    SparseEpitomeSpec,
+    SpectralSpec,
+)
 from gsdd_jax.gaussians import Gaussians
 
 SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152
@@ -23,14 +34,23 @@ SPECS = {
     "packed in order": PackedGaussianSpec(gpc=1, num_points=3, order="kept", bits_mean=7, ranges="fitted"),
     "pixel": PixelSpec(ipc=1),
     "pixel bfloat16": PixelSpec(dtype="bfloat16", ipc=2),
+    "downscale": DownscaleSpec(factor=2),
+    "frequency": FrequencySpec(coefficients=5, images_per_class=3),
+    "frequency bits": FrequencySpec(coefficients=9, images_per_class=2),
+    "neural field": NeuralFieldSpec(layers=2, width=3, images_per_class=2),
+    "factor": FactorSpec(hallucinators=1, base_channels=1, images_per_class=1, dtype="bfloat16"),
+    "memory": MemorySpec(bases=3, images_per_class=3),
+    "sparse epitome": SparseEpitomeSpec(
+        patch=2, width=5, blocks=1, heads=1, tokens=3, nonzeros=9, images_per_class=2, dtype="bfloat16"
+    ),
+    "spectral": SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=2),
 }
 
 
 def make(name: str) -> SynSet:
     codec = codecs.make(SPECS[name], image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=BUDGET)
-    like = jax.eval_shape(codec.init, jax.random.key(0), jax.ShapeDtypeStruct((codec.num_images, *SHAPE), jnp.float32))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.uniform(-0.9, 0.9, x.shape), jnp.float32), like)
+    images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *SHAPE)).astype(np.float32)
+    params = jax.jit(codec.init)(jax.random.key(0), images)
     # Params of a set are at stored precision.
     params = codec.loaded(codec.stored(params))
     return SynSet(codec, params, BUDGET, NAMES, META)
@@ -186,7 +206,7 @@ def test_other_format_names_both(folder, found):
 def test_unknown_codec_lists_the_known_ones(folder, name):
     edit(folder, lambda m: m["codec"].update(name=name))
     with pytest.raises(
-        ValueError, match=f"manifest.json: codec.name: expected one of gaussian, packed_gaussian, pixel; found {name!r}"
+        ValueError, match=f"manifest.json: codec.name: expected one of {', '.join(codecs.SPECS)}; found {name!r}"
     ):
         gsdd_jax.load(folder)
 

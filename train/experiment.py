@@ -49,7 +49,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     available = storage.budget_bytes(config.ipc, shape)
     codec = codecs.make(config.codec, image_shape=shape, num_classes=classes, bytes_per_class=available)
     if config.fit.to == "real":
-        data.require_per_class(dataset, codec.images_per_class, "codec.ipc" if codec.name == "pixel" else "codec.gpc")
+        data.require_per_class(dataset, codec.images_per_class, f"codec.{_count_field(codec.spec)}")
     data.require_per_class(dataset, 1, "objective.batch_real")
     network = nets.build(config.network, shape, classes)
     if config.baselines.pixel:
@@ -64,15 +64,28 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     return Experiment(config, dataset, available, codec, network, whitening)
 
 
+def _count_field(spec: codecs.CodecSpec) -> str:
+    """Returns the setting of a codec that says how many images per class there are."""
+    return next(name for name in ("gpc", "ipc", "images_per_class") if hasattr(spec, name))
+
+
+# Starts that look at no image.
+NOISE = ("uniform", "xavier")
+
+
 def _check_start(config: RunConfig) -> None:
     """Refuses a start that would look at real images although the fit is asked not to, or cannot do without them."""
     if config.fit.to == "real":
         return
-    if config.codec.name == "pixel":
-        raise ConfigError(f"fit.to: the pixel codec starts from real images; expected real, found {config.fit.to!r}")
-    if config.codec.start != "uniform":
+    start = getattr(config.codec, "start", None)
+    if start is None:
         raise ConfigError(
-            f"codec.start: fit.to={config.fit.to} starts from noise; expected uniform, found {config.codec.start!r}"
+            f"fit.to: the {config.codec.name} codec starts from real images; expected real, found {config.fit.to!r}"
+        )
+    if start not in NOISE:
+        raise ConfigError(
+            f"codec.start: fit.to={config.fit.to} starts from noise; expected {' or '.join(NOISE)} (whichever the "
+            f"codec has), found {start!r}"
         )
 
 

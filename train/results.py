@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import storage
@@ -113,23 +114,34 @@ def _budget(experiment: Experiment, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRow]:
-    """Returns the ways to spend the budget on Gaussians and the one of this codec; nothing for other codecs.
+    """Returns the ways to spend the budget and the one of this codec; nothing for pixels.
 
     Args:
         ipc: The budget.
         codec: The codec of the run.
         payload: Bytes of its whole set.
     """
-    if not hasattr(codec.spec, "num_points"):
+    per_class = -(-payload // codec.num_classes)
+    if hasattr(codec.spec, "num_points"):
+        return storage.budget_table(
+            ipc,
+            codec.image_shape,
+            codec.images_per_class,
+            codec.spec.num_points,
+            getattr(codec.spec, "dtype", "packed"),
+            packed_bytes=per_class,
+        )
+    if codec.name == "pixel":
         return []
-    return storage.budget_table(
-        ipc,
-        codec.image_shape,
-        codec.images_per_class,
-        codec.spec.num_points,
-        getattr(codec.spec, "dtype", "packed"),
-        packed_bytes=-(-payload // codec.num_classes),
-    )
+    available = storage.budget_bytes(ipc, codec.image_shape)
+    pixels = available // storage.ITEMSIZE["float32"]
+    floats = sum(leaf.size for leaf in codec.layout().values() if jnp.issubdtype(leaf.dtype, jnp.floating))
+    name = f"this run: {codec.images_per_class} images of {codec.name}, {codec.spec.dtype}"
+    return [
+        storage.BudgetRow("pixels, float32", int(ipc), 0, pixels, available, available),
+        # What all classes share is split evenly.
+        storage.BudgetRow(name, codec.images_per_class, 0, -(-floats // codec.num_classes), per_class, available),
+    ]
 
 
 def _seconds(run: RunDir, accuracies: dict[str, dict[str, Any]]) -> float:

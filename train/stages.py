@@ -33,7 +33,7 @@ def fit_stage(
 ) -> Any:
     """Fits a codec to its target images and returns the parameters."""
     config = experiment.config
-    steps = config.fit.steps if config.fit.to != "random" else 0
+    steps = 0 if config.fit.to == "random" or codec.fitted_by_init else config.fit.steps
     phase = f"{arm}-fit"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
         start = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=max(steps, 1)))

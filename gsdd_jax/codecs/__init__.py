@@ -1,27 +1,58 @@
 """Parameterisations of a distilled set behind one interface.
 
-A new one is a file here and a line in ``SPECS`` and in ``_MAKERS``.
+A new one is a file here, with a spec whose ``name`` is a ``Literal`` and a function ``make``, and its spec in
+``CodecSpec``; docs/codecs.md has an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+from typing import get_args, get_type_hints
 
-from gsdd_jax.codecs import gaussian, packed, pixel
 from gsdd_jax.codecs.base import Codec
+from gsdd_jax.codecs.downscale import DownscaleSpec
+from gsdd_jax.codecs.factor import FactorSpec
+from gsdd_jax.codecs.frequency import FrequencySpec
 from gsdd_jax.codecs.gaussian import GaussianSpec
+from gsdd_jax.codecs.memory import MemorySpec
+from gsdd_jax.codecs.neural_field import NeuralFieldSpec
 from gsdd_jax.codecs.packed import PackedGaussianSpec
 from gsdd_jax.codecs.pixel import PixelSpec
+from gsdd_jax.codecs.sparse_epitome import SparseEpitomeSpec
+from gsdd_jax.codecs.spectral import SpectralSpec
 
-__all__ = ["SPECS", "Codec", "CodecSpec", "GaussianSpec", "PackedGaussianSpec", "PixelSpec", "make"]
+__all__ = [
+    "SPECS",
+    "Codec",
+    "CodecSpec",
+    "DownscaleSpec",
+    "FactorSpec",
+    "FrequencySpec",
+    "GaussianSpec",
+    "MemorySpec",
+    "NeuralFieldSpec",
+    "PackedGaussianSpec",
+    "PixelSpec",
+    "SparseEpitomeSpec",
+    "SpectralSpec",
+    "make",
+]
 
-CodecSpec = GaussianSpec | PackedGaussianSpec | PixelSpec
-SPECS = {"gaussian": GaussianSpec, "packed_gaussian": PackedGaussianSpec, "pixel": PixelSpec}
-_MAKERS: dict[str, Callable[..., Codec]] = {
-    "gaussian": gaussian.make,
-    "packed_gaussian": packed.make,
-    "pixel": pixel.make,
-}
+# The registry.
+CodecSpec = (
+    GaussianSpec
+    | PackedGaussianSpec
+    | PixelSpec
+    | DownscaleSpec
+    | FrequencySpec
+    | NeuralFieldSpec
+    | FactorSpec
+    | MemorySpec
+    | SparseEpitomeSpec
+    | SpectralSpec
+)
+SPECS: dict[str, type] = {get_args(get_type_hints(spec)["name"])[0]: spec for spec in get_args(CodecSpec)}
 
 
 def make(spec: CodecSpec, *, image_shape: Sequence[int], num_classes: int, bytes_per_class: int) -> Codec:
@@ -36,6 +67,7 @@ def make(spec: CodecSpec, *, image_shape: Sequence[int], num_classes: int, bytes
     Raises:
         ValueError: The budget is impossible; the message names the setting and what would fit.
     """
-    if spec.name not in _MAKERS:
-        raise ValueError(f"codec.name: expected one of {', '.join(sorted(_MAKERS))}; found {spec.name!r}")
-    return _MAKERS[spec.name](spec, tuple(image_shape), num_classes, bytes_per_class)
+    if spec.name not in SPECS:
+        raise ValueError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
+    file = sys.modules[SPECS[spec.name].__module__]
+    return file.make(spec, tuple(image_shape), num_classes, bytes_per_class)

@@ -11,6 +11,10 @@ import optax
 
 from gsdd_jax.gaussians import Gaussians
 
+# Codecs whose references parameterise normalised images draw CENTRE + SPREAD * output instead: the mean and the spread
+# of natural images, so that published learning rates carry over and no statistics of a dataset are needed.
+CENTRE, SPREAD = 0.5, 0.25
+
 
 def _unchanged(arrays: Any) -> Any:
     return arrays
@@ -61,6 +65,7 @@ class Codec(NamedTuple):
         pack: ``stored -> dict`` of the arrays as they are written; on the host.
         unpack: The inverse of ``pack``; raises ValueError where the arrays are none that ``pack`` writes.
         gaussians: ``params -> Gaussians`` that ``decode`` draws, or None where it draws no Gaussians.
+        fitted_by_init: No parameters come nearer to the images than those of ``init``: fitting takes no step.
         draft: How fitting begins where it does not draw with ``decode`` from its first step.
     """
 
@@ -82,6 +87,7 @@ class Codec(NamedTuple):
     pack: Callable[[Any], Any] = _unchanged
     unpack: Callable[[Any], Any] = _unchanged
     gaussians: Callable[[Any], Gaussians | None] = _no_gaussians
+    fitted_by_init: bool = False
     draft: Draft | None = None
 
     @property

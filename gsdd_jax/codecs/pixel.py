@@ -68,6 +68,7 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         regularise=lambda params: jnp.zeros(()),
         project=lambda params: params,
         optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
-        fitter=lambda steps: optax.sgd(0.0),
+        fitter=lambda steps: optax.set_to_zero(),
+        fitted_by_init=True,
         layout=lambda: unpacked_layout(init, stored, image_shape, num_classes * spec.ipc),
     )

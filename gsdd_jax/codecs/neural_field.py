@@ -1,0 +1,194 @@
+"""One small sine network per image, from position to colour: DDiF (Shin et al. 2025), decoded for all images at once.
+
+``h_1 = sin(omega0 (W_1 u + b_1))``, ``h_l = sin(omega (W_l h + b_l))``, image = ``CENTRE + SPREAD (W h + b)``.
+
+Deviations: DDiF's networks give normalised or whitened colours, here whitening follows the decode as for every codec;
+it knows square images only; it runs one network after the other; and it fits all layers from SIREN's draw, where the
+last one can be solved for instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from annotated_types import Ge, Gt
+from typing_extensions import Doc
+
+from gsdd_jax import storage
+from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, unpacked_layout
+
+# Pixels that the checkpointed decode draws at once: enough to fill a GPU, 16 images of 128 px.
+CHUNK_PIXELS = 1 << 18
+# Ridge of the solved output layer, relative to the mean square of its inputs.
+RIDGE = 1e-3
+# Adam's rate when fitting images, times sqrt(omega): higher frequencies take smaller steps. Swept over 50 CIFAR-10
+# images and 300 steps, rates best near 0.014 for 2 layers of 11 at omega 10, 0.004 for 3 of 9 at omega 40.
+FIT_RATE = 0.03
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeuralFieldSpec:
+    """Settings of the neural-field codec."""
+
+    name: Annotated[Literal["neural_field"], Doc("the parameterisation")] = "neural_field"
+    images_per_class: Annotated[int, Ge(0), Doc("networks per class; 0 = as many as the budget holds")] = 0
+    layers: Annotated[int, Ge(1), Doc("sine layers (DDiF: 2 for CIFAR, 3 for ImageNet)")]
+    width: Annotated[int, Ge(1), Doc("units of each (DDiF: 6 to 20 for CIFAR-10, 20 or 40 for ImageNet)")]
+    omega0: Annotated[float, Gt(0), Doc("frequency of the first layer (DDiF: 30)")] = 30.0
+    omega: Annotated[float, Gt(0), Doc("frequency of the others (DDiF: 10 for CIFAR, 40 for ImageNet)")] = 10.0
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Doc("precision on disk and in the forward pass; DDiF counts float32")
+    ] = "float32"
+    start: Annotated[
+        Literal["solved", "uniform"],
+        Doc("starting point of the fit: output layers solved for the images, or all layers as SIREN draws them"),
+    ] = "solved"
+    remat: Annotated[bool, Doc("draw again in the backward pass, some images at a time, instead of keeping layers")] = (
+        False
+    )
+    optimiser: Annotated[Literal["sgd", "adam"], Doc("adam is DDiF's; sgd has momentum 0.5")] = "adam"
+    lr: Annotated[
+        float, Gt(0), Doc("learning rate in distillation (DDiF: 1e-4 with TM at 128 px, 5e-5 with DM, DC)")
+    ] = 1e-4
+
+
+def floats(layers: int, width: int, channels: int) -> int:
+    """Returns the numbers of one network."""
+    return 3 * width + (layers - 1) * (width**2 + width) + channels * (width + 1)
+
+
+def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    h, w, c = image_shape
+    spec = dataclasses.replace(spec, images_per_class=_images_per_class(spec, c, bytes_per_class))
+    n = num_classes * spec.images_per_class
+
+    def init(key, images):
+        params = siren(key, n, spec, c)
+        return params if spec.start == "uniform" else solve_output(params, jnp.asarray(images, jnp.float32), spec)
+
+    def decode(params, index=None, *, size=None, key=None):
+        del key
+        chosen = params if index is None else jax.tree.map(lambda x: x[index], params)
+        rounded = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), chosen)
+        return (draw_again if spec.remat else draw)(rounded, tuple(size or (h, w)), spec)
+
+    def stored(params):
+        return storage.cast(params, spec.dtype)
+
+    return Codec(
+        name="neural_field",
+        spec=spec,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        images_per_class=spec.images_per_class,
+        init=init,
+        decode=decode,
+        stored=stored,
+        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
+        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
+        regularise=lambda params: jnp.zeros(()),
+        project=lambda params: params,
+        optimiser=lambda: optax.adam(spec.lr) if spec.optimiser == "adam" else optax.sgd(spec.lr, momentum=0.5),
+        fitter=lambda steps: optax.adam(
+            optax.cosine_decay_schedule(FIT_RATE / float(np.sqrt(spec.omega)), steps, alpha=0.02)
+        ),
+        layout=lambda: unpacked_layout(init, stored, image_shape, n),
+    )
+
+
+def positions(size: tuple[int, int]) -> jax.Array:
+    """Returns the positions ``[h * w, 2]`` of an image's pixels, row first, corner pixels at -1 and 1."""
+    row, column = jnp.meshgrid(*(jnp.linspace(-1.0, 1.0, side) for side in size), indexing="ij")
+    return jnp.stack([row, column], axis=-1).reshape(-1, 2)
+
+
+def features(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldSpec) -> jax.Array:
+    """Returns the last sine layer of each network at each pixel, ``[n, width, h * w]``.
+
+    Pixels come last, because widths such as 6 and 20 fill no vector register.
+    """
+    phase = jnp.einsum("nio,pi->nop", params["weight0"], positions(size)) + params["bias0"][..., None]
+    hidden = jnp.sin(spec.omega0 * phase)
+    for layer in range(1, spec.layers):
+        phase = jnp.einsum("nio,nip->nop", params[f"weight{layer}"], hidden) + params[f"bias{layer}"][..., None]
+        hidden = jnp.sin(spec.omega * phase)
+    return hidden
+
+
+def draw(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldSpec) -> jax.Array:
+    """Draws ``[n, h, w, c]``.
+
+    The backward pass keeps about ``2 * layers * width * h * w`` floats per image.
+
+    Args:
+        params: For each layer ``weight [n, in, out]`` and ``bias [n, out]``, numbered from 0; the last is the output.
+        size: (height, width).
+        spec: Layers and frequencies.
+    """
+    hidden = features(params, size, spec)
+    output = jnp.einsum("nio,nip->npo", params[f"weight{spec.layers}"], hidden) + params[f"bias{spec.layers}"][:, None]
+    return CENTRE + SPREAD * output.reshape(-1, *size, output.shape[-1])
+
+
+def draw_again(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldSpec) -> jax.Array:
+    """Draws the same images in chunks that the backward pass draws again, one at a time.
+
+    One checkpoint around all images would save nothing, because the backward pass would then hold all of them at once.
+    """
+    one = jax.checkpoint(lambda own: draw(jax.tree.map(lambda x: x[None], own), size, spec)[0])
+    return jax.lax.map(one, params, batch_size=max(1, CHUNK_PIXELS // (size[0] * size[1])))
+
+
+def siren(key: jax.Array, n: int, spec: NeuralFieldSpec, channels: int) -> dict[str, jax.Array]:
+    """Draws ``n`` networks as DDiF does: first layer U(+-1/2), others U(+-sqrt(6 / in) / omega), biases alike."""
+    sizes = [2, *[spec.width] * spec.layers, channels]
+    params: dict[str, jax.Array] = {}
+    for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        bound = 0.5 if layer == 0 else float(np.sqrt(6 / inputs)) / spec.omega
+        own = bound * jax.random.uniform(jax.random.fold_in(key, layer), (n, inputs + 1, outputs), minval=-1.0)
+        params |= {f"weight{layer}": own[:, :-1], f"bias{layer}": own[:, -1]}
+    return params
+
+
+def solve_output(params: dict[str, jax.Array], images: jax.Array, spec: NeuralFieldSpec) -> dict[str, jax.Array]:
+    """Replaces the output layers by the ridge regression of the images on the last sine layer."""
+    n, h, w, c = images.shape
+    inputs = jnp.concatenate([features(params, (h, w), spec), jnp.ones((n, 1, h * w))], axis=1)
+    target = ((images - CENTRE) / SPREAD).reshape(n, h * w, c)
+    gram = inputs @ inputs.mT + RIDGE * h * w * jnp.eye(spec.width + 1)
+    solution = jnp.linalg.solve(gram, inputs @ target)
+    return params | {f"weight{spec.layers}": solution[:, :-1], f"bias{spec.layers}": solution[:, -1]}
+
+
+def _images_per_class(spec: NeuralFieldSpec, channels: int, bytes_per_class: int) -> int:
+    """Returns the networks per class, the most that fit where the spec leaves them open.
+
+    Raises:
+        ValueError: They do not fit; the message says what would.
+    """
+
+    def needed(width: int) -> int:
+        return floats(spec.layers, width, channels) * storage.ITEMSIZE[spec.dtype]
+
+    each = needed(spec.width)
+    fits = bytes_per_class // each
+    wanted = max(spec.images_per_class, 1)
+    if wanted <= fits:
+        return spec.images_per_class or fits
+    if fits:
+        remedy = f"expected at most {fits}"
+    else:
+        widths = [width for width in range(1, spec.width) if needed(width) <= bytes_per_class]
+        narrower = f" or codec.width of at most {widths[-1]}" if widths else ""
+        remedy = f"expected at least {each} bytes per class{narrower}"
+    raise ValueError(
+        f"codec.images_per_class: {wanted} {spec.dtype} networks of {each} bytes do not fit {bytes_per_class} bytes "
+        f"per class; {remedy}"
+    )
