@@ -1,0 +1,318 @@
+"""Every codec at equal bytes, in one table: how well it fits images, and what networks learn from what it distils.
+
+    python -m benchmarks.compare fit [--data DIR] [--images 100] [--only NAME ...]
+    python -m benchmarks.compare accuracy [--only NAME ...] [--out FILE] [key=value ...]
+
+``fit`` is Table 5 of GSDD: 963 floats per image in float32, and 1,926 bytes in whatever precision suits a codec. What
+all images share is counted, so that fewer images than the paper's 1,000 weigh on codecs with shared parts. Where a
+codec has several ways to spend its bytes, and for its learning rates, the best is chosen by a short fit; a start that
+no step can better is reported as it is.
+
+``accuracy`` distils CIFAR-10 at 12,288 bytes per class by distribution matching, each codec in float32 and in its best
+precision. Rates are chosen by the loss of a short run; what is compared is the same run for all. Run directories are
+kept, so that an interrupted comparison goes on where it was.
+
+Rows of several calls merge into one file; those that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import record
+from benchmarks.fit_psnr import SEED, sample
+from benchmarks.packed_psnr import DATA
+from gsdd_jax import codecs, data, fit
+from gsdd_jax.codecs import (
+    Codec,
+    CodecSpec,
+    DownscaleSpec,
+    FactorSpec,
+    FrequencySpec,
+    GaussianSpec,
+    MemorySpec,
+    NeuralFieldSpec,
+    PackedGaussianSpec,
+    SparseEpitomeSpec,
+    SpectralSpec,
+)
+from train import config as configs
+from train import distill, tune
+from train import experiment as experiments
+from train.progress import Progress
+
+# GSDD, Table 5: floats of an image, those of DDiF with three layers of 20; bytes in float32, and in half of that.
+FLOATS = 963
+BUDGETS = {"float32": 4 * FLOATS, "bfloat16": 2 * FLOATS}
+REPORTED = (100, 300, 1000)
+# Choices are made after so many steps, with rates around a codec's own.
+SHORT = 300
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+SEEDS = 3
+OUT = record.RESULTS / "compare"
+
+# Accuracy: the rates of distillation around a codec's own, compared after so many iterations.
+RATES = (0.3, 1.0, 3.0)
+SHORT_ITERATIONS = 60
+CONFIG = "configs/cifar10_dm_ipc1_cpu.yaml"
+
+
+class Way(NamedTuple):
+    """A way to spend the bytes: a spec with one number open, as large as fits."""
+
+    codec: str
+    spec: Callable[[int], CodecSpec]
+    most: int = 1
+
+
+def ways(dtype: str, n: int, side: int) -> Iterator[Way]:
+    """Yields the ways to store ``n`` images; ``dtype`` is the precision of those that have the choice."""
+    one: dict[str, Any] = {"images_per_class": n, "dtype": dtype}
+    yield Way("gaussian", lambda m: GaussianSpec(gpc=n, num_points=m, dtype=dtype), 2000)  # type: ignore[arg-type]
+    if dtype != "float32":
+        # A quarter of a pixel for positions; more Gaussians need finer shapes and colours.
+        mean = 8 if side <= 32 else 10
+        for rest in ((7, 6), (8, 7)):
+            bits = {"bits_mean": mean, "bits_cholesky": rest[0], "bits_color": rest[1]}
+            yield Way(
+                "packed_gaussian",
+                lambda m, bits=bits: PackedGaussianSpec(gpc=n, num_points=m, **bits),
+                4000,  # type: ignore[misc]
+            )
+    for omega in (10.0, 40.0):
+        yield Way("neural_field", lambda m, omega=omega: NeuralFieldSpec(layers=3, width=20, omega=omega, **one))  # type: ignore[misc]
+    yield Way("frequency", lambda m: FrequencySpec(coefficients=m, **one), side**2)
+    for factor in range(1, 33):
+        if n % factor**2 == 0:
+            yield Way("downscale", lambda m, factor=factor: DownscaleSpec(factor=factor, **one))  # type: ignore[misc]
+    for factor in (1, 2, 4, 8):
+        yield Way("memory", lambda m, factor=factor: MemorySpec(bases=m, factor=factor, **one), n)  # type: ignore[misc]
+    for sets in (1, 2, 5, 10):
+        for channels in (2, 3):
+            if n % sets == 0:
+                shape: dict[str, Any] = {"matrices": sets, "rank_channels": channels, **one}
+                yield Way(
+                    "spectral",
+                    lambda m, shape=shape: SpectralSpec(rank_height=m, rank_width=m, **shape),
+                    side,  # type: ignore[misc]
+                )
+    for width, blocks, heads, tokens in ((32, 1, 2, 16), (96, 1, 3, 64), (32, 2, 4, 64)):
+        net = {"patch": 4 if side <= 32 else 8, "width": width, "blocks": blocks, "heads": heads, "tokens": tokens}
+        most = (side // net["patch"]) ** 2 * tokens
+        yield Way("sparse_epitome", lambda m, net=net: SparseEpitomeSpec(nonzeros=m, **net, **one), most)  # type: ignore[misc]
+    for styles in (2, 5):
+        for channels in (1, 3):
+            if n % styles == 0:
+                shape = {"hallucinators": styles, "base_channels": channels, **one}
+                yield Way("factor", lambda m, shape=shape: FactorSpec(**shape))  # type: ignore[misc]
+
+
+def filled(way: Way, make: Callable[[CodecSpec], Codec]) -> tuple[Codec | None, str]:
+    """Returns the codec with the largest number that fits, or None and why there is none."""
+    refusal = ""
+
+    def attempt(number: int) -> Codec | None:
+        nonlocal refusal
+        try:
+            return make(way.spec(number))
+        except ValueError as error:
+            refusal = refusal or str(error)
+            return None
+
+    found, low, high = attempt(1), 1, way.most + 1
+    if found is None:
+        return None, refusal
+    while high - low > 1:
+        middle = (low + high) // 2
+        codec = attempt(middle)
+        low, high, found = (low, middle, found) if codec is None else (middle, high, codec)
+    return found, refusal
+
+
+def psnr_of(codec: Codec, images: jax.Array, *, seed: int, steps: int, factor: float) -> dict[str, Any]:
+    """Fits and returns the PSNR as stored against steps, the seconds of all steps, and the memory of one."""
+    tuned = codec._replace(fitter=lambda steps: optax.chain(codec.fitter(steps), optax.scale(factor)))
+    begin = jax.jit(lambda key, x: fit.init_fit(key, x, codec=tuned, steps=steps))
+    measure = jax.jit(lambda p, x: fit.psnr(codec.decode(codec.loaded(codec.stored(p))), x).mean())
+    state = jax.block_until_ready(begin(jax.random.key(seed), images))
+    began = time.perf_counter()
+    state = jax.block_until_ready(begin(jax.random.key(seed), images))
+    row: dict[str, Any] = {"start_seconds": time.perf_counter() - began, "psnr": {}}
+    row["psnr"]["0"] = float(measure(state.params, images))
+    if codec.fitted_by_init:
+        return row
+    advance = jax.jit(lambda s, x, count: fit.fit_steps(s, x, codec=tuned, steps=steps, count=count))
+    compiled = advance.lower(state, images, 1).compile()
+    memory = compiled.memory_analysis()
+    row["temporary_bytes"] = None if memory is None else int(memory.temp_size_in_bytes)
+    done, seconds = 0, 0.0
+    for until in [*(s for s in REPORTED if s < steps), steps]:
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, images, until - done))
+        seconds += time.perf_counter() - began
+        done = until
+        row["psnr"][str(done)] = float(measure(state.params, images))
+    return row | {"seconds": seconds}
+
+
+def fit_row(codec: str, dtype: str, images: jax.Array) -> dict[str, Any]:
+    """Chooses the settings of a codec, fits the images with three seeds, and returns the row of the table."""
+    n, shape = len(images), images.shape[1:]
+
+    def make(spec: CodecSpec) -> Codec:
+        return codecs.make(spec, image_shape=shape, num_classes=1, bytes_per_class=n * BUDGETS[dtype])
+
+    row: dict[str, Any] = {"codec": codec, "precision": dtype, "images": n, "budget": BUDGETS[dtype]}
+    tried: list[dict[str, Any]] = []
+    best: tuple[float, Codec, float] | None = None
+
+    def attempt(candidate: Codec, factor: float) -> None:
+        nonlocal best
+        # Both ends of a codec without steps are its start.
+        last = list(psnr_of(candidate, images, seed=SEED, steps=SHORT, factor=factor)["psnr"].values())[-1]
+        tried.append({"spec": dataclasses.asdict(candidate.spec), "factor": factor, "psnr": last})
+        print(f"{codec} {dtype}, rates x {factor:g}: {last:.2f} dB, {candidate.spec}", file=sys.stderr, flush=True)
+        if np.isfinite(last) and (best is None or last > best[0]):
+            best = (last, candidate, factor)
+
+    refusals = []
+    for way in ways(dtype, n, shape[0]):
+        if way.codec == codec:
+            candidate, refusal = filled(way, make)
+            if candidate is None:
+                refusals.append(refusal)
+            else:
+                attempt(candidate, 1.0)
+    if best is None:
+        return row | {"refused": refusals[0] if refusals else "no finite fit"}
+    chosen = best[1]
+    if not chosen.fitted_by_init:
+        for factor in FACTORS:
+            if factor != 1.0:
+                attempt(chosen, factor)
+    factor = best[2]
+    runs = [psnr_of(chosen, images, seed=SEED + i, steps=max(REPORTED), factor=factor) for i in range(SEEDS)]
+    written = chosen.nbytes(None if chosen.name == "packed_gaussian" else jax.eval_shape(chosen.init, KEY, images))
+    return row | {
+        "spec": dataclasses.asdict(chosen.spec),
+        "factor": factor,
+        "bytes_per_image": written / n,
+        "tried": tried,
+        "runs": runs,
+    }
+
+
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def fits(args: argparse.Namespace) -> None:
+    """Runs ``compare fit``."""
+    images, name = sample(args.data, args.images)
+    out = args.out or OUT / f"fit_{name}.json"
+    rows = json.loads(out.read_text())["results"] if out.exists() else []
+    for dtype in BUDGETS:
+        for codec in dict.fromkeys(way.codec for way in ways(dtype, len(images), images.shape[1])):
+            if args.only and codec not in args.only:
+                continue
+            if any((r["codec"], r["precision"], r["images"]) == (codec, dtype, len(images)) for r in rows):
+                continue
+            rows.append(record.environment() | fit_row(codec, dtype, images))
+            settings = {"data": name, "size": list(images.shape[1:]), "short": SHORT}
+            record.write(out, rows, seed=SEED, n=SEEDS, **settings)
+
+
+# The codecs of the comparison of accuracies: float32 as published where that fits, then the best precision. Numbers
+# that are left open are filled by the budget.
+ACCURACY = {
+    "pixel, float32": "{name: pixel, optimiser: adam, lr: 0.01}",
+    "pixel, bfloat16": "{name: pixel, dtype: bfloat16, optimiser: adam, lr: 0.01}",
+    "downscale, float32": "{name: downscale, factor: 2, optimiser: adam, lr: 0.01}",
+    "downscale, bfloat16": "{name: downscale, factor: 2, dtype: bfloat16, optimiser: adam, lr: 0.01}",
+    "frequency, float32": "{name: frequency, coefficients: 63}",
+    "frequency, bfloat16": "{name: frequency, coefficients: 63, dtype: bfloat16}",
+    "neural_field, float32": "{name: neural_field, layers: 2, width: 6, lr: 0.001}",
+    "neural_field, bfloat16": "{name: neural_field, layers: 2, width: 6, dtype: bfloat16, lr: 0.001}",
+    "factor, float32": "{name: factor, hallucinators: 2, base_channels: 1}",
+    "factor, bfloat16": "{name: factor, hallucinators: 5, base_channels: 1, dtype: bfloat16}",
+    "memory, float32": "{name: memory, bases: 16, factor: 2, lr: 0.03}",
+    "memory, bfloat16": "{name: memory, bases: 32, factor: 2, dtype: bfloat16, lr: 0.03}",
+    "sparse_epitome, float32": (
+        "{name: sparse_epitome, patch: 4, width: 32, blocks: 1, heads: 2, tokens: 16, nonzeros: 48}"
+    ),
+    "sparse_epitome, bfloat16": (
+        "{name: sparse_epitome, patch: 4, width: 32, blocks: 1, heads: 2, tokens: 16, nonzeros: 48, dtype: bfloat16}"
+    ),
+    "spectral, float32": "{name: spectral, matrices: 5, rank_height: 10, rank_width: 10, rank_channels: 2}",
+    "spectral, bfloat16": (
+        "{name: spectral, matrices: 5, rank_height: 10, rank_width: 10, rank_channels: 2, dtype: bfloat16}"
+    ),
+    "gaussian, float32": "{name: gaussian, gpc: 15, num_points: 22, dtype: float32, lr: 0.003}",
+    "gaussian, bfloat16": "{name: gaussian, gpc: 30, num_points: 22, lr: 0.003}",
+    "packed_gaussian": "{name: packed_gaussian, gpc: 86, num_points: 22, bits_cholesky: 7, lr: 0.003}",
+}
+
+
+def accuracies(args: argparse.Namespace) -> None:
+    """Runs ``compare accuracy``."""
+    out: Path = args.out or OUT / "accuracy_cifar10.json"
+    runs: Path = args.runs
+    rows = json.loads(out.read_text())["results"] if out.exists() else []
+    dataset, held_out = None, None
+    for name, codec in ACCURACY.items():
+        if (args.only and name.split(",")[0] not in args.only) or any(row["name"] == name for row in rows):
+            continue
+        base = configs.load(CONFIG, [f"codec={codec}", *args.overrides])
+        if dataset is None or held_out is None:
+            dataset = data.load(base.data)
+            held_out = tune.hold_out(dataset)
+        rate = base.codec.lr
+        short = [f"distill.iterations={SHORT_ITERATIONS}", "evaluate.seeds=1", "evaluate.steps=1"]
+        tried = []
+        for factor in RATES:
+            overrides = [f"codec={codec}", *args.overrides, *short, f"codec.lr={rate * factor:.6g}"]
+            tried.append(([overrides[-1]], configs.load(CONFIG, overrides)))
+        folder = runs / name.replace(", ", "_")
+        tuned = tune.search(tried, held_out, out=folder / "tune", progress=Progress(quiet=True))
+        chosen = min(tuned["rows"], key=lambda row: row["loss"])["overrides"]
+        config = configs.load(CONFIG, [f"codec={codec}", *args.overrides, *chosen])
+        alone = dataclasses.replace(config.baselines, random_real=False, pixel=False, full_data=False)
+        config = dataclasses.replace(config, baselines=alone, name=name)
+        result = distill.run(experiments.prepare(config, dataset), folder / "run", Progress(quiet=True))
+        row = {"name": name, "rates": [(r["overrides"], r["loss"]) for r in tuned["rows"]], "chosen": chosen}
+        rows.append(record.environment() | row | {"result": result})
+        record.write(out, rows, seed=base.seed, n=base.evaluate.seeds, config=CONFIG, overrides=args.overrides)
+        print(f"{name}: {100 * result['accuracy']['mean']:.1f} %, {chosen}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
+    kinds = parser.add_subparsers(required=True, metavar="fit|accuracy")
+    one = kinds.add_parser("fit", help="PSNR of fitted images at 3,852 and 1,926 bytes each")
+    one.add_argument("--data", type=Path, default=DATA, help="prepared TFDS directory")
+    one.add_argument("--images", type=int, default=100)
+    one.set_defaults(run=fits)
+    two = kinds.add_parser("accuracy", help="accuracy after distillation at 12,288 bytes per class of CIFAR-10")
+    two.add_argument("--runs", type=Path, default=Path("runs/compare"), help="where the run directories are kept")
+    two.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"settings other than those of {CONFIG}")
+    two.set_defaults(run=accuracies)
+    for kind in (one, two):
+        kind.add_argument("--only", nargs="+", metavar="CODEC", help="default: all")
+        kind.add_argument("--out", type=Path, metavar="FILE", help=f"default: in {OUT.relative_to(record.ROOT)}")
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
