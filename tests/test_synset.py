@@ -1,3 +1,4 @@
+import functools
 import json
 import pickle
 import struct
@@ -24,6 +25,8 @@ from gsdd_jax.codecs import (
 )
 from gsdd_jax.gaussians import Gaussians
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152
 NAMES = ("cat", "naïve 犬")
 META = {"dataset": "toy", "channel_mean": [0.5, 0.25, 0.125]}
@@ -47,6 +50,7 @@ SPECS = {
 }
 
 
+@functools.cache
 def make(name: str) -> SynSet:
     codec = codecs.make(SPECS[name], image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=BUDGET)
     images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *SHAPE)).astype(np.float32)
