@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.packed_psnr import ALONE, TRAINED
 from benchmarks.record import RESULTS, ROOT
-from train import results
+from train import budget, results
 from train.config import EvaluateConfig
 
 README = ROOT / "README.md"
@@ -165,28 +165,56 @@ def _trajectory(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# The same objective, iterations, data and evaluation.
-CODECS = ("cifar10_dm_ipc1_w64", "cifar10_packed_dm_ipc1_w64")
+# Packed against bfloat16 Gaussians: pairs with the same objective, iterations, data and evaluation.
+PAIRS = (
+    ("cifar10_dm_ipc1_tuned", "cifar10_packed_dm_ipc1_tuned"),
+    ("cifar10_dm_ipc10_w64", "cifar10_packed_dm_ipc10_w64"),
+)
 
 
 def _codecs(_: str) -> str:
-    runs = [json.loads((RESULTS / name / "result.json").read_text()) for name in CODECS]
-    _refuse_unlike(runs)
+    runs = []
+    for pair in PAIRS:
+        both = [json.loads((RESULTS / name / "result.json").read_text()) for name in pair]
+        _refuse_unlike(both)
+        runs += both
     first = runs[0]
     lines = [
-        f"{first['dataset']}, {first['bytes_per_class']:,} bytes per class, {first['objective']} matching, test "
-        f"accuracy in % of {first['accuracy']['n']} networks of {first['accuracy']['steps']} steps each:",
+        f"{first['dataset']}, {first['objective']} matching, test accuracy in % of {first['accuracy']['n']} networks:",
         "",
-        "| codec | images per class | Gaussians per image | bytes per class | fitted only | distilled |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| bytes per class | codec | images per class | Gaussians per image | written | steps of a network "
+        "| fitted only | distilled |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {run['codec']} | {run['gpc']} | {run['num_points']} | {run['accuracy']['bytes_per_class']:,} | "
-            f"{_percent(run['fit_only'])} | {_percent(run['accuracy'])} |"
+            f"| {run['bytes_per_class']:,} | {run['codec']} | {run['gpc']} | {run['num_points']} "
+            f"| {run['accuracy']['bytes_per_class']:,} | {run['accuracy']['steps']:,} "
+            f"| {_percent(run['fit_only'])} | {_percent(run['accuracy'])} |"
             for run in runs
         ),
         "",
     ]
     return "\n".join(lines) + "\n" + _sources(runs)
+
+
+def _decode(name: str) -> str:
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    lines = [
+        "| images, Gaussians, pixels | bfloat16, ms | packed, ms | ratio | loading, bfloat16, s | packed, s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        plain, packed = (row["decode"][codec]["min_ms"] for codec in ("gaussian", "packed_gaussian"))
+        seconds = " | ".join(f"{row['load_s'][codec]:.2f}" for codec in ("gaussian", "packed_gaussian"))
+        what = f"{row['images']}, {row['gaussians']}, {row['pixels']}"
+        lines.append(f"| {what} | {plain:.1f} | {packed:.1f} | {packed / plain:.2f} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
+def _frontier(name: str) -> str:
+    result = json.loads((RESULTS / name / "frontier.json").read_text())
+    environment = result["environment"]
+    source = f"`{environment['command']}`, commit {str(environment['commit'])[:9]}.\n"
+    return budget.table(result) + f"\n{source}"
 
 
 def _packed(name: str) -> str:
@@ -234,6 +262,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "kernel_model": _kernel_model,
     "matching": _objectives,
     "codecs": _codecs,
+    "decode": _decode,
+    "budget_12288": _frontier,
     "objectives": _steps,
     "packed_psnr": _packed,
     "sensitivity": _sensitivity,

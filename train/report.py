@@ -18,7 +18,7 @@ from train import pictures as draw
 from train import rundir
 
 _MOST_CHARTS = 12
-_CODEC_NAMES = {"gaussian": "Gaussian"}
+_CODEC_NAMES = {"gaussian": "Gaussian", "packed_gaussian": "packed Gaussian"}
 _BASELINES = {
     "fit_only": ("Fit only", "the same parameterisation fitted to real images, without distillation"),
     "pixel": ("Pixels", "distilled pixel images in the same budget"),
@@ -113,7 +113,7 @@ def summary(result: Mapping[str, Any]) -> str:
         Such as "10 classes × 6 Gaussian images in 256 bytes per class: 71.3 ± 0.6 % (5 networks), against
         55.0 ± 1.2 % for random real images and 97.1 % for the full data."
     """
-    kind = _CODEC_NAMES.get(str(result.get("codec")), str(result.get("codec") or "synthetic"))
+    kind = _CODEC_NAMES.get(str(result.get("codec")), str(result.get("codec") or "synthetic").replace("_", " "))
     classes, gpc, size = result.get("num_classes"), result.get("gpc"), result.get("bytes_per_class")
     images = f"{_number(gpc)} {kind} {'image' if gpc == 1 else 'images'}" if gpc is not None else f"{kind} images"
     head = f"{_number(classes)} classes × {images}" if classes is not None else f"{images} per class"
