@@ -1,0 +1,100 @@
+"""When to round packed Gaussians: in every step of distillation, or once at its end.
+
+    python -m benchmarks.packed_later [--config FILE] [--runs DIR] [--out FILE] [key=value ...]
+
+Both ways start from one fit and go on with the same randomness; networks are tested on held-out training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import record
+from gsdd_jax import data, fit
+from gsdd_jax.codecs import Codec
+from train import config as configs
+from train import experiment as experiments
+from train import stages, tune
+from train.evaluation import as_stored, evaluate_stage
+from train.progress import Progress
+from train.rundir import RunDir
+
+CONFIG = "configs/cifar10_packed_dm_ipc1_cpu.yaml"
+OUT = record.RESULTS / "packed_later.json"
+# Before the first step of any fit.
+NOT_BEGUN = -1.0
+
+
+def unrounded(codec: Codec) -> Codec:
+    """Returns a packed codec that draws its masters as they are; its grids follow them all the same."""
+    assert codec.draft is not None
+    draft = codec.draft
+
+    def decode(params: Any, index: Any = None, *, size: Any = None, key: Any = None) -> jax.Array:
+        del size, key
+        return draft.decode(params if index is None else params[index], jnp.float32(NOT_BEGUN))
+
+    return codec._replace(decode=decode, project=lambda params: draft.project(params, jnp.float32(NOT_BEGUN)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.packed_later", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--config", default=CONFIG, metavar="FILE", help="experiment with a packed codec")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/packed_later"), help="where the run directories are kept"
+    )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    args = parser.parse_args(argv)
+    config: configs.RunConfig = configs.load(args.config, args.overrides)
+    experiment = experiments.prepare(config, tune.hold_out(data.load(config.data)))
+    codec, progress = experiment.codec, Progress(quiet=True)
+    targets = experiments.real_images(experiment, codec, purpose="select", how=config.fit.select)
+    rows: dict[str, Any] = {}
+    with RunDir(args.runs / "fit") as run:
+        fitted = stages.fit_stage(experiment, codec, targets, run=run, progress=progress, arm="main")
+        psnr = float(fit.psnr(as_stored(codec, fitted), targets).mean())
+    for name, way in {"every step": codec, "at the end": unrounded(codec)}.items():
+        with RunDir(args.runs / name.replace(" ", "_")) as run:
+            params = jax.tree.map(jnp.copy, fitted)
+            state = stages.distill_stage(
+                experiment,
+                way,
+                params,
+                run=run,
+                progress=progress,
+                arm="main",
+                iterations=config.distill.iterations,
+                purpose="distill",
+            )
+            images = {"rounded": as_stored(codec, state.params), "as trained": jax.jit(way.decode)(state.params)}
+            rows[name] = {
+                kind: evaluate_stage(experiment, kind, shown, run=run, progress=progress)
+                for kind, shown in images.items()
+                if kind == "rounded" or way is not codec
+            }
+            print(name, {kind: f"{100 * row['mean']:.1f}" for kind, row in rows[name].items()}, flush=True)
+    record.write(
+        args.out,
+        rows,
+        seed=config.seed,
+        n=config.evaluate.seeds,
+        config=args.config,
+        overrides=args.overrides,
+        iterations=config.distill.iterations,
+        fit_psnr=psnr,
+        held_out=len(experiment.dataset.test_labels),
+    )
+
+
+if __name__ == "__main__":
+    main()
