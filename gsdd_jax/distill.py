@@ -66,6 +66,9 @@ class SynLr(NamedTuple):
     opt_state: Any
 
 
+# What a step's key is folded with for codecs that decode at random.
+DRAWN = 1
+
 Data = DeviceData | HostBatch | ExpertBatch
 Step = Callable[[State, Data, jax.Array], tuple[State, dict[str, jax.Array]]]
 
@@ -151,7 +154,7 @@ def make_step(
                 keys = jax.random.split(key_syn, k)
                 within = jax.vmap(lambda key: jax.random.choice(key, g, (batch,), replace=False))(keys)
                 index = (within + g * jnp.arange(k)[:, None]).reshape(-1)
-            syn = codec.decode(params, index)
+            syn = codec.decode(params, index, key=jax.random.fold_in(key_syn, DRAWN))
             loss = match(real, syn.reshape(k, batch, *syn.shape[1:]))
             regulariser = codec.regularise(params)
             return loss + regulariser, {"loss": loss, "regulariser": regulariser}
@@ -200,11 +203,12 @@ def _trajectory_step(
     def step(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         assert isinstance(data, ExpertBatch)
         labels = jnp.repeat(jnp.arange(codec.num_classes), codec.images_per_class)
+        key_step = jax.random.fold_in(key, state.step)
 
         def loss_fn(params: Any, syn_lr: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             loss, student = trajectory_loss(
-                jax.random.fold_in(key, state.step),
-                codec.decode(params),
+                key_step,
+                codec.decode(params, key=jax.random.fold_in(key_step, DRAWN)),
                 labels,
                 syn_lr,
                 data.start,

@@ -21,6 +21,7 @@ from gsdd_jax.codecs import (
     FactorSpec,
     FrequencySpec,
     GaussianSpec,
+    LatentSpec,
     MemorySpec,
     NeuralFieldSpec,
     PackedGaussianSpec,
@@ -63,7 +64,11 @@ SPECS: dict[str, codecs.CodecSpec] = {
     "sparse epitome": SparseEpitomeSpec(
         patch=2, width=6, blocks=1, heads=2, tokens=4, nonzeros=20, images_per_class=3, dtype="bfloat16"
     ),
+    "latent": LatentSpec(decoder="medium", width=8, latent_dim=4, lpc=3, dtype="bfloat16"),
+    "latent means": LatentSpec(decoder="medium", width=4, latent_dim=5, lpc=3, sample=False, optimiser="adam", lr=0.01),
 }
+# Codecs that cannot draw SHAPE.
+SHAPES = {"latent": (8, 8, 3)}
 
 Part = Callable[[codecs.Codec, int], Any]
 
@@ -74,12 +79,16 @@ class Traits(NamedTuple):
     parts: Of a leaf whose first axis is not the image: ``(codec, i)`` to the index of the part of it that image ``i``
         is made from. Images may share parts, and all of them the whole leaf.
     fixed: Leaves that training leaves alone, whole numbers that the start settles.
+    sampled: Some leaves are seen only where decode has a key.
+    blind: The start does not look at the images.
     written: Dtypes on disk of arrays that are not written in the precision of the spec; leaves of the same name are so
         from the start.
     """
 
     parts: Mapping[str, Part] = {}
     fixed: Collection[str] = ()
+    sampled: bool = False
+    blind: bool = False
     written: Mapping[str, str] = {}
 
 
@@ -125,6 +134,12 @@ TRAITS: dict[str, Traits] = {
         | dict.fromkeys(("norm_scale", "norm_shift", "out", "out_bias"), whole),
         written={"indices": "uint16"},
     ),
+    "latent": Traits(
+        dict.fromkeys(("linear", "linear_bias", "up0", "up0_bias", "scale0", "shift0"), whole)
+        | dict.fromkeys(("up1", "up1_bias", "scale1", "shift1", "out", "out_bias"), whole),
+        sampled=True,
+        blind=True,
+    ),
 }
 
 
@@ -138,14 +153,15 @@ class Case(NamedTuple):
 
 
 def make(spec, **changes) -> codecs.Codec:
-    settings = {"image_shape": SHAPE, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
+    shape = SHAPES.get(spec.name, SHAPE)
+    settings = {"image_shape": shape, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
     return codecs.make(spec, **settings)
 
 
 @pytest.fixture(scope="module", params=SPECS)
 def case(request) -> Case:
     codec = make(SPECS[request.param])
-    images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *SHAPE)).astype(np.float32)
+    images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *codec.image_shape)).astype(np.float32)
     started = jax.jit(codec.init)(jax.random.key(0), images)
     # Off the start, so that no leaf is a constant that rounds to itself.
     rng, traits = np.random.default_rng(1), TRAITS.get(codec.name, Traits())
@@ -190,6 +206,11 @@ def parts(case: Case, name: str) -> np.ndarray:
     return chosen
 
 
+def key_of(case: Case) -> Any:
+    """Returns a key where some leaves are seen only with one."""
+    return jax.random.key(8) if case.traits.sampled else None
+
+
 def bits(x) -> bytes:
     return np.asarray(x).tobytes()
 
@@ -218,7 +239,11 @@ def test_resolved_spec_makes_the_same_codec(case):
     assert (again.num_images, again.layout()) == (case.codec.num_images, case.codec.layout())
 
 
-def test_start_resembles_the_images_it_was_made_from(case):
+def test_start_resembles_the_images_it_was_made_from_unless_it_is_blind(case):
+    if case.traits.blind:
+        other = jax.jit(case.codec.init)(jax.random.key(0), 1 - case.images)
+        assert all(bits(leaf) == bits(leaves(case.started)[name]) for name, leaf in leaves(other).items())
+        return
     started = np.asarray(case.decode(case.started))
     # By two, since two images may start from one base, and their own one is then that of the first.
     wrong = np.roll(case.images, 2, axis=0)
@@ -227,7 +252,8 @@ def test_start_resembles_the_images_it_was_made_from(case):
 
 def test_decode_gives_float_images_of_the_native_size(case):
     decoded = case.decode(case.params)
-    assert decoded.shape == (case.codec.num_images, *SHAPE) == (case.codec.num_images, *case.codec.image_shape)
+    assert case.codec.image_shape == SHAPES.get(case.codec.name, SHAPE)
+    assert decoded.shape == case.images.shape == (case.codec.num_images, *case.codec.image_shape)
     assert decoded.dtype == jnp.float32
     assert np.isfinite(decoded).all()
 
@@ -238,7 +264,7 @@ def test_decode_by_index_equals_decode_of_all(case):
 
 
 def test_images_depend_on_every_leaf_and_only_on_their_own_part_of_it(case):
-    before, rng = np.asarray(case.decode(case.params)), np.random.default_rng(6)
+    before, rng = np.asarray(case.decode(case.params, key=key_of(case))), np.random.default_rng(6)
     for name in trained_leaves(case.params, case.traits):
         part = part_of(case, name, 1)
         moved = change(
@@ -247,15 +273,15 @@ def test_images_depend_on_every_leaf_and_only_on_their_own_part_of_it(case):
             lambda x, part=part: x.at[part].add(rng.uniform(0.05, 0.15, x.shape).astype(np.float32)[part]),
             only=name,
         )
-        after, chosen = np.asarray(case.decode(moved)), parts(case, name)
+        after, chosen = np.asarray(case.decode(moved, key=key_of(case))), parts(case, name)
         assert np.abs(after[1] - before[1]).max() > 1e-3, name
         others = [i for i in range(case.codec.num_images) if not (chosen[i] & chosen[1]).any()]
         np.testing.assert_array_equal(after[others], before[others], err_msg=name)
 
 
 def test_gradient_is_finite_and_reaches_every_leaf_of_every_image(case):
-    weights = jnp.asarray(np.random.default_rng(2).normal(size=(case.codec.num_images, *SHAPE)), jnp.float32)
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.codec.decode(p))))(case.params)
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=case.images.shape), jnp.float32)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.codec.decode(p, key=key_of(case)))))(case.params)
     assert all(np.isfinite(grad).all() for grad in leaves(grads).values())
     for name, grad in leaves(grads).items():
         if name in case.traits.fixed:
@@ -267,7 +293,7 @@ def test_gradient_is_finite_and_reaches_every_leaf_of_every_image(case):
 
 def test_gradient_of_an_index_leaves_other_images_alone(case):
     index = jnp.array([0, 2])
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(case.codec.decode(p, index) ** 2)))(case.params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(case.codec.decode(p, index, key=key_of(case)) ** 2)))(case.params)
     for name, grad in trained_leaves(grads, case.traits).items():
         first, _, third, *_ = parts(case, name)
         assert grad[first].any() and grad[third].any() and not grad[~(first | third)].any(), name
@@ -337,14 +363,15 @@ def test_gaussians_of_a_codec_draw_its_images(case):
 
 
 def test_native_size_spelt_out_decodes_to_the_same_bits(case):
-    decoded = jax.jit(lambda p: case.codec.decode(p, size=SHAPE[:2]))(case.params)
+    decoded = jax.jit(lambda p: case.codec.decode(p, size=case.codec.image_shape[:2]))(case.params)
     assert bits(decoded) == bits(case.decode(case.params))
 
 
 def test_decode_at_another_size_shows_the_same_picture(case):
-    large = np.asarray(jax.jit(lambda p: case.codec.decode(p, size=(12, 24)))(case.params))
-    assert large.shape == (case.codec.num_images, 12, 24, 3)
-    small, native = large.reshape(-1, 6, 2, 8, 3, 3).mean((2, 4)), np.asarray(case.decode(case.params))
+    h, w, _ = case.codec.image_shape
+    large = np.asarray(jax.jit(lambda p: case.codec.decode(p, size=(2 * h, 3 * w)))(case.params))
+    assert large.shape == (case.codec.num_images, 2 * h, 3 * w, 3)
+    small, native = large.reshape(-1, h, 2, w, 3, 3).mean((2, 4)), np.asarray(case.decode(case.params))
     # The same picture up to blur: far nearer to its own original than to the next image.
     assert np.mean((small - native) ** 2) < 0.3 * np.mean((small - np.roll(native, 1, axis=0)) ** 2)
 

@@ -66,7 +66,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
 
 def _count_field(spec: codecs.CodecSpec) -> str:
     """Returns the setting of a codec that says how many images per class there are."""
-    return next(name for name in ("gpc", "ipc", "images_per_class") if hasattr(spec, name))
+    return next(name for name in ("gpc", "ipc", "lpc", "images_per_class") if hasattr(spec, name))
 
 
 # Starts that look at no image.

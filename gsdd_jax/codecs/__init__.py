@@ -15,6 +15,7 @@ from gsdd_jax.codecs.downscale import DownscaleSpec
 from gsdd_jax.codecs.factor import FactorSpec
 from gsdd_jax.codecs.frequency import FrequencySpec
 from gsdd_jax.codecs.gaussian import GaussianSpec
+from gsdd_jax.codecs.latent import LatentSpec
 from gsdd_jax.codecs.memory import MemorySpec
 from gsdd_jax.codecs.neural_field import NeuralFieldSpec
 from gsdd_jax.codecs.packed import PackedGaussianSpec
@@ -30,6 +31,7 @@ __all__ = [
     "FactorSpec",
     "FrequencySpec",
     "GaussianSpec",
+    "LatentSpec",
     "MemorySpec",
     "NeuralFieldSpec",
     "PackedGaussianSpec",
@@ -51,6 +53,7 @@ CodecSpec = (
     | MemorySpec
     | SparseEpitomeSpec
     | SpectralSpec
+    | LatentSpec
 )
 SPECS: dict[str, type] = {get_args(get_type_hints(spec)["name"])[0]: spec for spec in get_args(CodecSpec)}
 

@@ -2,6 +2,7 @@
 
 from gsdd_jax.match.distribution import DistributionSpec, distribution_loss
 from gsdd_jax.match.gradient import GradientSpec, gradient_loss
+from gsdd_jax.match.mmd import mmd_loss
 from gsdd_jax.match.trajectory import TrajectorySpec, trajectory_loss
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "TrajectorySpec",
     "distribution_loss",
     "gradient_loss",
+    "mmd_loss",
     "trajectory_loss",
 ]
 
