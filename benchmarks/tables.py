@@ -219,7 +219,7 @@ def _frontier(name: str) -> str:
 
 def _packed(name: str) -> str:
     rows = json.loads((RESULTS / f"{name}.json").read_text())["results"]
-    layouts = list(dict.fromkeys(tuple(row["layout"]) for row in rows if row["layout"]))
+    layouts = list(dict.fromkeys(tuple(row["layout"]) for row in rows if row["method"] == "rounded at the end"))
     found = {(row["method"], tuple(row["layout"] or ()), row["steps"]): row for row in rows}
     methods = ("rounded at the end", *TRAINED)
     steps = sorted({row["steps"] for row in rows})
@@ -228,8 +228,9 @@ def _packed(name: str) -> str:
         "| bits of position, shape, colour | bits per Gaussian | " + " | ".join(heads) + " |",
         "|---|---:|" + "---:|" * len(heads),
     ]
-    plain = " | ".join(f"{found['bfloat16', (), count]['psnr']:.2f} | | " for count in steps)
-    lines.append(f"| bfloat16 | 144.0 | {plain}|".replace("  ", " "))
+    blank = " |" * (len(methods) - 1)
+    plain = "".join(f" {found['bfloat16', (), count]['psnr']:.2f} |{blank}" for count in steps)
+    lines.append(f"| bfloat16 | 144.0 |{plain}")
     for layout in layouts:
         cells = [found[method, layout, count] for count in steps for method in methods]
         psnr = " | ".join(f"{cell['psnr']:.2f}" for cell in cells)
