@@ -15,6 +15,8 @@ from train.errors import ConfigError
 
 # The order is part of every published result: a new purpose goes to the end.
 PURPOSES = ("select", "start", "distill", "pixel_select", "pixel_distill", "evaluate", "random_real", "features")
+# Starts of codecs that look at no image.
+NOISE = ("uniform", "xavier")
 
 
 class Experiment(NamedTuple):
