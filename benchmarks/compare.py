@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     two.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"settings other than those of {CONFIG}")
     two.set_defaults(run=accuracies)
     for kind in (one, two):
-        kind.add_argument("--only", nargs="+", metavar="CODEC", help="default: all")
+        kind.add_argument("--only", nargs="+", choices=sorted(codecs.SPECS), metavar="CODEC", help="default: all")
         kind.add_argument("--out", type=Path, metavar="FILE", help=f"default: in {OUT.relative_to(record.ROOT)}")
     args = parser.parse_args(argv)
     args.run(args)

@@ -138,6 +138,14 @@ def layout_spec(layout: tuple[int, int, int], images: jax.Array, points: int) ->
     )
 
 
+def layout_of(text: str) -> tuple[int, int, int]:
+    """Reads ``8+7+6``."""
+    parts = text.split("+")
+    if len(parts) != 3 or not all(part.isdecimal() and 2 <= int(part) <= 16 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected three numbers from 2 to 16 such as 8+7+6, found {text!r}")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
@@ -145,15 +153,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--points", type=int, default=22)
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 1000])
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), metavar="P+L+C")
+    parser.add_argument(
+        "--layouts", nargs="+", type=layout_of, default=[layout_of(text) for text in LAYOUTS], metavar="P+L+C"
+    )
     parser.add_argument("--out", type=Path, default=record.RESULTS / "packed_psnr.json")
     args = parser.parse_args()
-    layouts = []
-    for text in args.layouts:
-        mean, cholesky, color = map(int, text.split("+"))
-        layouts.append((mean, cholesky, color))
     images, name = sample(args.data, args.images)
-    results = [row for steps in args.steps for row in rows(images, args.points, steps, layouts)]
+    results = [row for steps in args.steps for row in rows(images, args.points, steps, args.layouts)]
     record.write(args.out, results, seed=SEED, n=args.images, data=name, size=list(images.shape[1:]))
 
 

@@ -24,7 +24,7 @@ class FitSpec:
         Literal["real", "solid", "random"],
         Doc(
             "real: real images; solid: warm-up on the mean colour of the set; random: the start as drawn, not fitted. "
-            "The last two need codec.start=uniform."
+            "The last two need a codec.start that looks at no image, such as uniform."
         ),
     ] = "real"
     select: Annotated[

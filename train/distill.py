@@ -91,7 +91,10 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
         )
         if fitted is not None and not continued:
             copied = rundir.checkpoints_path / "main-fit"
-            shutil.copytree(fitted / copied.relative_to(rundir.path), copied)
+            # Renamed when it is whole; a run that is killed before fits for itself.
+            fresh = copied.with_suffix(".new")
+            shutil.copytree(fitted / copied.relative_to(rundir.path), fresh)
+            fresh.replace(copied)
         done = rundir.path / "result.json"
         if continued and done.exists():
             # A damaged one is made anew from the stages, which are all kept.

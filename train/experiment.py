@@ -71,10 +71,6 @@ def _count_field(spec: codecs.CodecSpec) -> str:
     return next(name for name in ("gpc", "ipc", "lpc", "images_per_class") if hasattr(spec, name))
 
 
-# Starts that look at no image.
-NOISE = ("uniform", "xavier")
-
-
 def _check_start(config: RunConfig) -> None:
     """Refuses a start that would look at real images although the fit is asked not to, or cannot do without them."""
     if config.fit.to == "real":

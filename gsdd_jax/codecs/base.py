@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gsdd_jax import storage
 from gsdd_jax.gaussians import Gaussians
 
 # Codecs whose references parameterise normalised images draw CENTRE + SPREAD * output instead: the mean and the spread
@@ -18,6 +19,10 @@ CENTRE, SPREAD = 0.5, 0.25
 
 def _unchanged(arrays: Any) -> Any:
     return arrays
+
+
+def _no_term(params: Any) -> jax.Array:
+    return jnp.zeros(())
 
 
 def _no_gaussians(params: Any) -> Gaussians | None:
@@ -57,11 +62,11 @@ class Codec(NamedTuple):
         loaded: The inverse of ``stored`` up to the stored precision: ``decode(loaded(stored(p)))`` has the bits of
             ``decode(p)``.
         nbytes: ``params -> int``: bytes of the arrays as they are written.
-        regularise: ``params -> scalar``, already weighted, added to every objective.
-        project: ``params -> params``, applied after each step.
         optimiser: ``() -> optax`` transformation for distillation.
         fitter: ``(steps) -> optax`` transformation for fitting images in that many steps.
         layout: ``() -> dict`` of the shapes and dtypes of the arrays as they are written.
+        regularise: ``params -> scalar``, already weighted, added to every objective.
+        project: ``params -> params``, applied after each step.
         pack: ``stored -> dict`` of the arrays as they are written; on the host.
         unpack: The inverse of ``pack``; raises ValueError where the arrays are none that ``pack`` writes.
         gaussians: ``params -> Gaussians`` that ``decode`` draws, or None where it draws no Gaussians.
@@ -79,11 +84,11 @@ class Codec(NamedTuple):
     stored: Callable[[Any], Any]
     loaded: Callable[[Any], Any]
     nbytes: Callable[[Any], int]
-    regularise: Callable[[Any], Any]
-    project: Callable[[Any], Any]
     optimiser: Callable[[], optax.GradientTransformation]
     fitter: Callable[[int], optax.GradientTransformation]
     layout: Callable[[], dict[str, jax.ShapeDtypeStruct]]
+    regularise: Callable[[Any], Any] = _no_term
+    project: Callable[[Any], Any] = _unchanged
     pack: Callable[[Any], Any] = _unchanged
     unpack: Callable[[Any], Any] = _unchanged
     gaussians: Callable[[Any], Gaussians | None] = _no_gaussians
@@ -102,3 +107,27 @@ def unpacked_layout(
     """Returns the layout of a codec whose arrays are written as ``stored`` gives them."""
     images = jax.ShapeDtypeStruct((n, *image_shape), jnp.float32)
     return jax.eval_shape(lambda images: stored(init(jax.random.key(0), images)), images)
+
+
+def resized(images: jax.Array, size: tuple[int, int] | None) -> jax.Array:
+    """Enlarges or shrinks decoded images ``[n, h, w, c]`` bilinearly, where a codec knows no better way."""
+    if size is None or tuple(size) == images.shape[1:3]:
+        return images
+    return jax.image.resize(images, (images.shape[0], *size, images.shape[-1]), "bilinear")
+
+
+def cast_storage(init: Callable[..., Any], dtype: str, image_shape: tuple[int, int, int], n: int) -> dict[str, Any]:
+    """Returns ``stored``, ``loaded``, ``nbytes`` and ``layout`` of a codec whose ``n`` images are a dict of arrays.
+
+    All of them are written in one precision, ``dtype``, as they are.
+    """
+
+    def stored(params: Any) -> Any:
+        return storage.cast(params, dtype)
+
+    return {
+        "stored": stored,
+        "loaded": lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
+        "nbytes": lambda params: storage.nbytes(jax.eval_shape(stored, params)),
+        "layout": lambda: unpacked_layout(init, stored, image_shape, n),
+    }

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import Codec, unpacked_layout
+from gsdd_jax.codecs.base import Codec, cast_storage
 
 # What the reference pads canvases with: grey, which an image keeps at its border where the factor does not divide.
 PADDING = 0.5
@@ -74,9 +74,6 @@ def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: in
         cells = cells if index is None else cells[index]
         return jax.image.resize(cells, (cells.shape[0], *(size or (h, w)), c), "bilinear")
 
-    def stored(params):
-        return storage.cast(params, spec.dtype)
-
     return Codec(
         name="downscale",
         spec=spec,
@@ -85,14 +82,10 @@ def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: in
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: jnp.zeros(()),
         project=project,
         optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.adam(optax.cosine_decay_schedule(FIT_RATE, steps, alpha=0.02)),
-        layout=lambda: unpacked_layout(init, stored, image_shape, n),
+        **cast_storage(init, spec.dtype, image_shape, n),
     )
 
 

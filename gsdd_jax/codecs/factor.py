@@ -23,7 +23,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, unpacked_layout
+from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage, resized
 
 # Side of both convolutions.
 SIDE = 3
@@ -69,12 +69,7 @@ def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int, 
         del key
         index = jnp.arange(n) if index is None else jnp.asarray(index)
         images = hallucinate(jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params), index)
-        if size is None or tuple(size) == (h, w):
-            return images
-        return jax.image.resize(images, (images.shape[0], *size, c), "bilinear")
-
-    def stored(params):
-        return storage.cast(params, spec.dtype)
+        return resized(images, size)
 
     def fitter(steps):
         rates = {"base": FIT_BASE, "hallucinator": FIT_HALLUCINATOR}
@@ -91,14 +86,9 @@ def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int, 
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=lambda: optax.adam(spec.lr) if spec.optimiser == "adam" else optax.sgd(spec.lr, momentum=0.95),
         fitter=fitter,
-        layout=lambda: unpacked_layout(init, stored, image_shape, n),
+        **cast_storage(init, spec.dtype, image_shape, n),
     )
 
 

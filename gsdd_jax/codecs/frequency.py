@@ -104,8 +104,6 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
         stored=stored,
         loaded=lambda tree: {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()},
         nbytes=lambda params: storage.nbytes(written),
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
         # The start is the projection onto the coefficients: no other values are nearer to the images.
         fitter=lambda steps: optax.set_to_zero(),

@@ -20,7 +20,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import Codec, unpacked_layout
+from gsdd_jax.codecs.base import Codec, resized, unpacked_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,7 @@ def generator_prior(
         del key
         chosen = params if index is None else jax.tree.map(lambda x: x[index], params)
         images = decode_fn(jax.tree.map(lambda x: storage.quantise(x, spec.dtype), chosen))
-        if size is None or tuple(size) == (h, w):
-            return images
-        return jax.image.resize(images, (images.shape[0], *size, c), "bilinear")
+        return resized(images, size)
 
     def stored(params):
         return storage.cast(params, spec.dtype)
@@ -112,8 +110,6 @@ def generator_prior(
         stored=stored,
         loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
         nbytes=nbytes,
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=optimiser,
         fitter=fitter,
         layout=layout,

@@ -28,7 +28,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, unpacked_layout
+from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage, resized
 
 # What tanh is multiplied by: CENTRE + REACH tanh is [0, 1].
 REACH = 2 * SPREAD
@@ -112,12 +112,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
         images = decoded(params, codes, spec.norm)
         if index is not None and spec.norm == "batch":
             images = images[index]
-        if size is None or tuple(size) == (h, w):
-            return images
-        return jax.image.resize(images, (images.shape[0], *size, c), "bilinear")
-
-    def stored(params):
-        return storage.cast(params, spec.dtype)
+        return resized(images, size)
 
     def parts(of_latents, of_decoder):
         return optax.multi_transform(
@@ -141,14 +136,9 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
         images_per_class=spec.lpc,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=optimiser,
         fitter=fitter,
-        layout=lambda: unpacked_layout(init, stored, image_shape, n),
+        **cast_storage(init, spec.dtype, image_shape, n),
     )
 
 

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, unpacked_layout
+from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage
 from gsdd_jax.codecs.downscale import cell_size, enlargement
 
 # Adam's rate from the random start. On 50 CIFAR-10 images, 12 bases, 300 steps, any from 0.02 to 0.2 comes as near to
@@ -78,9 +78,6 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, 
         combined = jnp.einsum("nb,bhwc->nhwc", coefficients, params["bases"], precision=jax.lax.Precision.HIGHEST)
         return CENTRE + SPREAD * jax.image.resize(combined, (len(combined), *(size or (h, w)), c), "bilinear")
 
-    def stored(params):
-        return storage.cast(params, spec.dtype)
-
     def optimiser():
         rates = {"coefficients": spec.lr, "bases": spec.lr * spec.lr_bases}
         scale = optax.stateless(lambda updates, params: {name: -rates[name] * leaf for name, leaf in updates.items()})
@@ -101,16 +98,11 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, 
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=optimiser,
         fitter=fitter,
         # No other factors are nearer to the images than those of the SVD.
         fitted_by_init=spec.start == "svd",
-        layout=lambda: unpacked_layout(init, stored, image_shape, n),
+        **cast_storage(init, spec.dtype, image_shape, n),
     )
 
 

@@ -21,7 +21,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, unpacked_layout
+from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage
 
 # Pixels that the checkpointed decode draws at once: enough to fill a GPU, 16 images of 128 px.
 CHUNK_PIXELS = 1 << 18
@@ -79,9 +79,6 @@ def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: 
         rounded = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), chosen)
         return (draw_again if spec.remat else draw)(rounded, tuple(size or (h, w)), spec)
 
-    def stored(params):
-        return storage.cast(params, spec.dtype)
-
     return Codec(
         name="neural_field",
         spec=spec,
@@ -90,16 +87,11 @@ def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: 
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=lambda: optax.adam(spec.lr) if spec.optimiser == "adam" else optax.sgd(spec.lr, momentum=0.5),
         fitter=lambda steps: optax.adam(
             optax.cosine_decay_schedule(FIT_RATE / float(np.sqrt(spec.omega)), steps, alpha=0.02)
         ),
-        layout=lambda: unpacked_layout(init, stored, image_shape, n),
+        **cast_storage(init, spec.dtype, image_shape, n),
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import Codec, unpacked_layout
+from gsdd_jax.codecs.base import Codec, cast_storage, resized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,12 +46,7 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         del key
         images = storage.quantise(params["images"], spec.dtype)
         images = images if index is None else images[index]
-        if size is None or tuple(size) == (h, w):
-            return images
-        return jax.image.resize(images, (images.shape[0], *size, c), "bilinear")
-
-    def stored(params):
-        return storage.cast(params, spec.dtype)
+        return resized(images, size)
 
     return Codec(
         name="pixel",
@@ -62,13 +56,8 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         images_per_class=spec.ipc,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.set_to_zero(),
         fitted_by_init=True,
-        layout=lambda: unpacked_layout(init, stored, image_shape, num_classes * spec.ipc),
+        **cast_storage(init, spec.dtype, image_shape, num_classes * spec.ipc),
     )

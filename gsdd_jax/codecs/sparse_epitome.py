@@ -25,7 +25,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, unpacked_layout
+from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, resized, unpacked_layout
 
 # Standard deviation of epitome and coefficients as SPEED draws them.
 DRAWN = 0.2
@@ -103,9 +103,7 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
         params = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params)
         output = features(params) @ params["out"] + params["out_bias"]
         images = CENTRE + SPREAD * from_patches(output, (h, w), spec.patch)
-        if size is None or tuple(size) == (h, w):
-            return images
-        return jax.image.resize(images, (images.shape[0], *size, c), "bilinear")
+        return resized(images, size)
 
     def stored(params):
         shared = {name: leaf for name, leaf in params.items() if name != "coefficients"}
@@ -148,8 +146,6 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
         stored=stored,
         loaded=loaded,
         nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=lambda: rates(
             spec.lr,
             spec.lr * spec.lr_epitome,

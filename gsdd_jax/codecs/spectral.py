@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, unpacked_layout
+from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage, resized
 
 # The leaves of the matrices, one per dimension of a tensor.
 MATRICES = ("rows", "columns", "channels")
@@ -72,12 +72,7 @@ def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int
         index = jnp.arange(n) if index is None else jnp.asarray(index)
         tensors = params["tensors"][index // sets]
         images = CENTRE + SPREAD * multiplied(tensors, [params[name][index % sets] for name in MATRICES])
-        if size is None or tuple(size) == (h, w):
-            return images
-        return jax.image.resize(images, (images.shape[0], *size, c), "bilinear")
-
-    def stored(params):
-        return storage.cast(params, spec.dtype)
+        return resized(images, size)
 
     def leafwise(transformation, tensors, matrices):
         rates = {"tensors": tensors} | dict.fromkeys(MATRICES, matrices)
@@ -100,14 +95,9 @@ def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: jnp.zeros(()),
-        project=lambda params: params,
         optimiser=optimiser,
         fitter=fitter,
-        layout=lambda: unpacked_layout(init, stored, image_shape, n),
+        **cast_storage(init, spec.dtype, image_shape, n),
     )
 
 
