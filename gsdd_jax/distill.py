@@ -13,16 +13,20 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
 from gsdd_jax.data.sampling import ClassTable, sample_classes
 from gsdd_jax.match import (
+    DistributionSpec,
     GradientSpec,
+    MmdSpec,
     ObjectiveSpec,
     TrajectorySpec,
     distribution_loss,
+    feature_mmd,
     gradient_loss,
     trajectory_loss,
 )
 from gsdd_jax.match.distribution import Transform
 from gsdd_jax.match.gradient import train_between
-from gsdd_jax.match.trajectory import floor_syn_lr, syn_lr_optimiser
+from gsdd_jax.match.mmd import LEAST_SAMPLES
+from gsdd_jax.match.trajectory import flattener, floor_syn_lr, syn_lr_optimiser
 from gsdd_jax.nets import Network
 
 
@@ -59,6 +63,15 @@ class ExpertBatch(NamedTuple):
     transform_params: Any
 
 
+class MmdBatch(NamedTuple):
+    """What an objective needs, and what its MMD term does."""
+
+    matched: DeviceData | HostBatch | ExpertBatch
+    real: DeviceData | HostBatch
+    # Flat weights [p] of the network whose features are compared; None = a random one in each step.
+    weights: jax.Array | None
+
+
 class SynLr(NamedTuple):
     """The learned step size of trajectory matching."""
 
@@ -66,10 +79,12 @@ class SynLr(NamedTuple):
     opt_state: Any
 
 
-# What a step's key is folded with for codecs that decode at random.
-DRAWN = 1
+# What a step's key is folded with for codecs that decode at random, and for the MMD term.
+DRAWN, OF_MMD = 1, 2
 
-Data = DeviceData | HostBatch | ExpertBatch
+Data = DeviceData | HostBatch | ExpertBatch | MmdBatch
+# ``(params, data, key of the step) -> (weighted, its value)``: a further loss.
+Term = Callable[[Any, Data, jax.Array], tuple[jax.Array, jax.Array]]
 Step = Callable[[State, Data, jax.Array], tuple[State, dict[str, jax.Array]]]
 
 
@@ -97,6 +112,7 @@ def make_step(
     augment: DsaSpec,
     transform: Transform,
     schedule: optax.Schedule | None = None,
+    mmd: MmdSpec | None = None,
 ) -> Step:
     """Builds the outer step; pure, to be jitted with its state donated.
 
@@ -107,32 +123,61 @@ def make_step(
         augment: DSA settings.
         transform: Normalisation; its arrays travel in the data, so that they are not baked into the executable.
         schedule: Factor of the codec's updates, by outer steps taken; 1 throughout if None, as in the references.
+        mmd: The MMD term; none if None or of weight 0.
 
     Returns:
-        ``step(state, data, key)``, with ``ExpertBatch`` for trajectory matching and real images for the others. The
-        randomness of step ``i`` is ``fold_in(key, i)``, so an interrupted run that resumes from a state repeats the
-        same bits. Metrics are device scalars: ``loss``, ``regulariser``, ``grad_norm``, and ``param_norm`` after the
-        step; for trajectory matching also those of ``trajectory_loss`` and the ``syn_lr`` after the step.
+        ``step(state, data, key)``, with ``ExpertBatch`` for trajectory matching and real images for the others, in an
+        ``MmdBatch`` if there is an MMD term. The randomness of step ``i`` is ``fold_in(key, i)``, so an interrupted run
+        that resumes from a state repeats the same bits. Metrics are device scalars: ``loss`` (the objective's own),
+        ``regulariser``, ``grad_norm``, and ``param_norm`` after the step; for trajectory matching also those of
+        ``trajectory_loss`` and the ``syn_lr`` after the step; with the term ``mmd``, not weighted. Norms are those of
+        the objective's step.
 
     Raises:
-        ValueError: The loops of gradient matching are not filled in.
+        ValueError: The loops of gradient matching are not filled in, or the MMD term has too few images.
     """
     if isinstance(objective, GradientSpec) and 0 in (objective.outer_loop, objective.inner_loop):
         raise ValueError("objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc fills them in")
-    if isinstance(objective, TrajectorySpec):
-        return _trajectory_step(
-            codec, objective, network=network, augment=augment, transform=transform, schedule=schedule
-        )
+    term = None if mmd is None or mmd.weight == 0 else _mmd_term(codec, mmd, network=network, transform=transform)
+    joint = term if mmd is not None and mmd.steps == "joint" else None
+    parts: dict[str, Any] = {"network": network, "augment": augment, "transform": transform}
+    build = _trajectory_step if isinstance(objective, TrajectorySpec) else _image_step
+    step = build(codec, objective, term=joint, schedule=schedule, **parts)  # type: ignore[arg-type]
+    if term is None or joint is not None:
+        return step
+
+    def then(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        after, metrics = step(state, data, key)
+        # One optimiser takes both steps, as in D3; its schedule counts iterations.
+        moved = after._replace(step=state.step)
+        key_step = jax.random.fold_in(key, state.step)
+        grads, value = jax.grad(term, has_aux=True)(moved.params, data, key_step)
+        params, opt_state, _ = _updated(codec, moved, grads, schedule)
+        return after._replace(params=params, opt_state=opt_state), metrics | {"mmd": value}
+
+    return then
+
+
+def _image_step(
+    codec: Codec,
+    objective: DistributionSpec | GradientSpec,
+    *,
+    network: Network,
+    augment: DsaSpec,
+    transform: Transform,
+    schedule: optax.Schedule | None,
+    term: Term | None,
+) -> Step:
+    """Builds the outer step of distribution and gradient matching."""
     k, g = codec.num_classes, codec.images_per_class
 
     def step(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        assert not isinstance(data, ExpertBatch)
-        key_real, key_syn, key_loss = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        if isinstance(data, DeviceData):
-            real = data.images[sample_classes(key_real, data.table, objective.batch_real)]
-        else:
-            real = data.images
-        normal = {"transform": transform, "transform_params": data.transform_params}
+        matched = data.matched if isinstance(data, MmdBatch) else data
+        assert not isinstance(matched, ExpertBatch)
+        key_step = jax.random.fold_in(key, state.step)
+        key_real, key_syn, key_loss = jax.random.split(key_step, 3)
+        real = _real_images(matched, key_real, objective.batch_real)
+        normal = {"transform": transform, "transform_params": matched.transform_params}
         settings = {"network": network, "augment": augment, "class_chunk": objective.class_chunk, **normal}
         weights: Any = ()
         if isinstance(objective, GradientSpec):
@@ -148,16 +193,11 @@ def make_step(
             return distribution_loss(key_loss, real, syn, **settings)
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            index, batch = None, g
-            if 0 < objective.batch_syn < g:
-                batch = objective.batch_syn
-                keys = jax.random.split(key_syn, k)
-                within = jax.vmap(lambda key: jax.random.choice(key, g, (batch,), replace=False))(keys)
-                index = (within + g * jnp.arange(k)[:, None]).reshape(-1)
+            batch = min(objective.batch_syn or g, g)
+            index = _some_of_each_class(key_syn, k, g, batch)
             syn = codec.decode(params, index, key=jax.random.fold_in(key_syn, DRAWN))
             loss = match(real, syn.reshape(k, batch, *syn.shape[1:]))
-            regulariser = codec.regularise(params)
-            return loss + regulariser, {"loss": loss, "regulariser": regulariser}
+            return _total(codec, params, loss, {}, term, data, key_step)
 
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
         params, opt_state, norms = _updated(codec, state, grads, schedule)
@@ -176,6 +216,83 @@ def make_step(
         return State(params, opt_state, state.step + 1, matcher), metrics | norms
 
     return step
+
+
+def _total(
+    codec: Codec,
+    params: Any,
+    loss: jax.Array,
+    metrics: dict[str, jax.Array],
+    term: Term | None,
+    data: Data,
+    key_step: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Adds the codec's regulariser and, if there is one, the MMD term to a loss."""
+    regulariser = codec.regularise(params)
+    total, metrics = loss + regulariser, {"loss": loss, "regulariser": regulariser, **metrics}
+    if term is None:
+        return total, metrics
+    extra, value = term(params, data, key_step)
+    return total + extra, metrics | {"mmd": value}
+
+
+def mmd_samples(codec: Codec, spec: MmdSpec) -> tuple[int, int]:
+    """Returns how often the MMD term decodes how many images of each class.
+
+    D3 draws each latent as often as it takes. Where decoding is not random, a copy would be a sample at distance 0.
+
+    Raises:
+        ValueError: A class has no two synthetic images.
+    """
+    g = codec.images_per_class
+    copies, each = (max(spec.samples // g, 1) if codec.draws else 1), min(spec.samples, g)
+    if copies * each < LEAST_SAMPLES:
+        raise ValueError(
+            f"mmd.weight: the term needs {LEAST_SAMPLES} synthetic images per class, the {codec.name} codec has "
+            f"{g}; expected 0, or more images"
+        )
+    return copies, each
+
+
+def _mmd_term(codec: Codec, spec: MmdSpec, *, network: Network, transform: Transform) -> Term:
+    """Builds the MMD term.
+
+    Raises:
+        ValueError: A class has no two synthetic images.
+    """
+    k, g = codec.num_classes, codec.images_per_class
+    copies, each = mmd_samples(codec, spec)
+
+    def term(params: Any, data: Data, key_step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert isinstance(data, MmdBatch)
+        key_real, key_index, key_draw, key_network = jax.random.split(jax.random.fold_in(key_step, OF_MMD), 4)
+        index = _some_of_each_class(key_index, k, g, each)
+        syn = jnp.stack([codec.decode(params, index, key=key) for key in jax.random.split(key_draw, copies)])
+        syn = syn.reshape(copies, k, each, *codec.image_shape).swapaxes(0, 1).reshape(k, -1, *codec.image_shape)
+        value = feature_mmd(
+            _real_images(data.real, key_real, spec.samples),
+            syn,
+            network.init(key_network) if data.weights is None else flattener(network)[1](data.weights),
+            network=network,
+            transform=transform,
+            transform_params=data.real.transform_params,
+        )
+        return spec.weight * value, value
+
+    return term
+
+
+def _real_images(data: DeviceData | HostBatch, key: jax.Array, count: int) -> jax.Array:
+    """Returns ``[k, count, h, w, c]``; those that the host drew are as many as it drew."""
+    return data.images[sample_classes(key, data.table, count)] if isinstance(data, DeviceData) else data.images
+
+
+def _some_of_each_class(key: jax.Array, k: int, g: int, count: int) -> jax.Array | None:
+    """Draws ``count`` of the ``g`` images of every class, class-major; None for all of them, in order."""
+    if count >= g:
+        return None
+    within = jax.vmap(lambda key: jax.random.choice(key, g, (count,), replace=False))(jax.random.split(key, k))
+    return (within + g * jnp.arange(k)[:, None]).reshape(-1)
 
 
 def _updated(
@@ -197,11 +314,13 @@ def _trajectory_step(
     augment: DsaSpec,
     transform: Transform,
     schedule: optax.Schedule | None,
+    term: Term | None,
 ) -> Step:
     """Builds the outer step of trajectory matching: one for the codec, one for the student's step size."""
 
     def step(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        assert isinstance(data, ExpertBatch)
+        matched = data.matched if isinstance(data, MmdBatch) else data
+        assert isinstance(matched, ExpertBatch)
         labels = jnp.repeat(jnp.arange(codec.num_classes), codec.images_per_class)
         key_step = jax.random.fold_in(key, state.step)
 
@@ -211,16 +330,15 @@ def _trajectory_step(
                 codec.decode(params, key=jax.random.fold_in(key_step, DRAWN)),
                 labels,
                 syn_lr,
-                data.start,
-                data.target,
+                matched.start,
+                matched.target,
                 network=network,
                 augment=augment,
                 transform=transform,
-                transform_params=data.transform_params,
+                transform_params=matched.transform_params,
                 spec=objective,
             )
-            regulariser = codec.regularise(params)
-            return loss + regulariser, {"loss": loss, "regulariser": regulariser, **student}
+            return _total(codec, params, loss, student, term, data, key_step)
 
         old: SynLr = state.matcher
         (grads, lr_grad), metrics = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(state.params, old.value)

@@ -89,6 +89,51 @@ def test_sigkill_while_matching_is_continued_to_the_same_bits(toy, whole, tmp_pa
     assert_same(findings(out), findings(whole))
 
 
+D3 = [
+    "codec={name: latent, decoder: small, width: 8, latent_dim: 2, lpc: 2, dtype: bfloat16}",
+    "ipc=12",
+    "mmd={weight: 1, samples: 4, features: expert, steps: separate}",
+    "distill.data=host",
+    *SHORT,
+]
+
+
+def test_the_mmd_term_compares_features_of_experts_and_is_continued_to_the_same_bits(toy, whole, tmp_path):
+    experts = f"experts.path={whole / 'experts'}"
+    assert start(toy, tmp_path / "short", experts, *D3, "distill.iterations=4") == 0
+    assert start(toy, tmp_path / "run", experts, *D3) == 0
+    short, run = (
+        [entry for entry in read_metrics(tmp_path / name) if entry["phase"] == "main-distill"]
+        for name in ("short", "run")
+    )
+    assert all(np.isfinite(entry["mmd"]) for entry in run)
+    assert len({entry["mmd"] for entry in run}) == len(run) == 6
+    # The draws of a step do not depend on how many there are.
+    assert [entry["mmd"] for entry in short] == [entry["mmd"] for entry in run[:4]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["objective={name: distribution}", "mmd={weight: 1, features: expert}"],
+            "mmd.features: experts are trained for objective.name=trajectory; expected random with distribution",
+        ),
+        (
+            ["mmd.weight=1", "baselines.pixel=true"],
+            "baselines.pixel_codec: mmd.weight: the term needs 2 synthetic images per class, the pixel codec has 1",
+        ),
+        (
+            ["mmd.weight=1", "codec.gpc=1"],
+            "mmd.weight: the term needs 2 synthetic images per class, the gaussian codec",
+        ),
+        (["mmd.weight=-1"], "mmd.weight: expected a number >= 0, found -1"),
+    ],
+)
+def test_an_mmd_term_that_cannot_be_is_refused(toy, tmp_path, capsys, settings, message):
+    assert message in refused(capsys, start(toy, tmp_path / "run", "baselines.pixel=false", *settings))
+
+
 def test_experts_trained_beforehand_serve_several_runs(toy, whole, tmp_path, capsys):
     folder = tmp_path / "experts"
     assert train_experts(toy, "--out", str(folder)) == 0

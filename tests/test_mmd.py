@@ -1,11 +1,17 @@
-"""The kernel distance, against a float64 loop over pairs."""
+"""The kernel distance, against a float64 loop over pairs, and the term that it adds to an objective."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax.match.mmd import mmd, mmd_loss
+from gsdd_jax import codecs, distill
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.codecs import LatentSpec, PixelSpec
+from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec
+from gsdd_jax.match.mmd import feature_mmd, mmd, mmd_loss
+from gsdd_jax.match.trajectory import flattener
+from gsdd_jax.nets import NetSpec, build
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
 
@@ -112,3 +118,162 @@ def test_shapes_that_do_not_belong_together_are_refused():
     for one, other in [((2, 3, 4), (3, 3, 4)), ((3, 4), (3, 4)), ((2, 3, 4), (2, 3, 5))]:
         with pytest.raises(ValueError, match=r"mmd: expected two arrays \[classes, samples, features\]"):
             mmd_loss(jnp.zeros(one), jnp.zeros(other))
+
+
+CLASSES, PER_CLASS, SHAPE = 2, 3, (8, 8, 1)
+NETWORK = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
+WEIGHTS = flattener(NETWORK)[0](NETWORK.init(jax.random.key(5)))
+LR = 0.5
+RNG = np.random.default_rng(0)
+REAL = RNG.integers(0, 256, (CLASSES, 4, *SHAPE), dtype=np.uint8)
+
+
+def whitened(params, images):
+    return (images - 0.5) * params
+
+
+def features(images) -> np.ndarray:
+    """Of the network with WEIGHTS, flattened."""
+    x = whitened(2.0, jnp.asarray(images, jnp.float32))
+    return np.asarray(NETWORK.apply(flattener(NETWORK)[1](WEIGHTS), x)[1]).reshape(len(images), -1)
+
+
+def of_features(real, syn) -> float:
+    """Sum over classes of the loop over pairs of features, float64."""
+    return sum(loop(features(a / np.float32(255)), features(b)) for a, b in zip(real, syn, strict=True))
+
+
+def settings():
+    return {"network": NETWORK, "transform": whitened}
+
+
+@jax.jit
+def distance(syn):
+    unflatten = flattener(NETWORK)[1]
+    return feature_mmd(jnp.asarray(REAL), syn, unflatten(WEIGHTS), transform_params=2.0, **settings())
+
+
+def test_the_distance_of_images_is_the_loop_over_pairs_of_their_features_summed_over_classes():
+    syn = RNG.uniform(size=(CLASSES, PER_CLASS, *SHAPE)).astype(np.float32)
+    expected = of_features(REAL, syn)
+    assert abs(expected) > 0.01
+    np.testing.assert_allclose(distance(syn), expected, atol=2e-5)
+
+
+def test_its_gradient_is_that_of_all_classes_at_once():
+    syn = jnp.asarray(RNG.uniform(size=(CLASSES, PER_CLASS, *SHAPE)), jnp.float32)
+
+    def direct(syn):
+        def embed(images):
+            params = flattener(NETWORK)[1](WEIGHTS)
+            return NETWORK.apply(params, whitened(2.0, images))[1].reshape(len(images), -1)
+
+        real = jnp.stack([embed(jnp.asarray(x, jnp.float32) / 255) for x in REAL])
+        return mmd_loss(real, jnp.stack([embed(x) for x in syn]))
+
+    found, expected = jax.jit(jax.grad(lambda x: 3 * distance(x)))(syn), 3 * jax.jit(jax.grad(direct))(syn)
+    assert np.abs(expected).max() > 1e-4
+    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max() + 1e-8)
+
+
+OBJECTIVES = {
+    "distribution": DistributionSpec(batch_real=4),
+    "gradient": GradientSpec(batch_real=4, outer_loop=1, inner_loop=1),
+    "trajectory": TrajectorySpec(syn_steps=1, expert_epochs=1, max_start_epoch=1),
+}
+
+
+def pixels():
+    spec = PixelSpec(ipc=PER_CLASS, optimiser="sgd", lr=LR)
+    return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=PER_CLASS * 256)
+
+
+def step_of(codec, objective, spec, weights=WEIGHTS, *, schedule=None):
+    """Takes one outer step from fixed images; returns the states around it and the metrics."""
+    step = distill.make_step(
+        codec, objective, augment=DsaSpec(strategy="none"), schedule=schedule, mmd=spec, **settings()
+    )
+    images = jnp.asarray(np.random.default_rng(1).uniform(size=(codec.num_images, *SHAPE)), jnp.float32)
+    state = distill.init_state(codec, codec.init(jax.random.key(0), images), objective, NETWORK)
+    host = distill.HostBatch(jnp.asarray(REAL), 2.0)
+    matched = host
+    if isinstance(objective, TrajectorySpec):
+        matched = distill.ExpertBatch(WEIGHTS[None], WEIGHTS[None] + 0.01, 2.0)
+    batch = matched if spec is None or spec.weight == 0 else distill.MmdBatch(matched, host, weights)
+    after, metrics = jax.jit(step)(state, batch, jax.random.key(3))
+    return state, after, metrics
+
+
+def leaf(params) -> np.ndarray:
+    return np.asarray(jax.tree.leaves(params)[0], np.float64)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_joint_step_adds_the_weighted_gradient_of_the_term_to_that_of_any_objective(name):
+    codec = pixels()
+    start, plain, _ = step_of(codec, OBJECTIVES[name], None)
+    _, both, metrics = step_of(codec, OBJECTIVES[name], MmdSpec(weight=7.0, samples=4))
+    images = codec.decode(start.params).reshape(CLASSES, PER_CLASS, *SHAPE)
+    np.testing.assert_allclose(metrics["mmd"], of_features(REAL, images), atol=2e-5)
+    extra = -LR * 7 * np.asarray(jax.grad(distance)(images)).reshape(leaf(both.params).shape)
+    assert np.abs(extra).max() > 1e-3
+    np.testing.assert_allclose(leaf(both.params) - leaf(plain.params), extra, atol=1e-5 * np.abs(extra).max() + 1e-6)
+    assert int(both.step) == int(plain.step) == 1
+
+
+def test_a_separate_step_follows_that_of_the_objective_with_the_same_optimiser_and_schedule():
+    codec, factor = pixels(), 0.25
+    objective, schedule = OBJECTIVES["distribution"], lambda taken: factor / (1 + taken)
+    start, plain, _ = step_of(codec, objective, None, schedule=schedule)
+    _, both, metrics = step_of(codec, objective, MmdSpec(weight=7.0, samples=4, steps="separate"), schedule=schedule)
+    middle = codec.decode(plain.params).reshape(CLASSES, PER_CLASS, *SHAPE)
+    grad = 7 * np.asarray(jax.grad(distance)(middle)).reshape(leaf(both.params).shape)
+    # Momentum 0.5: half of the first update comes once more.
+    expected = leaf(plain.params) + 0.5 * (leaf(plain.params) - leaf(start.params)) - factor * LR * grad
+    np.testing.assert_allclose(leaf(both.params), expected, atol=2e-6)
+    np.testing.assert_allclose(metrics["mmd"], of_features(REAL, middle), atol=2e-5)
+    assert int(both.step) == 1
+
+
+def test_weight_zero_changes_no_bit():
+    _, plain, metrics = step_of(pixels(), OBJECTIVES["distribution"], None)
+    _, zero, same = step_of(pixels(), OBJECTIVES["distribution"], MmdSpec(weight=0.0))
+    assert (leaf(plain.params) == leaf(zero.params)).all()
+    assert metrics.keys() == same.keys()
+
+
+def test_without_given_weights_the_network_is_another_in_each_step():
+    codec, objective, spec = pixels(), OBJECTIVES["distribution"], MmdSpec(weight=1.0, samples=4)
+    step = jax.jit(distill.make_step(codec, objective, augment=DsaSpec(strategy="none"), mmd=spec, **settings()))
+    images = jnp.asarray(RNG.uniform(size=(codec.num_images, *SHAPE)), jnp.float32)
+    state = distill.init_state(codec, codec.init(None, images), objective, NETWORK)
+    host = distill.HostBatch(jnp.asarray(REAL), 2.0)
+    values = [
+        float(step(state._replace(step=jnp.int32(i)), distill.MmdBatch(host, host, None), jax.random.key(3))[1]["mmd"])
+        for i in range(3)
+    ]
+    assert len(set(values)) == 3
+
+
+def latents(**changes):
+    spec = LatentSpec(decoder="small", width=8, latent_dim=4, lpc=2, **changes)
+    return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=100_000)
+
+
+def test_each_latent_is_drawn_as_often_as_makes_up_the_samples_and_images_without_noise_once():
+    spec = MmdSpec(weight=1.0, samples=7)
+    assert distill.mmd_samples(latents(), spec) == (3, 2)
+    assert distill.mmd_samples(latents(sample=False), spec) == (1, 2)
+    assert distill.mmd_samples(latents(), MmdSpec(samples=2)) == (1, 2)
+    assert distill.mmd_samples(pixels(), MmdSpec(samples=2)) == (1, 2)
+    one = PixelSpec(ipc=1)
+    with pytest.raises(ValueError, match="mmd.weight: the term needs 2 synthetic images per class, the pixel codec"):
+        distill.mmd_samples(codecs.make(one, image_shape=SHAPE, num_classes=2, bytes_per_class=256), spec)
+
+
+def test_the_term_trains_log_variances_by_samples_that_differ():
+    codec = latents(optimiser="adam", lr=0.1)
+    state, after, metrics = step_of(codec, OBJECTIVES["trajectory"], MmdSpec(weight=1.0, samples=7, steps="separate"))
+    assert np.isfinite(metrics["mmd"])
+    for name in ("mean", "log_variance"):
+        assert np.abs(after.params[name] - state.params[name]).max() > 0.01, name

@@ -15,7 +15,7 @@ from gsdd_jax.data import DataSpec
 from gsdd_jax.evaluate import EvalSpec
 from gsdd_jax.experts import ExpertSpec
 from gsdd_jax.fit import FitSpec
-from gsdd_jax.match import DistributionSpec, ObjectiveSpec
+from gsdd_jax.match import DistributionSpec, MmdSpec, ObjectiveSpec
 from gsdd_jax.nets import NetSpec
 from train import yaml12
 from train.errors import ConfigError
@@ -109,6 +109,7 @@ class RunConfig:
     objective: Annotated[Tagged[ObjectiveSpec], Doc("What is matched between real and distilled images.")] = (
         DistributionSpec()
     )
+    mmd: MmdSpec = MmdSpec()
     experts: ExpertsConfig = ExpertsConfig()
     distill: DistillSpec
     evaluate: EvaluateConfig = EvaluateConfig()

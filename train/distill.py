@@ -305,11 +305,17 @@ def plan(experiment: Experiment) -> str:
 
 def _example_data(experiment: Experiment) -> distill.Data:
     """Returns data of the shapes that a step gets."""
-    objective = experiment.config.objective
-    if not isinstance(objective, TrajectorySpec):
-        return stages.device_data(experiment)
-    weights = jnp.zeros((objective.segments, experiment.network.num_params))
-    return distill.ExpertBatch(weights, weights, experiment.whitening)
+    objective, mmd = experiment.config.objective, experiment.config.mmd
+    real = stages.device_data(experiment)
+    matched: distill.DeviceData | distill.ExpertBatch = real
+    if isinstance(objective, TrajectorySpec):
+        weights = jnp.zeros((objective.segments, experiment.network.num_params))
+        matched = distill.ExpertBatch(weights, weights, experiment.whitening)
+    if mmd.weight == 0:
+        return matched
+    return distill.MmdBatch(
+        matched, real, jnp.zeros(experiment.network.num_params) if mmd.features == "expert" else None
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gsdd_jax import codecs, data, fit, nets, storage, whiten
+from gsdd_jax import codecs, data, distill, fit, nets, storage, whiten
+from gsdd_jax.match import TrajectorySpec
 from train.config import RunConfig
 from train.errors import ConfigError
 
@@ -53,10 +54,14 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     if config.fit.to == "real":
         data.require_per_class(dataset, codec.images_per_class, f"codec.{_count_field(codec.spec)}")
     data.require_per_class(dataset, 1, "objective.batch_real")
+    _check_mmd(config, codec)
     network = nets.build(config.network, shape, classes)
     if config.baselines.pixel:
         try:
-            codecs.make(config.baselines.pixel_codec, image_shape=shape, num_classes=classes, bytes_per_class=available)
+            pixel = codecs.make(
+                config.baselines.pixel_codec, image_shape=shape, num_classes=classes, bytes_per_class=available
+            )
+            _check_mmd(config, pixel)
         except ValueError as error:
             raise ConfigError(
                 f"baselines.pixel_codec: {str(error).removeprefix('codec.ipc: ')}; "
@@ -84,6 +89,18 @@ def _check_start(config: RunConfig) -> None:
         raise ConfigError(
             f"codec.start: fit.to={config.fit.to} starts from noise; expected {' or '.join(NOISE)} (whichever the "
             f"codec has), found {start!r}"
+        )
+
+
+def _check_mmd(config: RunConfig, codec: codecs.Codec) -> None:
+    """Refuses an MMD term that a codec or an objective cannot have."""
+    if config.mmd.weight == 0:
+        return
+    distill.mmd_samples(codec, config.mmd)
+    if config.mmd.features == "expert" and not isinstance(config.objective, TrajectorySpec):
+        raise ConfigError(
+            f"mmd.features: experts are trained for objective.name=trajectory; expected random with "
+            f"{config.objective.name}, found 'expert'"
         )
 
 

@@ -5,6 +5,7 @@ Each continues where its last checkpoint stands and returns when it is done.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -26,6 +27,9 @@ from train.evaluation import PeriodicTests
 from train.experiment import Experiment
 from train.progress import Progress
 from train.rundir import RunDir
+
+# Added to the seed of a run for the real images of the MMD term, where the host draws them.
+MMD_SEED = 2**63
 
 
 def fit_stage(
@@ -185,6 +189,7 @@ def build_step(experiment: Experiment, codec: codecs.Codec, iterations: int) -> 
         augment=experiment.config.augment,
         transform=whiten.apply,
         schedule=optax.cosine_decay_schedule(1.0, max(iterations, 1)) if cosine else None,
+        mmd=experiment.config.mmd,
     )
 
 
@@ -205,27 +210,53 @@ def _batches(
     experiment: Experiment, first: int, last: int, experts: Experts | None
 ) -> Generator[distill.Data, None, None]:
     """Yields the data argument of every step from ``first`` on."""
-    config, dataset = experiment.config, experiment.dataset
+    config = experiment.config
+    mmd, trajectory = config.mmd, isinstance(config.objective, TrajectorySpec)
+    on_device = config.distill.data == "device" and (mmd.weight > 0 or not trajectory)
+    held = device_data(experiment) if on_device else None
     if isinstance(config.objective, TrajectorySpec):
         assert experts is not None
-        segments = prefetch(Segments(experts, config.objective, seed=config.seed), first)
-        try:
-            for _, (start, target) in segments:
-                yield distill.ExpertBatch(jnp.asarray(start), jnp.asarray(target), experiment.whitening)
-        finally:
-            segments.close()
-        return
-    if config.distill.data == "device":
-        data = device_data(experiment)
-        for _ in range(first, last):
-            yield data
-        return
+        matched: Generator[Any, None, None] = _segments(experiment, experts, first)
+    else:
+        matched = _real(experiment, held, config.objective.batch_real, first, seed=config.seed)
+    with contextlib.ExitStack() as open_streams:
+        open_streams.callback(matched.close)
+        if mmd.weight == 0:
+            for _ in range(first, last):
+                yield next(matched)
+            return
+        # Draws apart from those of the objective, of which there may be fewer.
+        real = _real(experiment, held, mmd.samples, first, seed=config.seed + MMD_SEED)
+        open_streams.callback(real.close)
+        for step in range(first, last):
+            weights = None
+            if mmd.features == "expert":
+                assert experts is not None and isinstance(config.objective, TrajectorySpec)
+                expert, _ = Segments(experts, config.objective, seed=config.seed).choice(step)[0]
+                weights = jnp.asarray(experts.row(expert, config.objective.last_epoch))
+            yield distill.MmdBatch(next(matched), next(real), weights)
+
+
+def _segments(experiment: Experiment, experts: Experts, first: int) -> Generator[distill.ExpertBatch, None, None]:
+    config = experiment.config
+    assert isinstance(config.objective, TrajectorySpec)
+    stream = prefetch(Segments(experts, config.objective, seed=config.seed), first)
+    try:
+        for _, (start, target) in stream:
+            yield distill.ExpertBatch(jnp.asarray(start), jnp.asarray(target), experiment.whitening)
+    finally:
+        stream.close()
+
+
+def _real(
+    experiment: Experiment, held: distill.DeviceData | None, count: int, first: int, *, seed: int
+) -> Generator[distill.DeviceData | distill.HostBatch, None, None]:
+    """Yields the training set that the device holds, or ``count`` images per class that the host draws."""
+    dataset = experiment.dataset
+    while held is not None:
+        yield held
     sampler = HostSampler(
-        dataset.train_images,
-        dataset.train_labels,
-        num_classes=dataset.num_classes,
-        batch=config.objective.batch_real,
-        seed=config.seed,
+        dataset.train_images, dataset.train_labels, num_classes=dataset.num_classes, batch=count, seed=seed
     )
     stream = prefetch(sampler, first)
     try:

@@ -71,6 +71,7 @@ class Codec(NamedTuple):
         unpack: The inverse of ``pack``; raises ValueError where the arrays are none that ``pack`` writes.
         gaussians: ``params -> Gaussians`` that ``decode`` draws, or None where it draws no Gaussians.
         fitted_by_init: No parameters come nearer to the images than those of ``init``: fitting takes no step.
+        draws: With a key, ``decode`` draws a sample.
         draft: How fitting begins where it does not draw with ``decode`` from its first step.
     """
 
@@ -93,6 +94,7 @@ class Codec(NamedTuple):
     unpack: Callable[[Any], Any] = _unchanged
     gaussians: Callable[[Any], Gaussians | None] = _no_gaussians
     fitted_by_init: bool = False
+    draws: bool = False
     draft: Draft | None = None
 
     @property

@@ -138,6 +138,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
         decode=decode,
         optimiser=optimiser,
         fitter=fitter,
+        draws=spec.sample,
         **cast_storage(init, spec.dtype, image_shape, n),
     )
 

@@ -2,16 +2,18 @@
 
 from gsdd_jax.match.distribution import DistributionSpec, distribution_loss
 from gsdd_jax.match.gradient import GradientSpec, gradient_loss
-from gsdd_jax.match.mmd import mmd_loss
+from gsdd_jax.match.mmd import MmdSpec, feature_mmd, mmd_loss
 from gsdd_jax.match.trajectory import TrajectorySpec, trajectory_loss
 
 __all__ = [
     "SPECS",
     "DistributionSpec",
     "GradientSpec",
+    "MmdSpec",
     "ObjectiveSpec",
     "TrajectorySpec",
     "distribution_loss",
+    "feature_mmd",
     "gradient_loss",
     "mmd_loss",
     "trajectory_loss",

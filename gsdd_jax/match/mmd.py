@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Annotated, Any, Literal
+
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from gsdd_jax.match.chunks import split_classes, sum_of_chunks
+from gsdd_jax.match.distribution import Transform
+from gsdd_jax.nets import Network
 
 # Widths of D3's Gaussian kernels, which are added up.
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 # An unbiased mean over pairs needs a pair.
 LEAST_SAMPLES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MmdSpec:
+    """Settings of the term, which any objective can take on top of its own loss."""
+
+    weight: Annotated[float, Ge(0), Doc("factor of the term (D3: 1); 0 = none")] = 0.0
+    samples: Annotated[
+        int,
+        Ge(LEAST_SAMPLES),
+        Doc(
+            "images per class and iteration on either side (D3: 30 small, 12 medium, 20 large); fewer synthetic ones "
+            "where a class has fewer and its codec draws none at random"
+        ),
+    ] = 30
+    features: Annotated[
+        Literal["random", "expert"],
+        Doc(
+            "whose last feature map is compared: a fresh random network's, or an expert's after its last epoch (D3), "
+            "which trajectory matching has"
+        ),
+    ] = "random"
+    steps: Annotated[
+        Literal["joint", "separate"],
+        Doc("one optimiser step on the sum, or one on the objective and then one on this term (D3)"),
+    ] = "joint"
 
 
 def mmd(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -49,6 +84,48 @@ def mmd_loss(real: jax.Array, syn: jax.Array) -> jax.Array:
     """
     _check(real, syn, ("classes", "samples", "features"))
     return jax.vmap(mmd)(real, syn).sum()
+
+
+def feature_mmd(
+    real: jax.Array,
+    syn: jax.Array,
+    params: Any,
+    *,
+    network: Network,
+    transform: Transform,
+    transform_params: Any,
+) -> jax.Array:
+    """Returns :func:`mmd_loss` of the last feature maps of a network, one class at a time.
+
+    Images are not augmented, as in D3.
+
+    Args:
+        real: ``[k, a, h, w, c]`` uint8 images; a >= 2.
+        syn: ``[k, b, h, w, c]`` float images in [0,1]; b >= 2.
+        params: Of the network; D3: of an expert after its last epoch.
+        network: Its architecture.
+        transform: ``(transform_params, images) -> images``: normalisation of images in [0,1].
+        transform_params: Its arrays.
+
+    Returns:
+        A scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps no activations.
+
+    Raises:
+        ValueError: A class has no pair.
+    """
+    split, weight = split_classes(len(real), 1)
+    shared = (params, transform_params)
+
+    def embed(shared: Any, images: jax.Array) -> jax.Array:
+        params, transform_params = shared
+        _, features = network.apply(params, transform(transform_params, images))
+        return features.reshape(len(images), -1)
+
+    def chunk_loss(shared: Any, syn: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+        return weight[0] * mmd(target, embed(shared, syn[0]))
+
+    targets = jax.lax.map(lambda x: embed(shared, x.astype(jnp.float32) / 255), real)
+    return sum_of_chunks(chunk_loss, split(syn), (jax.lax.stop_gradient(targets), weight), shared)
 
 
 def _mean_of_pairs(x: jax.Array) -> jax.Array:
