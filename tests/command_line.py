@@ -1,15 +1,16 @@
 """Runs of the command line inside the test process, and what they leave."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.kills import findings
 from train import distill
-from train.checkpoint import Checkpoints
-from train.rundir import is_wall_clock, read_metrics
+from train.rundir import read_metrics
+
+__all__ = ["ROOT", "assert_same", "findings", "kill_while_distilling", "refused", "start"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,41 +30,6 @@ def refused(capsys, code: int) -> str:
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     return err
-
-
-def findings(run: Path) -> dict:
-    """Everything a run found out, in a form that can be compared.
-
-    Left out are times, the command, and the commit, which may change while the tests run.
-    """
-
-    def untimed(value):
-        if isinstance(value, dict):
-            left_out = ("command", "commit", "commits", "dirty")
-            return {k: untimed(v) for k, v in value.items() if not is_wall_clock(k) and k not in left_out}
-        return value
-
-    export = {
-        "arrays": (run / "export" / "synset.safetensors").read_bytes(),
-        "manifest": untimed(json.loads((run / "export" / "manifest.json").read_text())),
-        "files": sorted(path.name for path in (run / "export").iterdir()),
-    }
-    metrics = [untimed(entry) for entry in read_metrics(run)]
-    checkpoints = {}
-    for phase in sorted((run / "checkpoints").iterdir()):
-        with Checkpoints(phase) as held:
-            checkpoints[phase.name] = held.latest()
-    return {
-        "export": export,
-        "metrics": {phase: [m for m in metrics if m["phase"] == phase] for phase in checkpoints},
-        "lines": len(metrics),
-        "checkpoints": checkpoints,
-        "config": (run / "config.yaml").read_bytes(),
-        "evaluation": untimed(json.loads((run / "evaluation.json").read_text())),
-        "result": untimed(json.loads((run / "result.json").read_text())),
-        "table": (run / "table.md").read_bytes(),
-        "pictures": {path.name: path.read_bytes() for path in run.glob("*.png")},
-    }
 
 
 def assert_same(found: dict, expected: dict) -> None:
