@@ -32,6 +32,7 @@ from train import experiment as experiments
 from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
 from train.rundir import environment, write_bytes, write_json
+from train.stopping import on_sigterm
 from train.tune import hold_out
 
 # The paper's precision, and layouts whose sensitivity was measured on fits: bits of each number of position, Cholesky
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as bytes_per_class=12288 evaluate.seeds=3"
     )
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug or None), on_sigterm():
         budget, overrides = _split(args.overrides)
         config: configs.RunConfig = configs.load(args.config, overrides, smoke=args.smoke)
         if args.keep < 0:

@@ -34,6 +34,7 @@ from train.evaluation import PeriodicTests, as_stored, evaluate_stage, evaluatio
 from train.experiment import Experiment
 from train.progress import Progress
 from train.rundir import RunDir, write_bytes, write_json
+from train.stopping import on_sigterm
 
 # What may differ when a run is continued: nothing that touches numbers already computed.
 MAY_CHANGE = ("name", "distill.log_every", "distill.checkpoint_every", "experts.path", "experts.train")
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as distill.iterations=100")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug or None), on_sigterm():
         config: configs.RunConfig = configs.load(args.config, args.overrides, smoke=args.smoke)
         experiment = experiments.prepare(config)
         if args.dry_run:

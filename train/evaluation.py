@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import codecs, distill, evaluate, whiten
+from train import stopping
 from train.checkpoint import Checkpoints
 from train.errors import UserError
 from train.experiment import Experiment, real_images
@@ -86,6 +87,7 @@ def evaluate_stage(
             entry["seconds"] += time.perf_counter() - began
             entry["images"] = len(training[0])
             write_json(path, known)
+            stopping.raise_if_requested()
             bar.advance(len(group), f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
     values = [entry["accuracies"][str(seed)] for seed in seeds]
     return {

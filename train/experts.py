@@ -17,6 +17,7 @@ from train import experiment as experiments
 from train import stages
 from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
+from train.stopping import on_sigterm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as experts.count=10")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug or None), on_sigterm():
         config: configs.RunConfig = configs.load(args.config, [*args.overrides, "experts.train=true"], smoke=args.smoke)
         if not isinstance(config.objective, TrajectorySpec):
             raise ConfigError(f"objective.name: experts are for trajectory, found {config.objective.name!r}")

@@ -20,6 +20,7 @@ from gsdd_jax import codecs, distill, fit, whiten
 from gsdd_jax.data import ClassTable, HostSampler, class_table, prefetch
 from gsdd_jax.experts import Experts, IncompleteError, Origin, Segments, train_experts
 from gsdd_jax.match import GradientSpec, ObjectiveSpec, TrajectorySpec
+from train import stopping
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.errors import UserError
@@ -62,12 +63,16 @@ def fit_stage(
                 psnr = float(psnr)
                 done += count
                 seconds += time.perf_counter() - began
-                _stop_if_not_finite(psnr, phase, done, saved, checkpoints, "the starting point or fit.steps")
+                if not np.isfinite(psnr):
+                    where = f"PSNR not a finite number by step {done}"
+                    raise _not_finite(phase, where, saved, checkpoints, "another starting point or fit.steps")
                 run.append(phase, done, psnr=psnr, total_seconds=seconds)
                 bar.advance(count, f"PSNR {psnr:.2f} dB")
-                if done == steps or done - saved >= config.distill.checkpoint_every:
+                due = done == steps or done - saved >= config.distill.checkpoint_every
+                if due or stopping.requested():
                     checkpoints.save(done, state, {"seconds": seconds})
                     saved = done
+                stopping.raise_if_requested()
         if steps == 0 and latest is None:
             checkpoints.save(0, state, {"seconds": seconds})
     return state.params
@@ -102,15 +107,19 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
         )
     total = config.experts.count * config.objective.last_epoch
     with progress.phase("train experts", total=total) as bar:
+
+        def trained(group: range, epoch: int, losses: np.ndarray) -> None:
+            bar.advance(len(group), f"expert {group.stop} of {config.experts.count}, loss {losses.mean():.3f}")
+            # A group is written when it is whole; the epochs of an unfinished one are lost.
+            stopping.raise_if_requested()
+
         return train_experts(
             folder,
             dataset.train_images,
             dataset.train_labels,
             transform=whiten.apply,
             transform_params=experiment.whitening,
-            on_epoch=lambda group, epoch, losses: bar.advance(
-                len(group), f"expert {group.stop} of {config.experts.count}, loss {losses.mean():.3f}"
-            ),
+            on_epoch=trained,
             **wanted,
         )
 
@@ -150,20 +159,24 @@ def distill_stage(
                 count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
                 if tests is not None:
                     count = min(count, tests.until_due(done))
+                taken = []
                 for _ in range(count):
                     state, metrics = step(state, next(batches), key)
+                    taken.append(metrics)
                 # The only wait for the device: once per logged line, not per step.
                 values = {name: float(value) for name, value in metrics.items()}
                 done += count
                 seconds += time.perf_counter() - began
-                worst = sum(values.values())
-                _stop_if_not_finite(worst, phase, done, saved, checkpoints, _remedy(values))
+                if not np.isfinite(list(values.values())).all():
+                    raise _not_finite(phase, _first_bad(taken, done), saved, checkpoints, _remedy(values))
                 run.append(phase, done, **values, total_seconds=seconds)
                 bar.advance(count, f"loss {values['loss']:.4g}")
                 due = tests is not None and tests.due(done)
-                if due or done == iterations or done - saved >= config.distill.checkpoint_every:
+                late = done - saved >= config.distill.checkpoint_every
+                if due or done == iterations or late or stopping.requested():
                     checkpoints.save(done, state, {"seconds": seconds})
                     saved = done
+                stopping.raise_if_requested()
                 if tests is not None and due:
                     tests.test(done, state)
             batches.close()
@@ -266,7 +279,15 @@ def _real(
         stream.close()
 
 
-def _stop_if_not_finite(value: float, phase: str, done: int, saved: int, checkpoints: Checkpoints, remedy: str) -> None:
-    if not np.isfinite(value):
-        kept = f"the state of step {saved} is kept in {checkpoints.path}" if saved else "nothing was checkpointed yet"
-        raise UserError(f"{phase}: not a finite number by step {done}; {kept}; try {remedy}")
+def _first_bad(taken: list[dict[str, jax.Array]], done: int) -> str:
+    """Names the first of the last steps that has a number which is not finite, and which numbers these are."""
+    for behind, metrics in zip(range(len(taken) - 1, -1, -1), taken, strict=True):
+        bad = [name for name, value in metrics.items() if not np.isfinite(float(value))]
+        if bad:
+            return f"{', '.join(bad)} not finite in iteration {done - behind}"
+    raise AssertionError("the last step was found not to be finite")
+
+
+def _not_finite(phase: str, what: str, saved: int, checkpoints: Checkpoints, remedy: str) -> UserError:
+    kept = f"the state of step {saved} is kept in {checkpoints.path}" if saved else "nothing was checkpointed yet"
+    return UserError(f"{phase}: {what}; {kept}; try {remedy}")

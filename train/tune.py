@@ -25,6 +25,7 @@ from train import experiment as experiments
 from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
 from train.rundir import environment, read_metrics, write_bytes, write_json
+from train.stopping import on_sigterm
 
 # Of the training images of a class, the share on which settings are compared.
 HELD_OUT = 0.1
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluate.seeds=2")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug or None), on_sigterm():
         varied = [_values(text) for text in args.vary]
         chosen = [list(one) for one in itertools.product(*varied)]
         found: list[configs.RunConfig] = [
