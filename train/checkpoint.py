@@ -37,7 +37,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Checkpoints:
     """The checkpoints in one directory, newest `keep` of them.
 
-    Writing is synchronous: when `save` returns, the step is on disk.
+    Writing is asynchronous: `save` returns when it holds a copy of everything, and the step is on disk before the next
+    `save` begins to write, or at the latest when the checkpoints are closed; a failure to write shows there.
 
     Args:
         path: The directory; made if absent.
@@ -52,8 +53,9 @@ class Checkpoints:
             raise ValueError(f"keep is {keep}: at least 1 checkpoint must stay")
         self.path = Path(path).resolve()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
+        self._writing: int | None = None
         with _quiet():
             self._manager = ocp.CheckpointManager(self.path, options=options)
 
@@ -61,21 +63,44 @@ class Checkpoints:
         """Returns itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Closes the manager."""
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the manager; an error that is under way is not replaced by one of writing."""
+        try:
+            self.close()
+        except OSError:
+            if kind is None:
+                raise
 
     def close(self) -> None:
-        """Ends orbax's threads."""
-        with _quiet():
-            self._manager.close()
+        """Waits until everything is on disk and ends orbax's threads.
+
+        Raises:
+            OSError: As `save`.
+        """
+        try:
+            self.wait()
+        finally:
+            with _quiet():
+                self._manager.close()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+            OSError: As `save`.
+        """
+        step, self._writing = self._writing, None
+        if step is not None:
+            with self._telling(step), _quiet():
+                self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """Returns the newest committed step, or None if there is none."""
+        """Waits until everything is on disk and returns the newest step, or None if there is none."""
+        self.wait()
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
-        """Writes a checkpoint and deletes those beyond `keep`.
+        """Begins to write a checkpoint; those beyond `keep` are deleted once it is there.
 
         Args:
             step: Its number, above the newest one.
@@ -85,7 +110,8 @@ class Checkpoints:
         Raises:
             ValueError: `step` is not above the newest one, or the tree has no leaves or two leaves of one path.
             TypeError: A leaf is no number or array, or `meta` is not JSON-able.
-            OSError: The disk is full or not writable, with `filename` set; the older checkpoints stay.
+            OSError: The disk is full or not writable, now or for the step before, with `filename` set; the older
+                checkpoints stay.
         """
         latest = self.latest()
         if latest is not None and step <= latest:
@@ -101,9 +127,15 @@ class Checkpoints:
         # Orbax refuses arrays without elements; their shape and dtype in the list say all there is to them.
         stored = {name: array if array.size else np.zeros(1, array.dtype) for name, array in arrays.items()}
         arguments = ocp.args.Composite(tree=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(document))
+        with self._telling(step), _quiet():
+            self._manager.save(step, args=arguments, force=True)
+        self._writing = step
+
+    @contextlib.contextmanager
+    def _telling(self, step: int) -> Iterator[None]:
+        """Turns a failure to write a step into one that names the file, and removes what is half written."""
         try:
-            with _quiet():
-                self._manager.save(step, args=arguments, force=True)
+            yield
         except Exception as error:
             for unfinished in self.path.glob(f"{step}.*tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -111,6 +143,34 @@ class Checkpoints:
             if code is not None:
                 raise OSError(code, os.strerror(code), str(self.path / str(step))) from error
             raise
+
+    def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Reads the newest intact checkpoint; newer ones that are damaged are named on stderr and removed.
+
+        Args:
+            like: As in `restore`.
+
+        Returns:
+            Its step, tree and meta dict; None if there is no checkpoint.
+
+        Raises:
+            UserError: All are damaged, or a leaf differs from `like`.
+        """
+        latest = self.latest()
+        if latest is None:
+            return None
+        try:
+            return latest, *self.restore(latest, like)
+        except DamagedError as damage:
+            if damage.intact is None:
+                raise
+            for step in damage.steps:
+                print(f"warning: {self.path / str(step)} is damaged ({damage.why}) and was removed", file=sys.stderr)
+                shutil.rmtree(self.path / str(step))
+            print(f"warning: going on from step {damage.intact}", file=sys.stderr)
+            with _quiet():
+                self._manager.reload()
+            return damage.intact, *self.restore(damage.intact, like)
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint back, bit by bit.
@@ -125,9 +185,10 @@ class Checkpoints:
             The tree, with the node types of `like`, and the meta dict.
 
         Raises:
-            UserError: The step is absent or damaged (the message names the folder, an older intact step and the way
-                on), or a leaf differs from `like` in path, shape or dtype.
+            DamagedError: The step is damaged; the message names the folder, an older intact step and the way on.
+            UserError: The step is absent, or a leaf differs from `like` in path, shape or dtype.
         """
+        self.wait()
         if step not in self._manager.all_steps():
             held = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
             raise UserError(f"{self.path} holds no checkpoint of step {step} (steps there: {held})")
@@ -136,8 +197,8 @@ class Checkpoints:
             document = self._read_document(step)
             self._refuse_mismatch(step, document["leaves"], wanted)
             arrays = self._read_arrays(step, document["leaves"])
-        except _DamagedError as damage:
-            raise UserError(self._explain_damage(step, damage)) from damage
+        except _UnreadableError as error:
+            raise self._damage(step, error) from error
         leaves = [_like(arrays[name], leaf) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), document["meta"]
 
@@ -149,8 +210,8 @@ class Checkpoints:
             if crc == _crc_of_json(document):
                 return document
         except Exception as error:
-            raise _DamagedError(f"its meta file cannot be read: {_first_line(error)}") from error
-        raise _DamagedError("its meta file was altered: the checksum does not match")
+            raise _UnreadableError(f"its meta file cannot be read: {_first_line(error)}") from error
+        raise _UnreadableError("its meta file was altered: the checksum does not match")
 
     def _read_arrays(self, step: int, leaves: dict[str, Any]) -> dict[str, np.ndarray]:
         abstract = {
@@ -161,14 +222,14 @@ class Checkpoints:
                 arguments = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
                 stored = self._manager.restore(step, args=arguments).tree
         except Exception as error:
-            raise _DamagedError(f"its arrays cannot be read: {_first_line(error)}") from error
+            raise _UnreadableError(f"its arrays cannot be read: {_first_line(error)}") from error
         arrays = {
             name: np.asarray(stored[name]).reshape(-1)[: math.prod(leaf[0])].reshape(leaf[0])
             for name, leaf in leaves.items()
         }
         for name, array in arrays.items():
             if _describe(array) != leaves[name]:
-                raise _DamagedError(f"leaf {name} was altered: the checksum does not match")
+                raise _UnreadableError(f"leaf {name} was altered: the checksum does not match")
         return arrays
 
     def _refuse_mismatch(self, step: int, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -185,12 +246,12 @@ class Checkpoints:
                 "Continue with the code and config that wrote it, or choose another run directory"
             )
 
-    def _explain_damage(self, step: int, damage: _DamagedError) -> str:
+    def _damage(self, step: int, error: _UnreadableError) -> DamagedError:
         damaged, intact = [step], None
         for older in sorted((s for s in self._manager.all_steps() if s < step), reverse=True):
             try:
                 self._read_arrays(older, self._read_document(older)["leaves"])
-            except _DamagedError:
+            except _UnreadableError:
                 damaged.append(older)
             else:
                 intact = older
@@ -198,13 +259,30 @@ class Checkpoints:
         folders = " and ".join(str(self.path / str(s)) for s in damaged)
         way = f"step {intact} is intact: delete" if intact is not None else "no older step is intact: delete"
         end = f"continue from step {intact}" if intact is not None else "start this phase afresh"
-        return (
-            f"checkpoint {self.path / str(step)} is damaged ({damage}); {way} {folders} and run the same command again "
-            f"to {end}"
+        return DamagedError(
+            f"checkpoint {self.path / str(step)} is damaged ({error}); {way} {folders} and run the same command again "
+            f"to {end}",
+            why=str(error),
+            steps=damaged,
+            intact=intact,
         )
 
 
-class _DamagedError(Exception):
+class DamagedError(UserError):
+    """A checkpoint that is not what was written.
+
+    Attributes:
+        why: What is wrong with it.
+        steps: It and the older ones that are damaged as well, down to the first intact one.
+        intact: The newest older step that is intact, or None.
+    """
+
+    def __init__(self, message: str, *, why: str, steps: list[int], intact: int | None):
+        super().__init__(message)
+        self.why, self.steps, self.intact = why, steps, intact
+
+
+class _UnreadableError(Exception):
     """What is wrong with the files of a checkpoint."""
 
 
@@ -224,7 +302,8 @@ def _to_numpy(name: str, leaf: Any) -> np.ndarray:
         raise TypeError(f"leaf {name} is a random key: keep its seed and step as integers instead")
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float)):
         raise TypeError(f"leaf {name} is a {type(leaf).__name__}: only numbers and arrays can be saved")
-    array = np.asarray(leaf)
+    # A copy: the step that comes next may overwrite the array while it is being written.
+    array = np.array(leaf)
     if array.dtype.kind in "OSUMm":
         raise TypeError(f"leaf {name} has dtype {array.dtype}: only numbers and booleans can be saved")
     return array

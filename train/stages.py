@@ -43,12 +43,12 @@ def fit_stage(
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
         start = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=max(steps, 1)))
         state = jax.eval_shape(start, experiment.key("start"), targets)
-        latest = checkpoints.latest()
-        if latest is None:
+        newest = checkpoints.newest(state)
+        if newest is None:
             state, done, seconds = start(experiment.key("start"), targets), 0, 0.0
         else:
-            state, meta = checkpoints.restore(latest, state)
-            done, seconds = latest, meta["seconds"]
+            done, state, meta = newest
+            seconds = meta["seconds"]
         run.truncate(phase, done)
         advance = jax.jit(
             lambda state, x, count: fit.fit_steps(state, x, codec=codec, steps=max(steps, 1), count=count),
@@ -73,7 +73,7 @@ def fit_stage(
                     checkpoints.save(done, state, {"seconds": seconds})
                     saved = done
                 stopping.raise_if_requested()
-        if steps == 0 and latest is None:
+        if steps == 0 and newest is None:
             checkpoints.save(0, state, {"seconds": seconds})
     return state.params
 
@@ -142,10 +142,10 @@ def distill_stage(
     phase = f"{arm}-distill"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
         state = distill.init_state(codec, params, objective(config), experiment.network)
-        latest, done, seconds = checkpoints.latest(), 0, 0.0
-        if latest is not None:
-            state, meta = checkpoints.restore(latest, state)
-            done, seconds = latest, meta["seconds"]
+        newest, done, seconds = checkpoints.newest(state), 0, 0.0
+        if newest is not None:
+            done, state, meta = newest
+            seconds = meta["seconds"]
         run.truncate(phase, done)
         step = jax.jit(build_step(experiment, codec, iterations), donate_argnums=0)
         key, saved = experiment.key(purpose), done
