@@ -111,7 +111,7 @@ def evaluate(
     Args:
         keys: [s] PRNG keys, one per network; for instance `jax.random.split(key, spec.seeds)`.
         images: training images, as in `train_network`.
-        labels: int [n].
+        labels: int [n], or soft ones, float [n, k].
         test_images: [n', h, w, c], uint8 or float.
         test_labels: int [n'].
         network: as in `train_network`, like all up to `lr`.
@@ -128,7 +128,7 @@ def evaluate(
         ValueError: as `train_network`, for the test set too, or keys that are not [s].
         TypeError: as `train_network`.
     """
-    check_images(images, labels, "")
+    check_images(images, labels, "", soft=True)
     check_images(test_images, test_labels, "test_")
     if keys.ndim != 1 or keys.shape[0] < 1:
         raise ValueError(f"keys: shape {keys.shape}, must be [s] with s at least 1")

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from gsdd_jax import codecs, storage
+from gsdd_jax import labels as soft_labels
 
 FORMAT = "gsdd_jax/1"
 ARRAYS = "synset.safetensors"
@@ -38,6 +39,7 @@ class SynSet:
         bytes_per_class: The budget that the set was made for.
         class_names: One per class.
         meta: Anything else that was recorded: dataset, objective, normalisation, versions.
+        soft: Soft labels as they are written, or None where the order of the images says all.
 
     Example:
         A set of two classes with one 4x4 grey image each:
@@ -54,6 +56,7 @@ class SynSet:
     bytes_per_class: int
     class_names: tuple[str, ...]
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    soft: soft_labels.SoftLabels | None = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -61,9 +64,14 @@ class SynSet:
         return np.repeat(np.arange(self.codec.num_classes, dtype=np.int32), self.codec.images_per_class)
 
     @property
+    def soft_labels(self) -> jax.Array | None:
+        """Soft labels ``[n, k]`` float32 as stored, or None."""
+        return None if self.soft is None else self.soft.probabilities()
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all stored arrays."""
-        return self.codec.nbytes(self.params)
+        """Bytes of all stored arrays, soft labels included."""
+        return self.codec.nbytes(self.params) + (0 if self.soft is None else self.soft.nbytes)
 
     def images(self, size: tuple[int, int] | None = None) -> jax.Array:
         """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width)."""
@@ -74,7 +82,11 @@ class SynSet:
 
         Returns:
             Sizes in bytes: ``payload`` (what the budget counts), ``header`` (names and shapes of the safetensors
-            format), ``file`` (their sum, the size of the file) and ``manifest``.
+            format), ``file`` (their sum, the size of the file) and ``manifest``; with soft labels also ``labels``,
+            their part of the payload.
+
+        Raises:
+            ValueError: Soft labels that are not one per image.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +94,15 @@ class SynSet:
         # Written beside and renamed, so that a crash never leaves half a set under the final name.
         fresh = folder / (ARRAYS + ".new")
         written = self.codec.pack(self.codec.stored(self.params))
+        if self.soft is not None:
+            expected = soft_labels.layout(self.soft.spec, self.codec.num_images, self.codec.num_classes)
+            _check_arrays(arrays, self.soft.arrays, expected)
+            written = {**written, **self.soft.arrays}
         save_file(jax.tree.map(jnp.asarray, written), fresh)
         with fresh.open("rb") as file:
             header = 8 + struct.unpack("<Q", file.read(8))[0]
         sizes = {"payload": storage.nbytes(written), "header": header, "file": fresh.stat().st_size}
+        sizes |= {} if self.soft is None else {"labels": self.soft.nbytes}
         manifest = {
             "format": FORMAT,
             "codec": dataclasses.asdict(self.codec.spec),
@@ -94,6 +111,7 @@ class SynSet:
             "images_per_class": self.codec.images_per_class,
             "bytes_per_class": self.bytes_per_class,
             "class_names": list(self.class_names),
+            **({} if self.soft is None else {"labels": self.soft.entry}),
             "sizes": sizes,
             "meta": self.meta,
         }
@@ -141,6 +159,8 @@ def load(path: str | Path) -> SynSet:
                 f"image_shape {shape}, num_classes {classes}, bytes_per_class {available}, {len(names)} class_names"
             )
         codec = codecs.make(spec, image_shape=shape, num_classes=classes, bytes_per_class=available)
+        entry = manifest.get("labels")
+        label_spec = soft_labels.LabelSpec() if entry is None else soft_labels.described(entry, classes)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / MANIFEST}: damaged manifest ({type(error).__name__}: {error})") from error
     try:
@@ -149,17 +169,23 @@ def load(path: str | Path) -> SynSet:
         raise FileNotFoundError(f"{folder / ARRAYS}: missing, although {MANIFEST} is there") from error
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / ARRAYS}: damaged file ({error})") from error
-    _check_arrays(folder / ARRAYS, written, codec)
+    of_labels = soft_labels.layout(label_spec, codec.num_images, classes)
+    _check_arrays(folder / ARRAYS, written, codec.layout() | of_labels)
+    soft = None
     try:
+        if of_labels:
+            rows = {name: np.asarray(written.pop(name)) for name in of_labels}
+            soft_labels.unpack(rows, label_spec, classes)
+            soft = soft_labels.SoftLabels(label_spec, classes, rows)
         stored = codec.unpack(written)
     except ValueError as error:
         raise ValueError(f"{folder / ARRAYS}: {error}") from error
-    return SynSet(codec, codec.loaded(jax.tree.map(jnp.asarray, stored)), available, names, meta)
+    return SynSet(codec, codec.loaded(jax.tree.map(jnp.asarray, stored)), available, names, meta, soft)
 
 
-def _check_arrays(path: Path, written: dict[str, jax.Array], codec: codecs.Codec) -> None:
-    """Compares names, shapes and dtypes with what the codec writes for a set of this size."""
-    want = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in codec.layout().items()}
+def _check_arrays(path: Path, written: dict[str, Any], layout: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Compares names, shapes and dtypes with what is written for a set of this size."""
+    want = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in layout.items()}
     have = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in written.items()}
     for name in sorted(want.keys() | have.keys()):
         if want.get(name) != have.get(name):

@@ -110,7 +110,7 @@ def train_network(
     Args:
         key: decides the weights, the batches and the augmentations; consumed.
         images: [n, h, w, c], uint8 (divided by 255 batch by batch) or float.
-        labels: int [n], in 0..k-1.
+        labels: int [n], in 0..k-1, or soft ones, float [n, k]; augmentation leaves them as they are.
         network: what to train.
         spec: how.
         augment: DSA, with parameters per image; strategy "none" for none.
@@ -123,12 +123,30 @@ def train_network(
         The weights, as `network.init` shapes them.
 
     Raises:
-        ValueError: no images, images that are not [n, h, w, c], or labels of another shape than [n].
-        TypeError: images that are neither uint8 nor floating point, or labels that are not integers.
+        ValueError: no images, images that are not [n, h, w, c], or labels of another shape.
+        TypeError: images that are neither uint8 nor floating point, or labels [n] that are not integers.
     """
-    check_images(images, labels, "")
+    check_images(images, labels, "", soft=True)
     static = _Static(network, spec.static(), augment, transform)
     return _train(key, images, labels, transform_params, rate_of(lr, spec), static=static)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the mean over the images of -sum_k label log softmax(logits).
+
+    Args:
+        logits: [n, k].
+        labels: int [n], or float [n, k].
+
+    Raises:
+        ValueError: soft labels that are not shaped as the logits.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    if labels.ndim == 1:
+        return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels: {labels.shape[1]} classes, the network has {logits.shape[1]}")
+    return -jnp.mean(jnp.sum(labels * log_probabilities, axis=1))
 
 
 def lr_factor(step: jax.Array | int, *, spec: EvalSpec, steps: int) -> jax.Array:
@@ -248,12 +266,19 @@ def inputs(images: jax.Array, transform: Transform | None, transform_params: Any
     return x if transform is None else transform(transform_params, x)
 
 
-def check_images(images: jax.Array, labels: jax.Array, which: str) -> None:
-    """Raises if images and labels are not what `train_network` says; `which` goes before their names."""
+def check_images(images: jax.Array, labels: jax.Array, which: str, *, soft: bool = False) -> None:
+    """Raises if images and labels are not what `train_network` says; `which` goes before their names.
+
+    Labels [n, k] pass only where soft ones are allowed.
+    """
     if images.ndim != 4 or images.shape[0] < 1:
         raise ValueError(f"{which}images: shape {images.shape}, must be [n, h, w, c] with n at least 1")
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"{which}images: {images.dtype}, must be uint8 or floating point")
+    if soft and labels.ndim == 2 and labels.shape[0] == images.shape[0]:
+        if not jnp.issubdtype(labels.dtype, jnp.floating):
+            raise TypeError(f"{which}labels: {labels.dtype}, must be floating point where there is a row per image")
+        return
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{which}labels: shape {labels.shape}, must be {images.shape[:1]}, one per image")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -305,8 +330,7 @@ def _train(
     key_init, key_stream, key_augment = jax.random.split(key, 3)
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits, _ = network.apply(params, x)
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1))
+        return cross_entropy(network.apply(params, x)[0], y)
 
     def step(carry: tuple[Any, Any, jax.Array, Any], t: jax.Array) -> tuple[tuple[Any, Any, jax.Array, Any], None]:
         params, state, order, average = carry

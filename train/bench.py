@@ -113,7 +113,8 @@ def set_up(request: Request) -> Bench:
         )
     test = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
     whitening = whiten.fit(request.config.whiten, dataset.train_images)
-    return Bench(dataset, whitening, images, jnp.asarray(synset.labels), test)
+    soft = synset.soft_labels
+    return Bench(dataset, whitening, images, jnp.asarray(synset.labels) if soft is None else soft, test)
 
 
 def _shown(names: tuple[str, ...]) -> str:
@@ -173,7 +174,8 @@ def head(request: Request, bench: Bench) -> dict[str, Any]:
     """Returns the head of a file of results."""
     synset = request.synset
     digest = hashlib.sha256(repr((synset.codec.spec, synset.codec.image_shape)).encode())
-    for leaf in jax.tree.leaves(synset.codec.stored(synset.params)):
+    arrays = synset.codec.stored(synset.params), None if synset.soft is None else synset.soft.arrays
+    for leaf in jax.tree.leaves(arrays):
         digest.update(np.asarray(leaf).tobytes())
     return {
         "run": str(request.run),

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from gsdd_jax import codecs, data, storage
+from gsdd_jax import data, labels, storage
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
 from train import config as configs
 from train import distill
@@ -160,8 +160,9 @@ def _largest_gpc(
     def fits(gpc: int) -> bool:
         nonlocal refusal
         try:
-            codecs.make(
+            labels.make_codec(
                 dataclasses.replace(spec, gpc=gpc),
+                config.labels,
                 image_shape=dataset.image_shape,
                 num_classes=dataset.num_classes,
                 bytes_per_class=storage.budget_bytes(config.ipc, dataset.image_shape),

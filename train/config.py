@@ -15,6 +15,7 @@ from gsdd_jax.data import DataSpec
 from gsdd_jax.evaluate import EvalSpec
 from gsdd_jax.experts import ExpertSpec
 from gsdd_jax.fit import FitSpec
+from gsdd_jax.labels import LabelSpec
 from gsdd_jax.match import DistributionSpec, MmdSpec, ObjectiveSpec
 from gsdd_jax.nets import NetSpec
 from train import yaml12
@@ -111,6 +112,7 @@ class RunConfig:
     )
     mmd: MmdSpec = MmdSpec()
     experts: ExpertsConfig = ExpertsConfig()
+    labels: LabelSpec = LabelSpec()
     distill: DistillSpec
     evaluate: EvaluateConfig = EvaluateConfig()
     baselines: BaselineSpec = BaselineSpec()

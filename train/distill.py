@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import codecs, distill, fit, storage, synset, whiten
+from gsdd_jax import codecs, distill, fit, labels, storage, synset, whiten
 from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.match import TrajectorySpec
 from train import config as configs
 from train import experiment as experiments
-from train import pictures, report, results, stages
+from train import labelling, pictures, report, results, stages
 from train.errors import exit_cleanly
 from train.evaluation import PeriodicTests, as_stored, evaluate_stage, evaluation_lr
 from train.experiment import Experiment
@@ -123,7 +123,8 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
         if isinstance(config.objective, TrajectorySpec):
             folder = Path(config.experts.path or rundir.path / "experts")
             experts = stages.expert_stage(experiment, folder, progress=progress)
-        arm = functools.partial(_distilled, experiment, experts=experts, run=rundir, progress=progress)
+        label = labelling.label_stage(experiment, experts=experts, run=rundir, progress=progress)
+        arm = functools.partial(_distilled, experiment, experts=experts, label=label, run=rundir, progress=progress)
         state, tested = arm(codec, fitted, name="distilled", iterations=config.distill.iterations)
         accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
         params, meta = state.params, _meta(experiment, environment)
@@ -136,20 +137,35 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
             dataset.class_names,
             meta,
         )
+        distilled = dataclasses.replace(distilled, soft=label(distilled.images()))
         sizes = distilled.save(rundir.path / synset.EXPORT)
         # What is evaluated is what was written, not what is in memory.
-        final = gsdd_jax.load(rundir.path / synset.EXPORT).images()
+        written = gsdd_jax.load(rundir.path / synset.EXPORT)
+        final = written.images()
         images["distilled"] = final
+        soft = {"distilled": written.soft_labels}
+        if "fit_only" in wanted:
+            soft["fit_only"] = labelling.probabilities(label(fitted_images))
 
         pixel = None
         if "pixel" in wanted:
             pixel, start = _pixel_start(experiment)
             iterations = config.baselines.pixel_iterations or config.distill.iterations
             state, accuracies["pixel"] = arm(pixel, start, name="pixel", iterations=iterations)
-            images["pixel"], lrs["pixel"] = as_stored(pixel, state.params), evaluation_lr(experiment, state)
+            drawn = as_stored(pixel, state.params)
+            images["pixel"], lrs["pixel"] = drawn, evaluation_lr(experiment, state)
+            soft["pixel"] = labelling.probabilities(label(drawn))
         rows = {
             name: accuracies.get(name)
-            or evaluate_stage(experiment, name, images[name], run=rundir, progress=progress, lr=lrs.get(name))
+            or evaluate_stage(
+                experiment,
+                name,
+                images[name],
+                labels=soft.get(name),
+                run=rundir,
+                progress=progress,
+                lr=lrs.get(name),
+            )
             for name in wanted
         }
         result = results.collect(
@@ -160,6 +176,7 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
             run=rundir,
             pixel=pixel,
             fit_psnr=_fit_psnr(experiment, fitted_images, targets),
+            agreement=None if written.soft is None else labelling.agreement(written.soft),
         )
         write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
@@ -187,6 +204,7 @@ def _distilled(
     start: Any,
     *,
     experts: Experts | None,
+    label: labelling.Labeller,
     name: str,
     iterations: int,
     run: RunDir,
@@ -195,7 +213,7 @@ def _distilled(
     """Distils an arm; returns its final state, or with protocol=paper its best one and that one's row."""
     tests = None
     if experiment.config.evaluate.protocol == "paper":
-        tests = PeriodicTests(experiment, codec, name, iterations, run=run, progress=progress)
+        tests = PeriodicTests(experiment, codec, name, iterations, label=label, run=run, progress=progress)
     phase, purpose = ARMS[name]
     state = stages.distill_stage(
         experiment,
@@ -214,8 +232,9 @@ def _distilled(
 
 def _pixel_start(experiment: Experiment) -> tuple[codecs.Codec, Any]:
     """Returns the codec of the pixel baseline and its start, real images."""
-    codec = codecs.make(
+    codec = labels.make_codec(
         experiment.config.baselines.pixel_codec,
+        experiment.config.labels,
         image_shape=experiment.dataset.image_shape,
         num_classes=experiment.dataset.num_classes,
         bytes_per_class=experiment.bytes_per_class,
@@ -245,7 +264,7 @@ def ellipse_picture(codec: codecs.Codec, g: Gaussians, class_names: Sequence[str
 
 def _meta(experiment: Experiment, environment: dict[str, Any]) -> dict[str, Any]:
     """Metadata of the exported set: where it comes from, and the normalisation that networks expect."""
-    dataset = experiment.dataset
+    dataset, spec = experiment.dataset, experiment.config.labels
     channels = whiten.fit("meanstd", dataset.train_images)
     assert isinstance(channels, whiten.MeanStd)
     return {
@@ -257,6 +276,7 @@ def _meta(experiment: Experiment, environment: dict[str, Any]) -> dict[str, Any]
         "channel_std": np.asarray(channels.std).tolist(),
         "versions": environment["versions"],
         "commit": environment["commit"],
+        **({"labels": dataclasses.asdict(spec)} if spec.kind == "soft" else {}),
     }
 
 
@@ -280,6 +300,14 @@ def plan(experiment: Experiment) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         lines.append(f"  {jax.tree_util.keystr(path, simple=True, separator='.'):<12} {list(leaf.shape)}")
     lines.append(f"  written: {codec.nbytes(params)} bytes, {codec.nbytes(params) / codec.num_classes:g} per class")
+    size = labels.nbytes(config.labels, codec.num_images, codec.num_classes)
+    if size:
+        steps = labelling.teacher_recipe(experiment).num_steps(len(dataset.train_labels))
+        kind = f"trained for {steps} steps" if config.labels.teacher == "train" else "experts"
+        lines.append(
+            f"soft labels: {size} bytes, {size // codec.num_classes} per class, within the budget; "
+            f"teachers: {config.labels.teachers} {kind}"
+        )
     state = jax.eval_shape(lambda p: distill.init_state(codec, p, stages.objective(config), experiment.network), params)
     data = jax.eval_shape(lambda: _example_data(experiment))
     step = jax.jit(stages.build_step(experiment, codec, config.distill.iterations), donate_argnums=0)

@@ -29,7 +29,8 @@ cores, and that of larger ones is refused: whiten=meanstd.
 real images (drawn anew for each network) are trained by the same recipe, the last two without augmentation as well.
 Deviations from DD-Ranking's code: accuracies are of the last weights, tested once, not the best of many tests; the
 learning rate of random images is chosen on training images that are held out, not on test images; the set has the
-recipe's rate; the full data has the recipe too (and baselines.full_data_steps and full_data_seeds of the config).
+recipe's rate; the full data has the recipe too (and baselines.full_data_steps and full_data_seeds of the config); soft
+labels of the set are left out, since random images have none.
 """
 
 from __future__ import annotations

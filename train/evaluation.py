@@ -17,6 +17,7 @@ from train import stopping
 from train.checkpoint import Checkpoints
 from train.errors import UserError
 from train.experiment import Experiment, real_images
+from train.labelling import Labeller, probabilities
 from train.progress import Progress
 from train.rundir import RunDir, write_json
 
@@ -28,6 +29,7 @@ def evaluate_stage(
     *,
     run: RunDir,
     progress: Progress,
+    labels: jax.Array | None = None,
     seeds: Sequence[int] = (),
     lr: float | None = None,
 ) -> dict[str, Any]:
@@ -40,11 +42,13 @@ def evaluate_stage(
         images: ``[n, h, w, c]`` class-major images in [0,1], for the other arms.
         run: Run directory.
         progress: Progress bars.
+        labels: Soft labels ``[n, k]`` of the images; by default they are hard.
         seeds: Of the networks; 0, 1, ... as config.evaluate says if empty.
         lr: Learning rate in place of that of config.evaluate.
 
     Returns:
-        ``{"mean", "std", "n", "seeds", "accuracies", "seconds", "images", "steps", "lr"}``.
+        ``{"mean", "std", "n", "seeds", "accuracies", "seconds", "images", "steps", "images_seen", "lr"}``, where
+        ``images_seen`` counts those of all steps of one network.
     """
     config, dataset = experiment.config, experiment.dataset
     spec = evaluation_spec(experiment, arm)
@@ -63,7 +67,7 @@ def evaluate_stage(
     with progress.phase(f"test {arm}", total=len(seeds), done=len(seeds) - len(left)) as bar:
         for group in (left[i : i + together] for i in range(0, len(left), together)):
             began = time.perf_counter()
-            training = _training_set(experiment, arm, images, group[0])
+            training = _training_set(experiment, arm, images, labels, group[0])
             accuracies = evaluate.evaluate(
                 jnp.stack([experiment.key("evaluate", seed) for seed in group]),
                 *training,
@@ -90,17 +94,21 @@ def evaluate_stage(
             stopping.raise_if_requested()
             bar.advance(len(group), f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
     values = [entry["accuracies"][str(seed)] for seed in seeds]
+    steps = spec.num_steps(entry["images"])
     return {
         **evaluate.summarise(values, seeds),
         "accuracies": values,
         "seconds": entry["seconds"],
         "images": entry["images"],
-        "steps": spec.num_steps(entry["images"]),
+        "steps": steps,
+        "images_seen": steps * min(spec.batch, entry["images"]),
         "lr": spec.lr if lr is None else lr,
     }
 
 
-def _training_set(experiment: Experiment, arm: str, images: jax.Array | None, seed: int) -> tuple[jax.Array, jax.Array]:
+def _training_set(
+    experiment: Experiment, arm: str, images: jax.Array | None, labels: jax.Array | None, seed: int
+) -> tuple[jax.Array, jax.Array]:
     """Returns images and labels that a network is trained on."""
     config, dataset = experiment.config, experiment.dataset
     if arm == "full_data":
@@ -114,6 +122,8 @@ def _training_set(experiment: Experiment, arm: str, images: jax.Array | None, se
         )
         images = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
     assert images is not None
+    if labels is not None:
+        return images, labels
     return images, jnp.repeat(jnp.arange(dataset.num_classes, dtype=jnp.int32), len(images) // dataset.num_classes)
 
 
@@ -145,16 +155,25 @@ class PeriodicTests:
         codec: Of the arm.
         arm: "distilled" or "pixel".
         iterations: Outer steps of the arm; the state after the last is always tested.
+        label: Gives images their soft labels, or None.
         run: Run directory.
         progress: Progress bars.
     """
 
     def __init__(
-        self, experiment: Experiment, codec: codecs.Codec, arm: str, iterations: int, *, run: RunDir, progress: Progress
+        self,
+        experiment: Experiment,
+        codec: codecs.Codec,
+        arm: str,
+        iterations: int,
+        *,
+        label: Labeller,
+        run: RunDir,
+        progress: Progress,
     ):
         self._experiment, self._codec, self._arm = experiment, codec, arm
         self._iterations, self._every = iterations, experiment.config.evaluate.test_every
-        self._run, self._progress = run, progress
+        self._label, self._run, self._progress = label, run, progress
 
     def due(self, step: int) -> bool:
         """Tells whether the state after so many steps is to be tested."""
@@ -167,10 +186,12 @@ class PeriodicTests:
     def test(self, step: int, state: distill.State) -> None:
         """Tests a state and keeps it if it is the best so far; a state that was tested before costs nothing."""
         count = self._experiment.config.evaluate.seeds
+        images = as_stored(self._codec, state.params)
         entry = evaluate_stage(
             self._experiment,
             f"{self._arm} after {step}",
-            as_stored(self._codec, state.params),
+            images,
+            labels=probabilities(self._label(images)),
             run=self._run,
             progress=self._progress,
             # Fresh networks in every test.

@@ -9,13 +9,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gsdd_jax import codecs, data, distill, fit, nets, storage, whiten
+from gsdd_jax import codecs, data, distill, fit, labels, nets, storage, whiten
 from gsdd_jax.match import TrajectorySpec
 from train.config import RunConfig
 from train.errors import ConfigError
 
 # The order is part of every published result: a new purpose goes to the end.
-PURPOSES = ("select", "start", "distill", "pixel_select", "pixel_distill", "evaluate", "random_real", "features")
+PURPOSES = (
+    "select",
+    "start",
+    "distill",
+    "pixel_select",
+    "pixel_distill",
+    "evaluate",
+    "random_real",
+    "features",
+    "teacher",
+)
 # Starts of codecs that look at no image.
 NOISE = ("uniform", "xavier")
 
@@ -47,10 +57,12 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
         ConfigError: Settings that contradict each other or the data; the message names the key.
     """
     _check_start(config)
+    _check_teacher(config)
     dataset = data.load(config.data) if dataset is None else dataset
     shape, classes = dataset.image_shape, dataset.num_classes
     available = storage.budget_bytes(config.ipc, shape)
-    codec = codecs.make(config.codec, image_shape=shape, num_classes=classes, bytes_per_class=available)
+    budget: dict[str, Any] = {"image_shape": shape, "num_classes": classes, "bytes_per_class": available}
+    codec = labels.make_codec(config.codec, config.labels, **budget)
     if config.fit.to == "real":
         data.require_per_class(dataset, codec.images_per_class, f"codec.{_count_field(codec.spec)}")
     data.require_per_class(dataset, 1, "objective.batch_real")
@@ -58,9 +70,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     network = nets.build(config.network, shape, classes)
     if config.baselines.pixel:
         try:
-            pixel = codecs.make(
-                config.baselines.pixel_codec, image_shape=shape, num_classes=classes, bytes_per_class=available
-            )
+            pixel = labels.make_codec(config.baselines.pixel_codec, config.labels, **budget)
             _check_mmd(config, pixel)
         except ValueError as error:
             raise ConfigError(
@@ -101,6 +111,22 @@ def _check_mmd(config: RunConfig, codec: codecs.Codec) -> None:
         raise ConfigError(
             f"mmd.features: experts are trained for objective.name=trajectory; expected random with "
             f"{config.objective.name}, found 'expert'"
+        )
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """Refuses experts as teachers where there are none or too few."""
+    spec = config.labels
+    if spec.kind == "hard" or spec.teacher == "train":
+        return
+    if not isinstance(config.objective, TrajectorySpec):
+        raise ConfigError(
+            f"labels.teacher: only objective.name=trajectory has experts, found {config.objective.name!r}; expected "
+            "train"
+        )
+    if spec.teachers > config.experts.count:
+        raise ConfigError(
+            f"labels.teachers: expected at most experts.count = {config.experts.count}, found {spec.teachers}"
         )
 
 

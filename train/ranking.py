@@ -66,7 +66,7 @@ def rank(
             progress.say(f"{arm.name}: kept from the file of results")
             continue
         spec, augment, began = specs[arm.name], augments[arm.name], time.perf_counter()
-        training: Training = bench.images, bench.labels
+        training: Training = bench.images, jnp.asarray(request.synset.labels)
         more: dict[str, Any] = {}
         if arm.name == "full_data":
             training = jnp.asarray(bench.dataset.train_images), jnp.asarray(bench.dataset.train_labels)
@@ -98,7 +98,7 @@ def rank(
         raise UserError(diverged(failed))
     mean = {key: entry["mean"] for key, entry in finished.items()}
     syn, random = mean["distilled"], mean["random_real"]
-    # The labels of the set are hard ones, so both accuracies of the set are the same.
+    # Only hard labels are ranked, so both accuracies of the set are the same.
     lrs = ddranking.label_robust_score(full=mean["full_data"], syn_hard=syn, syn=syn, random=random)
     ars = ddranking.augmentation_robust_score(
         syn=syn, random=random, syn_plain=mean["distilled_plain"], random_plain=mean["random_real_plain"]
@@ -140,7 +140,7 @@ def _random_images(request: Request, bench: Bench) -> tuple[tuple[jax.Array, jax
 
 def _ranking(request: Request, entries: dict[str, dict[str, Any]], scores: dict[str, float]) -> str:
     lines = [
-        f"{request.run}: DD-Ranking, recipe {request.recipe}",
+        f"{request.run}: DD-Ranking, recipe {request.recipe}{', hard labels' if request.synset.soft else ''}",
         "",
         "| training set | augmentation | images | test accuracy, % | networks | learning rate | steps each |",
         "|---|---|---:|---:|---:|---:|---:|",

@@ -60,7 +60,8 @@ def write(
         result: What result.json holds: name, codec, objective, dataset, bytes_per_class, paper_ipc, gpc, num_points,
             seconds, device, versions, commit, protocol, budget, and accuracy, random_real, fit_only, pixel, full_data,
             each {"mean", "std", "n", "seeds"} with fractions in [0, 1], or None for "not run". An optional num_classes
-            is named in the summary; optional bytes_per_class, images_per_class of a baseline are shown in its row.
+            is named in the summary; optional bytes_per_class, label_bytes_per_class, images_per_class and
+            training_flops of an arm are shown in its row.
         pictures: Title -> PNG bytes, drawn at `train.pictures.DENSITY`; "images" and "ellipses" get their captions.
         curves: Title -> SVG or PNG bytes; None draws one for each metric of each phase in metrics.jsonl.
         command: The command that reproduces the run; None takes that of the first entry of environment.json.
@@ -164,7 +165,8 @@ def _results(result: Mapping[str, Any]) -> str:
         rows.append(_row(label, note, entry, size, images, key.replace("_", "-")))
     heads = ("Training set", "Test accuracy", "", "Networks", "Bytes per class", "Images per class")
     head = "".join(f'<th scope="col"{"" if i in (0, 2) else _RIGHT}>{h}</th>' for i, h in enumerate(heads))
-    caption = "Mean ± standard deviation over freshly initialised networks; the bar spans 0 to 100 %."
+    caption = "Mean ± standard deviation over freshly initialised networks; the bar spans 0 to 100 %. "
+    caption += "TFLOP: the training of one network, three forward passes per image seen."
     tests = (result.get("accuracy") or {}).get("tests")
     if tests:
         caption += f" Protocol paper: distilled rows are the best of {tests} tests on the test set, biased upwards."
@@ -181,7 +183,10 @@ def _row(label: str, note: str, entry: Mapping[str, Any] | None, size: Any, imag
     if entry is None or mean is None:
         missing = '<td class="num missing">not run</td><td></td><td class="num missing">–</td>'
         return f'<tr class="{css}">{first}{missing}{_cell(size)}{_cell(images)}</tr>\n'
-    n = entry.get("n")
+    n, flops, label_bytes = entry.get("n"), entry.get("training_flops"), entry.get("label_bytes_per_class")
+    if label_bytes:
+        size = f"{_number(size)}, labels {_number(label_bytes)}"
+    cost = "" if flops is None else f"<small>{flops / 1e12:.3g} TFLOP each</small>"
     seeds = entry.get("seeds")
     title = f' title="seeds {_e(seeds)}"' if seeds else ""
     std = entry.get("std") if n != 1 else None
@@ -193,7 +198,7 @@ def _row(label: str, note: str, entry: Mapping[str, Any] | None, size: Any, imag
     bar = f'<td class="bar"><div><b style="width:{width:.2f}%"></b>{whisker}</div></td>'
     value = f'<td class="num value">{_e(_accuracy(entry))}</td>'
     return (
-        f'<tr class="{css}">{first}{value}{bar}<td class="num"{title}>{_e(_number(n))}</td>'
+        f'<tr class="{css}">{first}{value}{bar}<td class="num"{title}>{_e(_number(n))}{cost}</td>'
         f"{_cell(size)}{_cell(images)}</tr>\n"
     )
 

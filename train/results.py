@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import storage
+from gsdd_jax import labels, nets, storage
 from gsdd_jax.codecs import Codec
 from train.experiment import Experiment
 from train.rundir import RunDir, read_environment, read_metrics
@@ -20,6 +21,8 @@ NETWORKS = {
 }
 # Keys of the baselines in result.json, in the order of the table.
 BASELINES = ("fit_only", "pixel", "random_real", "full_data")
+# FLOP of a training step over those of its forward pass: the backward pass costs twice as much.
+STEP_FLOPS = 3
 
 
 def collect(
@@ -31,8 +34,12 @@ def collect(
     run: RunDir,
     pixel: Codec | None,
     fit_psnr: float | None,
+    agreement: float | None = None,
 ) -> dict[str, Any]:
     """Returns the content of result.json; a baseline that was not run is null, never zero.
+
+    Each arm has D3's three dimensions: accuracy; ``bytes_per_class``, of which ``label_bytes_per_class``; and what it
+    costs to train one network on the set, ``images_seen`` and ``training_flops``.
 
     Args:
         experiment: What was run.
@@ -42,26 +49,35 @@ def collect(
         run: The run directory, for the seconds of every stage.
         pixel: Codec of the pixel baseline.
         fit_psnr: Mean PSNR in dB of the fitted images, as stored.
+        agreement: Share of the images whose most probable class, by their soft labels, is their own.
     """
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
     classes, values = dataset.num_classes, int(np.prod(dataset.image_shape))
     starts = read_environment(run.path)
     full = len(dataset.train_labels) // classes
-    # Images and bytes per class. The training set is uint8; random real images count as float32, as the field counts.
+    label = labels.nbytes(config.labels, 1, classes)
+    # Images, bytes and those of labels per class. The training set is uint8; random real images count as float32, as
+    # the field counts.
+    own = codec.images_per_class, sizes["payload"] / classes, codec.images_per_class * label
     spent = {
-        "fit_only": (codec.images_per_class, sizes["payload"] / classes),
-        "random_real": (int(config.ipc), int(config.ipc) * values * storage.ITEMSIZE["float32"]),
-        "full_data": (full, full * values),
+        "distilled": own,
+        "fit_only": own,
+        "random_real": (int(config.ipc), int(config.ipc) * values * storage.ITEMSIZE["float32"], 0),
+        "full_data": (full, full * values, 0),
     }
     if pixel is not None:
-        each = values * storage.ITEMSIZE[pixel.spec.dtype]
-        spent["pixel"] = (pixel.images_per_class, pixel.images_per_class * each)
-    rows: dict[str, Any] = {}
-    for name in BASELINES:
-        rows[name] = None
-        if name in accuracies:
-            images, size = spent[name]
-            rows[name] = accuracies[name] | {"images_per_class": images, "bytes_per_class": round(size)}
+        each = values * storage.ITEMSIZE[pixel.spec.dtype] + label
+        spent["pixel"] = (pixel.images_per_class, pixel.images_per_class * each, pixel.images_per_class * label)
+    flops = forward_flops(experiment.network, dataset.image_shape)
+    rows: dict[str, Any] = dict.fromkeys(BASELINES)
+    for name, entry in accuracies.items():
+        images, size, of_labels = spent[name]
+        rows[name] = entry | {
+            "images_per_class": images,
+            "bytes_per_class": round(size),
+            "label_bytes_per_class": of_labels,
+            "training_flops": None if flops is None else STEP_FLOPS * flops * entry["images_seen"],
+        }
     return {
         "name": config.name,
         "codec": codec.name,
@@ -72,8 +88,7 @@ def collect(
         "paper_ipc": config.ipc,
         "gpc": codec.images_per_class,
         "num_points": getattr(codec.spec, "num_points", None),
-        "accuracy": accuracies["distilled"]
-        | {"images_per_class": codec.images_per_class, "bytes_per_class": round(sizes["payload"] / classes)},
+        "accuracy": rows.pop("distilled"),
         **rows,
         "fit_psnr": fit_psnr,
         "seconds": _seconds(run, accuracies),
@@ -90,11 +105,24 @@ def collect(
             "evaluate": dataclasses.asdict(config.evaluate),
             "augment": config.augment.strategy,
             "whiten": config.whiten,
+            "labels": {"kind": "hard"} if agreement is None else _labels(config.labels, agreement),
             "seed": config.seed,
         },
         "budget": _budget(experiment, sizes),
         "data_sha256": dataset.fingerprint(),
     }
+
+
+def _labels(spec: labels.LabelSpec, agreement: float) -> dict[str, Any]:
+    return dataclasses.asdict(spec) | {"agreement": agreement}
+
+
+def forward_flops(network: nets.Network, image_shape: tuple[int, int, int]) -> float | None:
+    """Returns the floating-point operations of a network on one image, by XLA's count before it optimises, if any."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
+    count = (jax.jit(network.apply).lower(params, image).cost_analysis() or {}).get("flops")
+    return None if count is None else float(count)
 
 
 def _budget(experiment: Experiment, sizes: dict[str, int]) -> dict[str, Any]:
@@ -103,11 +131,12 @@ def _budget(experiment: Experiment, sizes: dict[str, int]) -> dict[str, Any]:
         "bytes available per class": experiment.bytes_per_class,
         "bytes written per class": sizes["payload"] / codec.num_classes,
         "exported file, parameters (bytes)": sizes["payload"],
+        **({"of these, labels (bytes)": sizes["labels"]} if "labels" in sizes else {}),
         "exported file, header (bytes)": sizes["header"],
         "exported file (bytes)": sizes["file"],
         "manifest beside it (bytes)": sizes["manifest"],
     }
-    for row in budget_rows(config.ipc, codec, sizes["payload"]):
+    for row in budget_rows(config.ipc, codec, sizes["payload"] - sizes.get("labels", 0)):
         points = f" of {row.points_per_image} Gaussians" if row.points_per_image else ""
         budget[row.what] = f"{row.images} images{points}: {row.floats} floats, {row.bytes} bytes"
     return budget
@@ -119,7 +148,7 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRo
     Args:
         ipc: The budget.
         codec: The codec of the run.
-        payload: Bytes of its whole set.
+        payload: Bytes of its whole set without labels.
     """
     per_class = -(-payload // codec.num_classes)
     if hasattr(codec.spec, "num_points"):
@@ -164,19 +193,22 @@ def table(result: dict[str, Any]) -> str:
         f"{result['objective']} matching, {result['device']}",
         "",
         *_warning(result),
-        "| training set | images per class | bytes per class | test accuracy, % | networks | steps each |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| training set | images per class | bytes per class | test accuracy, % | networks | steps each | TFLOP each |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for key, label in labels.items():
         entry = result.get(key)
         if entry is None:
-            lines.append(f"| {label} | | | not run | | |")
+            lines.append(f"| {label} | | | not run | | | |")
             continue
-        images, size = entry["images_per_class"], entry["bytes_per_class"]
+        images, size = entry["images_per_class"], f"{entry['bytes_per_class']:,}"
+        if entry.get("label_bytes_per_class"):
+            size += f", labels {entry['label_bytes_per_class']:,}"
+        cost = f"{entry['training_flops'] / 1e12:.3g}" if entry.get("training_flops") else ""
         # One network has no spread to show.
         spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
         accuracy = f"{100 * entry['mean']:.1f}{spread}"
-        lines.append(f"| {label} | {images} | {size:,} | {accuracy} | {entry['n']} | {entry['steps']:,} |")
+        lines.append(f"| {label} | {images} | {size} | {accuracy} | {entry['n']} | {entry['steps']:,} | {cost} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,347 @@
+"""Soft labels: what a teacher says of each image, at a stated precision, counted in bytes.
+
+Hard labels cost nothing, since the order of the images implies them. A soft one is a row of probabilities that is
+stored beside its image; D3 (Qin et al. 2024) points out that rivals leave these bytes uncounted. Here they are part of
+the budget, whatever the codec.
+
+What is written, per image of ``k`` classes:
+
+- ``float32``: the probabilities, to the bit.
+- ``bfloat16``: rounded to the nearest; divided by their sum on reading.
+- ``uint8``: whole numbers of steps of 1/255 that add up to 255. Shares are rounded down, and the steps that are left go
+  to the largest remainders: nothing is off by a step or more, and no label of many classes vanishes.
+- ``top_k = t``: the ``t`` largest probabilities in falling order, of equals the lower class first, at one of these
+  precisions, with their classes (uint8 up to 256 classes, uint16 above). What they leave of 1 is spread evenly over the
+  other classes on reading. With uint8 this rest takes part in the sharing out, unwritten.
+
+D3's labels are float32, complete, softmax at temperature 1 of one teacher, of the decoded mean image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from annotated_types import Ge, Gt
+from jax import lax
+from typing_extensions import Doc
+
+from gsdd_jax import codecs, storage
+from gsdd_jax.nets import Network
+from gsdd_jax.training import Transform, inputs
+
+DTYPES = {name: np.dtype(jnp.dtype(name)) for name in ("float32", "bfloat16", "uint8")}
+# Names of the arrays in the file of a set.
+VALUES, INDICES = "labels", "label_indices"
+_STEPS = 255
+# Largest number of classes that uint16 can name.
+_MOST_CLASSES = 2**16
+# How far a sum of rounded probabilities may be from 1: bfloat16 is off by at most 2^-9 of it.
+_SUM_TOLERANCE = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelSpec:
+    """What networks are told about distilled images, and what that costs."""
+
+    kind: Annotated[
+        Literal["hard", "soft"],
+        Doc("hard: the class, which costs no byte; soft: a teacher's probabilities, part of the budget."),
+    ] = "hard"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "uint8"],
+        Doc("Precision on disk of soft labels (D3: float32); uint8 = steps of 1/255."),
+    ] = "float32"
+    top_k: Annotated[
+        int, Ge(0), Doc("Keep only so many largest probabilities of a label, the rest spread evenly; 0 = all.")
+    ] = 0
+    temperature: Annotated[float, Gt(0), Doc("Logits are divided by it before the teacher's softmax (D3: 1).")] = 1.0
+    teacher: Annotated[
+        Literal["train", "experts"],
+        Doc("train: networks trained on the training set as evaluate says; experts: those of trajectory matching."),
+    ] = "train"
+    teachers: Annotated[
+        int, Ge(1), Doc("Networks whose probabilities are averaged; the first so many of the experts (D3: 1).")
+    ] = 1
+    teacher_epochs: Annotated[int, Ge(1), Doc("Passes of a trained teacher over the training set (D3: 9 to 13).")] = 10
+    teacher_steps: Annotated[int, Ge(0), Doc("Its training steps, in place of epochs; 0 = by epochs.")] = 0
+
+
+class SoftLabels(NamedTuple):
+    """The labels of a set as they are written.
+
+    Attributes:
+        spec: How; ``dtype`` and ``top_k`` count.
+        num_classes: ``k``.
+        arrays: As :func:`layout` describes them.
+    """
+
+    spec: LabelSpec
+    num_classes: int
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return storage.nbytes(self.arrays)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a manifest says of them; see :func:`described`."""
+        return {"kind": "soft", "dtype": self.spec.dtype, "top_k": self.spec.top_k}
+
+    def probabilities(self) -> jax.Array:
+        """Returns the labels ``[n, k]`` as float32, each with sum 1."""
+        return jnp.asarray(unpack(self.arrays, self.spec, self.num_classes))
+
+
+def layout(spec: LabelSpec, num_images: int, num_classes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of the written arrays: ``labels [n, k or top_k]`` and ``label_indices [n, top_k]``.
+
+    Raises:
+        ValueError: ``top_k`` is no fewer than the classes, or there are more classes than uint16 can name.
+    """
+    if spec.kind == "hard":
+        return {}
+    if spec.top_k >= num_classes:
+        raise ValueError(
+            f"labels.top_k: expected 0 (all) to {num_classes - 1} with {num_classes} classes, found {spec.top_k}"
+        )
+    if spec.top_k and num_classes > _MOST_CLASSES:
+        raise ValueError(f"labels.top_k: expected 0 (all) with {num_classes} classes, above {_MOST_CLASSES}")
+    shape = (num_images, spec.top_k or num_classes)
+    arrays = {VALUES: jax.ShapeDtypeStruct(shape, DTYPES[spec.dtype])}
+    if spec.top_k:
+        arrays[INDICES] = jax.ShapeDtypeStruct(shape, np.uint8 if num_classes <= 2**8 else np.uint16)
+    return arrays
+
+
+def nbytes(spec: LabelSpec, num_images: int, num_classes: int) -> int:
+    """Returns the bytes of the labels of so many images, exactly as written; 0 for hard ones.
+
+    Raises:
+        ValueError: As :func:`layout`.
+    """
+    return storage.nbytes(layout(spec, num_images, num_classes))
+
+
+def pack(probabilities: jax.Array | np.ndarray, spec: LabelSpec) -> SoftLabels:
+    """Rounds labels to what is written; on the host.
+
+    Args:
+        probabilities: ``[n, k]``, no negative ones, sum 1 in each row.
+        spec: ``dtype`` and ``top_k`` count.
+
+    Raises:
+        ValueError: Rows that are no probabilities, or as :func:`layout`.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if p.ndim != 2:
+        raise ValueError(f"probabilities: shape {p.shape}, must be [n, k]")
+    n, k = p.shape
+    described = layout(dataclasses.replace(spec, kind="soft"), n, k)
+    _check_rows(p, low=1 - _SUM_TOLERANCE, high=1 + _SUM_TOLERANCE)
+    arrays = {}
+    if spec.top_k:
+        chosen = np.argsort(-p, axis=1, kind="stable")[:, : spec.top_k]
+        arrays[INDICES] = chosen.astype(described[INDICES].dtype)
+        p, rest = np.take_along_axis(p, chosen, 1), p.sum(1)
+        rest = np.maximum(rest - p.sum(1), 0)
+    if spec.dtype == "uint8":
+        parts = np.column_stack([p, rest]) if spec.top_k else p
+        arrays[VALUES] = _shared_out(parts)[:, : p.shape[1]]
+    else:
+        arrays[VALUES] = p.astype(np.float32).astype(DTYPES[spec.dtype])
+    return SoftLabels(spec, k, arrays)
+
+
+def unpack(arrays: dict[str, np.ndarray], spec: LabelSpec, num_classes: int) -> np.ndarray:
+    """Reads written labels: float32 ``[n, k]``, each row with sum 1.
+
+    Args:
+        arrays: As :func:`layout` describes them.
+        spec: ``dtype`` and ``top_k`` count.
+        num_classes: ``k``.
+
+    Raises:
+        ValueError: Numbers that :func:`pack` does not write.
+    """
+    written = np.asarray(arrays[VALUES])
+    values = written.astype(np.float64)
+    if spec.dtype == "uint8":
+        values /= _STEPS
+    # Steps of 1/255 add up to 1 but for the rounding of float64.
+    slack = 1e-9 if spec.dtype == "uint8" else _SUM_TOLERANCE
+    _check_rows(values, low=0 if spec.top_k else 1 - slack, high=1 + slack)
+    if spec.top_k:
+        indices = np.asarray(arrays[INDICES]).astype(np.int64)
+        ordered = np.sort(indices, axis=1)
+        wrong = (ordered[:, -1] >= num_classes) | (ordered[:, 1:] == ordered[:, :-1]).any(1)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(
+                f"{INDICES}: row {row}: expected different classes of 0 to {num_classes - 1}, "
+                f"found {indices[row].tolist()}"
+            )
+        rest = np.maximum(1 - values.sum(1), 0) / (num_classes - spec.top_k)
+        whole = np.repeat(rest[:, None], num_classes, 1)
+        np.put_along_axis(whole, indices, values, 1)
+        values = whole
+    elif spec.dtype == "float32":
+        return np.array(written)
+    return (values / values.sum(1, keepdims=True)).astype(np.float32)
+
+
+def described(entry: Any, num_classes: int) -> LabelSpec:
+    """Reads the entry of a manifest: ``{"kind": "soft", "dtype": ..., "top_k": ...}``.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, top_k = fields.get("dtype"), fields.get("top_k")
+    sound = isinstance(dtype, str) and dtype in DTYPES and type(top_k) is int and 0 <= top_k < num_classes
+    if fields.keys() != {"kind", "dtype", "top_k"} or fields["kind"] != "soft" or not sound:
+        raise TypeError(
+            f"labels: expected kind soft, dtype one of {', '.join(DTYPES)} and top_k from 0 to {num_classes - 1}, "
+            f"found {entry!r}"
+        )
+    return LabelSpec(**fields)
+
+
+def make_codec(
+    spec: codecs.CodecSpec,
+    labels: LabelSpec,
+    *,
+    image_shape: Sequence[int],
+    num_classes: int,
+    bytes_per_class: int,
+) -> codecs.Codec:
+    """Builds the codec that fits a budget together with the labels of its images.
+
+    The codec gets the largest share of the bytes that leaves room for its own labels. What a codec leaves open, the
+    number of images or of points, is therefore the most that fits beside them. With hard labels this is
+    :func:`gsdd_jax.codecs.make`.
+
+    Args:
+        spec: Which parameterisation and its settings.
+        labels: The labels.
+        image_shape: (h, w, c).
+        num_classes: ``k``.
+        bytes_per_class: The budget of images and labels.
+
+    Raises:
+        ValueError: The images do not fit together with their labels; the message says what would. As
+            :func:`gsdd_jax.codecs.make`, too.
+    """
+
+    def make(available: int) -> codecs.Codec:
+        return codecs.make(spec, image_shape=image_shape, num_classes=num_classes, bytes_per_class=available)
+
+    def made(available: int) -> codecs.Codec | None:
+        try:
+            return make(available)
+        except ValueError:
+            return None
+
+    each, codec = nbytes(labels, 1, num_classes), make(bytes_per_class)
+    if not each:
+        return codec
+
+    def fits(available: int) -> bool:
+        found = made(available)
+        return found is None or available + found.images_per_class * each <= bytes_per_class
+
+    # Both a codec's images and whether it can be made at all grow with its share.
+    share = _largest(fits, bytes_per_class)
+    best = made(share)
+    if best is not None:
+        return best
+    needed = 1 + _largest(lambda available: made(available) is None, bytes_per_class)
+    images = make(needed).images_per_class
+    room = (bytes_per_class - needed) // images
+    least = nbytes(LabelSpec(kind="soft", dtype="uint8", top_k=1), 1, num_classes)
+    smaller = f"labels of at most {room} bytes (labels.top_k, labels.dtype), " if room >= least else ""
+    raise ValueError(
+        f"labels: {images} {labels.dtype} labels per class of {each} bytes and the {codec.name} codec's {needed} bytes "
+        f"do not fit {bytes_per_class} bytes per class; expected {smaller}fewer or smaller images, or at least "
+        f"{needed + images * each} bytes per class (ipc)"
+    )
+
+
+@partial(jax.jit, static_argnames=("network", "transform", "batch"))
+def label(
+    params: Any,
+    images: jax.Array,
+    *,
+    network: Network,
+    temperature: jax.Array | float = 1.0,
+    transform: Transform | None = None,
+    transform_params: Any = None,
+    batch: int = 500,
+) -> jax.Array:
+    """Asks teachers what they see: the mean of their softmax(logits / temperature).
+
+    Args:
+        params: Weights of the teachers, stacked: each array with a leading axis ``s``.
+        images: ``[n, h, w, c]``, uint8 (divided by 255) or float.
+        network: The teachers' network.
+        temperature: > 0.
+        transform: As in ``gsdd_jax.training.train_network``.
+        transform_params: As there.
+        batch: Images per pass, bounds the memory.
+
+    Returns:
+        ``[n, k]`` float32.
+
+    Raises:
+        ValueError: No images, or images that are not ``[n, h, w, c]``.
+    """
+    if images.ndim != 4 or images.shape[0] < 1:
+        raise ValueError(f"images: shape {images.shape}, must be [n, h, w, c] with n at least 1")
+    n = images.shape[0]
+    batch = min(batch, n)
+    windows = jnp.arange(-(-n // batch) * batch).reshape(-1, batch)
+
+    def one(index: jax.Array) -> jax.Array:
+        # The last window is filled up with the last image.
+        x = inputs(images[jnp.minimum(index, n - 1)], transform, transform_params)
+        logits = lax.map(lambda teacher: network.apply(teacher, x)[0], params)
+        return jax.nn.softmax(logits / temperature).mean(0)
+
+    rows = lax.map(one, windows)
+    return rows.reshape(-1, rows.shape[-1])[:n]
+
+
+def _shared_out(parts: np.ndarray) -> np.ndarray:
+    """Shares out ``_STEPS`` steps in each row in proportion to its parts, by largest remainder; uint8."""
+    exact = _STEPS * parts / parts.sum(1, keepdims=True)
+    codes = np.floor(exact)
+    order = np.argsort(-(exact - codes), axis=1, kind="stable")
+    left = _STEPS - codes.sum(1, keepdims=True)
+    np.put_along_axis(codes, order, np.take_along_axis(codes, order, 1) + (np.arange(parts.shape[1]) < left), 1)
+    return codes.astype(np.uint8)
+
+
+def _check_rows(values: np.ndarray, *, low: float, high: float) -> None:
+    """Raises where a row holds no probabilities, or their sum is out of range."""
+    sums = values.sum(1)
+    sound = (values >= 0).all(1) & (sums >= low) & (sums <= high)
+    if not sound.all():
+        row = int(np.argmin(sound))
+        found = f"the sum {sums[row]:g}" if (values[row] >= 0).all() else "a negative number or NaN"
+        raise ValueError(f"{VALUES}: row {row}: expected probabilities with sum 1, found {found}")
+
+
+def _largest(holds: Callable[[int], bool], most: int) -> int:
+    """Returns the last number up to ``most`` of those, from 0 on, for which a condition holds; 0 if for none."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

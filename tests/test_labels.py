@@ -1,0 +1,578 @@
+"""Soft labels: what is written, what it costs, what networks learn from it, and whole runs with it."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from command_line import assert_same, findings, refused, start
+
+import gsdd_jax
+from gsdd_jax import SynSet, codecs, labels, training
+from gsdd_jax import evaluate as library
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.codecs import GaussianSpec, LatentSpec, PixelSpec
+from gsdd_jax.labels import LabelSpec
+from gsdd_jax.nets import Network
+from gsdd_jax.synset import SynSet as Exported
+from train import config as configs
+from train import evaluate, evaluation, labelling, results
+from train import experiment as experiments
+from train.errors import ConfigError, UserError
+from train.progress import Progress
+from train.rundir import RunDir
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def soft(dtype: str = "float32", top_k: int = 0) -> LabelSpec:
+    return LabelSpec(kind="soft", dtype=dtype, top_k=top_k)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def rows(n: int, k: int, sharpness: float = 3.0) -> np.ndarray:
+    logits = sharpness * np.random.default_rng(n + k).normal(size=(n, k))
+    return softmax(logits).astype(np.float32)
+
+
+# What is written
+
+
+def test_complete_float32_labels_keep_their_bits():
+    p = rows(5, 7)
+    packed = labels.pack(p, soft())
+    assert packed.arrays["labels"].tobytes() == p.tobytes()
+    assert np.asarray(packed.probabilities()).tobytes() == p.tobytes()
+
+
+def test_bfloat16_labels_are_rounded_to_nearest_and_divided_by_their_sum():
+    p = rows(5, 7)
+    packed = labels.pack(p, soft("bfloat16"))
+    rounded = p.astype(ml_dtypes.bfloat16)
+    assert packed.arrays["labels"].tobytes() == rounded.tobytes()
+    wide = rounded.astype(np.float64)
+    expected = (wide / wide.sum(1, keepdims=True)).astype(np.float32)
+    assert np.asarray(packed.probabilities()).tobytes() == expected.tobytes()
+
+
+def test_steps_of_uint8_are_those_worked_out_by_hand():
+    # 127.5, 76.5 and 51 steps: of two equal remainders the lower class gets the step that is left.
+    packed = labels.pack(np.array([[0.5, 0.3, 0.2]]), soft("uint8"))
+    assert packed.arrays["labels"].tolist() == [[128, 76, 51]]
+    np.testing.assert_allclose(packed.probabilities(), [[128 / 255, 76 / 255, 51 / 255]], rtol=1e-7)
+
+
+@pytest.mark.parametrize(("k", "sharpness"), [(10, 3.0), (1000, 3.0), (1000, 0.01)])
+def test_steps_of_uint8_add_up_to_255_and_none_is_off_by_one(k, sharpness):
+    p = rows(20, k, sharpness)
+    codes = labels.pack(p, soft("uint8")).arrays["labels"]
+    assert (codes.sum(1, dtype=np.int64) == 255).all()
+    assert np.abs(codes - 255 * p.astype(np.float64)).max() < 1
+
+
+def test_top_k_keeps_the_largest_in_falling_order_and_spreads_the_rest_evenly():
+    packed = labels.pack(np.array([[0.125, 0.5, 0.0625, 0.25, 0.0625]], np.float32), soft(top_k=2))
+    assert packed.arrays["label_indices"].tolist() == [[1, 3]] and packed.arrays["labels"].tolist() == [[0.5, 0.25]]
+    np.testing.assert_allclose(packed.probabilities(), [[1 / 12, 0.5, 1 / 12, 0.25, 1 / 12]], rtol=1e-7)
+
+
+def test_top_k_of_uint8_shares_out_the_rest_too():
+    # 102, 63.75 and, unwritten, 89.25 steps.
+    packed = labels.pack(np.array([[0.1, 0.4, 0.05, 0.25, 0.2]]), soft("uint8", top_k=2))
+    assert packed.arrays["labels"].tolist() == [[102, 64]]
+    np.testing.assert_allclose(packed.probabilities()[0], np.array([89 / 3, 102, 89 / 3, 64, 89 / 3]) / 255, rtol=1e-6)
+
+
+def test_top_k_of_equals_takes_the_lower_classes():
+    packed = labels.pack(np.full((1, 4), 0.25), soft(top_k=2))
+    assert packed.arrays["label_indices"].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("spec", [soft("bfloat16"), soft("uint8"), soft("float32", 3), soft("bfloat16", 3)])
+def test_what_is_read_sums_to_one_and_is_near_what_was_labelled(spec):
+    p = rows(30, 12)
+    read = np.asarray(labels.pack(p, spec).probabilities(), np.float64)
+    np.testing.assert_allclose(read.sum(1), 1, atol=1e-6)
+    kept = np.argsort(-p, 1)[:, :3]
+    difference = np.take_along_axis(read - p, kept, 1)
+    assert np.abs(difference).max() < {"float32": 1e-6, "bfloat16": 2**-8, "uint8": 1 / 255}[spec.dtype]
+
+
+@pytest.mark.parametrize(
+    ("spec", "k", "expected"),
+    [
+        (LabelSpec(), 10, 0),
+        (soft(), 10, 6 * 10 * 4),
+        (soft("bfloat16"), 10, 6 * 10 * 2),
+        (soft("uint8"), 10, 6 * 10),
+        (soft("float32", 3), 256, 6 * 3 * (4 + 1)),
+        (soft("float32", 3), 257, 6 * 3 * (4 + 2)),
+        (soft("uint8", 5), 1000, 6 * 5 * (1 + 2)),
+    ],
+)
+def test_bytes_are_those_counted_by_hand_and_those_of_the_arrays(spec, k, expected):
+    assert labels.nbytes(spec, 6, k) == expected
+    if spec.kind == "soft":
+        assert labels.pack(rows(6, k), spec).nbytes == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "k", "message"),
+    [
+        (soft(top_k=4), 4, r"labels.top_k: expected 0 \(all\) to 3 with 4 classes, found 4"),
+        (soft(top_k=1), 65537, r"labels.top_k: expected 0 \(all\) with 65537 classes, above 65536"),
+    ],
+)
+def test_impossible_top_k_says_what_is_allowed(spec, k, message):
+    with pytest.raises(ValueError, match=message):
+        labels.nbytes(spec, 1, k)
+
+
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        ([0.5, 0.5], r"probabilities: shape \(2,\), must be \[n, k\]"),
+        ([[0.5, 0.5], [0.7, 0.5]], "labels: row 1: expected probabilities with sum 1, found the sum 1.2"),
+        ([[0.5, 0.5], [1.5, -0.5]], "labels: row 1: expected probabilities with sum 1, found a negative number or NaN"),
+        ([[np.nan, 0.5]], "labels: row 0: expected probabilities with sum 1, found a negative number or NaN"),
+    ],
+)
+def test_rows_that_are_no_probabilities_are_not_packed(p, message):
+    with pytest.raises(ValueError, match=message):
+        labels.pack(np.array(p), soft())
+
+
+# The teacher
+
+LINEAR = Network(
+    init=lambda key: {"w": jax.random.normal(key, (6, 4))},
+    apply=lambda params, x: (x.reshape(len(x), -1) @ params["w"], x),
+    num_params=24,
+)
+
+
+def test_labels_are_the_mean_softmax_of_the_teachers_whatever_the_batch():
+    rng = np.random.default_rng(0)
+    images, weights = rng.uniform(size=(7, 2, 3, 1)), rng.normal(size=(2, 6, 4))
+    seen = (images - 0.5).reshape(7, 6)
+    expected = np.mean([softmax(seen @ w / 0.5) for w in weights], 0)
+    found = [
+        labels.label(
+            {"w": jnp.asarray(weights, jnp.float32)},
+            jnp.asarray(images, jnp.float32),
+            network=LINEAR,
+            temperature=0.5,
+            transform=lambda shift, x: x - shift,
+            transform_params=jnp.float32(0.5),
+            batch=batch,
+        )
+        for batch in (3, 500)
+    ]
+    for probabilities in found:
+        np.testing.assert_allclose(probabilities, expected, atol=1e-6)
+
+
+def test_images_that_cannot_be_labelled_are_refused():
+    with pytest.raises(ValueError, match=r"images: shape \(0, 2, 3, 1\), must be \[n, h, w, c\] with n at least 1"):
+        labels.label({"w": jnp.zeros((1, 6, 4))}, jnp.zeros((0, 2, 3, 1)), network=LINEAR)
+
+
+# Training on soft labels
+
+PLAIN = DsaSpec(strategy="none")
+
+
+def test_cross_entropy_of_soft_labels_and_its_gradient_are_those_of_float64():
+    rng = np.random.default_rng(1)
+    logits, p = rng.normal(size=(6, 5)), rows(6, 5).astype(np.float64)
+    value, grad = jax.value_and_grad(training.cross_entropy)(jnp.asarray(logits, jnp.float32), jnp.asarray(p))
+    assert float(value) == pytest.approx(-np.mean(np.sum(p * np.log(softmax(logits)), 1)), rel=1e-6)
+    np.testing.assert_allclose(grad, (softmax(logits) * p.sum(1, keepdims=True) - p) / 6, atol=1e-7)
+
+
+def test_one_hot_labels_train_as_hard_ones_do():
+    images = jnp.asarray(np.random.default_rng(2).uniform(size=(8, 2, 3, 1)), jnp.float32)
+    hard = jnp.arange(8) % 4
+    settings = {"network": LINEAR, "spec": library.EvalSpec(steps=20, batch=4, lr=0.1), "augment": PLAIN}
+    trained = [
+        training.train_network(jax.random.key(0), images, one, **settings) for one in (hard, jax.nn.one_hot(hard, 4))
+    ]
+    np.testing.assert_allclose(trained[1]["w"], trained[0]["w"], atol=1e-6)
+    assert not np.allclose(trained[0]["w"], LINEAR.init(jax.random.split(jax.random.key(0), 3)[0])["w"], atol=1e-3)
+
+
+def test_unusable_soft_labels_are_refused():
+    images, spec = jnp.zeros((3, 2, 3, 1)), library.EvalSpec(steps=1)
+    settings = {"network": LINEAR, "spec": spec, "augment": PLAIN}
+    with pytest.raises(ValueError, match="labels: 5 classes, the network has 4"):
+        training.train_network(jax.random.key(0), images, jnp.zeros((3, 5)), **settings)
+    with pytest.raises(TypeError, match="labels: int32, must be floating point where there is a row per image"):
+        training.train_network(jax.random.key(0), images, jnp.zeros((3, 4), int), **settings)
+    with pytest.raises(ValueError, match=r"labels: shape \(2, 4\), must be \(3,\), one per image"):
+        training.train_network(jax.random.key(0), images, jnp.zeros((2, 4)), **settings)
+    with pytest.raises(ValueError, match=r"test_labels: shape \(3, 4\), must be \(3,\), one per image"):
+        keys, rows4 = jax.random.key(0)[None], jnp.zeros((3, 4))
+        library.evaluate(keys, images, rows4, images, rows4, **settings)
+
+
+# The budget
+
+
+def make(spec, label_spec, bytes_per_class, shape=(8, 8, 1), classes=10):
+    budget = {"image_shape": shape, "num_classes": classes, "bytes_per_class": bytes_per_class}
+    return labels.make_codec(spec, label_spec, **budget)
+
+
+def test_pixels_and_their_labels_fill_the_budget():
+    # 256 + 40 bytes each: 3 in 1024 bytes, where 4 would fit without labels.
+    assert make(PixelSpec(), LabelSpec(), 1024).images_per_class == 4
+    assert make(PixelSpec(), soft(), 1024).images_per_class == 3
+    assert make(PixelSpec(), soft(), 888).images_per_class == 3
+    assert make(PixelSpec(), soft(), 887).images_per_class == 2
+
+
+def test_gaussians_give_way_to_labels():
+    # 14 bytes a Gaussian of one channel; 256 bytes hold 3 x 6 of them, and beside 3 labels of 10 bytes 3 x 5.
+    spec = GaussianSpec(gpc=3)
+    assert make(spec, LabelSpec(), 256).spec.num_points == 6
+    assert make(spec, soft("uint8"), 256).spec.num_points == 5
+    assert make(spec, soft("uint8"), 3 * (5 * 14 + 10)).spec.num_points == 5
+    assert make(spec, soft("uint8"), 3 * (5 * 14 + 10) - 1).spec.num_points == 4
+
+
+def test_latents_beside_a_shared_decoder_give_way_to_labels():
+    spec = LatentSpec(decoder="small", width=4, latent_dim=3)
+    decoder = make(dataclasses.replace(spec, lpc=1), LabelSpec(), 10**5).layout()
+    shared = 4 * sum(int(np.prod(leaf.shape)) for name, leaf in decoder.items() if "mean" not in name)
+    shared -= 4 * 10 * 3  # log-variances
+    # Mean and log-variance, 24 bytes, and a label of 20 bytes: 44 per latent.
+    available = -(-(shared + 10 * 44 * 7) // 10)
+    assert make(spec, soft("bfloat16"), available).images_per_class == 7
+    assert make(spec, soft("bfloat16"), available - 1).images_per_class == 6
+
+
+def test_hard_labels_leave_the_codec_as_it_is():
+    spec, budget = GaussianSpec(gpc=3), {"image_shape": (8, 8, 1), "num_classes": 10, "bytes_per_class": 256}
+    assert labels.make_codec(spec, LabelSpec(dtype="uint8"), **budget).spec == codecs.make(spec, **budget).spec
+
+
+def test_given_images_that_do_not_fit_with_their_labels_say_what_would():
+    with pytest.raises(ValueError) as caught:
+        make(PixelSpec(ipc=2), soft(), 532)
+    assert str(caught.value) == (
+        "labels: 2 float32 labels per class of 40 bytes and the pixel codec's 512 bytes do not fit 532 bytes per "
+        "class; expected labels of at most 10 bytes (labels.top_k, labels.dtype), fewer or smaller images, or at least "
+        "592 bytes per class (ipc)"
+    )
+    assert make(PixelSpec(ipc=2), soft("uint8"), 532).images_per_class == 2
+    assert make(PixelSpec(ipc=2), soft(), 592).images_per_class == 2
+    with pytest.raises(ValueError, match="do not fit 256 bytes per class; expected fewer or smaller images, or at "):
+        make(PixelSpec(), soft(), 256)
+
+
+# The file
+
+
+def labelled(spec: LabelSpec) -> SynSet:
+    codec = make(PixelSpec(ipc=2), spec, 2000, shape=(4, 4, 1), classes=3)
+    images = np.random.default_rng(3).uniform(size=(6, 4, 4, 1)).astype(np.float32)
+    return SynSet(codec, codec.init(None, images), 2000, ("a", "b", "c"), {}, labels.pack(rows(6, 3), spec))
+
+
+@pytest.mark.parametrize("spec", [soft(), soft("bfloat16"), soft("uint8", 2)])
+def test_labels_come_back_from_the_file_and_are_part_of_its_bytes(spec, tmp_path):
+    made = labelled(spec)
+    sizes = made.save(tmp_path)
+    read = gsdd_jax.load(tmp_path)
+    np.testing.assert_array_equal(read.soft_labels, made.soft_labels)
+    assert read.soft_labels.dtype == jnp.float32 and read.soft_labels.shape == (6, 3)
+    assert sizes["payload"] == made.nbytes == read.nbytes == 6 * 64 + sizes["labels"]
+    assert sizes["labels"] == labels.nbytes(spec, 6, 3)
+    assert (tmp_path / "synset.safetensors").stat().st_size == sizes["payload"] + sizes["header"]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["labels"] == {"kind": "soft", "dtype": spec.dtype, "top_k": spec.top_k}
+    assert read.save(tmp_path / "again") == sizes
+    for name in ("synset.safetensors", "manifest.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_sets_with_hard_labels_say_nothing_of_labels(tmp_path):
+    made = dataclasses.replace(labelled(soft()), soft=None)
+    assert "labels" not in made.save(tmp_path)
+    assert "labels" not in json.loads((tmp_path / "manifest.json").read_text())
+    assert gsdd_jax.load(tmp_path).soft_labels is None
+
+
+def test_labels_of_another_number_of_images_are_not_saved(tmp_path):
+    made = labelled(soft())
+    with pytest.raises(ValueError, match=r"labels: expected float32\[6, 3\], found float32\[5, 3\]"):
+        dataclasses.replace(made, soft=labels.pack(rows(5, 3), soft())).save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"kind": "soft", "dtype": "float16", "top_k": 0},
+            "labels: expected kind soft, dtype one of float32, bfloat16",
+        ),
+        ({"kind": "soft", "dtype": "float32", "top_k": 3}, "top_k from 0 to 2, found"),
+        ({"kind": "soft", "dtype": "float32", "top_k": True}, "top_k from 0 to 2, found"),
+        ("soft", "top_k from 0 to 2, found 'soft'"),
+        ({"kind": "soft", "dtype": "uint8", "top_k": 2}, r"label_indices: expected uint8\[6, 2\], found nothing"),
+        (None, r"labels: expected nothing, found float32\[6, 3\]"),
+    ],
+)
+def test_manifest_that_does_not_describe_the_labels_is_refused(entry, message, tmp_path):
+    labelled(soft()).save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"labels": entry}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        gsdd_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "value", "message"),
+    [
+        (soft(), "labels", np.nan, "labels: row 0: expected probabilities with sum 1, found a negative number or NaN"),
+        (soft("uint8"), "labels", 255, "labels: row 0: expected probabilities with sum 1, found the sum"),
+        (soft("uint8", 2), "label_indices", 3, "label_indices: row 0: expected different classes of 0 to 2, found"),
+        (soft("uint8", 2), "label_indices", None, "label_indices: row 0: expected different classes of 0 to 2, found"),
+    ],
+)
+def test_damaged_labels_are_found_on_loading(spec, name, value, message, tmp_path):
+    made = labelled(spec)
+    array = made.soft.arrays[name]
+    # None stands for a class that is there twice.
+    array[0, 0] = array[0, 1] if value is None else value
+    made.save(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        gsdd_jax.load(tmp_path)
+
+
+# Whole runs
+
+TOY = """
+name: toy
+ipc: 1
+data: {source: digits, per_class: 8, test_limit: 50}
+network: {depth: 1, width: 4}
+augment: {strategy: none}
+codec: {name: downscale, factor: 2, dtype: bfloat16}
+labels: {kind: soft, dtype: uint8, top_k: 4, teachers: 2, teacher_steps: 3}
+fit: {steps: 1}
+objective: {name: distribution, batch_real: 4}
+distill: {iterations: 0}
+evaluate: {steps: 2, batch: 16, seeds: 1}
+baselines: {pixel_codec: {dtype: bfloat16}, full_data: false, random_real: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """An uninterrupted run with soft labels; read only."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(toy, out) == 0
+    return out
+
+
+def test_run_counts_labels_in_every_row_that_has_them(whole):
+    result = json.loads((whole / "result.json").read_text())
+    # Four images to a canvas of 128 bytes, each with a label of 8: two canvases would fit without labels.
+    size = {"accuracy": (128 + 32, 32), "fit_only": (160, 32), "pixel": (128 + 8, 8)}
+    for name, (whole_size, of_labels) in size.items():
+        row = result[name]
+        assert (row["bytes_per_class"], row["label_bytes_per_class"]) == (whole_size, of_labels), name
+        assert whole_size <= result["bytes_per_class"] == 256
+        # Two steps on all images, or on 16 at most.
+        assert row["images_seen"] == 2 * min(16, 10 * row["images_per_class"])
+        per_image = row["training_flops"] / row["images_seen"]
+        assert per_image == result["accuracy"]["training_flops"] / result["accuracy"]["images_seen"] > 0, name
+    assert result["budget"]["of these, labels (bytes)"] == 320
+    assert 0 <= result["protocol"]["labels"]["agreement"] <= 1
+    assert "| 4 | 160, labels 32 |" in (whole / "table.md").read_text()
+    report = (whole / "report.html").read_text()
+    assert ">160, labels 32</td>" in report
+    assert f"<small>{result['accuracy']['training_flops'] / 1e12:.3g} TFLOP each</small>" in report
+
+
+def test_exported_labels_are_the_mean_of_the_teachers_on_the_exported_images(whole, toy):
+    exported = gsdd_jax.load(whole)
+    experiment = experiments.prepare(configs.load(toy))
+    with RunDir(whole) as run:
+        label = labelling.label_stage(experiment, experts=None, run=run, progress=Progress(quiet=True))
+    again = label(exported.images())
+    for name, array in again.arrays.items():
+        np.testing.assert_array_equal(exported.soft.arrays[name], array)
+    assert exported.meta["labels"]["teachers"] == 2
+
+
+def test_continued_run_has_the_bits_of_an_undisturbed_one_and_trains_no_teacher_again(
+    toy, whole, tmp_path, monkeypatch
+):
+    trained = []
+    train_network = library.train_network
+
+    def count(key, *arguments, **settings):
+        trained.append(len(trained))
+        return train_network(key, *arguments, **settings)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "train_network", count)
+        patch.setattr(Exported, "save", interrupt)
+        assert start(toy, tmp_path / "run") == 130
+    assert len(trained) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling.evaluate, "train_network", count)
+        assert start(toy, tmp_path / "run") == 0
+    assert len(trained) == 2
+    assert_same(findings(tmp_path / "run"), findings(whole))
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Replaces training: the labels of each call are recorded, accuracies are 0.5."""
+    seen = []
+
+    def fake(keys, images, labels, *_, **settings):
+        seen.append(np.asarray(labels))
+        return jnp.full(len(keys), 0.5, jnp.float32)
+
+    monkeypatch.setattr(library, "evaluate", fake)
+    return seen
+
+
+def test_evaluation_of_a_run_trains_on_its_soft_labels(whole, answers):
+    assert evaluate.main(["--run", str(whole), "--quiet"]) == 0
+    np.testing.assert_array_equal(answers, [gsdd_jax.load(whole).soft_labels])
+
+
+def test_ranking_takes_hard_labels(whole, answers, capsys):
+    assert evaluate.main(["--run", str(whole), "--quiet", "--ddranking"]) == 0
+    assert answers and {one.ndim for one in answers} == {1}
+    assert "recipe config, hard labels\n" in capsys.readouterr().out
+
+
+def test_tests_while_distilling_train_on_soft_labels(toy, tmp_path, monkeypatch):
+    experiment = experiments.prepare(configs.load(toy, ["evaluate.protocol=paper"]))
+    p, given = rows(40, 10), []
+
+    class SeenError(Exception):
+        pass
+
+    def record(*_, labels, **others):
+        given.append(labels)
+        raise SeenError
+
+    monkeypatch.setattr(evaluation, "evaluate_stage", record)
+    monkeypatch.setattr(evaluation, "as_stored", lambda codec, params: jnp.zeros((40, 8, 8, 1)))
+    state = types.SimpleNamespace(params=None, matcher=None)
+    with RunDir(tmp_path / "run") as run:
+        tests = evaluation.PeriodicTests(
+            experiment,
+            experiment.codec,
+            "distilled",
+            4,
+            label=lambda images: labels.pack(p, soft()),
+            run=run,
+            progress=Progress(quiet=True),
+        )
+        with pytest.raises(SeenError):
+            tests.test(4, state)
+    np.testing.assert_array_equal(given, [p])
+
+
+def test_experts_label_with_the_last_epoch_that_the_objective_uses(toy, tmp_path):
+    settings = ["objective={name: trajectory, max_start_epoch: 3}", "labels.teacher=experts", "experts.count=2"]
+    experiment = experiments.prepare(configs.load(toy, settings))
+    p, asked = experiment.network.num_params, []
+
+    def row(index, epoch):
+        asked.append((index, epoch))
+        return np.random.default_rng(index).normal(scale=0.3, size=p).astype(np.float32)
+
+    with RunDir(tmp_path / "run") as run:
+        experts = types.SimpleNamespace(row=row)
+        label = labelling.label_stage(experiment, experts=experts, run=run, progress=Progress(quiet=True))
+    # Starts up to epoch 2 and spans 2.
+    assert asked == [(0, 4), (1, 4)]
+    images = jnp.asarray(experiment.dataset.train_images[:6], jnp.float32) / 255
+    seen = (np.asarray(images) - np.asarray(experiment.whitening.mean)) / np.asarray(experiment.whitening.std)
+    unflatten = labelling.flattener(experiment.network)[1]
+    apply = jax.jit(lambda theta, x: experiment.network.apply(unflatten(theta), x)[0])
+    logits = [apply(row(i, 4), jnp.asarray(seen)) for i in range(2)]
+    expected = np.mean([softmax(np.asarray(one, np.float64)) for one in logits], 0)
+    found = label(images)
+    for values, indices, whole_row in zip(*found.arrays.values(), expected, strict=True):
+        values, indices = (values, indices) if values.max() > 9 else (indices, values)
+        np.testing.assert_allclose(values / 255, whole_row[indices], atol=1.01 / 255)
+
+
+def test_diverged_teacher_is_named_with_the_way_out(toy, tmp_path):
+    experiment = experiments.prepare(configs.load(toy, ["evaluate.lr=1e30"]))
+    with (
+        RunDir(tmp_path / "run") as run,
+        pytest.raises(UserError, match=r"labels: teacher 0 diverged at evaluate.lr=1e\+30; try a lower one"),
+    ):
+        labelling.label_stage(experiment, experts=None, run=run, progress=Progress(quiet=True))
+
+
+def test_agreement_counts_images_whose_best_class_is_their_own():
+    best = [0, 1, 1, 1, 2, 0]  # Classes 0, 0, 1, 1, 2, 2.
+    assert labelling.agreement(labels.pack(np.eye(3)[best], soft())) == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["labels.teacher=experts"],
+            "labels.teacher: only objective.name=trajectory has experts, found 'distribution'",
+        ),
+        (
+            ["labels.teacher=experts", "objective={name: trajectory}", "experts.count=1"],
+            "labels.teachers: expected at most experts.count = 1, found 2",
+        ),
+        (["labels.top_k=10"], "labels.top_k: expected 0 (all) to 9 with 10 classes, found 10"),
+        (["labels.top_k=0", "labels.dtype=float32"], "expected labels of at most 32 bytes"),
+        (["baselines.pixel_codec.dtype=float32"], "baselines.pixel_codec: labels: 1 uint8 labels per class of 8 bytes"),
+        (["labels.temperature=0"], "labels.temperature: expected a number > 0, found 0"),
+    ],
+)
+def test_settings_that_contradict_are_refused_before_anything_is_computed(settings, message, toy, tmp_path, capsys):
+    assert message in refused(capsys, start(toy, tmp_path / "run", *settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_experts_are_no_matter_of_hard_labels(toy):
+    experiments.prepare(configs.load(toy, ["labels={teacher: experts}"]))
+    with pytest.raises(ConfigError, match=r"labels\.teacher"):
+        experiments.prepare(configs.load(toy, ["labels={kind: soft, dtype: uint8, teacher: experts}"]))
+
+
+def test_plan_names_the_bytes_of_the_labels_and_the_teachers(toy, capsys):
+    assert start(toy, None, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "soft labels: 320 bytes, 32 per class, within the budget; teachers: 2 trained for 3 steps" in text
+
+
+def test_flops_of_a_linear_network_are_two_per_weight():
+    assert results.forward_flops(LINEAR, (2, 3, 1)) == 2 * 24
