@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MultipleOf, Predicate
 from typing_extensions import Doc
 
 from train import yaml12
-from train.config import ConfigError, RunConfig, Tagged, describe, load, to_yaml
+from train.config import ConfigError, RunConfig, Tagged, defaults, describe, load, to_yaml
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,13 @@ def message(read, text: str, *overrides: str, smoke: bool = False) -> str:
 
 def test_missing_settings_take_the_defaults_of_the_class(read):
     assert read(GOOD) == Config(name="a", codec=GaussSpec(gpc=3))
+
+
+def test_defaults_are_those_of_the_chosen_spec_and_leave_out_what_has_none():
+    found = defaults(load(Path(__file__).resolve().parent.parent / "configs" / "digits.yaml", ["codec.lr=0.7"]))
+    assert found["codec"]["lr"] == 1e-3 and found["mmd"]["weight"] == 0 and found["labels"]["kind"] == "hard"
+    assert "iterations" not in found["distill"] and found["distill"]["schedule"] == "constant"
+    assert found["baselines"]["pixel_codec"]["name"] == "pixel"
 
 
 def test_sections_become_instances_of_the_classes_themselves(read):

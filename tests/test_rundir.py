@@ -82,6 +82,22 @@ def test_fields_that_may_change_are_stored_anew(tmp_path):
             run.configure(_with(iterations=8, lr=5, augment=False), may_change=["distill.iter", "dist"])
 
 
+def test_a_setting_that_came_later_may_have_its_default_and_nothing_else(tmp_path):
+    with RunDir(tmp_path) as run:
+        run.configure(CONFIG)
+        new = CONFIG | {"mmd": {"weight": 0.0, "kind": "joint"}}
+        with pytest.raises(UserError, match="mmd.kind is not set there and .*joint"):
+            run.configure(new, defaults={"mmd": {"weight": 0.0}})
+        with pytest.raises(UserError, match="mmd.weight is not set there and 0.0 now"):
+            run.configure(new, defaults={"mmd": {"weight": 1.0, "kind": "joint"}})
+        assert run.configure(new, defaults={"mmd": {"weight": 0.0, "kind": "joint"}}) is True
+        # From here on the setting is known.
+        with pytest.raises(UserError, match="mmd.weight is 0.0 there and 2.0 now"):
+            run.configure(
+                CONFIG | {"mmd": {"weight": 2.0, "kind": "joint"}}, defaults={"mmd": {"weight": 2.0, "kind": "joint"}}
+            )
+
+
 def test_uninterrupted_and_resumed_metrics_are_the_same_bytes(tmp_path):
     def log(run, steps):
         for step in steps:

@@ -118,6 +118,21 @@ class RunConfig:
     baselines: BaselineSpec = BaselineSpec()
 
 
+def defaults(spec: Any) -> dict[str, Any]:
+    """Returns the defaults of a config's settings, nested; those without one are left out.
+
+    Settings that came later leave a run by default as it was without them: a run directory of before can be continued.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = defaults(value)
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return found
+
+
 def load(
     path: str | PathLike[str],
     overrides: Sequence[str] = (),

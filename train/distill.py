@@ -88,7 +88,9 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
     config, dataset = experiment.config, experiment.dataset
     with RunDir(out) as rundir:
         continued = rundir.configure(
-            dataclasses.asdict(experiments.resolved(config, experiment.codec)), may_change=MAY_CHANGE
+            dataclasses.asdict(experiments.resolved(config, experiment.codec)),
+            may_change=MAY_CHANGE,
+            defaults=configs.defaults(config),
         )
         if fitted is not None and not continued:
             copied = rundir.checkpoints_path / "main-fit"

@@ -106,13 +106,21 @@ class RunDir:
                 os.close(descriptor)
         self._metrics = self._lock = None
 
-    def configure(self, config: Mapping[str, Any], *, may_change: Collection[str] = ()) -> bool:
+    def configure(
+        self,
+        config: Mapping[str, Any],
+        *,
+        may_change: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Stores the resolved config, or checks that a continued run has the stored one.
 
         Args:
             config: Nested mapping of plain values (tuples and numpy scalars are converted).
             may_change: Dotted keys that may differ when a run is continued, such as "distill.iterations"; a key covers
                 all below it. Their new values are stored.
+            defaults: Nested mapping of values that a key may have which the stored config does not know, because
+                the setting came later: those that leave a run as it was without.
 
         Returns:
             True if the directory already held a run.
@@ -125,10 +133,12 @@ class RunDir:
             self._write_config(new)
             return False
         old = read_config(self.path)
-        before, now = _flatten(old), _flatten(new)
+        before, now, later = _flatten(old), _flatten(new), _flatten(plain(defaults or {}))
         keys = dict.fromkeys([*before, *now])
         differing = [k for k in keys if not (k in before and k in now and _same(before[k], now[k]))]
-        refused = [k for k in differing if not any(k == m or k.startswith(m + ".") for m in may_change)]
+        unknown = [k for k in differing if k not in before and k in later and _same(later[k], now[k])]
+        known = [k for k in differing if k not in unknown]
+        refused = [k for k in known if not any(k == m or k.startswith(m + ".") for m in may_change)]
         if refused:
             there = "; ".join(f"{k} is {_show(before, k)} there and {_show(now, k)} now" for k in refused)
             free = f" (free to change: {', '.join(sorted(may_change))})" if may_change else ""

@@ -8,9 +8,9 @@ image = ``CENTRE + REACH tanh(output)``.
 Deviations: one decoder for the whole set, where D3 has one per block of classes; each image is normalised by itself by
 default, because D3's batch normalisation, always in training mode, lets images change with their batch (``norm=batch``
 keeps it, over all images of the set whichever are asked for); D3's tanh ends one spread around the mean of normalised
-images, here it reaches black and white; labels are those of the classes, D3 adds a teacher's soft label per latent.
-D3 does not fit images (``fit.to=random``, ``fit.steps=0``). Every step of distillation draws a sample of each image;
-networks are tested on the means, where D3 trains them on samples as well.
+images, here it reaches black and white. D3 does not fit images (``fit.to=random``, ``fit.steps=0``), and adds a
+teacher's soft label per latent (``labels.kind=soft``). Every outer step draws a sample of each image, the same for all
+steps of a student, where D3 draws anew; networks are tested on the means, where D3 trains them on samples as well.
 """
 
 from __future__ import annotations
