@@ -9,8 +9,12 @@ flat weights. Images are ``[n, h, w, c]`` float32 around [0,1]; image ``i`` of a
 images_per_class``.
 """
 
-from gsdd_jax.gaussians import Gaussians
-from gsdd_jax.render import render
-from gsdd_jax.synset import SynSet, load
+from importlib.util import find_spec
+
+# Without JAX a distilled set can still be read: `decode_numpy` and `torch_dataset` need NumPy alone.
+if find_spec("jax") is not None:
+    from gsdd_jax.gaussians import Gaussians
+    from gsdd_jax.render import render
+    from gsdd_jax.synset import SynSet, load
 
 __all__ = ["Gaussians", "SynSet", "load", "render"]

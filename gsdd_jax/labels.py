@@ -31,18 +31,14 @@ from annotated_types import Ge, Gt
 from jax import lax
 from typing_extensions import Doc
 
-from gsdd_jax import codecs, storage
+from gsdd_jax import codecs, exchange, storage
+from gsdd_jax.exchange import LABEL_INDICES, LABELS
 from gsdd_jax.nets import Network
 from gsdd_jax.training import Transform, inputs
 
-DTYPES = {name: np.dtype(jnp.dtype(name)) for name in ("float32", "bfloat16", "uint8")}
-# Names of the arrays in the file of a set.
-VALUES, INDICES = "labels", "label_indices"
-_STEPS = 255
+DTYPES = {name: np.dtype(jnp.dtype(name)) for name in exchange.LABEL_DTYPES}
 # Largest number of classes that uint16 can name.
 _MOST_CLASSES = 2**16
-# How far a sum of rounded probabilities may be from 1: bfloat16 is off by at most 2^-9 of it.
-_SUM_TOLERANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +88,7 @@ class SoftLabels(NamedTuple):
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What a manifest says of them; see :func:`described`."""
+        """What a manifest says of them."""
         return {"kind": "soft", "dtype": self.spec.dtype, "top_k": self.spec.top_k}
 
     def probabilities(self) -> jax.Array:
@@ -114,11 +110,8 @@ def layout(spec: LabelSpec, num_images: int, num_classes: int) -> dict[str, jax.
         )
     if spec.top_k and num_classes > _MOST_CLASSES:
         raise ValueError(f"labels.top_k: expected 0 (all) with {num_classes} classes, above {_MOST_CLASSES}")
-    shape = (num_images, spec.top_k or num_classes)
-    arrays = {VALUES: jax.ShapeDtypeStruct(shape, DTYPES[spec.dtype])}
-    if spec.top_k:
-        arrays[INDICES] = jax.ShapeDtypeStruct(shape, np.uint8 if num_classes <= 2**8 else np.uint16)
-    return arrays
+    arrays = exchange.Labels(spec.dtype, spec.top_k).arrays(num_images, num_classes)
+    return {name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype)) for name, array in arrays.items()}
 
 
 def nbytes(spec: LabelSpec, num_images: int, num_classes: int) -> int:
@@ -145,18 +138,18 @@ def pack(probabilities: jax.Array | np.ndarray, spec: LabelSpec) -> SoftLabels:
         raise ValueError(f"probabilities: shape {p.shape}, must be [n, k]")
     n, k = p.shape
     described = layout(dataclasses.replace(spec, kind="soft"), n, k)
-    _check_rows(p, low=1 - _SUM_TOLERANCE, high=1 + _SUM_TOLERANCE)
+    exchange.check_probabilities(p, low=1 - exchange.SUM_TOLERANCE, high=1 + exchange.SUM_TOLERANCE)
     arrays = {}
     if spec.top_k:
         chosen = np.argsort(-p, axis=1, kind="stable")[:, : spec.top_k]
-        arrays[INDICES] = chosen.astype(described[INDICES].dtype)
+        arrays[LABEL_INDICES] = chosen.astype(described[LABEL_INDICES].dtype)
         p, rest = np.take_along_axis(p, chosen, 1), p.sum(1)
         rest = np.maximum(rest - p.sum(1), 0)
     if spec.dtype == "uint8":
         parts = np.column_stack([p, rest]) if spec.top_k else p
-        arrays[VALUES] = _shared_out(parts)[:, : p.shape[1]]
+        arrays[LABELS] = _shared_out(parts)[:, : p.shape[1]]
     else:
-        arrays[VALUES] = p.astype(np.float32).astype(DTYPES[spec.dtype])
+        arrays[LABELS] = p.astype(np.float32).astype(DTYPES[spec.dtype])
     return SoftLabels(spec, k, arrays)
 
 
@@ -171,47 +164,7 @@ def unpack(arrays: dict[str, np.ndarray], spec: LabelSpec, num_classes: int) -> 
     Raises:
         ValueError: Numbers that :func:`pack` does not write.
     """
-    written = np.asarray(arrays[VALUES])
-    values = written.astype(np.float64)
-    if spec.dtype == "uint8":
-        values /= _STEPS
-    # Steps of 1/255 add up to 1 but for the rounding of float64.
-    slack = 1e-9 if spec.dtype == "uint8" else _SUM_TOLERANCE
-    _check_rows(values, low=0 if spec.top_k else 1 - slack, high=1 + slack)
-    if spec.top_k:
-        indices = np.asarray(arrays[INDICES]).astype(np.int64)
-        ordered = np.sort(indices, axis=1)
-        wrong = (ordered[:, -1] >= num_classes) | (ordered[:, 1:] == ordered[:, :-1]).any(1)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise ValueError(
-                f"{INDICES}: row {row}: expected different classes of 0 to {num_classes - 1}, "
-                f"found {indices[row].tolist()}"
-            )
-        rest = np.maximum(1 - values.sum(1), 0) / (num_classes - spec.top_k)
-        whole = np.repeat(rest[:, None], num_classes, 1)
-        np.put_along_axis(whole, indices, values, 1)
-        values = whole
-    elif spec.dtype == "float32":
-        return np.array(written)
-    return (values / values.sum(1, keepdims=True)).astype(np.float32)
-
-
-def described(entry: Any, num_classes: int) -> LabelSpec:
-    """Reads the entry of a manifest: ``{"kind": "soft", "dtype": ..., "top_k": ...}``.
-
-    Raises:
-        TypeError: It is something else.
-    """
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, top_k = fields.get("dtype"), fields.get("top_k")
-    sound = isinstance(dtype, str) and dtype in DTYPES and type(top_k) is int and 0 <= top_k < num_classes
-    if fields.keys() != {"kind", "dtype", "top_k"} or fields["kind"] != "soft" or not sound:
-        raise TypeError(
-            f"labels: expected kind soft, dtype one of {', '.join(DTYPES)} and top_k from 0 to {num_classes - 1}, "
-            f"found {entry!r}"
-        )
-    return LabelSpec(**fields)
+    return exchange.soft_labels(arrays, exchange.Labels(spec.dtype, spec.top_k), num_classes)
 
 
 def make_codec(
@@ -319,23 +272,13 @@ def label(
 
 
 def _shared_out(parts: np.ndarray) -> np.ndarray:
-    """Shares out ``_STEPS`` steps in each row in proportion to its parts, by largest remainder; uint8."""
-    exact = _STEPS * parts / parts.sum(1, keepdims=True)
+    """Shares out ``exchange.LABEL_STEPS`` steps in each row in proportion to its parts, by largest remainder; uint8."""
+    exact = exchange.LABEL_STEPS * parts / parts.sum(1, keepdims=True)
     codes = np.floor(exact)
     order = np.argsort(-(exact - codes), axis=1, kind="stable")
-    left = _STEPS - codes.sum(1, keepdims=True)
+    left = exchange.LABEL_STEPS - codes.sum(1, keepdims=True)
     np.put_along_axis(codes, order, np.take_along_axis(codes, order, 1) + (np.arange(parts.shape[1]) < left), 1)
     return codes.astype(np.uint8)
-
-
-def _check_rows(values: np.ndarray, *, low: float, high: float) -> None:
-    """Raises where a row holds no probabilities, or their sum is out of range."""
-    sums = values.sum(1)
-    sound = (values >= 0).all(1) & (sums >= low) & (sums <= high)
-    if not sound.all():
-        row = int(np.argmin(sound))
-        found = f"the sum {sums[row]:g}" if (values[row] >= 0).all() else "a negative number or NaN"
-        raise ValueError(f"{VALUES}: row {row}: expected probabilities with sum 1, found {found}")
 
 
 def _largest(holds: Callable[[int], bool], most: int) -> int:

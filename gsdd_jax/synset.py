@@ -2,31 +2,54 @@
 
 One safetensors file and one JSON manifest. Data only, never code: reading a set decodes arrays and JSON, nothing is
 unpickled. The manifest says how to decode; the safetensors file holds exactly the bytes that the budget counts, plus
-its own header of names and shapes, which is counted apart.
+its own header of names and shapes, which is counted apart. What `exchange` checks happens before an array is read.
+
+JAX is imported where it is needed, so that `read` works without it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
 
-from gsdd_jax import codecs, storage
-from gsdd_jax import labels as soft_labels
+from gsdd_jax import exchange
+from gsdd_jax.exchange import Array, Manifest
 
-FORMAT = "gsdd_jax/1"
+if TYPE_CHECKING:
+    import jax
+
+    from gsdd_jax import codecs
+    from gsdd_jax.labels import SoftLabels
+
+FORMAT = exchange.FORMATS[-1]
 ARRAYS = "synset.safetensors"
 MANIFEST = "manifest.json"
 # Where a run directory keeps its exported set.
 EXPORT = "export"
+
+# Sparse sets become dense: in bytes, the larger of the two. SPEED's own are ten times their file.
+UNPACKED, UNPACKED_PER_BYTE = 1 << 28, 64
+
+Location = str | Path
+
+
+class _Decoder(Protocol):
+    """What is made from a manifest: it knows the arrays that its set is written as."""
+
+    @property
+    def layout(self) -> Callable[[], Mapping[str, Any]]: ...
+
+
+D = TypeVar("D", bound=_Decoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +68,7 @@ class SynSet:
         A set of two classes with one 4x4 grey image each:
 
         >>> import jax.numpy as jnp
+        >>> from gsdd_jax import codecs
         >>> codec = codecs.make(codecs.PixelSpec(), image_shape=(4, 4, 1), num_classes=2, bytes_per_class=64)
         >>> synset = SynSet(codec, codec.init(None, jnp.zeros((2, 4, 4, 1))), 64, ("a", "b"))
         >>> synset.images().shape, synset.labels.tolist(), synset.nbytes
@@ -56,7 +80,7 @@ class SynSet:
     bytes_per_class: int
     class_names: tuple[str, ...]
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
-    soft: soft_labels.SoftLabels | None = None
+    soft: SoftLabels | None = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -75,9 +99,11 @@ class SynSet:
 
     def images(self, size: tuple[int, int] | None = None) -> jax.Array:
         """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width)."""
+        import jax
+
         return jax.jit(lambda params: self.codec.decode(params, size=size))(self.params)
 
-    def save(self, path: str | Path) -> dict[str, int]:
+    def save(self, path: Location) -> dict[str, int]:
         """Writes the set into the directory ``path``.
 
         Returns:
@@ -86,8 +112,14 @@ class SynSet:
             their part of the payload.
 
         Raises:
-            ValueError: Soft labels that are not one per image.
+            ValueError: Soft labels that are not one per image, or a set beyond what :func:`load` accepts of anyone.
         """
+        import jax
+        import jax.numpy as jnp
+        from safetensors.flax import save_file
+
+        from gsdd_jax import storage
+
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         arrays = folder / ARRAYS
@@ -95,12 +127,16 @@ class SynSet:
         fresh = folder / (ARRAYS + ".new")
         written = self.codec.pack(self.codec.stored(self.params))
         if self.soft is not None:
-            expected = soft_labels.layout(self.soft.spec, self.codec.num_images, self.codec.num_classes)
-            _check_arrays(arrays, self.soft.arrays, expected)
+            found = {name: Array(str(x.dtype), x.shape) for name, x in self.soft.arrays.items()}
+            entry = exchange.Labels(self.soft.spec.dtype, self.soft.spec.top_k)
+            with _naming(arrays):
+                exchange.compare(found, entry.arrays(self.codec.num_images, self.codec.num_classes))
             written = {**written, **self.soft.arrays}
         save_file(jax.tree.map(jnp.asarray, written), fresh)
         with fresh.open("rb") as file:
             header = 8 + struct.unpack("<Q", file.read(8))[0]
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         sizes = {"payload": storage.nbytes(written), "header": header, "file": fresh.stat().st_size}
         sizes |= {} if self.soft is None else {"labels": self.soft.nbytes}
         manifest = {
@@ -113,9 +149,17 @@ class SynSet:
             "class_names": list(self.class_names),
             **({} if self.soft is None else {"labels": self.soft.entry}),
             "sizes": sizes,
+            "sha256": digest,
             "meta": self.meta,
         }
         text = json.dumps(manifest, indent=1)
+        try:
+            document = exchange.parse_json(text.encode(), exchange.MANIFEST_BYTES)
+            exchange.settings_of(type(self.codec.spec), exchange.manifest_of(document).codec)
+        except ValueError:
+            # What could not be read again does not replace what can.
+            fresh.unlink()
+            raise
         fresh_manifest = folder / (MANIFEST + ".new")
         fresh_manifest.write_text(text)
         fresh.replace(arrays)
@@ -123,16 +167,87 @@ class SynSet:
         return {**sizes, "manifest": len(text.encode())}
 
 
-def load(path: str | Path) -> SynSet:
+def load(path: Location) -> SynSet:
     """Reads a distilled set back; the training data need not be there.
 
     Args:
         path: A directory that :meth:`SynSet.save` wrote, or the directory of a run that exported one.
 
     Raises:
-        FileNotFoundError: There is no manifest.
+        FileNotFoundError: There is no manifest, or no file of arrays.
         ValueError: The files are damaged, do not belong together, or come from a newer format.
     """
+    import jax
+    import jax.numpy as jnp
+
+    from gsdd_jax.labels import LabelSpec, SoftLabels
+
+    manifest, codec, written = read(path, _codec, bfloat16=lambda bits: bits.view(jnp.bfloat16))
+    soft, entry = None, manifest.labels
+    with _naming(_folder(path) / ARRAYS):
+        if entry is not None:
+            rows = {name: written.pop(name) for name in entry.arrays(manifest.num_images, manifest.num_classes)}
+            exchange.soft_labels(rows, entry, manifest.num_classes)
+            spec = LabelSpec(kind="soft", dtype=entry.dtype, top_k=entry.top_k)  # type: ignore[arg-type]
+            soft = SoftLabels(spec, manifest.num_classes, rows)
+        _check_sparse(codec, written)
+        stored = codec.unpack(written)
+    params = codec.loaded(jax.tree.map(jnp.asarray, stored))
+    return SynSet(codec, params, manifest.bytes_per_class, manifest.class_names, manifest.meta, soft)
+
+
+def read(
+    path: Location,
+    make: Callable[[Manifest, int], D],
+    *,
+    bfloat16: Callable[[np.ndarray], np.ndarray] = exchange.widened,
+) -> tuple[Manifest, D, dict[str, np.ndarray]]:
+    """Reads the files of a set and checks them; needs no JAX.
+
+    Args:
+        path: As for :func:`load`.
+        make: ``(manifest, payload) -> decoder``, something that knows the arrays of the set; raises ValueError where
+            no file with so many bytes of arrays holds such a set.
+        bfloat16: Gives bfloat16 numbers, which NumPy does not have, from their bits as uint16; float32 by default.
+
+    Returns:
+        The manifest, the decoder, and the arrays as they are written.
+
+    Raises:
+        FileNotFoundError: There is no manifest, or no file of arrays.
+        ValueError: The files are damaged, do not belong together, or come from a newer format.
+    """
+    folder = _folder(path)
+    names, arrays = folder / MANIFEST, folder / ARRAYS
+    with _opened(names) as (file, _), _naming(names):
+        manifest = _manifest(file.read(exchange.MANIFEST_BYTES + 1))
+    if not arrays.exists():
+        raise FileNotFoundError(f"{arrays}: missing, although {MANIFEST} is there")
+    with _opened(arrays) as (file, size):
+        with _naming(arrays):
+            header = exchange.read_header(file, size)
+        with _naming(names):
+            decoder = make(manifest, header.payload)
+            expected = expected_arrays(decoder, manifest)
+            needed = -(-sum(array.nbytes for array in expected.values()) // manifest.num_classes)
+            exchange.whole(manifest.bytes_per_class, "bytes_per_class", needed, exchange.BUDGET)
+        with _naming(arrays):
+            exchange.compare(header.arrays, expected)
+            written = exchange.read_arrays(file, header, manifest)
+    return (
+        manifest,
+        decoder,
+        {name: bfloat16(x) if expected[name].dtype == "bfloat16" else x for name, x in written.items()},
+    )
+
+
+def expected_arrays(decoder: _Decoder, manifest: Manifest) -> dict[str, Array]:
+    """Returns names, dtypes and shapes of all arrays that the file of a set must hold, and no others."""
+    labels = {} if manifest.labels is None else manifest.labels.arrays(manifest.num_images, manifest.num_classes)
+    return {name: Array(str(leaf.dtype), tuple(leaf.shape)) for name, leaf in decoder.layout().items()} | labels
+
+
+def _folder(path: Location) -> Path:
     folder = Path(path)
     if not (folder / MANIFEST).exists() and (folder / EXPORT / MANIFEST).exists():
         folder = folder / EXPORT
@@ -140,53 +255,77 @@ def load(path: str | Path) -> SynSet:
         raise FileNotFoundError(
             f"{folder}: no distilled set here (expected {MANIFEST}, or {EXPORT}/{MANIFEST} of a run)"
         )
+    return folder
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a file and gives its size; a pipe or a device, which may have no end, is refused unopened."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a regular file")
+    with path.open("rb") as file:
+        yield file, os.fstat(file.fileno()).st_size
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file in front of what is wrong with it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        found = manifest["format"]
-        if found != FORMAT:
-            raise ValueError(f"{folder / MANIFEST}: format: expected {FORMAT!r}, found {found!r}")
-        fields = dict(manifest["codec"])
-        if fields.get("name") not in codecs.SPECS:
-            raise ValueError(
-                f"{folder / MANIFEST}: codec.name: expected one of {', '.join(codecs.SPECS)}; "
-                f"found {fields.get('name')!r}"
-            )
-        spec = codecs.SPECS[fields["name"]](**fields)
-        shape, classes, available = (manifest[key] for key in ("image_shape", "num_classes", "bytes_per_class"))
-        meta, names = manifest["meta"], tuple(manifest["class_names"])
-        if len(shape) != 3 or len(names) != classes or any(type(x) is not int or x < 1 for x in (*shape, available)):
-            raise TypeError(
-                f"image_shape {shape}, num_classes {classes}, bytes_per_class {available}, {len(names)} class_names"
-            )
-        codec = codecs.make(spec, image_shape=shape, num_classes=classes, bytes_per_class=available)
-        entry = manifest.get("labels")
-        label_spec = soft_labels.LabelSpec() if entry is None else soft_labels.described(entry, classes)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / MANIFEST}: damaged manifest ({type(error).__name__}: {error})") from error
-    try:
-        written = load_file(folder / ARRAYS)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder / ARRAYS}: missing, although {MANIFEST} is there") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / ARRAYS}: damaged file ({error})") from error
-    of_labels = soft_labels.layout(label_spec, codec.num_images, classes)
-    _check_arrays(folder / ARRAYS, written, codec.layout() | of_labels)
-    soft = None
-    try:
-        if of_labels:
-            rows = {name: np.asarray(written.pop(name)) for name in of_labels}
-            soft_labels.unpack(rows, label_spec, classes)
-            soft = soft_labels.SoftLabels(label_spec, classes, rows)
-        stored = codec.unpack(written)
+        yield
     except ValueError as error:
-        raise ValueError(f"{folder / ARRAYS}: {error}") from error
-    return SynSet(codec, codec.loaded(jax.tree.map(jnp.asarray, stored)), available, names, meta, soft)
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _check_arrays(path: Path, written: dict[str, Any], layout: dict[str, jax.ShapeDtypeStruct]) -> None:
-    """Compares names, shapes and dtypes with what is written for a set of this size."""
-    want = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in layout.items()}
-    have = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in written.items()}
-    for name in sorted(want.keys() | have.keys()):
-        if want.get(name) != have.get(name):
-            raise ValueError(f"{path}: {name}: expected {want.get(name, 'nothing')}, found {have.get(name, 'nothing')}")
+def _manifest(raw: bytes) -> Manifest:
+    try:
+        document = exchange.parse_json(raw, exchange.MANIFEST_BYTES)
+    except ValueError as error:
+        raise ValueError(f"damaged manifest ({error})") from error
+    return exchange.manifest_of(document)
+
+
+def _codec(manifest: Manifest, payload: int) -> codecs.Codec:
+    """Builds the codec of a manifest.
+
+    Its budget is what the file could hold, so that it refuses larger sets before it makes anything of their size.
+    """
+    from gsdd_jax import codecs
+
+    name = manifest.codec.get("name")
+    if type(name) is not str or name not in codecs.SPECS:
+        raise ValueError(f"codec.name: expected one of {', '.join(codecs.SPECS)}; found {exchange.short(name)}")
+    spec = exchange.settings_of(codecs.SPECS[name], manifest.codec)
+    if getattr(spec, "order", "") == "sorted":
+        exchange.whole(spec.num_points, "codec.num_points", 1, exchange.SORTED_POINTS)
+    room = -(-(2 * payload + exchange.SLACK) // manifest.num_classes)
+    try:
+        codec = codecs.make(
+            spec, image_shape=manifest.image_shape, num_classes=manifest.num_classes, bytes_per_class=room
+        )
+    except ValueError as error:
+        raise ValueError(f"codec: the {payload} bytes of {ARRAYS} are no such set ({error})") from error
+    for field in dataclasses.fields(spec):
+        if getattr(spec, field.name) != getattr(codec.spec, field.name):
+            found = exchange.short(getattr(spec, field.name))
+            raise ValueError(f"codec.{field.name}: expected what the set was made with, found {found}")
+    if codec.images_per_class != manifest.images_per_class:
+        raise ValueError(f"images_per_class: expected {codec.images_per_class}, found {manifest.images_per_class}")
+    return codec
+
+
+def _check_sparse(codec: codecs.Codec, written: dict[str, np.ndarray]) -> None:
+    """Refuses what `sparse_epitome`, which wrote its file itself, unpacks unchecked.
+
+    These are places beyond the coefficients of an image, and a few numbers that stand for gigabytes of zeros.
+    """
+    if codec.name != "sparse_epitome":
+        return
+    h, w, _ = codec.image_shape
+    places = (h // codec.spec.patch) * (w // codec.spec.patch) * codec.spec.tokens
+    index = written["indices"].astype(np.int64)
+    if index.max() >= places or (np.diff(index, axis=-1) <= 0).any():
+        raise ValueError(f"indices: expected places below {places} in rising order for each image and head")
+    unpacked = index[..., 0].size * places * np.dtype(np.float32).itemsize
+    allowed = max(UNPACKED, UNPACKED_PER_BYTE * sum(array.nbytes for array in written.values()))
+    if unpacked > allowed:
+        raise ValueError(f"values: expected at most {allowed} bytes of coefficients, zeros included, found {unpacked}")

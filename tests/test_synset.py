@@ -1,6 +1,11 @@
+import dataclasses
 import functools
+import hashlib
 import json
+import math
+import os
 import pickle
+import shutil
 import struct
 
 import jax
@@ -24,6 +29,7 @@ from gsdd_jax.codecs import (
     SparseEpitomeSpec,
     SpectralSpec,
 )
+from gsdd_jax.exchange import KEYS, short
 from gsdd_jax.gaussians import Gaussians
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
@@ -155,7 +161,7 @@ def test_crash_while_saving_leaves_the_old_set(folder, monkeypatch):
     def crash(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synset, "save_file", crash)
+    monkeypatch.setattr("safetensors.flax.save_file", crash)
     with pytest.raises(OSError, match="No space left"):
         make("pixel").save(folder)
     monkeypatch.undo()
@@ -163,9 +169,37 @@ def test_crash_while_saving_leaves_the_old_set(folder, monkeypatch):
     assert isinstance(gsdd_jax.load(folder).params, Gaussians)
 
 
+def test_set_that_could_not_be_read_again_is_not_written(folder):
+    made, before = make("gaussian"), (folder / "manifest.json").read_bytes()
+    named = dataclasses.replace(made, class_names=("cat", "\ud800"))
+    with pytest.raises(ValueError, match="class_names.1: expected a text"):
+        named.save(folder)
+    drawn = dataclasses.replace(
+        made, codec=made.codec._replace(spec=dataclasses.replace(made.codec.spec, supersample=65))
+    )
+    with pytest.raises(ValueError, match="codec.supersample: expected at most 64, found 65"):
+        drawn.save(folder)
+    with pytest.raises(ValueError, match="expected at most 32 levels of JSON, found more"):
+        dataclasses.replace(made, meta={"a": functools.reduce(lambda inner, _: [inner], range(40), [])}).save(folder)
+    assert (folder / "manifest.json").read_bytes() == before
+    assert gsdd_jax.load(folder).class_names == NAMES
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "synset.safetensors"]
+
+
+@pytest.mark.parametrize("lr", [10**8, 1e8])
+def test_learning_rate_of_any_size_survives(tmp_path, lr):
+    made = make("frequency")
+    codec = made.codec._replace(spec=dataclasses.replace(made.codec.spec, lr=lr))
+    dataclasses.replace(made, codec=codec).save(tmp_path)
+    assert gsdd_jax.load(tmp_path).codec.spec.lr == 1e8
+
+
 def test_loading_never_unpickles(folder, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a distilled set must be read as data")
+
+    # The first load evaluates the annotations of the codec's settings, which are ours.
+    gsdd_jax.load(folder)
 
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
@@ -190,12 +224,17 @@ def test_arrays_missing(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", r"damaged manifest \(JSONDecodeError"),
-        (b'{"format": "gsdd_jax/1",', r"damaged manifest \(JSONDecodeError"),
-        (b"\xff\xfe", r"damaged manifest \(UnicodeDecodeError"),
-        (b"[1, 2]", r"damaged manifest \(TypeError"),
-        (b"7", r"damaged manifest \(TypeError"),
-        (b"{}", r"damaged manifest \(KeyError: 'format'"),
+        (b"", r"damaged manifest \(Expecting value: line 1"),
+        (b'{"format": "gsdd_jax/2",', r"damaged manifest \(Expecting property name"),
+        (b"\xff\xfe", r"damaged manifest \('utf-8' codec can't decode"),
+        (b"[1, 2]", "expected an object of keys, found a list"),
+        (b"7", "expected an object of keys, found 7"),
+        (b"{}", "format: missing"),
+        (b'{"format": "gsdd_jax/2", "meta": {"a": 1, "a": 2}}', r"damaged manifest \('a': found twice in one object\)"),
+        (b"[" * 100_000, r"damaged manifest \(expected at most 32 levels of JSON, found more\)"),
+        (b"[" * 40 + b"]" * 40, r"damaged manifest \(expected at most 32 levels of JSON, found more\)"),
+        (b"1" * 5000, r"damaged manifest \(Exceeds the limit"),
+        (b" " * 1_100_000, r"damaged manifest \(expected at most 1048576 bytes of JSON, found more\)"),
     ],
 )
 def test_damaged_manifest(folder, text, message):
@@ -204,56 +243,237 @@ def test_damaged_manifest(folder, text, message):
         gsdd_jax.load(folder)
 
 
-@pytest.mark.parametrize("found", ["gsdd_jax/2", "other", None, 1])
-def test_other_format_names_both(folder, found):
+@pytest.mark.parametrize(
+    ("found", "advice"),
+    [
+        ("gsdd_jax/3", "it is of a newer version: update gsdd_jax"),
+        ("other", "it is no distilled set of this library"),
+        (None, "it is no distilled set of this library"),
+        (1, "it is no distilled set of this library"),
+        ([], "it is no distilled set of this library"),
+    ],
+)
+def test_other_format_says_what_to_do(folder, found, advice):
     edit(folder, lambda m: m.update(format=found))
-    with pytest.raises(ValueError, match=f"manifest.json: format: expected 'gsdd_jax/1', found {found!r}"):
+    message = r"manifest.json: format: expected 'gsdd_jax/1' or 'gsdd_jax/2', found .*; " + advice
+    with pytest.raises(ValueError, match=message):
         gsdd_jax.load(folder)
 
 
-@pytest.mark.parametrize("name", ["wavelet", None])
+def test_set_of_the_first_format_has_no_sum_and_loads(folder):
+    edit(folder, lambda m: (m.update(format="gsdd_jax/1"), m.pop("sha256")))
+    found = gsdd_jax.load(folder)
+    for name in ("mean", "cholesky", "color", "opacity"):
+        np.testing.assert_array_equal(getattr(found.params, name), getattr(make("gaussian").params, name))
+
+
+@pytest.mark.parametrize("name", ["wavelet", None, [], {}])
 def test_unknown_codec_lists_the_known_ones(folder, name):
     edit(folder, lambda m: m["codec"].update(name=name))
     with pytest.raises(
-        ValueError, match=f"manifest.json: codec.name: expected one of {', '.join(codecs.SPECS)}; found {name!r}"
+        ValueError, match=f"manifest.json: codec.name: expected one of {', '.join(codecs.SPECS)}; found {short(name)}"
     ):
         gsdd_jax.load(folder)
 
 
-@pytest.mark.parametrize("key", ["codec", "image_shape", "num_classes", "bytes_per_class", "class_names", "meta"])
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ("format", "labels")])
 def test_manifest_without_a_key_names_it(folder, key):
     edit(folder, lambda m: m.pop(key))
-    with pytest.raises(ValueError, match=f"damaged manifest .*{key}"):
+    with pytest.raises(ValueError, match=f"manifest.json: {key}: missing"):
         gsdd_jax.load(folder)
+
+
+HUGE = 10**30
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        lambda m: m["codec"].update(surprise=1),
-        lambda m: m["codec"].update(gpc="many"),
-        lambda m: m.update(image_shape=[6, 8]),
-        lambda m: m.update(image_shape="large"),
-        lambda m: m.update(num_classes="two"),
-        lambda m: m.update(bytes_per_class=None),
-        lambda m: m.update(bytes_per_class=-1),
-        lambda m: m.update(class_names=None),
-        lambda m: m.update(class_names=["cat"]),
-        lambda m: m.update(num_classes=3),
+        (lambda m: m.update(surprise=1), "'surprise': unknown; expected format, codec"),
+        (lambda m: m.update(codec=[]), "codec: expected a dict, found a list"),
+        (lambda m: m.update(meta=None), "meta: expected a dict, found None"),
+        (lambda m: m["codec"].update(surprise=1), "codec.surprise: unknown; expected name, gpc"),
+        (lambda m: m["codec"].pop("gpc"), "codec.gpc: missing"),
+        (lambda m: m["codec"].update(gpc="many"), "codec.gpc: expected a value of type int, found 'many'"),
+        (lambda m: m["codec"].update(gpc=True), "codec.gpc: expected a value of type int, found True"),
+        (lambda m: m["codec"].update(gpc=0), r"codec.gpc: expected a value of Ge\(ge=1\), found 0"),
+        (lambda m: m["codec"].update(gpc=HUGE), "codec.gpc: expected at most 65536, found 1000"),
+        (lambda m: m["codec"].update(supersample=99), "codec.supersample: expected at most 64, found 99"),
+        (lambda m: m["codec"].update(lr=math.nan), "codec.lr: expected a finite number, found nan"),
+        (lambda m: m["codec"].update(lr=10**400), "codec.lr: expected a finite number, found 1000"),
+        (lambda m: m["codec"].update(lr=0), r"codec.lr: expected a value of Gt\(gt=0\), found 0"),
+        (lambda m: m["codec"].update(dtype="int4"), "codec.dtype: expected one of bfloat16, float32; found 'int4'"),
+        (lambda m: m["codec"].update(dtype=[]), "codec.dtype: expected one of bfloat16, float32; found a list"),
+        (lambda m: m["codec"].update(num_points=0), "codec.num_points: expected what the set was made with, found 0"),
+        (lambda m: m["codec"].update(gpc=60000), "codec: the 216 bytes of synset.safetensors are no such set"),
+        (lambda m: m.update(images_per_class=3), "images_per_class: expected 2, found 3"),
+        (lambda m: m.update(image_shape=[6, 8]), r"image_shape: expected \[height, width, channels\], found 2 numbers"),
+        (lambda m: m.update(image_shape="large"), "image_shape: expected a list, found 'large'"),
+        (lambda m: m.update(image_shape=[6, 8, HUGE]), "image_shape.2: expected an integer from 1 to 8192, found 1000"),
+        (lambda m: m.update(image_shape=[8192, 8192, 3]), "expected at most 16777216 values per image, found 8192 x"),
+        (lambda m: m.update(num_classes="two"), "num_classes: expected an integer from 1 to 65536, found 'two'"),
+        (lambda m: m.update(num_classes=3), "class_names: expected 3, one per class, found 2"),
+        (lambda m: m.update(bytes_per_class=None), "bytes_per_class: expected an integer from 1 to .*, found None"),
+        (lambda m: m.update(bytes_per_class=107), "bytes_per_class: expected an integer from 108 to .*, found 107"),
+        (lambda m: m.update(class_names=None), "class_names: expected a list, found None"),
+        (lambda m: m.update(class_names=["cat"]), "class_names: expected 2, one per class, found 1"),
+        (lambda m: m.update(class_names=["cat", 1]), "class_names.1: expected a text of at most 1024 letters, found 1"),
+        (lambda m: m.update(class_names=["cat", "\ud800"]), "class_names.1: expected a text"),
+        (lambda m: m.update(class_names=["cat", "x" * 2000]), r"'xxx.*x\.\.\. of 2002 characters"),
+        (lambda m: m["sizes"].pop("file"), "sizes: expected payload, header, file, found 'payload, header'"),
+        (lambda m: m["sizes"].update(file="1"), "sizes.file: expected an integer from 0 to .*, found '1'"),
+        (lambda m: m.update(sha256="0" * 63), "sha256: expected 64 hexadecimal digits, found '000"),
     ],
 )
-def test_manifest_with_a_wrong_value_is_damaged(folder, change):
+def test_manifest_with_a_wrong_value_names_key_expected_and_found(folder, change, message):
     edit(folder, change)
-    with pytest.raises(ValueError, match=f"{folder / 'manifest.json'}: damaged manifest"):
+    with pytest.raises(ValueError, match=f"{folder / 'manifest.json'}: .*{message}"):
         gsdd_jax.load(folder)
 
 
-@pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_truncated_arrays(folder, keep):
+def test_budget_of_the_file_itself_bounds_every_codec(saved, tmp_path):
+    _, folder, _ = saved
+    shutil.copytree(folder, tmp_path / "set")
+    # More classes than the file has bytes, whatever the codec.
+    edit(tmp_path / "set", lambda m: m.update(num_classes=60_000, class_names=["x"] * 60_000, bytes_per_class=1 << 39))
+    with pytest.raises(
+        ValueError, match="manifest.json: (codec: the .* bytes of synset.safetensors are no such set|codec.)"
+    ):
+        gsdd_jax.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (0, "expected a header of 8 bytes at least, found 0"),
+        (4, "expected a header of 8 bytes at least, found 4"),
+        (40, "length of the header: expected 2 to 32 bytes, found "),
+        (-1, "header: expected a file of [0-9]+ bytes, found "),
+    ],
+)
+def test_truncated_arrays(folder, keep, message):
     file = folder / "synset.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=f"{file}: damaged file"):
+    with pytest.raises(ValueError, match=rf"{file}: damaged file \({message}"):
         gsdd_jax.load(folder)
+
+
+def header_of(folder) -> tuple[dict, bytes]:
+    raw = (folder / "synset.safetensors").read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def with_header(folder, header: dict, payload: bytes) -> None:
+    text = json.dumps(header).encode()
+    (folder / "synset.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + payload)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["mean"].pop("dtype"), "'mean': expected dtype, shape and data_offsets, found a dict"),
+        (lambda h: h.update(mean=1), "'mean': expected dtype, shape and data_offsets, found 1"),
+        (lambda h: h["mean"].update(dtype="F8"), "'mean': dtype: expected one of F64, .*BOOL; found 'F8'"),
+        (lambda h: h["mean"].update(dtype=[]), "'mean': dtype: expected one of F64, .*BOOL; found a list"),
+        (lambda h: h["mean"].update(shape=24), "'mean': shape: expected a list of numbers, found 24"),
+        (lambda h: h["mean"].update(shape=[1] * 40), "'mean': shape: expected a list of numbers, found a list"),
+        (lambda h: h["mean"].update(shape=[-1]), "'mean': shape: expected an integer from 0 to [0-9]+, found -1"),
+        (lambda h: h["mean"].update(shape=[1 << 40] * 32), r"'mean': data_offsets: expected \["),
+        (lambda h: h["mean"].update(data_offsets=[0]), "'mean': data_offsets: expected 2 numbers, found 1"),
+        (lambda h: h["mean"].update(data_offsets=[0, 48]), "data_offsets: expected "),
+        (lambda h: h.update(more={"dtype": "U8", "shape": [0], "data_offsets": [5, 5]}), "data_offsets: expected "),
+    ],
+)
+def test_damaged_header_names_the_array(folder, change, message):
+    header, payload = header_of(folder)
+    change(header)
+    with_header(folder, header, payload)
+    with pytest.raises(ValueError, match=rf"synset.safetensors: damaged file \(header: .*{message}"):
+        gsdd_jax.load(folder)
+
+
+def test_header_that_is_no_object(folder):
+    with_header(folder, [], b"")
+    with pytest.raises(ValueError, match=r"damaged file \(header: expected an object of arrays, found a list\)"):
+        gsdd_jax.load(folder)
+
+
+def test_header_of_gigabytes_is_not_read(folder):
+    (folder / "synset.safetensors").write_bytes(struct.pack("<Q", 1 << 33) + bytes(100_000))
+    with pytest.raises(ValueError, match="length of the header: expected 2 to 65536 bytes, found 8589934592"):
+        gsdd_jax.load(folder)
+
+
+def test_text_that_other_programs_add_to_the_header_is_passed_over(folder):
+    header, payload = header_of(folder)
+    with_header(folder, header | {"__metadata__": {"format": "pt"}}, payload)
+    edit(folder, lambda m: m.pop("sha256") and m.update(format="gsdd_jax/1"))
+    with pytest.raises(ValueError, match="sizes.header: the manifest expects"):
+        gsdd_jax.load(folder)
+    edit(folder, lambda m: m["sizes"].update({"header": 8 + length_of(folder), "file": 8 + length_of(folder) + 216}))
+    assert gsdd_jax.load(folder).nbytes == 216
+
+
+def length_of(folder) -> int:
+    return struct.unpack("<Q", (folder / "synset.safetensors").read_bytes()[:8])[0]
+
+
+def test_one_flipped_bit_in_any_byte_of_the_arrays_is_found(folder):
+    file = folder / "synset.safetensors"
+    raw = bytearray(file.read_bytes())
+    for place in range(len(raw) - 216, len(raw), 12):
+        flipped = raw.copy()
+        flipped[place] ^= 1
+        file.write_bytes(flipped)
+        with pytest.raises(
+            ValueError, match="sha256: the manifest expects [0-9a-f]{64}, found [0-9a-f]{64}: not its file"
+        ):
+            gsdd_jax.load(folder)
+
+
+def test_set_that_is_no_regular_file_is_not_opened(folder):
+    (folder / "synset.safetensors").unlink()
+    os.mkfifo(folder / "synset.safetensors")
+    with pytest.raises(ValueError, match="synset.safetensors: expected a regular file"):
+        gsdd_jax.load(folder)
+
+
+def test_places_beyond_the_coefficients_are_refused(tmp_path):
+    make("sparse epitome").save(tmp_path)
+    stored = load_file(tmp_path / "synset.safetensors")
+    for indices in (
+        stored["indices"].at[0, 0, -1].set(60_000),
+        stored["indices"].at[0, 0, 0].set(stored["indices"][0, 0, 1]),
+    ):
+        save_file(stored | {"indices": indices}, tmp_path / "synset.safetensors")
+        edit(tmp_path, lambda m: m.update(sha256=sha256(tmp_path)))
+        with pytest.raises(ValueError, match="synset.safetensors: indices: expected places below 36 in rising order"):
+            gsdd_jax.load(tmp_path)
+
+
+def test_few_numbers_that_stand_for_gigabytes_of_zeros_are_refused(tmp_path, monkeypatch):
+    make("sparse epitome").save(tmp_path)
+    # 4 images, 36 places of 4 bytes each, in a file of less than 600 bytes of arrays.
+    monkeypatch.setattr(synset, "UNPACKED", 575)
+    monkeypatch.setattr(synset, "UNPACKED_PER_BYTE", 0)
+    with pytest.raises(
+        ValueError, match="values: expected at most 575 bytes of coefficients, zeros included, found 576"
+    ):
+        gsdd_jax.load(tmp_path)
+    monkeypatch.setattr(synset, "UNPACKED", 576)
+    assert gsdd_jax.load(tmp_path).codec.name == "sparse_epitome"
+
+
+def sha256(folder) -> str:
+    return hashlib.sha256((folder / "synset.safetensors").read_bytes()).hexdigest()
+
+
+def test_sorted_set_of_too_many_points_is_refused_before_it_is_numbered(tmp_path):
+    make("packed").save(tmp_path)
+    edit(tmp_path, lambda m: m["codec"].update(num_points=5000))
+    with pytest.raises(ValueError, match="codec.num_points: expected an integer from 1 to 4096, found 5000"):
+        gsdd_jax.load(tmp_path)
 
 
 def test_arrays_of_another_shape_name_the_leaf(folder):

@@ -1,0 +1,300 @@
+"""Sets of anyone: read without JAX, refused without harm; the export to other programs is in test_export."""
+
+import ast
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import gsdd_jax
+from benchmarks import fuzz
+from gsdd_jax import SynSet, codecs, decode_numpy, synset
+
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
+ROOT = Path(__file__).resolve().parent.parent
+LIGHT = [place for place, (spec, _) in enumerate(fuzz.SETS) if spec.name in decode_numpy.DECODERS]
+GAUSSIAN, PACKED, PIXEL, FREQUENCY = 0, 1, 3, 5
+
+
+def saved(place: int, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    fuzz.original(place)[0].write(folder)
+    return folder
+
+
+# Decoding without JAX
+
+
+def test_sets_of_the_fuzzer_are_of_every_codec():
+    assert {spec.name for spec, _ in fuzz.SETS} == set(codecs.SPECS)
+
+
+@pytest.mark.parametrize("place", LIGHT)
+def test_numpy_draws_what_jax_draws(place, tmp_path):
+    made = fuzz.original(place)[1]
+    found = decode_numpy.load(saved(place, tmp_path / "set"))
+    assert found.images.dtype == np.float32 and found.class_names == made.class_names
+    np.testing.assert_array_equal(found.labels, made.labels)
+    assert found.images.std() > 0.05
+    np.testing.assert_allclose(found.images, made.images(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("place", "size"), [(GAUSSIAN, (9, 5)), (PIXEL, (4, 11)), (FREQUENCY, (4, 11))])
+def test_numpy_draws_what_jax_draws_at_another_size(place, size, tmp_path):
+    found = decode_numpy.load(saved(place, tmp_path / "set"), size)
+    np.testing.assert_allclose(found.images, fuzz.original(place)[1].images(size), atol=1e-5)
+
+
+@pytest.mark.parametrize("cutoff", [0.0, 0.1])
+def test_numpy_cuts_gaussians_where_jax_does(cutoff, tmp_path):
+    rng = np.random.default_rng(3)
+    spec = codecs.GaussianSpec(gpc=1, num_points=6, dtype="float32", cutoff=cutoff, supersample=3)
+    codec = codecs.make(spec, image_shape=(12, 7, 2), num_classes=2, bytes_per_class=600)
+    leaves = {"mean": (2, 6, 2), "cholesky": (2, 6, 3), "color": (2, 6, 2), "opacity": (2, 6)}
+    # Some centres lie outside, some shapes are needles or have a negative diagonal.
+    params = codec.loaded({name: rng.normal(0, 1.5, shape).astype(np.float32) for name, shape in leaves.items()})
+    made = SynSet(codec, params, 600, ("a", "b"))
+    made.save(tmp_path)
+    np.testing.assert_allclose(decode_numpy.load(tmp_path).images, made.images(), atol=1e-5)
+
+
+def test_soft_labels_are_those_that_jax_reads(tmp_path):
+    place = next(place for place in LIGHT if fuzz.original(place)[1].soft is not None)
+    found = decode_numpy.load(saved(place, tmp_path / "set"))
+    assert found.soft_labels.dtype == np.float32
+    np.testing.assert_array_equal(found.soft_labels, fuzz.original(place)[1].soft_labels)
+
+
+def test_nan_of_one_image_stays_there(tmp_path):
+    made = fuzz.original(GAUSSIAN)[1]
+    params = jax.tree.map(np.array, made.params)
+    params.color[1, 0, 0] = np.nan
+    SynSet(made.codec, params, made.bytes_per_class, made.class_names).save(tmp_path)
+    broken = np.isnan(decode_numpy.load(tmp_path).images)
+    assert broken[1].all() and not broken[[0, 2, 3]].any()
+
+
+def test_codec_that_is_not_decoded_names_the_export(tmp_path):
+    folder = saved(PIXEL, tmp_path / "set")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"codec": {"name": "latent"}}))
+    with pytest.raises(ValueError, match="found 'latent', whose images python -m train.export writes where JAX is"):
+        decode_numpy.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (GAUSSIAN, {"dtype": "int8"}, "codec.dtype: expected one of float32, bfloat16; found 'int8'"),
+        (GAUSSIAN, {"cutoff": -1}, r"codec.cutoff: expected a number in \[0, 1\), found -1"),
+        (GAUSSIAN, {"supersample": 65}, "codec.supersample: expected an integer from 1 to 64, found 65"),
+        (PACKED, {"order": "mixed"}, "codec.order: expected one of sorted, kept; found 'mixed'"),
+        (PACKED, {"num_points": 4097}, "codec.num_points: expected an integer from 1 to 4096, found 4097"),
+        (4, {"factor": 3}, r"images_per_class: expected a multiple of 9 \(codec.factor\)"),
+    ],
+)
+def test_numpy_names_a_setting_that_no_set_has(place, change, message, tmp_path):
+    folder = saved(place, tmp_path / "set")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["codec"].update(change)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"manifest.json: {message}"):
+        decode_numpy.load(folder)
+
+
+def alone(program: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    """Runs a program where NumPy and this library are all that is installed."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    home = Path(np.__file__).parent.parent
+    for name in ("numpy", "numpy.libs"):
+        if (home / name).exists():
+            (packages / name).symlink_to(home / name)
+    shutil.copytree(ROOT / "gsdd_jax", packages / "gsdd_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(packages)!r})\n{program}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_numpy_is_all_that_reading_a_set_needs(tmp_path):
+    folder = saved(PACKED, tmp_path / "set")
+    program = f"""
+import gsdd_jax.decode_numpy
+found = gsdd_jax.decode_numpy.load({str(folder)!r})
+assert not {{"jax", "safetensors", "ml_dtypes"}} & set(sys.modules)
+print(found.images.shape, found.labels.tolist(), repr(float(found.images.sum())))
+import gsdd_jax.torch_dataset
+"""
+    done = alone(program, tmp_path)
+    shape, labels, total = (4, 6, 8, 3), [0, 0, 1, 1], float(decode_numpy.load(folder).images.sum())
+    assert done.stdout == f"{shape} {labels} {total!r}\n", done.stderr
+    assert done.stderr.endswith("ImportError: gsdd_jax.torch_dataset needs PyTorch: pip install gsdd_jax[torch]\n")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Stands for PyTorch, which the tests do not need: a base class, and arrays for tensors."""
+    torch, data = types.ModuleType("torch"), types.ModuleType("torch.utils.data")
+    torch.from_numpy = lambda array: types.SimpleNamespace(array=array)
+    data.Dataset = type("Dataset", (), {})
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch.utils", types.ModuleType("torch.utils"))
+    monkeypatch.setitem(sys.modules, "torch.utils.data", data)
+    yield data.Dataset
+    sys.modules.pop("gsdd_jax.torch_dataset", None)
+
+
+def test_torch_dataset_gives_channels_first_and_labels_and_decodes_once(stand_in, tmp_path, monkeypatch):
+    from gsdd_jax.torch_dataset import DistilledSet
+
+    folder = saved(GAUSSIAN, tmp_path / "set")
+    images = decode_numpy.load(folder, (9, 5)).images
+    loads = []
+    load = decode_numpy.load
+    monkeypatch.setattr(decode_numpy, "load", lambda *arguments: loads.append(arguments) or load(*arguments))
+    found = DistilledSet(folder, (9, 5))
+    assert isinstance(found, stand_in) and len(found) == 4 and found.class_names == ("cat", "naïve 犬") and not loads
+    again = pickle.loads(pickle.dumps(found))
+    for dataset in (found, again):
+        for i in (0, 3, -1):
+            image, label = dataset[i]
+            assert image.array.dtype == np.float32 and image.array.flags.c_contiguous and type(label) is int
+            np.testing.assert_array_equal(image.array, images[i].transpose(2, 0, 1))
+            assert label == [0, 0, 1, 1][i]
+    assert len(loads) == 2
+    with pytest.raises(IndexError):
+        found[4]
+
+
+def test_torch_dataset_refuses_a_damaged_set_before_training_starts(stand_in, tmp_path):
+    from gsdd_jax.torch_dataset import DistilledSet
+
+    folder = saved(GAUSSIAN, tmp_path / "set")
+    (folder / "synset.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="synset.safetensors: damaged file"):
+        DistilledSet(folder)
+
+
+# No code in data
+
+
+class Bomb:
+    """Makes a directory where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("load", [gsdd_jax.load, decode_numpy.load])
+@pytest.mark.parametrize("name", ["manifest.json", "synset.safetensors"])
+@pytest.mark.parametrize("protocol", [0, 5])
+def test_pickle_in_place_of_a_file_is_refused_unread(load, name, protocol, tmp_path):
+    folder = saved(PIXEL, tmp_path / "set")
+    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded"), protocol))
+    with pytest.raises(ValueError, match=rf"{name}: damaged (manifest|file) \("):
+        load(folder)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads((folder / name).read_bytes())
+    assert (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("load", [gsdd_jax.load, decode_numpy.load])
+def test_pickle_in_place_of_a_set_is_no_set(load, tmp_path):
+    file = tmp_path / "set.pkl"
+    file.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(FileNotFoundError, match="set.pkl: no distilled set here"):
+        load(file)
+    assert not (tmp_path / "exploded").exists()
+
+
+PICKLING = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+
+
+def running_data(source: str) -> list[str]:
+    """Lists what a source does that may run what a file names."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [f"{node.lineno}: {alias.name}" for alias in node.names if alias.name.split(".")[0] in PICKLING]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PICKLING:
+            found.append(f"{node.lineno}: {node.module}")
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            wanted = {"torch.load": "weights_only", "np.load": "allow_pickle", "numpy.load": "allow_pickle"}.get(name)
+            allowed = {"weights_only": "True", "allow_pickle": "False"}
+            safe = wanted is None or settings.get(wanted) == allowed[wanted]
+            if name in ("eval", "exec") or settings.get("allow_pickle") == "True" or not safe:
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_no_source_runs_what_data_name():
+    files = [file for name in ("gsdd_jax", "kernels", "train", "benchmarks") for file in (ROOT / name).rglob("*.py")]
+    assert len(files) > 60
+    found = [f"{file}:{line}" for file in files for line in running_data(file.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "import numpy as np\nnp.load('a')",
+        "numpy.load('a', allow_pickle=True)",
+        "read('a', allow_pickle=True)",
+        "torch.load('a')",
+        "torch.load('a', weights_only=False)",
+        "eval('1')",
+        "exec('1')",
+    ],
+)
+def test_checker_finds_what_runs_data(source):
+    assert len(running_data(source)) == 1
+
+
+def test_checker_accepts_reading_of_data():
+    assert not running_data("np.load('a', allow_pickle=False)\ntorch.load('a', weights_only=True)\nmodel.eval()")
+
+
+# The fuzzer, in short
+
+
+def test_mutants_are_read_or_refused_and_nothing_else(tmp_path, monkeypatch):
+    # Those that were made above.
+    monkeypatch.setattr(fuzz, "PLACES", tuple(LIGHT))
+    found = [fuzz.judge(index, 1, tmp_path) for index in range(130)]
+    assert not [verdict for verdict in found if verdict["outcome"] == "failure"]
+    kinds = {verdict["kind"].split(" ")[0] for verdict in found}
+    assert kinds == set(fuzz.KINDS)
+    outcomes = [verdict["outcome"] for verdict in found]
+    assert outcomes.count("refused") > 80 and outcomes.count("other") > 0
+
+
+def test_fuzzer_tells_a_failure_from_a_refusal(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "PLACES", (PIXEL,))
+
+    def fail(*_):
+        raise KeyError("codec")
+
+    monkeypatch.setattr(synset, "read", fail)
+    verdict = fuzz.judge(0, 0, tmp_path)
+    assert (verdict["outcome"], verdict["message"]) == ("failure", "by NumPy KeyError: 'codec'")
+    assert fuzz.summary([verdict])["failures"] == [verdict]
+
+
+def test_mutants_are_drawn_anew_from_their_number(monkeypatch):
+    monkeypatch.setattr(fuzz, "PLACES", (PIXEL, FREQUENCY))
+    first, second = (fuzz.mutate(np.random.default_rng([5, 9])) for _ in range(2))
+    assert first == second != fuzz.mutate(np.random.default_rng([5, 10]))

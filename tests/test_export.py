@@ -1,0 +1,359 @@
+"""train.export and train.import_gsdd: what other programs read, what is refused."""
+
+import json
+import pickle
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import gsdd_jax
+from gsdd_jax import SynSet, codecs, render
+from gsdd_jax.data import folder as image_folder
+from gsdd_jax.data import tfds as tfds_source
+from train import export, import_gsdd
+
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
+NAMES = ("cat/../x", "naïve 犬", "con.")
+META = {"dataset": "toy", "whiten": "meanstd", "channel_mean": [0.5, 0.25, 0.125], "channel_std": "broken"}
+
+
+def pixel_set(shape=(5, 4, 3), names=NAMES, meta=META) -> SynSet:
+    """Two images per class, a tenth of whose values lie beyond black or white."""
+    bytes_per_class = 2 * 4 * int(np.prod(shape))
+    codec = codecs.make(codecs.PixelSpec(), image_shape=shape, num_classes=len(names), bytes_per_class=bytes_per_class)
+    images = np.random.default_rng(0).uniform(0, 1, (2 * len(names), *shape)).astype(np.float32)
+    flat = images.reshape(-1)
+    flat[::20], flat[1::20] = -0.3, 1.7
+    return SynSet(codec, codec.init(None, jnp.asarray(images)), bytes_per_class, names, meta)
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run").mkdir()
+    pixel_set().save(tmp_path / "run" / "export")
+    return tmp_path / "run"
+
+
+def start(command, *arguments) -> int:
+    """Runs a command line in this process and returns its exit code."""
+    try:
+        return command.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def refused(capsys, code) -> str:
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def eight_bits(images) -> np.ndarray:
+    return np.rint(255 * np.clip(np.asarray(images, np.float64), 0, 1)).astype(np.uint8)
+
+
+# What is written
+
+
+def test_png_folders_hold_the_clipped_images_in_the_order_of_the_labels(run, tmp_path, capsys):
+    assert start(export, "--run", run, "--to", "png", "--out", tmp_path / "out" / ".." / "png") == 0
+    said = capsys.readouterr().out
+    assert said.endswith("6 images of 5x4x3 in 3 classes; 10.00 % of all values were outside [0,1] and were clipped\n")
+    folders = sorted((tmp_path / "png").iterdir())
+    assert [path.name for path in folders] == ["0_cat_.._x", "1_naïve_犬", "2_con"]
+    expected = eight_bits(pixel_set().params["images"])
+    files = [file for folder in folders for file in sorted(folder.iterdir())]
+    assert [file.name for file in files] == [f"{i}.png" for i in range(6)]
+    for file, image in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
+
+
+def test_png_folders_are_a_source_of_data(run, tmp_path):
+    (tmp_path / "root").mkdir()
+    for split in ("train", "test"):
+        assert start(export, "--run", run, "--to", "png", "--out", tmp_path / "root" / split) == 0
+    found = image_folder.open_folder(tmp_path / "root")
+    assert found.class_names == ("0_cat_.._x", "1_naïve_犬", "2_con")
+    assert np.concatenate(list(found.train.labels())).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_grey_images_are_grey_pngs(tmp_path):
+    made = pixel_set(shape=(5, 4, 1))
+    made.save(tmp_path / "set")
+    assert start(export, "--run", tmp_path / "set", "--to", "png", "--out", tmp_path / "png") == 0
+    with Image.open(tmp_path / "png" / "2_con" / "4.png") as image:
+        assert image.mode == "L"
+        np.testing.assert_array_equal(np.asarray(image), eight_bits(made.params["images"])[4, ..., 0])
+
+
+def test_npz_holds_the_values_as_they_are_and_no_pickle(run, tmp_path, capsys):
+    assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / "npz") == 0
+    assert "10.00 % of all values were outside [0,1] and stay so" in capsys.readouterr().out
+    with np.load(tmp_path / "npz" / "images.npz", allow_pickle=False) as found:
+        assert sorted(found) == ["channel_mean", "class_names", "images", "labels", "whiten"]
+        np.testing.assert_array_equal(found["images"], pixel_set().params["images"])
+        assert found["images"].dtype == np.float32 and found["labels"].dtype == np.int32
+        assert found["labels"].tolist() == [0, 0, 1, 1, 2, 2] and tuple(found["class_names"]) == NAMES
+        assert found["channel_mean"].tolist() == META["channel_mean"] and str(found["whiten"]) == "meanstd"
+
+
+def test_images_are_drawn_at_the_size_that_is_asked_for(run, tmp_path):
+    for text, size in (("8", (8, 8)), ("3x6", (3, 6))):
+        assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / text, "--size", text) == 0
+        with np.load(tmp_path / text / "images.npz", allow_pickle=False) as found:
+            np.testing.assert_allclose(found["images"], pixel_set().images(size), atol=1e-6)
+
+
+def test_tfds_directory_is_read_by_tfds_and_by_our_own_reader(run, tmp_path):
+    library = pytest.importorskip("tensorflow_datasets")
+    path = tmp_path / "distilled"
+    assert start(export, "--run", run, "--to", "tfds", "--out", path) == 0
+    expected = eight_bits(pixel_set().params["images"])
+    builder = library.builder_from_directory(str(path))
+    records = builder.as_data_source(split="train")
+    assert len(records) == 6 and builder.info.features["label"].names == ["cat/../x", "naïve 犬", "con."]
+    for i in range(6):
+        assert records[i]["label"] == i // 2
+        np.testing.assert_array_equal(records[i]["image"], expected[i])
+    source = tfds_source.open_tfds(path=path, test_split="train")
+    assert (source.train.size, source.channels, source.class_names) == (6, 3, NAMES)
+    images = [pixels for _, pixels in source.train.read(np.arange(6), np.asarray)]
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_huggingface_folder_has_a_line_per_image_and_a_card(run, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    assert start(export, "--run", run, "--to", "huggingface", "--out", tmp_path / "hub") == 0
+    train = tmp_path / "hub" / "train"
+    lines = [json.loads(line) for line in (train / "metadata.jsonl").read_text().splitlines()]
+    assert lines == [{"file_name": f"{i}.png", "label": i // 2} for i in range(6)]
+    expected = eight_bits(pixel_set().params["images"])
+    for line, image in zip(lines, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(train / line["file_name"])), image)
+    head, text = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8").split("---\n")[1:]
+    features = yaml.safe_load(head)["dataset_info"]["features"]
+    assert features[1]["dtype"]["class_label"]["names"] == dict(zip("012", NAMES, strict=True))
+    assert 'Distilled from "toy" by gsdd_jax into 480 bytes per class (codec pixel).' in text
+
+
+@pytest.mark.parametrize(
+    ("label", "varint"), [(0, b"\0"), (127, b"\x7f"), (300, b"\xac\x02"), (65535, b"\xff\xff\x03")]
+)
+def test_labels_of_any_length_are_written_as_protocol_buffers_do(label, varint):
+    # The last entry of the map: key "label", value { int64_list { value: label } }.
+    numbers = b"\x0a" + bytes([len(varint)]) + varint
+    value = b"\x1a" + bytes([len(numbers)]) + numbers
+    entry = b"\x0a\x05label\x12" + bytes([len(value)]) + value
+    assert export._example(b"png", label).endswith(b"\x0a" + bytes([len(entry)]) + entry)
+
+
+def test_failure_leaves_nothing(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(export.FORMS, "png", fail)
+    with pytest.raises(SystemExit):
+        export.main(["--run", str(run), "--to", "png", "--out", str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_an_empty_target_is_taken(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / "out") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["images.npz"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "jpg"], "--to: unknown form 'jpg'; allowed: png, npz, tfds, huggingface"),
+        (["--to", "npz", "--size", "big"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found 'big'"),
+        (["--to", "npz", "--size", "0"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found '0'"),
+        (["--to", "npz", "--size", "9000x2"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH"),
+        (["--to", "npz", "--run", "absent"], "absent: no distilled set here"),
+        (["--to", "npz", "--out", "absent/out"], "--out: no such directory: absent"),
+    ],
+)
+def test_bad_argument_is_one_line(run, tmp_path, capsys, arguments, message):
+    code = start(export, "--run", run, "--out", tmp_path / "out", *arguments)
+    assert message in refused(capsys, code)
+    assert not (tmp_path / "out").exists()
+
+
+def test_target_that_holds_something_is_left_alone(run, tmp_path, capsys):
+    code = start(export, "--run", run, "--to", "png", "--out", run)
+    assert f"--out: {run} is not empty; expected an absent or empty directory" in refused(capsys, code)
+    assert [path.name for path in run.iterdir()] == ["export"]
+    (tmp_path / "file").write_text("")
+    code = start(export, "--run", run, "--to", "png", "--out", tmp_path / "file")
+    assert f"--out: {tmp_path / 'file'} is a file; expected an absent or empty directory" in refused(capsys, code)
+
+
+@pytest.mark.parametrize(
+    ("to", "made", "message"),
+    [
+        ("png", pixel_set(shape=(5, 4, 2)), "a PNG has 1 or 3 channels, the images have 2; expected npz"),
+        ("tfds", pixel_set(names=("a b", "a  b")), "tfds needs classes of different names, and two of the set's are"),
+    ],
+)
+def test_set_that_a_form_cannot_hold_is_refused(tmp_path, capsys, to, made, message):
+    made.save(tmp_path / "set")
+    assert message in refused(capsys, start(export, "--run", tmp_path / "set", "--to", to, "--out", tmp_path / "out"))
+
+
+def test_nan_is_no_colour(tmp_path, capsys):
+    made = pixel_set()
+    params = {"images": made.params["images"].at[1, 0, 0, 0].set(jnp.nan)}
+    SynSet(made.codec, params, made.bytes_per_class, NAMES).save(tmp_path / "set")
+    code = start(export, "--run", tmp_path / "set", "--to", "png", "--out", tmp_path / "out")
+    assert "1 of 6 images hold NaN, which a PNG cannot; expected npz" in refused(capsys, code)
+
+
+def test_tfds_without_array_record_says_what_to_install(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
+    code = start(export, "--run", run, "--to", "tfds", "--out", tmp_path / "out")
+    assert "--to: tfds needs array_record: pip install gsdd_jax[data]" in refused(capsys, code)
+
+
+# The authors' files
+
+
+class Tensor:
+    """Stands for one of PyTorch: what the importer asks of it."""
+
+    def __init__(self, array):
+        self.array = np.asarray(array)
+
+    def detach(self):
+        return self
+
+    def float(self):
+        return Tensor(self.array.astype(np.float32))
+
+    cpu = detach
+
+    def numpy(self):
+        return self.array
+
+    def __float__(self):
+        return float(self.array)
+
+
+def state(n=4, m=3, **changes) -> dict[str, Tensor]:
+    """A state dict as the authors' code writes it: images one behind the other."""
+    rng = np.random.default_rng(1)
+    arrays = {
+        "params.xy": rng.uniform(-1, 1, (n * m, 2)),
+        "params.cholesky": rng.uniform(0, 1, (n * m, 3)),
+        "params.features": rng.uniform(0, 1, (n * m, 3)),
+        "_opacity": np.ones((n * m, 1)),
+        "num_points_per_image": np.full(n, m, np.int64),
+        "background": np.ones((n, 3)),
+        "cholesky_bound": np.array([[0.5, 0, 0.5]]),
+    }
+    return {name: Tensor(array) for name, array in (arrays | changes).items() if array is not None}
+
+
+@pytest.fixture
+def load_as(monkeypatch, tmp_path):
+    """Stands for PyTorch, which the tests do not need: what its ``load`` will return or raise."""
+
+    def install(content):
+        def load(file, *, map_location, weights_only):
+            assert map_location == "cpu" and weights_only is True
+            if isinstance(content, Exception):
+                raise content
+            return content
+
+        torch = types.ModuleType("torch")
+        torch.load = load
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        (tmp_path / "model.pth").write_bytes(b"")
+        return tmp_path / "model.pth"
+
+    return install
+
+
+def bring_in(file, out, *arguments) -> int:
+    return start(import_gsdd, "--file", file, "--out", out, "--size", 8, "--classes", "a", "b", *arguments)
+
+
+@pytest.mark.parametrize("as_checkpoint", [False, True])
+def test_gaussians_of_the_authors_keep_their_numbers_and_their_order(load_as, tmp_path, capsys, as_checkpoint):
+    tensors = state()
+    file = load_as({"model": tensors, "syn_lr": Tensor(0.125)} if as_checkpoint else tensors)
+    assert bring_in(file, tmp_path / "set", "--dtype", "float32") == 0
+    assert "4 images of 3 Gaussians, 432 bytes" in capsys.readouterr().out
+    found = gsdd_jax.load(tmp_path / "set")
+    assert (found.codec.images_per_class, found.class_names, found.bytes_per_class) == (2, ("a", "b"), 216)
+    assert found.meta == {"source": "released GSDD code"} | ({"syn_lr": 0.125} if as_checkpoint else {})
+    for leaf, name in (("mean", "params.xy"), ("cholesky", "params.cholesky"), ("color", "params.features")):
+        theirs = np.float32(tensors[name].array).reshape(4, 3, -1)
+        np.testing.assert_array_equal(getattr(found.params, leaf), theirs)
+    assert found.params.size == (8, 8) and float(found.params.opacity.min()) == 1
+
+
+def test_imported_image_is_the_sum_that_the_authors_code_draws(load_as, tmp_path):
+    # One Gaussian per image, at whose centre a sample of 1 x 1 lies: xy 0 at 9 px is the centre of pixel 4.
+    tensors = state(n=2, m=1, **{"params.xy": np.zeros((2, 2)), "params.opacity": np.array([[0.5], [1.0]])})
+    file = load_as(tensors)
+    assert start(import_gsdd, "--file", file, "--out", tmp_path / "set", "--size", 9, "--classes", "a", "b") == 0
+    found = gsdd_jax.load(tmp_path / "set").params
+    images = render(found, supersample=1)
+    theirs = np.float32(tensors["params.features"].array) * np.array([[0.5], [1.0]])
+    np.testing.assert_allclose(images[:, 4, 4], theirs, atol=4e-3)
+    # One pixel to the right: exp(-1/2 v) with v the xx entry of (L L^T + 1/12)^-1, L as stored in bfloat16.
+    l11, l21, l22 = (np.asarray(found.cholesky, np.float64)[:, 0] + [0.5, 0, 0.5]).T
+    xx, xy, yy = l11**2 + 1 / 12, l11 * l21, l21**2 + l22**2 + 1 / 12
+    drop = np.exp(-0.5 * yy / (xx * yy - xy**2))
+    np.testing.assert_allclose(images[:, 4, 5], np.asarray(images[:, 4, 4]) * drop[:, None], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.UnpicklingError("Weights only load failed"), "is no file of tensors alone (UnpicklingError); a check"),
+        ([], "--file: expected a dict of tensors, found list"),
+        ({"images": Tensor(0.0)}, "--file: expected Gaussians, found images, whose whitening the file does not hold"),
+        ({}, "--file: params.xy is missing; found no tensors"),
+        (state(num_points_per_image=None), "num_points_per_image is missing; found _opacity, background, cholesky_b"),
+        (state(num_points_per_image=[3, 3, 3, 4]), "num_points_per_image: expected equally many Gaussians for each"),
+        (state(cholesky_bound=[0.5, 0, 1]), "cholesky_bound: expected (0.5, 0.0, 0.5), found [0.5, 0.0, 1.0]"),
+        (state(**{"params.xy": np.zeros((12, 3))}), "params.xy: expected shape [12, 2], found [12, 3]"),
+        (state(**{"params.features": np.zeros(12)}), "params.features: expected shape [12, 3], found [12]"),
+        (state(_opacity=np.ones(3)), "opacity: expected 12 numbers, found 3"),
+        (state(**{"params.xy": np.full((12, 2), np.nan)}), "expected finite numbers, found NaN or infinity"),
+        (state(n=3), "--classes: 3 images are not equally many for each of 2 classes"),
+    ],
+)
+def test_file_that_does_not_match_is_refused(load_as, tmp_path, capsys, content, message):
+    file = load_as(content)
+    assert message in refused(capsys, bring_in(file, tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "0"], "--size: expected a side from 1 to 8192 pixels, found 0"),
+        (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16; found 'int8'"),
+        (["--file", "absent"], "--file: no such file: absent"),
+    ],
+)
+def test_bad_argument_of_the_import_is_one_line(load_as, tmp_path, capsys, arguments, message):
+    assert message in refused(capsys, bring_in(load_as({}), tmp_path / "set", *arguments))
+
+
+def test_import_without_pytorch_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code = bring_in(tmp_path / "model.pth", tmp_path / "set")
+    assert "--file: reading it needs PyTorch: pip install gsdd_jax[torch]" in refused(capsys, code)

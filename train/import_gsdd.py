@@ -1,0 +1,169 @@
+"""Turn Gaussians of the authors' code into a distilled set: ``python -m train.import_gsdd --file model_final.pth ...``.
+
+    python -m train.import_gsdd --file model_final.pth --size 32 --classes airplane automobile ... --out DIR
+
+Only tensors are read (``torch.load(weights_only=True)``). Of the two kinds of files that the released code writes, the
+``.pth`` of its initialisation is such a file, a state dict. The ``GSDD_TM_*.pt`` of its distillation is not: there
+``model`` is a pickled module, and reading it runs what it names. Where you trust such a file, make the other kind with
+the authors' code::
+
+    checkpoint = torch.load(file, weights_only=False)
+    torch.save({"model": checkpoint["model"].state_dict(), "syn_lr": checkpoint["syn_lr"]}, "tensors.pt")
+
+Read of the state dict, as the code's ``GaussianImage_Cholesky_Batch`` names them: ``params.xy`` ``[n m, 2]``,
+``params.cholesky`` ``[n m, 3]``, ``params.features`` ``[n m, c]``, opacities ``[n m, 1]`` as ``params.opacity`` or
+``_opacity``, the images one behind the other and of equally many Gaussians, class by class, as ``num_points_per_image``
+says. Units are those of `gsdd_jax.Gaussians`: positions in [-1,1], raw entries of L to which (0.5, 0, 0.5) is added, in
+pixels of the size that ``--size`` names, since the file does not. Whatever does not match is refused.
+
+The numbers are kept; the images are not quite those of the authors' renderer, which clamps ``opacity * g`` at 1, drops
+it under 1/255 and draws at most 256 Gaussians per tile. Checkpoints of images (``images``, ``syn_lr``) are whitened
+with a matrix that they do not hold, and are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gsdd_jax import Gaussians, SynSet, codecs, exchange, storage
+from gsdd_jax.gaussians import CHOLESKY_SHIFT
+from train.errors import UserError, exit_cleanly
+from train.export import check_target, write_beside
+
+# Leaf, columns; 0 = as many as the images have channels.
+LEAVES = {"xy": 2, "cholesky": 3, "features": 0}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    with exit_cleanly(debug=args.debug or None):
+        if not 1 <= args.size <= exchange.SIDE:
+            raise UserError(f"--size: expected a side from 1 to {exchange.SIDE} pixels, found {args.size}")
+        if args.dtype not in storage.ITEMSIZE:
+            raise UserError(f"--dtype: expected one of {', '.join(storage.ITEMSIZE)}; found {args.dtype!r}")
+        out = Path(args.out)
+        check_target(out)
+        tensors, meta = read_tensors(Path(args.file))
+        made = synset_of(tensors, args.size, args.classes, args.dtype, meta)
+        write_beside(out, made.save)
+        spec = made.codec.spec
+        print(f"{out}: {made.codec.num_images} images of {spec.num_points} Gaussians, {made.nbytes} bytes")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.import_gsdd", description="Turn Gaussians of the authors' code into a distilled set."
+    )
+    parser.add_argument("--file", required=True, metavar="FILE", help="a state dict that torch.save wrote")
+    parser.add_argument("--size", required=True, type=int, metavar="SIDE", help="of the images, in pixels")
+    parser.add_argument("--classes", required=True, nargs="+", metavar="NAME", help="in the order of the labels")
+    parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="on disk: bfloat16 (default) or float32")
+    parser.add_argument("--out", required=True, metavar="DIR", help="what to make; absent or empty")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    return parser
+
+
+def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads a state dict, and what is worth recording beside it.
+
+    Raises:
+        UserError: There is no PyTorch or no file, or it is none of tensors alone.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("--file: reading it needs PyTorch: pip install gsdd_jax[torch]") from error
+    if not file.is_file():
+        raise UserError(f"--file: no such file: {file}")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # PyTorch raises whatever the damage leads to.
+        raise UserError(
+            f"--file: {file} is no file of tensors alone ({type(error).__name__}); a checkpoint with a pickled module "
+            "is not read, python -m pydoc train.import_gsdd says what to do"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"--file: expected a dict of tensors, found {type(content).__name__}")
+    if "images" in content:
+        raise UserError("--file: expected Gaussians, found images, whose whitening the file does not hold")
+    state = content["model"] if isinstance(content.get("model"), Mapping) else content
+    tensors = {str(key): _array(value) for key, value in state.items() if hasattr(value, "detach")}
+    syn_lr: Any = content.get("syn_lr")
+    return tensors, {"syn_lr": float(syn_lr)} if hasattr(syn_lr, "detach") else {}
+
+
+def _array(tensor: Any) -> np.ndarray:
+    # NumPy has no bfloat16.
+    return np.asarray(tensor.detach().float().cpu().numpy(), np.float32)
+
+
+def synset_of(
+    tensors: Mapping[str, np.ndarray], side: int, class_names: Sequence[str], dtype: str, meta: Mapping[str, Any]
+) -> SynSet:
+    """Makes a set of the authors' tensors.
+
+    Args:
+        tensors: Their state dict.
+        side: Of the images, in pixels.
+        class_names: In the order of the labels; each has equally many images.
+        dtype: On disk.
+        meta: Recorded with the set.
+
+    Raises:
+        UserError: The tensors are not as the module's docstring says.
+    """
+    leaves = {name: tensors.get(f"params.{name}") for name in LEAVES}
+    missing = [f"params.{name}" for name, leaf in leaves.items() if leaf is None]
+    counts = tensors.get("num_points_per_image")
+    missing += ["num_points_per_image"] if counts is None else []
+    if missing:
+        raise UserError(f"--file: {missing[0]} is missing; found {', '.join(sorted(tensors)[:20]) or 'no tensors'}")
+    xy, cholesky, features = (np.asarray(leaves[name]) for name in LEAVES)
+    counts = np.asarray(counts).reshape(-1)
+    if not len(counts) or (counts != counts[0]).any() or counts[0] < 1:
+        raise UserError("--file: num_points_per_image: expected equally many Gaussians for each image")
+    n, m = len(counts), int(counts[0])
+    shift = tensors.get("cholesky_bound", np.array(CHOLESKY_SHIFT))
+    if shift.size != 3 or not np.array_equal(shift.reshape(-1), np.array(CHOLESKY_SHIFT, np.float32)):
+        raise UserError(f"--file: cholesky_bound: expected {CHOLESKY_SHIFT}, found {shift.reshape(-1).tolist()[:3]}")
+    for name, leaf in (("xy", xy), ("cholesky", cholesky), ("features", features)):
+        columns = LEAVES[name] or (leaf.shape[1] if leaf.ndim == 2 else 3)
+        if leaf.shape != (n * m, columns):
+            raise UserError(f"--file: params.{name}: expected shape {[n * m, columns]}, found {list(leaf.shape)}")
+    opacity = tensors.get("params.opacity", tensors.get("_opacity", np.ones((n * m, 1), np.float32)))
+    if opacity.size != n * m:
+        raise UserError(f"--file: opacity: expected {n * m} numbers, found {opacity.size}")
+    if not all(np.isfinite(leaf).all() for leaf in (xy, cholesky, features, opacity)):
+        raise UserError("--file: expected finite numbers, found NaN or infinity")
+    k, c = len(class_names), features.shape[1]
+    if n % k:
+        raise UserError(f"--classes: {n} images are not equally many for each of {k} classes")
+    codec = codecs.make(
+        codecs.GaussianSpec(gpc=n // k, num_points=m, dtype=dtype),  # type: ignore[arg-type]
+        image_shape=(side, side, c),
+        num_classes=k,
+        bytes_per_class=(budget := n // k * m * storage.gaussian_numbers(c) * storage.ITEMSIZE[dtype]),
+    )
+    masters = Gaussians(
+        jnp.asarray(xy.reshape(n, m, 2)),
+        jnp.asarray(cholesky.reshape(n, m, 3)),
+        jnp.asarray(features.reshape(n, m, c)),
+        jnp.asarray(opacity.reshape(n, m)),
+        size=(side, side),
+    )
+    params = codec.loaded(codec.stored(masters))
+    return SynSet(codec, params, budget, tuple(class_names), {"source": "released GSDD code", **meta})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
