@@ -27,6 +27,8 @@ MANIFEST = "manifest.json"
 # Where a run directory keeps its exported set.
 EXPORT = "export"
 
+Place = str | Path
+
 
 @dataclasses.dataclass(frozen=True)
 class SynSet:
@@ -59,6 +61,11 @@ class SynSet:
     def labels(self) -> np.ndarray:
         """Labels ``[n]`` int32; image ``i`` has label ``i // images_per_class``."""
         return np.repeat(np.arange(self.codec.num_classes, dtype=np.int32), self.codec.images_per_class)
+
+    @property
+    def parts(self) -> tuple[SynSet, ...]:
+        """The sets that it consists of: itself; see `gsdd_jax.merged.MergedSet`."""
+        return (self,)
 
     @property
     def nbytes(self) -> int:
@@ -115,13 +122,7 @@ def load(path: str | Path) -> SynSet:
         FileNotFoundError: There is no manifest.
         ValueError: The files are damaged, do not belong together, or come from a newer format.
     """
-    folder = Path(path)
-    if not (folder / MANIFEST).exists() and (folder / EXPORT / MANIFEST).exists():
-        folder = folder / EXPORT
-    if not (folder / MANIFEST).exists():
-        raise FileNotFoundError(
-            f"{folder}: no distilled set here (expected {MANIFEST}, or {EXPORT}/{MANIFEST} of a run)"
-        )
+    folder = folder_of(path)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         found = manifest["format"]
@@ -164,3 +165,30 @@ def _check_arrays(path: Path, written: dict[str, jax.Array], codec: codecs.Codec
     for name in sorted(want.keys() | have.keys()):
         if want.get(name) != have.get(name):
             raise ValueError(f"{path}: {name}: expected {want.get(name, 'nothing')}, found {have.get(name, 'nothing')}")
+
+
+def folder_of(path: Place) -> Path:
+    """Returns the folder with the manifest of a set: the path itself, or the export of a run directory.
+
+    Raises:
+        FileNotFoundError: There is no manifest.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).exists() and (folder / EXPORT / MANIFEST).exists():
+        folder = folder / EXPORT
+    if not (folder / MANIFEST).exists():
+        raise FileNotFoundError(
+            f"{folder}: no distilled set here (expected {MANIFEST}, or {EXPORT}/{MANIFEST} of a run)"
+        )
+    return folder
+
+
+def replace_manifest(path: Place, manifest: dict[str, Any]) -> int:
+    """Replaces the manifest of a folder at once, so that it is the old one or the new one; returns its bytes."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=1)
+    fresh = folder / (MANIFEST + ".new")
+    fresh.write_text(text)
+    fresh.replace(folder / MANIFEST)
+    return len(text.encode())

@@ -29,6 +29,7 @@ def evaluate_stage(
     progress: Progress,
     seeds: Sequence[int] = (),
     lr: float | None = None,
+    labels: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Trains fresh networks on an arm's images and tests them; finished networks are kept in evaluation.json.
 
@@ -41,6 +42,7 @@ def evaluate_stage(
         progress: Progress bars.
         seeds: Of the networks; 0, 1, ... as config.evaluate says if empty.
         lr: Learning rate in place of that of config.evaluate.
+        labels: ``[n]`` of the images; None where every class has equally many.
 
     Returns:
         ``{"mean", "std", "n", "seeds", "accuracies", "seconds", "images", "steps", "lr"}``.
@@ -62,7 +64,7 @@ def evaluate_stage(
     with progress.phase(f"test {arm}", total=len(seeds), done=len(seeds) - len(left)) as bar:
         for group in (left[i : i + together] for i in range(0, len(left), together)):
             began = time.perf_counter()
-            training = _training_set(experiment, arm, images, group[0])
+            training = _training_set(experiment, arm, images, labels, group[0])
             accuracies = evaluate.evaluate(
                 jnp.stack([experiment.key("evaluate", seed) for seed in group]),
                 *training,
@@ -98,7 +100,9 @@ def evaluate_stage(
     }
 
 
-def _training_set(experiment: Experiment, arm: str, images: jax.Array | None, seed: int) -> tuple[jax.Array, jax.Array]:
+def _training_set(
+    experiment: Experiment, arm: str, images: jax.Array | None, labels: np.ndarray | None, seed: int
+) -> tuple[jax.Array, jax.Array]:
     """Returns images and labels that a network is trained on."""
     config, dataset = experiment.config, experiment.dataset
     if arm == "full_data":
@@ -112,6 +116,8 @@ def _training_set(experiment: Experiment, arm: str, images: jax.Array | None, se
         )
         images = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
     assert images is not None
+    if labels is not None:
+        return images, jnp.asarray(labels)
     return images, jnp.repeat(jnp.arange(dataset.num_classes, dtype=jnp.int32), len(images) // dataset.num_classes)
 
 

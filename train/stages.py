@@ -5,6 +5,7 @@ Each continues where its last checkpoint stands and returns when it is done.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -82,11 +83,13 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
         network=config.network,
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes,
-        dataset=dataset.fingerprint(),
+        dataset=experiment.data_identity(),
         whiten=config.whiten,
         augment=config.augment,
     )
-    wanted: dict[str, Any] = {"origin": origin, "spec": config.experts, "objective": config.objective}
+    # Subtasks start their experts from different weights.
+    spec = dataclasses.replace(config.experts, seed=(config.experts.seed + (config.subtask << 16)) % 2**32)
+    wanted: dict[str, Any] = {"origin": origin, "spec": spec, "objective": config.objective}
     try:
         return Experts.open(folder, **wanted)
     except (FileNotFoundError, IncompleteError) as error:
@@ -208,7 +211,7 @@ def _batches(
     config, dataset = experiment.config, experiment.dataset
     if isinstance(config.objective, TrajectorySpec):
         assert experts is not None
-        segments = prefetch(Segments(experts, config.objective, seed=config.seed), first)
+        segments = prefetch(Segments(experts, config.objective, seed=experiment.host_seed), first)
         try:
             for _, (start, target) in segments:
                 yield distill.ExpertBatch(jnp.asarray(start), jnp.asarray(target), experiment.whitening)
@@ -225,7 +228,7 @@ def _batches(
         dataset.train_labels,
         num_classes=dataset.num_classes,
         batch=config.objective.batch_real,
-        seed=config.seed,
+        seed=experiment.host_seed,
     )
     stream = prefetch(sampler, first)
     try:
