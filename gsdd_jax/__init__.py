@@ -6,7 +6,7 @@ real / synthetic images; *syn_lr*, the learned step size of a student.
 
 Dimension letters: ``n`` images, ``m`` Gaussians per image, ``h w c`` pixels, ``k`` classes, ``t`` inner steps, ``p``
 flat weights. Images are ``[n, h, w, c]`` float32 around [0,1]; image ``i`` of a distilled set has label ``i //
-images_per_class``.
+images_per_class``, unless the set is a merged one, whose parts may hold more and fewer.
 """
 
 from importlib.util import find_spec
@@ -14,7 +14,8 @@ from importlib.util import find_spec
 # Without JAX a distilled set can still be read: `decode_numpy` and `torch_dataset` need NumPy alone.
 if find_spec("jax") is not None:
     from gsdd_jax.gaussians import Gaussians
+    from gsdd_jax.merged import MergedSet, load
     from gsdd_jax.render import render
-    from gsdd_jax.synset import SynSet, load
+    from gsdd_jax.synset import SynSet
 
-__all__ = ["Gaussians", "SynSet", "load", "render"]
+__all__ = ["Gaussians", "MergedSet", "SynSet", "load", "render"]

@@ -93,6 +93,11 @@ class SynSet:
         return None if self.soft is None else self.soft.probabilities()
 
     @property
+    def parts(self) -> tuple[SynSet, ...]:
+        """The sets that it consists of: itself; see `gsdd_jax.merged.MergedSet`."""
+        return (self,)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all stored arrays, soft labels included."""
         return self.codec.nbytes(self.params) + (0 if self.soft is None else self.soft.nbytes)
@@ -184,7 +189,7 @@ def load(path: Location) -> SynSet:
 
     manifest, codec, written = read(path, _codec, bfloat16=lambda bits: bits.view(jnp.bfloat16))
     soft, entry = None, manifest.labels
-    with _naming(_folder(path) / ARRAYS):
+    with _naming(folder_of(path) / ARRAYS):
         if entry is not None:
             rows = {name: written.pop(name) for name in entry.arrays(manifest.num_images, manifest.num_classes)}
             exchange.soft_labels(rows, entry, manifest.num_classes)
@@ -217,7 +222,7 @@ def read(
         FileNotFoundError: There is no manifest, or no file of arrays.
         ValueError: The files are damaged, do not belong together, or come from a newer format.
     """
-    folder = _folder(path)
+    folder = folder_of(path)
     names, arrays = folder / MANIFEST, folder / ARRAYS
     with _opened(names) as (file, _), _naming(names):
         manifest = _manifest(file.read(exchange.MANIFEST_BYTES + 1))
@@ -247,7 +252,12 @@ def expected_arrays(decoder: _Decoder, manifest: Manifest) -> dict[str, Array]:
     return {name: Array(str(leaf.dtype), tuple(leaf.shape)) for name, leaf in decoder.layout().items()} | labels
 
 
-def _folder(path: Location) -> Path:
+def folder_of(path: Location) -> Path:
+    """Returns the folder with the manifest of a set: the path itself, or the export of a run directory.
+
+    Raises:
+        FileNotFoundError: There is no manifest.
+    """
     folder = Path(path)
     if not (folder / MANIFEST).exists() and (folder / EXPORT / MANIFEST).exists():
         folder = folder / EXPORT
@@ -329,3 +339,14 @@ def _check_sparse(codec: codecs.Codec, written: dict[str, np.ndarray]) -> None:
     allowed = max(UNPACKED, UNPACKED_PER_BYTE * sum(array.nbytes for array in written.values()))
     if unpacked > allowed:
         raise ValueError(f"values: expected at most {allowed} bytes of coefficients, zeros included, found {unpacked}")
+
+
+def replace_manifest(path: Location, manifest: dict[str, Any]) -> int:
+    """Replaces the manifest of a folder at once, so that it is the old one or the new one; returns its bytes."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=1)
+    fresh = folder / (MANIFEST + ".new")
+    fresh.write_text(text)
+    fresh.replace(folder / MANIFEST)
+    return len(text.encode())

@@ -20,6 +20,7 @@ import numpy as np
 from gsdd_jax import data, evaluate, nets, recipes, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.evaluate import EvalSpec
+from gsdd_jax.merged import MergedSet
 from gsdd_jax.synset import SynSet
 from train import config as configs
 from train import experiment as experiments
@@ -38,7 +39,7 @@ class Request(NamedTuple):
     """What is asked for, checked against the run as far as that goes without data."""
 
     run: Path
-    synset: SynSet
+    synset: SynSet | MergedSet
     config: configs.RunConfig
     # Name of the network that the set was made with.
     maker: str
@@ -51,7 +52,7 @@ class Request(NamedTuple):
 
     def key(self, purpose: str, index: int) -> jax.Array:
         """Returns the random key of a purpose: the run's own for its seeds."""
-        return jax.random.fold_in(experiments.key_of(self.config.seed, purpose), index)
+        return experiments.run_key(self.config, purpose, index)
 
     def settings(self, name: str, spec: EvalSpec, augment: DsaSpec) -> dict[str, Any]:
         """Returns all that an entry's numbers depend on, beside the set and the data, as flat plain values."""
@@ -99,7 +100,8 @@ def set_up(request: Request) -> Bench:
     synset, spec = request.synset, request.config.data
     if request.resolution:
         spec = dataclasses.replace(spec, resolution=request.resolution)
-    dataset = data.load(spec)
+    every = data.load(spec)
+    dataset = experiments.own_classes(request.config, every)
     images = synset.images(request.size)
     if images.shape[1:] != dataset.image_shape:
         raise UserError(
@@ -112,7 +114,7 @@ def set_up(request: Request) -> Bench:
             f"{_shown(dataset.class_names)}; expected the same ones in the same order"
         )
     test = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-    whitening = whiten.fit(request.config.whiten, dataset.train_images)
+    whitening = whiten.fit(request.config.whiten, every.train_images)
     soft = synset.soft_labels
     return Bench(dataset, whitening, images, jnp.asarray(synset.labels) if soft is None else soft, test)
 
@@ -173,19 +175,21 @@ class Results:
 def head(request: Request, bench: Bench) -> dict[str, Any]:
     """Returns the head of a file of results."""
     synset = request.synset
-    digest = hashlib.sha256(repr((synset.codec.spec, synset.codec.image_shape)).encode())
-    arrays = synset.codec.stored(synset.params), None if synset.soft is None else synset.soft.arrays
-    for leaf in jax.tree.leaves(arrays):
-        digest.update(np.asarray(leaf).tobytes())
+    digest = hashlib.sha256()
+    for part in synset.parts:
+        digest.update(repr((part.codec.spec, part.codec.image_shape)).encode())
+        arrays = part.codec.stored(part.params), None if part.soft is None else part.soft.arrays
+        for leaf in jax.tree.leaves(arrays):
+            digest.update(np.asarray(leaf).tobytes())
     return {
         "run": str(request.run),
-        "codec": synset.codec.name,
+        "codec": synset.parts[0].codec.name,
         "dataset": bench.dataset.name,
         "made_with": request.maker,
         "images": len(bench.images),
-        "native_size": list(synset.codec.image_shape[:2]),
+        "native_size": list(synset.parts[0].codec.image_shape[:2]),
         "size": list(bench.images.shape[1:3]),
-        "bytes_per_class": synset.nbytes / synset.codec.num_classes,
+        "bytes_per_class": synset.nbytes / len(synset.class_names),
         "set_sha256": digest.hexdigest(),
         "data_sha256": bench.dataset.fingerprint(),
         "environment": environment(),

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ipc = ipc if storage.budget_bytes(ipc, dataset.image_shape) == budget else math.nextafter(ipc, math.inf)
             config = dataclasses.replace(config, ipc=ipc)
         compared = hold_out(dataset)
-        found = candidates(config, compared, args.bits, args.points)
+        found = candidates(config, experiments.own_classes(config, compared), args.bits, args.points)
         out = Path(args.out) if args.out else Path("runs") / f"{config.name}-budget"
         result = search(config, compared, found, keep=args.keep, out=out, progress=Progress(quiet=args.quiet))
         print((out / "frontier.md").read_text())
@@ -206,7 +206,7 @@ def search(
         "objective": config.objective.name,
         "iterations": config.distill.iterations,
         "bytes_per_class": storage.budget_bytes(config.ipc, dataset.image_shape),
-        "held_out": len(dataset.test_labels),
+        "held_out": len(experiments.own_classes(config, dataset).test_labels),
         "evaluate": dataclasses.asdict(config.evaluate),
         "rows": rows,
         "proposal": [f"ipc={config.ipc!r}", *found[winner].overrides],

@@ -50,7 +50,9 @@ class DistillSpec:
 class ExpertsConfig(ExpertSpec):
     """The experts of trajectory matching: how they are trained, where they are kept."""
 
-    path: Annotated[str, Doc("Folder of the experts, which runs may share; '' = experts in the run directory.")] = ""
+    path: Annotated[
+        str, Doc("Folder of experts that runs may share, subtasks each in it; '' = experts in the run directory.")
+    ] = ""
     train: Annotated[bool, Doc("Train those that are missing; false = say with which command.")] = True
 
 
@@ -98,6 +100,10 @@ class RunConfig:
 
     name: Annotated[str, Doc("Name of the experiment, shown in reports.")]
     seed: Annotated[int, Ge(0), Doc("Root of every random key of the run.")] = 0
+    subtasks: Annotated[
+        int, Ge(1), Doc("Independent runs that the classes are split into, to be merged with train.merge.")
+    ] = 1
+    subtask: Annotated[int, Ge(0), Doc("Which of them this run is, from 0; each has a block of the classes.")] = 0
     ipc: Annotated[float, Gt(0), Doc("Budget per class, counted in fp32 pixel images of the dataset's size.")]
     whiten: Annotated[
         Literal["zca", "meanstd", "none"], Doc("Normalisation of real and synthetic images before any network.")
@@ -116,6 +122,17 @@ class RunConfig:
     distill: DistillSpec
     evaluate: EvaluateConfig = EvaluateConfig()
     baselines: BaselineSpec = BaselineSpec()
+
+    def __post_init__(self) -> None:
+        """Checks what no single field can say.
+
+        Raises:
+            ValueError: There is no such subtask.
+        """
+        if self.subtask >= self.subtasks:
+            raise ValueError(
+                f"subtask: expected a number below {self.subtasks}, the number of subtasks; found {self.subtask}"
+            )
 
 
 def defaults(spec: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import codecs, distill, fit, labels, storage, synset, whiten
+from gsdd_jax import codecs, distill, fit, labels, storage, synset
 from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.match import TrajectorySpec
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="experiment, such as configs/digits.yaml")
     parser.add_argument(
-        "--out", metavar="DIR", help="run directory (default: runs/NAME); an interrupted run is continued"
+        "--out",
+        metavar="DIR",
+        help="run directory (default: runs/NAME, runs/NAME/subtaskI); an interrupted run is continued",
     )
     parser.add_argument("--smoke", action="store_true", help="shrink the run by the config's smoke block")
     parser.add_argument(
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print(plan(experiment))
             return 0
-        out = Path(args.out) if args.out else Path("runs") / config.name
+        out = Path(args.out) if args.out else experiments.run_path(config)
         result = run(experiment, out, Progress(quiet=args.quiet))
         print((out / "table.md").read_text())
         print(f"{out / 'report.html'}  ({result['seconds']:.0f} s)")
@@ -123,7 +125,7 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
             images["fit_only"] = fitted_images
         experts = None
         if isinstance(config.objective, TrajectorySpec):
-            folder = Path(config.experts.path or rundir.path / "experts")
+            folder = experiments.expert_path(config, rundir.path)
             experts = stages.expert_stage(experiment, folder, progress=progress)
         label = labelling.label_stage(experiment, experts=experts, run=rundir, progress=progress)
         arm = functools.partial(_distilled, experiment, experts=experts, label=label, run=rundir, progress=progress)
@@ -178,7 +180,7 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
             run=rundir,
             pixel=pixel,
             fit_psnr=_fit_psnr(experiment, fitted_images, targets),
-            agreement=None if written.soft is None else labelling.agreement(written.soft),
+            agreement=None if distilled.soft is None else labelling.agreement(distilled.soft),
         )
         write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
@@ -266,20 +268,29 @@ def ellipse_picture(codec: codecs.Codec, g: Gaussians, class_names: Sequence[str
 
 def _meta(experiment: Experiment, environment: dict[str, Any]) -> dict[str, Any]:
     """Metadata of the exported set: where it comes from, and the normalisation that networks expect."""
-    dataset, spec = experiment.dataset, experiment.config.labels
-    channels = whiten.fit("meanstd", dataset.train_images)
-    assert isinstance(channels, whiten.MeanStd)
-    return {
-        "name": experiment.config.name,
+    config, dataset, whole = experiment.config, experiment.dataset, experiment.whole
+    channels = experiments.channel_statistics(dataset) if whole is None else whole.channels
+    meta = {
+        "name": config.name,
         "dataset": dataset.name,
-        "objective": experiment.config.objective.name,
-        "whiten": experiment.config.whiten,
+        "objective": config.objective.name,
+        "whiten": config.whiten,
         "channel_mean": np.asarray(channels.mean).tolist(),
         "channel_std": np.asarray(channels.std).tolist(),
         "versions": environment["versions"],
         "commit": environment["commit"],
-        **({"labels": dataclasses.asdict(spec)} if spec.kind == "soft" else {}),
+        **({"labels": dataclasses.asdict(config.labels)} if config.labels.kind == "soft" else {}),
     }
+    if whole is not None:
+        # What train.merge has to know beyond the config, whose codec section is a resolved one.
+        meta["subtask"] = {
+            "subtasks": config.subtasks,
+            "subtask": config.subtask,
+            "classes": list(whole.classes),
+            "dataset_sha256": whole.fingerprint,
+            "codec": dataclasses.asdict(config.codec),
+        }
+    return meta
 
 
 def plan(experiment: Experiment) -> str:

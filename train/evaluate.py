@@ -64,11 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_arguments(args, named)
         request = _request(args, named, overrides)
         # Whatever does not fit is found before data are read.
+        channels, classes = request.synset.parts[0].codec.image_shape[2], len(request.synset.class_names)
         networks = {
-            name: nets.build(
-                spec, (*request.size, request.synset.codec.image_shape[2]), request.synset.codec.num_classes
-            )
-            for name, spec in request.networks.items()
+            name: nets.build(spec, (*request.size, channels), classes) for name, spec in request.networks.items()
         }
         bench = set_up(request)
         results = Results(Path(args.out) if args.out else None, head(request, bench))
@@ -141,7 +139,7 @@ def _request(args: argparse.Namespace, named: list[str], overrides: list[str]) -
     file = run / "config.yaml"
     if not file.exists():
         raise UserError(f"{run} holds an exported set but no config.yaml, which says how to train on it")
-    size, resolution = synset.codec.image_shape[:2], 0
+    size, resolution = synset.parts[0].codec.image_shape[:2], 0
     if args.resolution:
         resolution = _side(args.resolution)
         size = (resolution, resolution)

@@ -29,7 +29,7 @@ def evaluate_stage(
     *,
     run: RunDir,
     progress: Progress,
-    labels: jax.Array | None = None,
+    labels: jax.Array | np.ndarray | None = None,
     seeds: Sequence[int] = (),
     lr: float | None = None,
 ) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def evaluate_stage(
         images: ``[n, h, w, c]`` class-major images in [0,1], for the other arms.
         run: Run directory.
         progress: Progress bars.
-        labels: Soft labels ``[n, k]`` of the images; by default they are hard.
+        labels: Of the images: soft ones ``[n, k]``, or ``[n]``; None where the order says all, as many of each class.
         seeds: Of the networks; 0, 1, ... as config.evaluate says if empty.
         lr: Learning rate in place of that of config.evaluate.
 
@@ -107,7 +107,7 @@ def evaluate_stage(
 
 
 def _training_set(
-    experiment: Experiment, arm: str, images: jax.Array | None, labels: jax.Array | None, seed: int
+    experiment: Experiment, arm: str, images: jax.Array | None, labels: jax.Array | np.ndarray | None, seed: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns images and labels that a network is trained on."""
     config, dataset = experiment.config, experiment.dataset
@@ -123,7 +123,7 @@ def _training_set(
         images = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
     assert images is not None
     if labels is not None:
-        return images, labels
+        return images, jnp.asarray(labels)
     return images, jnp.repeat(jnp.arange(dataset.num_classes, dtype=jnp.int32), len(images) // dataset.num_classes)
 
 

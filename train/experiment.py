@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +31,21 @@ PURPOSES = (
 NOISE = ("uniform", "xavier")
 
 
+class Whole(NamedTuple):
+    """What a subtask knows of the whole dataset, of which its own is a block of classes."""
+
+    fingerprint: str
+    # Of the block.
+    classes: range
+    channels: whiten.MeanStd
+
+
 class Experiment(NamedTuple):
-    """All that the stages of a run share; derived from the config and the data alone."""
+    """All that the stages of a run share; derived from the config and the data alone.
+
+    A subtask has the dataset of its classes, but the whitening of the whole training set, so that the parts of a merged
+    set live in one normalised space. `whole` is None where the run is no subtask.
+    """
 
     config: RunConfig
     dataset: data.Dataset
@@ -39,10 +53,28 @@ class Experiment(NamedTuple):
     codec: codecs.Codec
     network: nets.Network
     whitening: Any
+    whole: Whole | None = None
 
     def key(self, purpose: str, index: int = 0) -> jax.Array:
-        """Returns the random key of a purpose; keys of different purposes, seeds and indices are independent."""
-        return jax.random.fold_in(key_of(self.config.seed, purpose), index)
+        """Returns the random key of a purpose; those of other purposes, seeds, indices and subtasks are independent."""
+        return run_key(self.config, purpose, index)
+
+    @property
+    def host_seed(self) -> int:
+        """Seed of what the host draws; subtasks draw differently."""
+        return self.config.seed + (self.config.subtask << 32)
+
+    def data_identity(self) -> str:
+        """Returns what experts are bound to: the data that they saw, and those that the whitening was fitted to."""
+        if self.whole is None:
+            return self.dataset.fingerprint()
+        return f"{self.whole.fingerprint}[{self.whole.classes.start}:{self.whole.classes.stop}]"
+
+
+def run_key(config: RunConfig, purpose: str, index: int = 0) -> jax.Array:
+    """Returns the random key of a purpose in a run."""
+    key = jax.random.fold_in(key_of(config.seed, purpose), index)
+    return jax.random.fold_in(key, config.subtask) if config.subtasks > 1 else key
 
 
 def key_of(seed: int, purpose: str) -> jax.Array:
@@ -50,15 +82,52 @@ def key_of(seed: int, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 
+def run_path(config: RunConfig) -> Path:
+    """Returns the default run directory, one for each subtask."""
+    return _of_subtask(config, Path("runs") / config.name)
+
+
+def expert_path(config: RunConfig, run: Path) -> Path:
+    """Returns the folder of a run's experts: in its directory, or the shared one, where each subtask has its own."""
+    return _of_subtask(config, Path(config.experts.path)) if config.experts.path else run / "experts"
+
+
+def _of_subtask(config: RunConfig, path: Path) -> Path:
+    return path / f"subtask{config.subtask}" if config.subtasks > 1 else path
+
+
+def own_classes(config: RunConfig, dataset: data.Dataset) -> data.Dataset:
+    """Returns the part of a dataset that a run is about: a subtask's block of classes, or all of it.
+
+    Raises:
+        ConfigError: More subtasks than classes.
+    """
+    if config.subtasks == 1:
+        return dataset
+    return data.take_classes(dataset, _block(config, dataset))
+
+
+def _block(config: RunConfig, dataset: data.Dataset) -> range:
+    try:
+        return data.class_blocks(dataset.num_classes, config.subtasks)[config.subtask]
+    except ValueError as error:
+        raise ConfigError(f"{error} ({dataset.name})") from None
+
+
 def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experiment:
     """Reads the data, unless they are given, and builds the parts.
+
+    Args:
+        config: What to run.
+        dataset: All classes, also for a subtask.
 
     Raises:
         ConfigError: Settings that contradict each other or the data; the message names the key.
     """
     _check_start(config)
     _check_teacher(config)
-    dataset = data.load(config.data) if dataset is None else dataset
+    every = data.load(config.data) if dataset is None else dataset
+    dataset = own_classes(config, every)
     shape, classes = dataset.image_shape, dataset.num_classes
     available = storage.budget_bytes(config.ipc, shape)
     budget: dict[str, Any] = {"image_shape": shape, "num_classes": classes, "bytes_per_class": available}
@@ -77,8 +146,18 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
                 f"baselines.pixel_codec: {str(error).removeprefix('codec.ipc: ')}; "
                 f"raise ipc (found {config.ipc}) or set baselines.pixel=false"
             ) from error
-    whitening = whiten.fit(config.whiten, dataset.train_images)
-    return Experiment(config, dataset, available, codec, network, whitening)
+    whole = None
+    if config.subtasks > 1:
+        whole = Whole(every.fingerprint(), _block(config, every), channel_statistics(every))
+    whitening = whiten.fit(config.whiten, every.train_images)
+    return Experiment(config, dataset, available, codec, network, whitening, whole)
+
+
+def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:
+    """Returns mean and spread of every channel of the training images."""
+    channels = whiten.fit("meanstd", dataset.train_images)
+    assert isinstance(channels, whiten.MeanStd)
+    return channels
 
 
 def _count_field(spec: codecs.CodecSpec) -> str:

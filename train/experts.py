@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="experiment with objective.name=trajectory")
     parser.add_argument(
-        "--out", metavar="DIR", help="folder of the experts (default: experts.path, else runs/NAME/experts)"
+        "--out", metavar="DIR", help="folder of the experts (default: that of experts.path, else of the run)"
     )
     parser.add_argument("--smoke", action="store_true", help="shrink the experiment by the config's smoke block")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config: configs.RunConfig = configs.load(args.config, [*args.overrides, "experts.train=true"], smoke=args.smoke)
         if not isinstance(config.objective, TrajectorySpec):
             raise ConfigError(f"objective.name: experts are for trajectory, found {config.objective.name!r}")
-        folder = Path(args.out or config.experts.path or Path("runs") / config.name / "experts")
+        default = experiments.expert_path(config, experiments.run_path(config))
+        folder = Path(args.out) if args.out else default
         experts = stages.expert_stage(experiments.prepare(config), folder, progress=Progress(quiet=args.quiet))
         print(f"{folder}: {experts.count} experts, {experts.epochs} epochs, {experts.num_params} weights each")
     return 0

@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 import gsdd_jax
-from gsdd_jax import SynSet, exchange
+from gsdd_jax import MergedSet, SynSet, exchange
 from train.errors import UserError, exit_cleanly
 
 # In letters; file systems take 255 bytes, and a letter has at most four.
@@ -46,7 +46,7 @@ TFDS_NAME, TFDS_VERSION = "distilled", "1.0.0"
 class Export(NamedTuple):
     """What is written: a set, its images ``[n, h, w, c]``, and the same as 8-bit PNGs where they are needed."""
 
-    synset: SynSet
+    synset: SynSet | MergedSet
     images: np.ndarray
     pngs: list[bytes]
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_beside(out, lambda folder: FORMS[args.to](export, folder))
         h, w, c = images.shape[1:]
         told = f"{clipped} and stay so" if args.to == "npz" else f"{clipped} and were clipped"
-        print(f"{out}: {len(images)} images of {h}x{w}x{c} in {synset.codec.num_classes} classes; {told}")
+        print(f"{out}: {len(images)} images of {h}x{w}x{c} in {len(synset.class_names)} classes; {told}")
     return 0
 
 
@@ -290,12 +290,12 @@ def _card(export: Export) -> str:
     )
 
 
-def _sentence(synset: SynSet) -> str:
+def _sentence(synset: SynSet | MergedSet) -> str:
     """Says where a set comes from; what the set itself says about that is put in quotes, in one line."""
     dataset = synset.meta.get("dataset")
     source = f"from {json.dumps(dataset[:NAME_LENGTH])} " if isinstance(dataset, str) else ""
-    each = math.ceil(synset.nbytes / synset.codec.num_classes)
-    return f"Distilled {source}by gsdd_jax into {each} bytes per class (codec {synset.codec.name})."
+    each = math.ceil(synset.nbytes / len(synset.class_names))
+    return f"Distilled {source}by gsdd_jax into {each} bytes per class (codec {synset.parts[0].codec.name})."
 
 
 FORMS: dict[str, Callable[[Export, Path], None]] = {

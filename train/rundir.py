@@ -133,14 +133,11 @@ class RunDir:
             self._write_config(new)
             return False
         old = read_config(self.path)
-        before, now, later = _flatten(old), _flatten(new), _flatten(plain(defaults or {}))
-        keys = dict.fromkeys([*before, *now])
-        differing = [k for k in keys if not (k in before and k in now and _same(before[k], now[k]))]
-        unknown = [k for k in differing if k not in before and k in later and _same(later[k], now[k])]
-        known = [k for k in differing if k not in unknown]
+        differing, before, now, later = differences(old, new), *map(_flatten, (old, new, plain(defaults or {})))
+        known = [k for k in differing if not (k not in before and k in later and _same(later[k], now[k]))]
         refused = [k for k in known if not any(k == m or k.startswith(m + ".") for m in may_change)]
         if refused:
-            there = "; ".join(f"{k} is {_show(before, k)} there and {_show(now, k)} now" for k in refused)
+            there = "; ".join("{} is {} there and {} now".format(k, *differing[k]) for k in refused)
             free = f" (free to change: {', '.join(sorted(may_change))})" if may_change else ""
             raise UserError(
                 f"{self.path} holds a run with another config: {there}. "
@@ -225,6 +222,13 @@ class RunDir:
 def is_wall_clock(key: str) -> bool:
     """Tells whether a metric is a time or a speed, which no two runs share: "seconds", "*_seconds", "*_per_second"."""
     return key == "seconds" or key.endswith(("_seconds", "_per_second"))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Compares nested configs of plain values: dotted keys with another value, to both values in words."""
+    a, b = _flatten(before), _flatten(now)
+    keys = [k for k in dict.fromkeys([*a, *b]) if not (k in a and k in b and _same(a[k], b[k]))]
+    return {k: (_show(a, k), _show(b, k)) for k in keys}
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Each continues where its last checkpoint stands and returns when it is done.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -91,11 +92,13 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
         network=config.network,
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes,
-        dataset=dataset.fingerprint(),
+        dataset=experiment.data_identity(),
         whiten=config.whiten,
         augment=config.augment,
     )
-    wanted: dict[str, Any] = {"origin": origin, "spec": config.experts, "objective": config.objective}
+    # Subtasks start their experts from different weights.
+    spec = dataclasses.replace(config.experts, seed=(config.experts.seed + (config.subtask << 16)) % 2**32)
+    wanted: dict[str, Any] = {"origin": origin, "spec": spec, "objective": config.objective}
     try:
         return Experts.open(folder, **wanted)
     except (FileNotFoundError, IncompleteError) as error:
@@ -231,7 +234,7 @@ def _batches(
         assert experts is not None
         matched: Generator[Any, None, None] = _segments(experiment, experts, first)
     else:
-        matched = _real(experiment, held, config.objective.batch_real, first, seed=config.seed)
+        matched = _real(experiment, held, config.objective.batch_real, first, seed=experiment.host_seed)
     with contextlib.ExitStack() as open_streams:
         open_streams.callback(matched.close)
         if mmd.weight == 0:
@@ -239,13 +242,13 @@ def _batches(
                 yield next(matched)
             return
         # Draws apart from those of the objective, of which there may be fewer.
-        real = _real(experiment, held, mmd.samples, first, seed=config.seed + MMD_SEED)
+        real = _real(experiment, held, mmd.samples, first, seed=experiment.host_seed + MMD_SEED)
         open_streams.callback(real.close)
         for step in range(first, last):
             weights = None
             if mmd.features == "expert":
                 assert experts is not None and isinstance(config.objective, TrajectorySpec)
-                expert, _ = Segments(experts, config.objective, seed=config.seed).choice(step)[0]
+                expert, _ = Segments(experts, config.objective, seed=experiment.host_seed).choice(step)[0]
                 weights = jnp.asarray(experts.row(expert, config.objective.last_epoch))
             yield distill.MmdBatch(next(matched), next(real), weights)
 
@@ -253,7 +256,7 @@ def _batches(
 def _segments(experiment: Experiment, experts: Experts, first: int) -> Generator[distill.ExpertBatch, None, None]:
     config = experiment.config
     assert isinstance(config.objective, TrajectorySpec)
-    stream = prefetch(Segments(experts, config.objective, seed=config.seed), first)
+    stream = prefetch(Segments(experts, config.objective, seed=experiment.host_seed), first)
     try:
         for _, (start, target) in stream:
             yield distill.ExpertBatch(jnp.asarray(start), jnp.asarray(target), experiment.whitening)

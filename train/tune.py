@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             configs.load(args.config, [*args.overrides, *one], smoke=args.smoke) for one in chosen
         ]
         dataset = hold_out(data.load(found[0].data))
-        if any(one.data != found[0].data for one in found):
-            raise ConfigError("--vary: expected settings other than those of data, which all combinations share")
+        if len({(one.data, one.subtasks, one.subtask) for one in found}) > 1:
+            raise ConfigError(
+                "--vary: expected settings other than those of data and subtasks, which all combinations share"
+            )
         out = Path(args.out) if args.out else Path("runs") / f"{found[0].name}-tune"
         result = search(list(zip(chosen, found, strict=True)), dataset, out=out, progress=Progress(quiet=args.quiet))
         print((out / "tune.md").read_text())
@@ -117,7 +119,7 @@ def search(
         "dataset": dataset.name,
         "objective": config.objective.name,
         "bytes_per_class": storage.budget_bytes(config.ipc, dataset.image_shape),
-        "held_out": len(dataset.test_labels),
+        "held_out": len(experiments.own_classes(config, dataset).test_labels),
         "rows": rows,
         "best": max(rows, key=lambda row: row["accuracy"]["mean"])["overrides"],
         "environment": environment(),

@@ -23,12 +23,14 @@ __all__ = [
     "Dataset",
     "HostSampler",
     "check",
+    "class_blocks",
     "class_table",
     "load",
     "prefetch",
     "records",
     "require_per_class",
     "sample_classes",
+    "take_classes",
 ]
 
 
@@ -274,6 +276,40 @@ def _require_every_class(labels: np.ndarray, class_names: tuple[str, ...]) -> No
     if count.min() == 0:
         empty = [name for name, number in zip(class_names, count, strict=True) if number == 0]
         raise ValueError(f"class {empty[0]!r} has no training images ({len(empty)} of {len(class_names)} classes)")
+
+
+def class_blocks(num_classes: int, count: int) -> tuple[range, ...]:
+    """Splits the classes into `count` blocks of consecutive ones, whose sizes differ by at most one.
+
+    Ten classes in three blocks are 0 to 2, 3 to 5 and 6 to 9.
+
+    Raises:
+        ValueError: Fewer than one block, or more blocks than classes.
+    """
+    if not 1 <= count <= num_classes:
+        raise ValueError(f"subtasks: expected 1 to {num_classes}, the number of classes; found {count}")
+    edges = [i * num_classes // count for i in range(count + 1)]
+    return tuple(range(first, last) for first, last in zip(edges, edges[1:], strict=False))
+
+
+def take_classes(dataset: Dataset, classes: range) -> Dataset:
+    """Returns the images of a block of consecutive classes as a data set of its own, in the order they had.
+
+    Class `classes[i]` gets the label `i` in both splits.
+
+    Raises:
+        ValueError: No test image belongs to the block.
+    """
+
+    def taken(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        own = (labels >= classes.start) & (labels < classes.stop)
+        return images[own], labels[own] - labels.dtype.type(classes.start)
+
+    name = f"{dataset.name}[{classes.start}:{classes.stop}]"
+    train, test = taken(dataset.train_images, dataset.train_labels), taken(dataset.test_images, dataset.test_labels)
+    if not len(test[1]):
+        raise ValueError(f"{name}: no test image belongs to these classes; raise data.test_limit or lower subtasks")
+    return check(Dataset(name, *train, *test, dataset.class_names[classes.start : classes.stop]))
 
 
 def require_per_class(dataset: Dataset, n: int, what: str) -> None:

@@ -1,0 +1,180 @@
+"""A distilled set that was made in parts, one for each block of classes: federated distillation (D3).
+
+Every part keeps what its images share, such as a decoder, grids or base images, and what all parts share is the space
+of images alone. Arrays are therefore never joined: the parts stay sets of their own behind the interface of one, which
+is the same for every codec. A single `SynSet` would do for codecs that share nothing, with a second way to keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gsdd_jax import exchange, synset
+from gsdd_jax.synset import SynSet
+
+FORMAT = "gsdd_jax merged/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedSet:
+    """Sets of consecutive blocks of classes as one set, ready to render and to train on.
+
+    Images are class-major; the number of images per class may differ between parts.
+
+    Attributes:
+        parts: In the order of the classes: the first part has classes 0 to k0 - 1 of the whole, and so on.
+        meta: Anything else that was recorded.
+
+    Raises:
+        ValueError: No parts, a class that is in two parts, or parts with images or budgets of different sizes.
+    """
+
+    parts: tuple[SynSet, ...]
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks that the parts belong together."""
+        if not self.parts:
+            raise ValueError("parts: expected at least one set, found none")
+        first = self.parts[0]
+        for i, part in enumerate(self.parts):
+            for what, found, expected in (
+                ("images", part.codec.image_shape, first.codec.image_shape),
+                ("bytes_per_class", part.bytes_per_class, first.bytes_per_class),
+            ):
+                if found != expected:
+                    raise ValueError(f"parts: part {i} has {what} {found}, part 0 has {expected}; expected the same")
+        names = self.class_names
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            raise ValueError(f"parts: class {twice!r} is there twice; expected every class in one part")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One per class of the whole."""
+        return tuple(name for part in self.parts for name in part.class_names)
+
+    @property
+    def bytes_per_class(self) -> int:
+        """The budget that every part was made for."""
+        return self.parts[0].bytes_per_class
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels ``[n]`` int32 among the classes of the whole, in ascending order."""
+        sizes = [len(part.class_names) for part in self.parts]
+        first = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+        return np.concatenate([start + part.labels for start, part in zip(first, self.parts, strict=True)])
+
+    @property
+    def soft_labels(self) -> jax.Array | None:
+        """Soft labels ``[n, k]`` float32 among the classes of the whole, or None where no part has them.
+
+        A part knows of its own classes only: the others have probability 0. A part without soft labels has ones and
+        zeros.
+        """
+        if all(part.soft is None for part in self.parts):
+            return None
+        rows, first, k = [], 0, len(self.class_names)
+        for part in self.parts:
+            own = len(part.class_names)
+            known = jax.nn.one_hot(part.labels, own) if part.soft_labels is None else part.soft_labels
+            rows.append(jnp.pad(known, ((0, 0), (first, k - first - own))))
+            first += own
+        return jnp.concatenate(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored arrays of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def images(self, size: tuple[int, int] | None = None) -> jax.Array:
+        """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width)."""
+        return jnp.concatenate([part.images(size) for part in self.parts])
+
+    def save(self, path: synset.Location) -> dict[str, int]:
+        """Writes the set into the directory ``path``: a directory for each part, and a manifest that names them.
+
+        The directory of a part is named after its content, and the manifest is replaced last. A crash leaves the old
+        set or the new one. Parts of a set that was replaced stay behind.
+
+        Returns:
+            Sizes in bytes, summed over the parts, as `SynSet.save` returns them; the manifest of the whole included.
+        """
+        names = [f"part{i}-{_digest(part)}" for i, part in enumerate(self.parts)]
+        written = [part.save(f"{path}/{name}") for name, part in zip(names, self.parts, strict=True)]
+        keys = dict.fromkeys(key for each in written for key in each)
+        sizes = {key: sum(each.get(key, 0) for each in written) for key in keys}
+        manifest = {
+            "format": FORMAT,
+            "parts": names,
+            "class_names": list(self.class_names),
+            "payload": sizes["payload"],
+            "meta": self.meta,
+        }
+        own = synset.replace_manifest(path, manifest)
+        return sizes | {"manifest": sizes["manifest"] + own}
+
+
+def load(path: synset.Location) -> SynSet | MergedSet:
+    """Reads a distilled set back, whole or merged; the training data need not be there.
+
+    Args:
+        path: A directory that `SynSet.save` or `MergedSet.save` wrote, or that of a run that exported a set.
+
+    Raises:
+        FileNotFoundError: There is no manifest, or a part is missing.
+        ValueError: The files are damaged, do not belong together, or come from a newer format.
+    """
+    folder = synset.folder_of(path)
+    file = folder / synset.MANIFEST
+    try:
+        with file.open("rb") as stream:
+            manifest = exchange.parse_json(stream.read(exchange.MANIFEST_BYTES + 1), exchange.MANIFEST_BYTES)
+        merged = manifest["format"] == FORMAT
+    except (KeyError, TypeError, ValueError, OSError):
+        merged = False
+    if not merged:
+        # Says what is wrong as well.
+        return synset.load(folder)
+    try:
+        names, classes, meta = (manifest[key] for key in ("parts", "class_names", "meta"))
+        _check_names(names)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
+    for name in names:
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(f"{folder / name}: missing, although {synset.MANIFEST} names it")
+    parts = tuple(synset.load(folder / name) for name in names)
+    try:
+        found = MergedSet(parts, meta)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if list(found.class_names) != classes:
+        raise ValueError(
+            f"{file}: class_names: expected those of the parts, {list(found.class_names)}; found {classes}"
+        )
+    return found
+
+
+def _check_names(names: Any) -> None:
+    """Lets a manifest name nothing outside its own directory."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"parts {names!r}")
+    for name in names:
+        if not name or name.startswith(".") or "/" in name or "\\" in name:
+            raise TypeError(f"parts: {name!r} is no name of a directory here")
+
+
+def _digest(part: SynSet) -> str:
+    digest = hashlib.sha256(repr((part.codec.spec, part.codec.image_shape, part.class_names)).encode())
+    arrays = part.codec.stored(part.params), None if part.soft is None else part.soft.arrays
+    for leaf in jax.tree.leaves(arrays):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:12]

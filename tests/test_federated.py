@@ -1,0 +1,669 @@
+"""Federated distillation: blocks of classes, subtasks as runs of their own, and what merges them."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from command_line import assert_same, findings, refused, start
+
+import gsdd_jax
+from gsdd_jax import MergedSet, SynSet, codecs, data, nets, whiten
+from gsdd_jax.codecs import (
+    DownscaleSpec,
+    FactorSpec,
+    FrequencySpec,
+    GaussianSpec,
+    LatentSpec,
+    MemorySpec,
+    NeuralFieldSpec,
+    PackedGaussianSpec,
+    PixelSpec,
+    SparseEpitomeSpec,
+    SpectralSpec,
+)
+from train import config as configs
+from train import evaluate, merge, stages, tune
+from train import experiment as experiments
+from train.errors import ConfigError
+from train.progress import Progress
+from train.rundir import RunDir
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TOY = """
+name: toy
+ipc: 2
+data: {source: digits, per_class: 8, test_limit: 50}
+network: {depth: 1, width: 4}
+augment: {strategy: none}
+codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.01}
+fit: {steps: 0}
+objective: {name: distribution, batch_real: 4, class_chunk: 10}
+distill: {iterations: 4, log_every: 1, checkpoint_every: 2}
+evaluate: {steps: 4, batch: 8, lr: 0.1, seeds: 2}
+baselines: {fit_only: false, pixel: false, full_data: false}
+"""
+# A decoder that the images of a subtask share; as many images as of Gaussians, so that programs are compiled once.
+LATENT = "codec={name: latent, decoder: small, width: 4, latent_dim: 2, dtype: bfloat16, sample: false, lpc: 2}"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+def load(toy: Path, *overrides: str) -> configs.RunConfig:
+    return configs.load(toy, overrides)
+
+
+# Blocks of classes
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "edges"),
+    [
+        (10, 2, [0, 5, 10]),
+        (10, 3, [0, 3, 6, 10]),
+        (7, 4, [0, 1, 3, 5, 7]),
+        (5, 5, [0, 1, 2, 3, 4, 5]),
+        (3, 1, [0, 3]),
+        (1000, 5, [0, 200, 400, 600, 800, 1000]),
+    ],
+)
+def test_blocks_are_consecutive_and_differ_by_at_most_one_class(classes, count, edges):
+    blocks = data.class_blocks(classes, count)
+    assert blocks == tuple(range(a, b) for a, b in zip(edges, edges[1:], strict=False))
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+
+
+@pytest.mark.parametrize("count", [0, 11])
+def test_blocks_name_the_number_of_classes(count):
+    with pytest.raises(ValueError, match=f"subtasks: expected 1 to 10, the number of classes; found {count}"):
+        data.class_blocks(10, count)
+
+
+def synthetic(classes: int = 5) -> data.Dataset:
+    """Images that say which they are, in an order that mixes the classes."""
+    random = np.random.default_rng(0)
+    train, test = (random.permutation(np.repeat(np.arange(classes, dtype=np.int32), n)) for n in (6, 3))
+    images = np.arange(len(train) + len(test), dtype=np.uint8)[:, None, None, None] * np.ones((2, 2, 1), np.uint8)
+    names = tuple(f"class {i}" for i in range(classes))
+    return data.Dataset("toy", images[: len(train)], train, images[len(train) :], test, names)
+
+
+def test_blocks_partition_a_dataset_and_keep_its_order():
+    whole = synthetic()
+    parts = [data.take_classes(whole, block) for block in data.class_blocks(5, 2)]
+    assert [part.class_names for part in parts] == [("class 0", "class 1"), ("class 2", "class 3", "class 4")]
+    assert [part.name for part in parts] == ["toy[0:2]", "toy[2:5]"]
+    for split in ("train", "test"):
+        images, labels = getattr(whole, f"{split}_images"), getattr(whole, f"{split}_labels")
+        seen = 0
+        for first, part in zip((0, 2), parts, strict=True):
+            own = [i for i, label in enumerate(labels) if first <= label < first + part.num_classes]
+            np.testing.assert_array_equal(getattr(part, f"{split}_images"), images[own])
+            np.testing.assert_array_equal(getattr(part, f"{split}_labels"), labels[own] - first)
+            assert getattr(part, f"{split}_labels").dtype == labels.dtype
+            seen += len(own)
+        assert seen == len(labels)
+
+
+def test_block_without_test_images_is_named():
+    whole = synthetic()
+    kept = whole.test_labels != 4
+    whole = whole._replace(test_images=whole.test_images[kept], test_labels=whole.test_labels[kept])
+    with pytest.raises(ValueError, match=r"toy\[4:5\]: no test image belongs to these classes; raise data.test_limit"):
+        data.take_classes(whole, range(4, 5))
+
+
+# A subtask as an experiment
+
+
+def test_subtask_has_the_codec_and_the_network_of_its_classes(toy):
+    made = experiments.prepare(load(toy, "subtasks=3", "subtask=2"))
+    assert made.dataset.class_names == ("6", "7", "8", "9") and made.codec.num_classes == 4
+    assert made.network.num_params == nets.build(made.config.network, (8, 8, 1), 4).num_params
+    whole = experiments.prepare(load(toy))
+    assert made.bytes_per_class == whole.bytes_per_class and made.codec.spec == whole.codec.spec
+    assert whole.whole is None and whole.dataset.num_classes == 10
+
+
+@pytest.mark.parametrize("kind", ["meanstd", "zca"])
+def test_whitening_of_every_subtask_is_that_of_the_whole_training_set(toy, kind):
+    config = load(toy, f"whiten={kind}", "subtasks=5", "subtask=1")
+    made, every = experiments.prepare(config), data.load(config.data)
+    alone = whiten.fit(kind, made.dataset.train_images)
+    for own, whole, of_block in zip(made.whitening, whiten.fit(kind, every.train_images), alone, strict=True):
+        np.testing.assert_array_equal(own, whole)
+        assert not np.array_equal(own, of_block)
+    mean = every.train_images.mean() / 255
+    np.testing.assert_allclose(made.whole.channels.mean, [mean], rtol=1e-6)
+
+
+def test_experts_are_bound_to_the_block_and_to_the_whole(toy):
+    found = {
+        experiments.prepare(load(toy, f"subtasks={k}", f"subtask={i}")).data_identity()
+        for k, i in ((1, 0), (2, 0), (2, 1), (4, 0))
+    }
+    assert len(found) == 4
+    few = experiments.prepare(load(toy, "subtasks=2", "data.per_class=7")).data_identity()
+    block = data.take_classes(data.load(load(toy).data), range(5))
+    # A dataset of just these classes is whitened by other numbers.
+    assert few not in found and block.fingerprint() not in found
+    assert experiments.prepare(load(toy)).data_identity() == data.load(load(toy).data).fingerprint()
+
+
+def test_experts_of_subtasks_start_from_other_weights(toy, tmp_path, monkeypatch):
+    trajectory = "objective={name: trajectory, syn_steps: 2, batch_syn: 10, expert_epochs: 1, max_start_epoch: 2}"
+    monkeypatch.setattr(stages, "train_experts", lambda folder, images, labels, **wanted: wanted)
+    seeds = []
+    for k, i in ((1, 0), (3, 0), (3, 1), (3, 2)):
+        made = experiments.prepare(load(toy, trajectory, "experts.seed=5", f"subtasks={k}", f"subtask={i}"))
+        wanted = stages.expert_stage(made, tmp_path, progress=Progress(quiet=True))
+        assert wanted["origin"].dataset == made.data_identity()
+        assert wanted["origin"].num_classes == made.dataset.num_classes
+        seeds.append(wanted["spec"].seed)
+    assert seeds[:2] == [5, 5] and len(set(seeds)) == 3
+
+
+def test_without_subtasks_keys_and_seeds_are_what_they_were(toy):
+    config = load(toy, "seed=7")
+    for place, purpose in enumerate(experiments.PURPOSES):
+        for index in (0, 3):
+            before = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), place), index)
+            assert jax.random.key_data(experiments.run_key(config, purpose, index)).tolist() == (
+                jax.random.key_data(before).tolist()
+            )
+    assert experiments.prepare(config).host_seed == 7
+
+
+def test_subtasks_draw_from_keys_and_seeds_of_their_own(toy):
+    subtasks = [load(toy, "subtasks=3", f"subtask={i}") for i in range(3)]
+    keys = {
+        tuple(jax.random.key_data(experiments.run_key(config, purpose, index)).tolist())
+        for config in (load(toy), *subtasks)
+        for purpose in experiments.PURPOSES
+        for index in (0, 1)
+    }
+    assert len(keys) == 4 * 2 * len(experiments.PURPOSES)
+    assert len({experiments.prepare(config).host_seed for config in subtasks}) == 3
+
+
+def test_subtasks_have_directories_of_their_own(toy):
+    config = load(toy, "subtasks=3", "subtask=1")
+    assert experiments.run_path(load(toy)) == Path("runs/toy")
+    assert experiments.run_path(config) == Path("runs/toy/subtask1")
+    assert experiments.expert_path(config, Path("run")) == Path("run/experts")
+    shared = load(toy, "subtasks=3", "subtask=1", "experts.path=shared")
+    assert experiments.expert_path(shared, Path("run")) == Path("shared/subtask1")
+    assert experiments.expert_path(load(toy, "experts.path=shared"), Path("run")) == Path("shared")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["subtasks=3", "subtask=3"], "subtask: expected a number below 3, the number of subtasks; found 3"),
+        (["subtask=1"], "subtask: expected a number below 1, the number of subtasks; found 1"),
+        (["subtasks=0"], "subtasks: expected an integer >= 1, found 0"),
+    ],
+)
+def test_subtask_that_there_is_not_is_refused(toy, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(toy, *overrides)
+
+
+def test_more_subtasks_than_classes_are_refused(toy):
+    with pytest.raises(ConfigError, match="subtasks: expected 1 to 10, the number of classes; found 11 .digits."):
+        experiments.prepare(load(toy, "subtasks=11"))
+
+
+def test_search_compares_settings_on_the_same_classes(toy, tmp_path, capsys):
+    arguments = ["--config", str(toy), "--out", str(tmp_path), "--quiet", "--vary", "subtask=0,1", "subtasks=2"]
+    with pytest.raises(SystemExit) as end:
+        tune.main(arguments)
+    assert "--vary: expected settings other than those of data and subtasks" in refused(capsys, end.value.code)
+
+
+# Sets in parts
+
+SHAPE, BUDGET = (6, 8, 3), 1152
+SPECS = {
+    "gaussian": GaussianSpec(gpc=2, num_points=3, start="uniform"),
+    "packed_gaussian": PackedGaussianSpec(gpc=2, num_points=5, start="uniform"),
+    "pixel": PixelSpec(ipc=1),
+    "downscale": DownscaleSpec(factor=2),
+    "frequency": FrequencySpec(coefficients=5, images_per_class=3),
+    "neural_field": NeuralFieldSpec(layers=2, width=3, images_per_class=2),
+    "factor": FactorSpec(hallucinators=1, base_channels=1, images_per_class=1, dtype="bfloat16"),
+    "memory": MemorySpec(bases=3, images_per_class=3),
+    "sparse_epitome": SparseEpitomeSpec(
+        patch=2, width=5, blocks=1, heads=1, tokens=3, nonzeros=9, images_per_class=2, dtype="bfloat16"
+    ),
+    "spectral": SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=2),
+    # As many images as the bytes hold: more of them where more classes share the decoder.
+    "latent": LatentSpec(decoder="small", width=4, latent_dim=3, dtype="bfloat16"),
+}
+# Codecs that cannot draw SHAPE.
+SHAPES = {"latent": (8, 8, 3)}
+
+
+@functools.cache
+def start_of(spec, classes: int, budget: int, shape: tuple[int, int, int]):
+    """``(codec, its compiled start)``."""
+    codec = codecs.make(spec, image_shape=shape, num_classes=classes, bytes_per_class=budget)
+    return codec, jax.jit(codec.init)
+
+
+def part(spec, names: tuple[str, ...], budget: int = BUDGET, shape: tuple[int, int, int] | None = None) -> SynSet:
+    """A set of some classes at the start of its fit, at stored precision."""
+    shape = shape or SHAPES.get(spec.name, SHAPE)
+    codec, init = start_of(spec, len(names), budget, shape)
+    images = np.random.default_rng(ord(names[0][0])).uniform(0, 1, (codec.num_images, *shape)).astype(np.float32)
+    params = init(jax.random.key(ord(names[0][0])), images)
+    return SynSet(codec, codec.loaded(codec.stored(params)), budget, names, {"of": names[0]})
+
+
+@pytest.mark.parametrize("name", codecs.SPECS)
+def test_merged_set_of_every_codec_is_its_parts_to_the_bit(name, tmp_path):
+    # One class more where that changes the number of images; elsewhere everything is compiled once.
+    names = ("a", "b", "c") if name == "latent" else ("a", "b")
+    parts = part(SPECS[name], ("cat", "naïve 犬")), part(SPECS[name], names)
+    sizes = MergedSet(parts, {"dataset": "toy"}).save(tmp_path)
+    found = gsdd_jax.load(tmp_path)
+    assert isinstance(found, MergedSet) and len(found.parts) == 2
+    images = np.asarray(found.images())
+    np.testing.assert_array_equal(images, np.concatenate([np.asarray(one.images()) for one in parts]))
+    first, second = (one.codec.images_per_class for one in parts)
+    counts = [first] * 2 + [second] * len(names)
+    assert found.labels.tolist() == [label for label, count in enumerate(counts) for _ in range(count)]
+    assert found.labels.dtype == np.int32
+    assert found.class_names == ("cat", "naïve 犬", *names) and found.bytes_per_class == BUDGET
+    assert found.nbytes == sizes["payload"] == sum(one.nbytes for one in parts)
+    assert found.meta == {"dataset": "toy"} and [one.meta for one in found.parts] == [{"of": "cat"}, {"of": "a"}]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") == sizes["file"]
+    assert sum(path.stat().st_size for path in files if path.suffix == ".json") == sizes["manifest"]
+    assert name != "latent" or first < second
+    assert not np.array_equal(images[:first], images[2 * first : 3 * first])
+
+
+@pytest.fixture
+def merged() -> MergedSet:
+    return MergedSet((part(SPECS["downscale"], ("a",)), part(SPECS["downscale"], ("b", "c"))))
+
+
+def test_merged_set_draws_at_another_size(merged):
+    parts = [np.asarray(one.images((12, 10))) for one in merged.parts]
+    np.testing.assert_array_equal(merged.images((12, 10)), np.concatenate(parts))
+    assert merged.images((12, 10)).shape == (len(merged.labels), 12, 10, 3)
+
+
+def test_part_is_a_set_of_its_own(merged, tmp_path):
+    merged.save(tmp_path)
+    (folder,) = tmp_path.glob("part1-*")
+    np.testing.assert_array_equal(gsdd_jax.load(folder).images(), merged.parts[1].images())
+
+
+def test_crash_while_saving_leaves_the_old_merged_set(merged, tmp_path, monkeypatch):
+    merged.save(tmp_path / "export")
+    other = MergedSet((part(SPECS["pixel"], ("a",)), part(SPECS["pixel"], ("b", "c"))))
+
+    def crash(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gsdd_jax.synset, "replace_manifest", crash)
+    with pytest.raises(OSError, match="No space left"):
+        other.save(tmp_path / "export")
+    monkeypatch.undo()
+    np.testing.assert_array_equal(gsdd_jax.load(tmp_path).images(), merged.images())
+    other.save(tmp_path / "export")
+    np.testing.assert_array_equal(gsdd_jax.load(tmp_path).images(), other.images())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: (), "parts: expected at least one set, found none"),
+        (
+            lambda: (part(PixelSpec(), ("a",)), part(PixelSpec(), ("b",), shape=(4, 4, 3))),
+            r"part 1 has images \(4, 4, 3\), part 0 has \(6, 8, 3\); expected the same",
+        ),
+        (
+            lambda: (part(PixelSpec(), ("a",)), part(PixelSpec(), ("b",), budget=1200)),
+            "part 1 has bytes_per_class 1200, part 0 has 1152",
+        ),
+        (
+            lambda: (part(PixelSpec(), ("a", "b")), part(PixelSpec(), ("b",))),
+            "parts: class 'b' is there twice; expected every class in one part",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        MergedSet(make())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("parts"), r"damaged manifest \(KeyError: 'parts'\)"),
+        (lambda m: m.update(parts="part0"), r"damaged manifest \(TypeError: parts 'part0'\)"),
+        (lambda m: m.update(parts=[1]), r"damaged manifest \(TypeError: parts \[1\]\)"),
+        (lambda m: m.update(parts=["../part0"]), r"damaged manifest \(TypeError: parts: '../part0' is no name"),
+        (lambda m: m.update(parts=[]), "manifest.json: parts: expected at least one set, found none"),
+        (lambda m: m.update(parts=m["parts"][:1] * 2), "manifest.json: parts: class 'a' is there twice"),
+        (lambda m: m.update(class_names=["x", "b", "c"]), r"class_names: expected those of the parts, \['a', 'b'"),
+        (
+            lambda m: m.update(format="gsdd_jax merged/2"),
+            "manifest.json: format: expected .* found 'gsdd_jax merged/2'",
+        ),
+    ],
+)
+def test_damaged_manifest_of_a_merged_set_is_named(merged, tmp_path, change, message):
+    merged.save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        gsdd_jax.load(tmp_path)
+
+
+def test_missing_part_is_named(merged, tmp_path):
+    merged.save(tmp_path)
+    (folder,) = tmp_path.glob("part1-*")
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=f"{folder}: missing, although manifest.json names it"):
+        gsdd_jax.load(tmp_path)
+
+
+# The command lines
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def started(where: Path, toy: Path, *arguments: str) -> int:
+    """Runs train.distill in a working directory, into the default run directory."""
+    with contextlib.chdir(where):
+        return start(toy, None, *arguments)
+
+
+def merging(*arguments) -> int:
+    """Runs train.merge in this process and returns its exit code."""
+    try:
+        return merge.main([*map(str, arguments), "--quiet"])
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.fixture(scope="module")
+def subtasks(toy, tmp_path_factory) -> list[Path]:
+    """Two finished subtasks, of which the second was killed once; read only."""
+    where = tmp_path_factory.mktemp("federated")
+    assert started(where, toy, "subtasks=2", "subtask=0") == 0
+    append = RunDir.append
+
+    def killed(self, phase, step, **values):
+        append(self, phase, step, **values)
+        if (phase, step) == ("main-distill", 3):
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunDir, "append", killed)
+        started(where, toy, "subtasks=2", "subtask=1")
+    failed = where / "runs" / "toy" / "subtask1"
+    shutil.copytree(failed, where / "failed")
+    assert started(where, toy, "subtasks=2", "subtask=1") == 0
+    return [where / "runs" / "toy" / "subtask0", failed]
+
+
+@pytest.fixture(scope="module")
+def whole(subtasks) -> Path:
+    """The run directory of both together; read only."""
+    with contextlib.chdir(subtasks[0].parents[2]):
+        # In any order.
+        assert merging(*reversed(subtasks)) == 0
+    return subtasks[0].parent / "merged"
+
+
+def test_subtask_says_what_it_is_of(subtasks, toy):
+    meta = gsdd_jax.load(subtasks[1]).meta
+    every = data.load(load(toy).data)
+    assert meta["subtask"]["classes"] == [5, 6, 7, 8, 9]
+    assert (meta["subtask"]["subtasks"], meta["subtask"]["subtask"]) == (2, 1)
+    assert meta["subtask"]["dataset_sha256"] == every.fingerprint() and meta["subtask"]["codec"]["num_points"] == 5
+    assert meta["dataset"] == "digits[5:10]"
+    # Normalisation of the whole.
+    np.testing.assert_allclose(meta["channel_mean"], [every.train_images.mean() / 255], rtol=1e-6)
+
+
+def test_failed_subtask_run_again_alone_gives_the_same_bits(subtasks, toy, tmp_path):
+    assert start(toy, tmp_path / "again", "subtasks=2", "subtask=1") == 0
+    assert_same(findings(subtasks[1]), findings(tmp_path / "again"))
+
+
+def test_directory_of_a_subtask_refuses_another(subtasks, toy, capsys):
+    assert "subtask is 0 there and 1 now" in refused(capsys, start(toy, subtasks[0], "subtasks=2", "subtask=1"))
+
+
+def test_merged_run_is_all_classes_and_its_parts_to_the_bit(subtasks, whole):
+    found, parts = gsdd_jax.load(whole), [gsdd_jax.load(path) for path in subtasks]
+    assert found.class_names == tuple(str(digit) for digit in range(10))
+    assert found.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    np.testing.assert_array_equal(found.images(), np.concatenate([np.asarray(one.images()) for one in parts]))
+    assert found.meta["subtasks"] == 2 and found.meta["channel_mean"] == parts[0].meta["channel_mean"]
+    assert "subtask" not in found.meta and found.meta["name"] == "toy"
+
+
+def test_merged_result_and_table_say_what_it_cost(subtasks, whole):
+    result = json.loads((whole / "result.json").read_text())
+    own = [json.loads((path / "result.json").read_text()) for path in subtasks]
+    seconds = [one["seconds"] for one in own]
+    assert result["subtask_seconds"] == {"sum": pytest.approx(sum(seconds)), "longest": max(seconds)}
+    assert [one["accuracy"]["mean"] for one in result["subtasks"]] == [one["accuracy"]["mean"] for one in own]
+    assert result["accuracy"]["n"] == 2 and result["accuracy"]["bytes_per_class"] == 2 * 5 * 7 * 2
+    assert result["random_real"]["images_per_class"] == 2 and result["full_data"] is None
+    assert (result["num_classes"], result["dataset"], result["gpc"]) == (10, "digits", 2)
+    text = (whole / "table.md").read_text()
+    assert f"{100 * result['accuracy']['mean']:.1f}" in text and "| **gaussian, distilled** | 2 | 140 |" in text
+    assert "| 0 | 0 to 4 | 2 | 700 |" in text and "| 1 | 5 to 9 | 2 | 700 |" in text
+    assert f"| all, one after the other | | | 1,400 | | {sum(seconds):.1f} |" in text
+    assert f"| all, side by side | | | | | {max(seconds):.1f} |" in text
+    assert "10 classes × 2 Gaussian images in 512 bytes per class" in (whole / "report.html").read_text()
+    assert (whole / "images.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("which", ["merged", "subtask1"])
+def test_merged_set_and_subtask_are_evaluated_like_any_other(which, whole, capsys):
+    run = whole.parent / which
+    assert evaluate.main(["--run", str(run), "--quiet"]) == 0
+    # The same networks as those of the run itself.
+    assert (
+        json.loads(capsys.readouterr().out)["accuracies"]
+        == (json.loads((run / "result.json").read_text())["accuracy"]["accuracies"])
+    )
+
+
+def test_merge_again_computes_nothing_and_an_interrupted_one_is_continued(subtasks, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "merged")
+    monkeypatch.setattr(merge, "evaluate_stage", None)
+    assert merging(*subtasks, "--out", tmp_path / "merged") == 0
+    monkeypatch.undo()
+    (tmp_path / "merged" / "result.json").unlink()
+    table = (tmp_path / "merged" / "table.md").read_bytes()
+    assert merging(*subtasks, "--out", tmp_path / "merged") == 0
+    assert (tmp_path / "merged" / "table.md").read_bytes() == table
+
+
+def test_step_size_of_the_whole_is_the_mean_of_those_learned(subtasks):
+    found = merge.collect(subtasks)
+    learned = [
+        one._replace(synset=dataclasses.replace(one.synset, meta=one.synset.meta | {"syn_lr": lr}))
+        for one, lr in zip(found, (0.01, 0.03), strict=True)
+    ]
+    assert merge._meta(learned)["syn_lr"] == pytest.approx(0.02)
+    assert "syn_lr" not in merge._meta([learned[0], found[1]])
+
+
+def test_codec_with_a_shared_decoder_merges(toy, tmp_path):
+    settings = [LATENT, "subtasks=2", "baselines.random_real=false", "fit.steps=1", "distill.iterations=0"]
+    runs = [tmp_path / str(i) for i in range(2)]
+    for i, run in enumerate(runs):
+        assert start(toy, run, *settings, f"subtask={i}") == 0
+    assert merging(*runs, "--out", tmp_path / "merged") == 0
+    found, parts = gsdd_jax.load(tmp_path / "merged"), [gsdd_jax.load(run) for run in runs]
+    np.testing.assert_array_equal(found.images(), np.concatenate([np.asarray(one.images()) for one in parts]))
+    assert len(np.unique(found.labels)) == 10 and found.nbytes == sum(one.nbytes for one in parts)
+    decoders = [np.asarray(one.params["linear"]) for one in found.parts]
+    assert not np.array_equal(*decoders)
+
+
+# What is named
+
+
+@pytest.fixture
+def copies(subtasks, tmp_path) -> list[Path]:
+    """The two subtasks, to be spoiled."""
+    paths = [tmp_path / path.name for path in subtasks]
+    for path, copy in zip(subtasks, paths, strict=True):
+        shutil.copytree(path, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    return paths
+
+
+def with_command(run: Path, command: str) -> None:
+    """Writes how a run was started; in this process it was by pytest."""
+    environment = json.loads((run / "environment.json").read_text())
+    environment[0]["command"] = command
+    (run / "environment.json").write_text(json.dumps(environment))
+
+
+def edit_config(run: Path, before: str, after: str) -> None:
+    text = (run / "config.yaml").read_text()
+    assert text.count(before) == 1
+    (run / "config.yaml").write_text(text.replace(before, after))
+
+
+def test_missing_subtasks_are_named_with_the_command_of_the_first(copies, capsys):
+    for run in copies:
+        edit_config(run, "subtasks: 2", "subtasks: 4")
+    with_command(copies[1], "python -m train.distill --config a.yaml --out 'my run' codec.lr=0.1 subtask=1 subtasks=4")
+    line = refused(capsys, merging(copies[1]))
+    assert "subtasks 0, 2, 3 of 4 are missing" in line
+    assert line.endswith(": python -m train.distill --config a.yaml codec.lr=0.1 subtasks=4 subtask=0\n")
+
+
+def test_missing_subtask_without_a_known_command_is_named(subtasks, capsys):
+    line = refused(capsys, merging(subtasks[0]))
+    assert "subtask 1 of 2 is missing: python -m train.distill --config FILE subtasks=2 subtask=1" in line
+
+
+def test_subtask_given_twice_is_named(subtasks, copies, capsys):
+    line = refused(capsys, merging(*subtasks, copies[1]))
+    assert f"subtask 1 is there twice: {subtasks[1]} and {copies[1]}; leave one of them out" in line
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "batch_real: 4",
+            "batch_real: 5",
+            "objective.batch_real is 4 there and 5 here; expected runs of one experiment",
+        ),
+        ("subtasks: 2", "subtasks: 3", "subtasks is 2 there and 3 here"),
+        ("seed: 0\nsubtasks", "seed: 1\nsubtasks", "seed is 0 there and 1 here"),
+    ],
+)
+def test_mismatch_names_the_key_and_both_values(copies, capsys, before, after, message):
+    edit_config(copies[1], before, after)
+    assert f"{copies[1]} does not belong to {copies[0]}: {message}" in refused(capsys, merging(*copies))
+
+
+def test_subtasks_may_differ_in_what_follows_from_their_size_and_the_merge_in_its_tests(copies, tmp_path):
+    for before, after in (
+        ("num_points: 5", "num_points: 4"),
+        ("log_every: 1", "log_every: 2"),
+        ("name: toy", "name: a"),
+    ):
+        edit_config(copies[1], before, after)
+    settings = ["evaluate.seeds=1", "baselines.random_real=false"]
+    assert merging(*copies, *settings, "--out", tmp_path / "merged") == 0
+    result = json.loads((tmp_path / "merged" / "result.json").read_text())
+    assert (result["accuracy"]["n"], result["random_real"], result["name"]) == (1, None, "toy")
+    assert configs.load(tmp_path / "merged" / "config.yaml").evaluate.seeds == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dataset_sha256", "abc", 'dataset_sha256 is "'),
+        ("codec", {"name": "gaussian", "gpc": 3}, "codec.gpc is 2 there and 3 here"),
+    ],
+)
+def test_mismatch_of_data_or_of_the_codec_asked_for_is_named(copies, capsys, key, value, message):
+    file = copies[1] / "export" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["meta"]["subtask"][key] = value
+    file.write_text(json.dumps(manifest))
+    line = refused(capsys, merging(*copies))
+    assert f"{copies[1]} does not belong to {copies[0]}: " in line and message in line
+
+
+def test_unfinished_run_is_named_with_its_command(subtasks, capsys):
+    failed = subtasks[0].parents[2] / "failed"
+    assert f"not finished: {failed}; continue with: the command that wrote" in refused(
+        capsys, merging(subtasks[0], failed)
+    )
+
+
+def test_unfinished_runs_are_continued_with_their_own_commands(copies, capsys):
+    for i, run in enumerate(copies):
+        (run / "result.json").unlink()
+        with_command(run, f"python -m train.distill --config a.yaml subtasks=2 subtask={i}")
+    line = refused(capsys, merging(*copies))
+    assert f"not finished: {copies[0]}, {copies[1]}; continue with: python -m train.distill --config a.yaml" in line
+    assert line.count("; python") == 1 and line.endswith("subtask=1\n")
+
+
+def test_what_is_no_subtask_is_named(subtasks, whole, copies, tmp_path, capsys):
+    assert f"{tmp_path}: expected a run directory" in refused(capsys, merging(tmp_path))
+    assert f"{whole}: subtasks: expected a run of one of several subtasks, found 1" in refused(capsys, merging(whole))
+    assert "RUN: expected run directories of subtasks, found none" in refused(capsys, merging("evaluate.seeds=1"))
+    file = copies[0] / "export" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["meta"]["subtask"]
+    file.write_text(json.dumps(manifest))
+    assert f"{copies[0]}: the exported set is not the one of a subtask" in refused(capsys, merging(*copies))
+    (copies[1] / "result.json").write_text("{half")
+    assert f"{copies[1] / 'result.json'} is damaged" in refused(capsys, merging(copies[1]))
+
+
+def test_override_of_what_is_made_already_is_refused(subtasks, tmp_path, capsys):
+    line = refused(capsys, merging(*subtasks, "codec.lr=1", "--out", tmp_path / "merged"))
+    assert "override 'codec.lr=1': the set is made already; expected a setting of name, data" in line
+
+
+def test_other_data_than_those_of_the_subtasks_are_refused(subtasks, tmp_path, capsys):
+    line = refused(capsys, merging(*subtasks, "data.per_class=7", "--out", tmp_path / "merged"))
+    assert "data: digits is not what the subtasks were made from" in line
+
+
+def test_tests_of_one_merge_do_not_stand_for_another(subtasks, copies, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "merged")
+    old = gsdd_jax.load(copies[0])
+    SynSet(
+        old.codec,
+        jax.tree.map(lambda x: x * 0.5, old.params),
+        *(getattr(old, name) for name in ("bytes_per_class", "class_names", "meta")),
+    ).save(copies[0] / "export")
+    line = refused(capsys, merging(*copies, "--out", tmp_path / "merged"))
+    assert f"{tmp_path / 'merged'} holds another set than these subtasks make: delete it" in line

@@ -1,0 +1,402 @@
+"""Merge the subtasks of a federated distillation: ``python -m train.merge RUN... [--out DIR] [key=value ...]``.
+
+``subtasks=k`` splits the classes of an experiment into k runs that know nothing of each other, for any scheduler to
+start. On one machine, two at a time::
+
+    seq 0 4 | xargs -P 2 -I{} python -m train.distill --config configs/digits.yaml subtasks=5 subtask={} --quiet
+    python -m train.merge runs/digits/subtask*
+
+The merged set is written as a run directory, so that ``python -m train.evaluate --run DIR`` and `gsdd_jax.load` take it
+like any other. Fresh networks are trained on it and tested on all classes, as the config says; overrides such as
+evaluate.seeds=5 apply to these tests. The same command continues an interrupted merge.
+
+After D3, which trains its subtasks by one script, labels their images by a teacher of all classes and reports the best
+of repeated tests. Here soft labels (``labels.kind=soft``) are those of the subtasks' own teachers, which know their
+classes alone, and networks are tested once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import gsdd_jax
+from gsdd_jax import data, nets, storage, synset, whiten
+from gsdd_jax.merged import MergedSet
+from train import config as configs
+from train import experiment as experiments
+from train import pictures, report, results
+from train.distill import MAY_CHANGE
+from train.errors import UserError, exit_cleanly
+from train.evaluation import evaluate_stage
+from train.experiment import Experiment
+from train.progress import Progress
+from train.rundir import RunDir, differences, plain, read_environment, write_bytes, write_json
+
+# In which subtasks of one experiment may differ; whether their data are the same is seen by the data themselves.
+MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.path")
+# Sections and settings that a merge may override: what follows the set, not what made it.
+OVERRIDES = ("name", "data", "network", "augment", "evaluate", "baselines")
+# How the whole was tested, where its parts were chosen by tests.
+PAPER = "; the set of each subtask is the one of all tested iterations that was best on the test images of its classes"
+# Rows of the table beside the merged set. Fits and pixels are those of the subtasks.
+ARMS = ("distilled", "random_real", "full_data")
+
+
+class Subtask(NamedTuple):
+    """A finished run, as far as it matters here."""
+
+    path: Path
+    config: configs.RunConfig
+    synset: synset.SynSet
+    result: dict[str, Any]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the exported set says about the split."""
+        return self.synset.meta["subtask"]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all subtasks of an experiment have in common, and a little more; see MAY_DIFFER."""
+        shared = {"dataset_sha256": self.origin["dataset_sha256"], "image_shape": self.synset.codec.image_shape}
+        # The codec as it was asked for: what follows from the number of classes may differ.
+        return plain(dataclasses.asdict(self.config) | {"codec": self.origin["codec"]} | shared)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.merge",
+        description="Merge the distilled sets of all subtasks of an experiment, and test the whole.",
+        epilog="Settings of the tests can be overridden, such as evaluate.seeds=5 baselines.full_data=false.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run directories, one of every subtask")
+    parser.add_argument("--out", metavar="DIR", help="run directory of the merged set (default: runs/NAME/merged)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    args = parser.parse_intermixed_args(argv)
+    # Searches name run directories after settings.
+    paths = [Path(text) for text in args.runs if "=" not in text or Path(text).is_dir()]
+    overrides = [text for text in args.runs if "=" in text and not Path(text).is_dir()]
+    with exit_cleanly(debug=args.debug or None):
+        subtasks = collect(paths)
+        out = Path(args.out) if args.out else Path("runs") / subtasks[0].config.name / "merged"
+        merge(subtasks, out, Progress(quiet=args.quiet), overrides)
+        print((out / "table.md").read_text())
+        print(out / "report.html")
+    return 0
+
+
+def collect(paths: Sequence[Path]) -> list[Subtask]:
+    """Reads finished subtasks and checks that they are all of one experiment, each once; returns them in order.
+
+    Raises:
+        UserError: Runs that are not finished, are no subtasks or do not belong together, and subtasks that are missing
+            or there twice; the message names them, and says how to make them where that can be known.
+    """
+    if not paths:
+        raise UserError("RUN: expected run directories of subtasks, found none")
+    for path in paths:
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path}: expected a run directory that train.distill wrote; there is no config.yaml")
+    unfinished = [path for path in paths if not (path / "result.json").is_file()]
+    if unfinished:
+        named = ", ".join(map(str, unfinished))
+        commands = "; ".join(_command(path) or f"the command that wrote {path}" for path in unfinished)
+        raise UserError(f"not finished: {named}; continue with: {commands}")
+    found = [_read(path) for path in paths]
+    first = found[0]
+    for other in found[1:]:
+        apart = differences(first.identity, other.identity)
+        apart = {key: values for key, values in apart.items() if key not in MAY_DIFFER}
+        if apart:
+            values = "; ".join("{} is {} there and {} here".format(key, *both) for key, both in apart.items())
+            raise UserError(f"{other.path} does not belong to {first.path}: {values}; expected runs of one experiment")
+    by_number: dict[int, Subtask] = {}
+    for one in found:
+        number = one.config.subtask
+        if number in by_number:
+            raise UserError(
+                f"subtask {number} is there twice: {by_number[number].path} and {one.path}; leave one of them out"
+            )
+        by_number[number] = one
+    total = first.config.subtasks
+    missing = [number for number in range(total) if number not in by_number]
+    if missing:
+        what, verb = ("subtasks", "are") if len(missing) > 1 else ("subtask", "is")
+        raise UserError(
+            f"{what} {', '.join(map(str, missing))} of {total} {verb} missing: {_command_of_another(first, missing[0])}"
+        )
+    return [by_number[number] for number in range(total)]
+
+
+def _read(path: Path) -> Subtask:
+    config: configs.RunConfig = configs.load(path / "config.yaml")
+    if config.subtasks == 1:
+        raise UserError(f"{path}: subtasks: expected a run of one of several subtasks, found 1: a whole experiment")
+    loaded = gsdd_jax.load(path)
+    if not isinstance(loaded, synset.SynSet) or "subtask" not in loaded.meta:
+        raise UserError(f"{path}: the exported set is not the one of a subtask, as its config.yaml says it should be")
+    try:
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        again = _command(path) or "start the command of the run again"
+        raise UserError(f"{path / 'result.json'} is damaged ({error}): {again}") from error
+    return Subtask(path, config, loaded, result)
+
+
+def _command(path: Path) -> str | None:
+    """Returns the command that a run was started with, if it is known."""
+    starts = read_environment(path)
+    command = starts[0].get("command", "") if starts else ""
+    return command if "train.distill" in command else None
+
+
+def _command_of_another(subtask: Subtask, number: int) -> str:
+    """Returns the command of one subtask with the number of another; its run directory is the default one."""
+    words = iter(shlex.split(_command(subtask.path) or "python -m train.distill --config FILE"))
+    kept = []
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith(("--out=", "subtask=", "subtasks=")):
+            kept.append(word)
+    return shlex.join([*kept, f"subtasks={subtask.config.subtasks}", f"subtask={number}"])
+
+
+def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Writes the merged set of all subtasks into the run directory ``out``, tests it, and returns the result."""
+    merged = MergedSet(tuple(one.synset for one in subtasks), _meta(subtasks))
+    config = _whole_config(subtasks[0], overrides)
+    # Before anything is written.
+    experiment = _whole(config, merged, subtasks[0].origin["dataset_sha256"])
+    with RunDir(out) as rundir:
+        continued = rundir.configure(
+            dataclasses.asdict(config), may_change=MAY_CHANGE, defaults=configs.defaults(config)
+        )
+        if continued and (rundir.path / synset.EXPORT / synset.MANIFEST).exists():
+            _refuse_other_set(rundir.path, merged)
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                result = json.loads((rundir.path / "result.json").read_text())
+                progress.say(f"{out} holds the finished merge; nothing to compute")
+                return result
+        environment = rundir.record_environment()
+        sizes = merged.save(rundir.path / synset.EXPORT)
+        # What is evaluated is what was written, not what is in memory.
+        written = gsdd_jax.load(rundir.path / synset.EXPORT)
+        images, labels, soft = written.images(), written.labels, written.soft_labels
+        progress.say(
+            f"{config.name}: {len(subtasks)} subtasks, {len(written.class_names)} classes, {len(labels)} images in "
+            f"{sizes['payload']} bytes"
+        )
+        lr = merged.meta.get("syn_lr") if config.evaluate.lr_from == "syn_lr" else None
+        rows = {
+            name: evaluate_stage(
+                experiment,
+                name,
+                images if name == "distilled" else None,
+                run=rundir,
+                progress=progress,
+                lr=lr if name == "distilled" else None,
+                labels=(labels if soft is None else soft) if name == "distilled" else None,
+            )
+            for name in ARMS
+            if name in experiments.arms(config)
+        }
+        result = _result(experiment, subtasks, rows, labels=labels, sizes=sizes, environment=environment)
+        write_bytes(rundir.path / "table.md", (results.table(result) + "\n" + table(result)).encode())
+        shown = {"images": pictures.grid(_rows(images, labels), written.class_names)}
+        for name, png in shown.items():
+            write_bytes(rundir.path / f"{name}.png", png)
+        report.write(rundir.path, result, shown)
+        # Written last: its presence says that the merge is finished.
+        write_json(rundir.path / "result.json", result)
+        return result
+
+
+def _whole_config(subtask: Subtask, overrides: Sequence[str]) -> configs.RunConfig:
+    """Returns the config of a subtask as that of the whole, with the codec as it was asked for."""
+    for text in overrides:
+        section = text.partition("=")[0].partition(".")[0].strip()
+        if section not in OVERRIDES:
+            raise UserError(
+                f"override '{text}': the set is made already; expected a setting of {', '.join(OVERRIDES)}, found "
+                f"{section}"
+            )
+    codec = f"codec={json.dumps(subtask.origin['codec'])}"
+    return configs.load(subtask.path / "config.yaml", [codec, "subtasks=1", "subtask=0", *overrides])
+
+
+def _whole(config: configs.RunConfig, merged: MergedSet, fingerprint: str) -> Experiment:
+    """Reads all classes, and builds what networks are tested with; there is no codec of the whole."""
+    dataset = data.load(config.data)
+    if dataset.fingerprint() != fingerprint:
+        raise UserError(
+            f"data: {dataset.name} is not what the subtasks were made from (SHA-256 {dataset.fingerprint()[:12]}, "
+            f"expected {fingerprint[:12]}); set data.path or data.name to the same data"
+        )
+    shape = dataset.image_shape
+    return Experiment(
+        config,
+        dataset,
+        merged.bytes_per_class,
+        merged.parts[0].codec,
+        nets.build(config.network, shape, dataset.num_classes),
+        whiten.fit(config.whiten, dataset.train_images),
+    )
+
+
+def _refuse_other_set(path: Path, merged: MergedSet) -> None:
+    """Keeps the tests of one set from standing for another."""
+    held = gsdd_jax.load(path)
+    same = isinstance(held, MergedSet) and [_bytes(part) for part in held.parts] == [_bytes(p) for p in merged.parts]
+    if not same:
+        raise UserError(f"{path} holds another set than these subtasks make: delete it or choose another --out")
+
+
+def _bytes(part: synset.SynSet) -> list[bytes]:
+    arrays = part.codec.stored(part.params), None if part.soft is None else part.soft.arrays
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(arrays)]
+
+
+def _meta(subtasks: Sequence[Subtask]) -> dict[str, Any]:
+    """Returns what the parts agree on, and the number of them; the rest stays with the parts."""
+    metas = [one.synset.meta for one in subtasks]
+    meta = {key: value for key, value in metas[0].items() if all(other.get(key) == value for other in metas)}
+    meta |= {"name": subtasks[0].config.name, "subtasks": len(subtasks)}
+    if all("syn_lr" in one for one in metas):
+        # A student of the whole takes one step for all classes.
+        meta["syn_lr"] = float(np.mean([one["syn_lr"] for one in metas]))
+    return meta
+
+
+def _rows(images: jax.Array, labels: np.ndarray) -> np.ndarray:
+    """Returns as many images of each class as all classes have, ``[k, per class, h, w, c]``."""
+    shown, count = np.asarray(images), int(np.bincount(labels).min())
+    return np.stack([shown[labels == label][:count] for label in range(labels[-1] + 1)])
+
+
+def _result(
+    experiment: Experiment,
+    subtasks: Sequence[Subtask],
+    rows: dict[str, dict[str, Any]],
+    *,
+    labels: np.ndarray,
+    sizes: dict[str, int],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """Returns the content of result.json, with the keys of `train.results.collect` and those of the subtasks."""
+    config, dataset = experiment.config, experiment.dataset
+    classes, values = dataset.num_classes, int(np.prod(dataset.image_shape))
+    full, counts = len(dataset.train_labels) // classes, np.bincount(labels, minlength=classes)
+    # A number of images, or the mean where parts hold more and fewer.
+    per_class = int(counts[0]) if counts.min() == counts.max() else round(float(counts.mean()), 1)
+    spent = {
+        "distilled": (per_class, sizes["payload"] / classes),
+        "random_real": (int(config.ipc), int(config.ipc) * values * storage.ITEMSIZE["float32"]),
+        "full_data": (full, full * values),
+    }
+    of_labels = {"distilled": round(sizes.get("labels", 0) / classes)}
+    flops = results.forward_flops(experiment.network, dataset.image_shape)
+    known = {
+        name: row
+        | {
+            "images_per_class": spent[name][0],
+            "bytes_per_class": round(spent[name][1]),
+            "label_bytes_per_class": of_labels.get(name, 0),
+            "training_flops": None if flops is None else results.STEP_FLOPS * flops * row["images_seen"],
+        }
+        for name, row in rows.items()
+    }
+    parts = [
+        {
+            "subtask": one.config.subtask,
+            "run": str(one.path),
+            "classes": [one.origin["classes"][0], one.origin["classes"][-1]],
+            "images_per_class": one.synset.codec.images_per_class,
+            "bytes": one.synset.nbytes,
+            "accuracy": {key: one.result["accuracy"][key] for key in ("mean", "std", "n")},
+            "seconds": one.result["seconds"],
+            "device": one.result["device"],
+        }
+        for one in subtasks
+    ]
+    seconds = [part["seconds"] for part in parts]
+    return {
+        "name": config.name,
+        "codec": config.codec.name,
+        "objective": config.objective.name,
+        "dataset": dataset.name,
+        "num_classes": classes,
+        "bytes_per_class": experiment.bytes_per_class,
+        "paper_ipc": config.ipc,
+        "gpc": per_class,
+        "num_points": None,
+        "accuracy": known["distilled"],
+        **{name: known.get(name) for name in results.BASELINES},
+        "fit_psnr": None,
+        "subtasks": parts,
+        "subtask_seconds": {"sum": sum(seconds), "longest": max(seconds)},
+        "seconds": sum(seconds) + sum(row["seconds"] for row in rows.values()),
+        "device": environment["device"],
+        "versions": environment["versions"],
+        "commit": environment["commit"],
+        "dirty": environment["dirty"],
+        "command": environment["command"],
+        "protocol": {
+            "networks": results.NETWORKS["trusted"] + PAPER * (config.evaluate.protocol == "paper"),
+            "network": dataclasses.asdict(config.network),
+            "evaluate": dataclasses.asdict(config.evaluate),
+            "augment": config.augment.strategy,
+            "whiten": config.whiten,
+            "seed": config.seed,
+        },
+        "budget": {
+            "bytes available per class": experiment.bytes_per_class,
+            "bytes written per class": sizes["payload"] / classes,
+            "exported files, parameters (bytes)": sizes["payload"],
+            "exported files, headers (bytes)": sizes["header"],
+            "exported files (bytes)": sizes["file"],
+            "manifests beside them (bytes)": sizes["manifest"],
+            "subtasks": len(subtasks),
+            "seconds of the subtasks, sum": sum(seconds),
+            "seconds of the longest subtask": max(seconds),
+        },
+        "data_sha256": dataset.fingerprint(),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Writes what every subtask gave and took as a Markdown table."""
+    lines = [
+        "| subtask | classes | images per class | bytes | accuracy among its own classes, % | seconds |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for part in result["subtasks"]:
+        entry, (first, last) = part["accuracy"], part["classes"]
+        spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
+        lines.append(
+            f"| {part['subtask']} | {first} to {last} | {part['images_per_class']} | {part['bytes']:,} | "
+            f"{100 * entry['mean']:.1f}{spread} | {part['seconds']:.1f} |"
+        )
+    size, seconds = sum(part["bytes"] for part in result["subtasks"]), result["subtask_seconds"]
+    lines += [
+        f"| all, one after the other | | | {size:,} | | {seconds['sum']:.1f} |",
+        f"| all, side by side | | | | | {seconds['longest']:.1f} |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
