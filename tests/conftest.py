@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ import pytest
 # GSDD_TEST_PLATFORM=cuda runs the suite on a GPU, and fails rather than skips when JAX finds none.
 PLATFORM = os.environ.get("GSDD_TEST_PLATFORM") or "cpu"
 os.environ["JAX_PLATFORMS"] = PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu"
+
+# Tests mostly wait for compilation, and that for XLA's default generator of CPU loops: the older one compiles the toy
+# run of test_cli.py in 4 s of 11. What users get is tested with `default_code` and in the notebook, and by the whole
+# suite under XLA_FLAGS=--xla_cpu_use_fusion_emitters=true. jaxlib 0.11 has the default alone and dies of the flag.
+_GENERATOR = "xla_cpu_use_fusion_emitters"
+if PLATFORM == "cpu" and version("jaxlib").startswith("0.10.") and _GENERATOR not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_GENERATOR}=false".strip()
 
 # The persistent compilation cache stays off even where the shell switches it on: a stale executable would hide a
 # broken lowering.
@@ -44,6 +52,15 @@ def data_root() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set GSDD_DATA to a folder of TFDS datasets")
     return folder
+
+
+@pytest.fixture(scope="session")
+def default_code() -> dict[str, Any]:
+    """Options for `jax.jit` that compile as outside of the tests, whatever this file has set."""
+    if PLATFORM != "cpu":
+        return {}
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return options | ({_GENERATOR: True} if _GENERATOR in os.environ.get("XLA_FLAGS", "") else {})
 
 
 @pytest.fixture(scope="module")

@@ -135,10 +135,12 @@ def test_bad_request_is_one_line(toy, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_tune_compares_on_held_out_images_and_shares_the_fit(toy, tmp_path, capsys):
+def test_tune_compares_on_held_out_images_and_shares_the_fit(found, toy, tmp_path, capsys):
     out = tmp_path / "tune"
-    command = ["--config", str(toy), "--vary", "codec.lr=0.001,0.1", "--out", str(out), "--quiet", "evaluate.seeds=1"]
-    assert tune.main(command) == 0
+    # The sizes are those that the search settled on, whose executables serve again.
+    sizes = json.loads((found / "frontier.json").read_text())["proposal"]
+    command = ["--config", str(toy), "--vary", "codec.lr=0.001,0.1", "--out", str(out), "--quiet"]
+    assert tune.main([*command, "evaluate.seeds=1", *sizes]) == 0
     result = json.loads((out / "tune.json").read_text())
     assert [row["overrides"] for row in result["rows"]] == [["codec.lr=0.001"], ["codec.lr=0.1"]]
     assert result["held_out"] == 20

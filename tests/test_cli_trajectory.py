@@ -32,7 +32,8 @@ evaluate: {steps: 4, batch: 8, lr: 0.1, seeds: 2}
 baselines: {full_data: false, random_real: false}
 smoke: {fit: {steps: 1}}
 """
-SHORT = ["baselines.pixel=false", "baselines.fit_only=false", "evaluate.seeds=1", "evaluate.steps=1"]
+# Steps are those of the toy run, whose executables serve again.
+SHORT = ["baselines.pixel=false", "baselines.fit_only=false", "evaluate.seeds=1"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_pixels_are_matched_to_the_same_experts(whole):
 
 
 def test_evaluation_may_use_the_learned_step_size(toy, whole, tmp_path):
-    settings = [f"experts.path={whole / 'experts'}", "evaluate.lr_from=syn_lr", "evaluate.seeds=1", "evaluate.steps=1"]
+    settings = [f"experts.path={whole / 'experts'}", "evaluate.lr_from=syn_lr", "evaluate.seeds=1"]
     assert start(toy, tmp_path / "run", *settings) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["accuracy"]["lr"] == gsdd_jax.load(whole).meta["syn_lr"]

@@ -156,6 +156,17 @@ def test_first_steps_are_adam_on_the_composed_gradient(composed, start, step, on
     assert np.abs(np.asarray(state.params.mean)).max() <= LIMIT
 
 
+def test_step_in_the_code_that_users_get_is_the_same(codec, start, step, on_device, default_code):
+    expected, metrics = step(start, on_device, KEY)
+    found, found_metrics = jax.jit(make_step(codec), compiler_options=default_code)(start, on_device, KEY)
+    assert {name: float(x) for name, x in found_metrics.items()} == pytest.approx(
+        {name: float(x) for name, x in metrics.items()}, rel=1e-4
+    )
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        # The first step of Adam is a sign: where the gradient is as small as its rounding, anything goes.
+        assert np.mean(np.abs(np.asarray(a - b)) > 1e-5) < 0.01
+
+
 def test_metrics_are_finite_device_scalars(step, start, on_device, codec):
     _, metrics = step(start, on_device, KEY)
     assert set(metrics) == {"loss", "regulariser", "grad_norm", "param_norm"}

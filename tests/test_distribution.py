@@ -7,6 +7,8 @@ from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match import distribution_loss
 from gsdd_jax.nets import NetSpec, build
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 CLASSES, SHAPE = 3, (8, 8, 2)
 NETWORK = build(NetSpec(depth=2, width=6), SHAPE, CLASSES)
 NONE = DsaSpec(strategy="none")
@@ -44,15 +46,6 @@ def jitted(augment=NONE, class_chunk=1):
         )
 
     return jax.jit(jax.value_and_grad(loss, argnums=2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lazy_compiler():
-    """Spares LLVM's expensive passes: compiling takes longer than running here, and XLA's own passes stay."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from gsdd_jax.evaluate import (
 from gsdd_jax.nets import NetSpec, Network, build
 from gsdd_jax.recipes import recipe_for
 
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
 NO_DSA = DsaSpec(strategy="none")
 CONVNET = build(NetSpec(depth=1, width=4, norm="none"), (4, 4, 3), 3)
 
@@ -36,15 +38,6 @@ def linear_apply(params, images):
 
 
 LINEAR = Network(lambda key: {"w": 0.1 * jax.random.normal(key, (12, 3)), "b": jnp.zeros(3)}, linear_apply, 39)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """A lazy compiler: what these tests wait for is compilation."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def toy(n, seed=0, size=4):

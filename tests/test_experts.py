@@ -23,7 +23,7 @@ from gsdd_jax.experts import (
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import NetSpec, Network
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 OBJECTIVE = TrajectorySpec(syn_steps=2, max_start_epoch=3, expert_epochs=2)
 EPOCHS = 4

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("lazy_compiler")
 
 CLASSES, SHAPE, GPC = 3, (8, 8, 1), 2
 NETWORK = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
+init = jax.jit(NETWORK.init)
 AUGMENT, NO_AUGMENT = DsaSpec(strategy="color_crop_cutout"), DsaSpec(strategy="none")
 KEY = jax.random.key(3)
 NORMAL = whiten.MeanStd(jnp.full(1, 0.3), jnp.full(1, 0.4))
@@ -28,6 +30,8 @@ def batches(seed=0, real=4, syn=GPC):
     return real, jnp.asarray(rng.uniform(0, 1, (CLASSES, syn, *SHAPE)), jnp.float32)
 
 
+# Compiled as one, here and below, which is faster than the same operations one by one.
+@functools.partial(jax.jit, static_argnames=("augment", "class_chunk"))
 def loss(syn, real, params, *, augment=AUGMENT, class_chunk=2):
     return gradient_loss(
         KEY,
@@ -42,9 +46,15 @@ def loss(syn, real, params, *, augment=AUGMENT, class_chunk=2):
     )
 
 
+slope_of_loss = jax.jit(jax.value_and_grad(loss), static_argnames=("augment", "class_chunk"))
+
+
 def cross_entropy(params, images, labels):
     logits, _ = NETWORK.apply(params, images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+slope_of_cross_entropy = jax.jit(jax.grad(cross_entropy))
 
 
 def distance(real, syn):
@@ -83,30 +93,30 @@ def test_distance_has_a_finite_derivative_where_a_gradient_vanishes():
 
 def test_loss_is_the_sum_of_the_distances_of_the_classes_gradients():
     real, syn = batches()
-    params = NETWORK.init(jax.random.key(1))
+    params = init(jax.random.key(1))
+    augmented = jax.jit(lambda key, images: dsa(key, whiten.apply(NORMAL, images), AUGMENT, siamese=True))
     expected = 0.0
     for label, key in enumerate(jax.random.split(KEY, CLASSES)):
         gradients = []
         for images in (real[label].astype(jnp.float32) / 255, syn[label]):
-            augmented = dsa(key, whiten.apply(NORMAL, images), AUGMENT, siamese=True)
-            gradients.append(jax.grad(cross_entropy)(params, augmented, jnp.full(len(images), label)))
+            gradients.append(slope_of_cross_entropy(params, augmented(key, images), jnp.full(len(images), label)))
         expected += distance(*gradients)
     assert expected > 1
-    np.testing.assert_allclose(loss(syn, real, params), expected, rtol=1e-4)
+    np.testing.assert_allclose(slope_of_loss(syn, real, params)[0], expected, rtol=1e-4)
 
 
 def test_equal_images_match():
     real, _ = batches()
-    params = NETWORK.init(jax.random.key(1))
+    params = init(jax.random.key(1))
     assert abs(float(loss(real.astype(jnp.float32) / 255, real, params))) < 1e-3
 
 
 @pytest.mark.parametrize("class_chunk", [1, 8])
 def test_chunks_of_classes_change_nothing(class_chunk):
     real, syn = batches()
-    params = NETWORK.init(jax.random.key(1))
-    wanted = jax.value_and_grad(loss)(syn, real, params)
-    found = jax.value_and_grad(loss)(syn, real, params, class_chunk=class_chunk)
+    params = init(jax.random.key(1))
+    wanted = slope_of_loss(syn, real, params)
+    found = slope_of_loss(syn, real, params, class_chunk=class_chunk)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     np.testing.assert_allclose(found[1], wanted[1], rtol=0, atol=2e-5 * np.abs(wanted[1]).max())
 
@@ -115,28 +125,34 @@ def test_gradient_equals_finite_differences_in_float64():
     with jax.enable_x64(True):
         wide = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)  # noqa: E731
         real, syn = batches()
-        params, syn = wide(NETWORK.init(jax.random.key(1))), wide(syn)
-        function = jax.jit(lambda syn: loss(syn, real, params, augment=NO_AUGMENT))
+        params, syn = wide(init(jax.random.key(1))), wide(syn)
+        # One executable for the slope and the values.
+        function = functools.partial(slope_of_loss, real=real, params=params, augment=NO_AUGMENT)
         direction = jnp.asarray(np.random.default_rng(5).normal(size=syn.shape))
-        slope = jnp.sum(jax.grad(function)(syn) * direction)
+        slope = jnp.sum(function(syn)[1] * direction)
         step = 1e-5
-        difference = (function(syn + step * direction) - function(syn - step * direction)) / (2 * step)
+        difference = (function(syn + step * direction)[0] - function(syn - step * direction)[0]) / (2 * step)
         assert abs(float(slope)) > 1e-3
         # ReLU has kinks; along this line none is crossed.
         np.testing.assert_allclose(slope, difference, rtol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnames="spec")
+def train(params, images, labels, spec):
+    settings = {"network": NETWORK, "augment": NO_AUGMENT, "transform": whiten.apply, "transform_params": NORMAL}
+    return train_between(KEY, params, images, labels, spec=spec, **settings)
+
+
 def test_a_full_batch_epoch_is_one_step_of_gradient_descent():
     rng = np.random.default_rng(2)
     images, labels = jnp.asarray(rng.uniform(size=(6, *SHAPE)), jnp.float32), jnp.arange(6) % CLASSES
-    params = NETWORK.init(jax.random.key(4))
-    settings = {"network": NETWORK, "augment": NO_AUGMENT, "transform": whiten.apply, "transform_params": NORMAL}
+    params = init(jax.random.key(4))
     for batch in (6, 256):
         spec = GradientSpec(inner_loop=2, net_lr=0.1, net_batch=batch)
-        found = train_between(KEY, params, images, labels, spec=spec, **settings)
+        found = train(params, images, labels, spec)
         wanted = params
         for _ in range(2):
-            slope = jax.grad(cross_entropy)(wanted, whiten.apply(NORMAL, images), labels)
+            slope = slope_of_cross_entropy(wanted, whiten.apply(NORMAL, images), labels)
             wanted = jax.tree.map(lambda p, g: p - 0.1 * g, wanted, slope)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
@@ -145,10 +161,8 @@ def test_a_full_batch_epoch_is_one_step_of_gradient_descent():
 def test_an_epoch_visits_every_image_in_batches_of_one_size():
     # With one image of another class, the bias of that class moves up only in the batches that hold it.
     images, labels = jnp.zeros((5, *SHAPE)), jnp.arange(5) % CLASSES
-    settings = {"network": NETWORK, "augment": NO_AUGMENT, "transform": whiten.apply, "transform_params": NORMAL}
-    params = NETWORK.init(jax.random.key(4))
-    spec = GradientSpec(inner_loop=1, net_lr=0.0 + 1e-3, net_batch=2)
-    moved = train_between(KEY, params, images, labels, spec=spec, **settings)
+    params = init(jax.random.key(4))
+    moved = train(params, images, labels, GradientSpec(inner_loop=1, net_lr=1e-3, net_batch=2))
     shift = np.asarray(moved["layers"]["linear"]["bias"] - params["layers"]["linear"]["bias"]) / 1e-3
     # Three steps of two images, each image once and one of them twice: sums of (one hot - softmax) / 2.
     weights = jax.nn.softmax(NETWORK.apply(params, whiten.apply(NORMAL, images[:1]))[0])[0]
@@ -180,10 +194,16 @@ def setting():
     return codec, params, on_device
 
 
+@functools.cache
+def outer_step(codec, spec):
+    """Compiled once for all tests of one spec."""
+    return jax.jit(distill.make_step(codec, spec, network=NETWORK, augment=AUGMENT, transform=whiten.apply))
+
+
 def steps(setting, count, *, start=None, **changes):
     codec, params, on_device = setting
     spec = GradientSpec(**{"batch_real": 4, "outer_loop": 3, "inner_loop": 2, "net_lr": 0.1} | changes)
-    step = jax.jit(distill.make_step(codec, spec, network=NETWORK, augment=AUGMENT, transform=whiten.apply))
+    step = outer_step(codec, spec)
     state = distill.init_state(codec, params, spec, NETWORK) if start is None else start
     states = []
     for _ in range(count):
@@ -201,11 +221,12 @@ def test_a_network_lives_for_its_iterations_and_learns_in_between(setting):
     codec, _, on_device = setting
     del on_device
 
+    @jax.jit
     def fit(state):
         images = whiten.apply(NORMAL, codec.decode(state.params))
-        return float(cross_entropy(state.matcher, images, jnp.repeat(jnp.arange(CLASSES), GPC)))
+        return cross_entropy(state.matcher, images, jnp.repeat(jnp.arange(CLASSES), GPC))
 
-    losses = [fit(state) for state, _ in states]
+    losses = [float(fit(state)) for state, _ in states]
     # Trained after the first and second iteration; the third leaves it as it was; then another is born.
     assert losses[1] < losses[0] and abs(losses[2] - losses[1]) < 0.05
     assert bits(states[1][0].matcher) == bits(states[2][0].matcher)
@@ -232,7 +253,7 @@ def test_matching_brings_the_loss_down(setting):
 
     def mean_loss(params):
         syn = codec.decode(params).reshape(CLASSES, GPC, *SHAPE)
-        return np.mean([loss(syn, real, NETWORK.init(jax.random.key(seed)), augment=NO_AUGMENT) for seed in range(4)])
+        return np.mean([loss(syn, real, init(jax.random.key(seed)), augment=NO_AUGMENT) for seed in range(4)])
 
     assert mean_loss(states[-1][0].params) < 0.97 * mean_loss(params)
 

@@ -11,7 +11,10 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "quickstart.ip
 @pytest.fixture(scope="module")
 def executed():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    with pytest.MonkeyPatch.context() as patch:
+        # Compiled as for users, unlike most of the tests: see conftest.py.
+        patch.delenv("XLA_FLAGS", raising=False)
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     return notebook
 
 

@@ -23,9 +23,10 @@ GRADIENT_TOLERANCE = 1e-4
 # float64 against float64 of another formula; needles lose three digits.
 FLOAT64_TOLERANCE = 1e-11
 
+SETTINGS = ("size", "supersample", "cutoff")
 
 # Compiled as one, which is faster than the same operations one by one.
-draw = jax.jit(render, static_argnames=("size", "supersample", "cutoff"))
+draw = jax.jit(render, static_argnames=SETTINGS)
 
 
 def weights(g, size=None, seed=0) -> np.ndarray:
@@ -33,15 +34,17 @@ def weights(g, size=None, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, *(size or g.size), c)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "supersample", "cutoff"))
+@functools.partial(jax.jit, static_argnames=SETTINGS)
 def value_and_gradient(g, v, *, size=None, supersample=2, cutoff=DEFAULT_CUTOFF):
     images, vjp = jax.vjp(lambda g: render(g, size, supersample=supersample, cutoff=cutoff), g)
     return images, vjp(v)[0]
 
 
-def assert_matches_oracle(g, settings, value_tolerance=VALUE_TOLERANCE, gradient_tolerance=GRADIENT_TOLERANCE):
+def assert_matches_oracle(
+    g, settings, value_tolerance=VALUE_TOLERANCE, gradient_tolerance=GRADIENT_TOLERANCE, both=value_and_gradient
+):
     v = weights(g, settings.get("size")).astype(g.mean.dtype)
-    images, gradient = jax.tree.map(np.asarray, value_and_gradient(g, v, **settings))
+    images, gradient = jax.tree.map(np.asarray, both(g, v, **settings))
     expected = oracle.render(g, v=v, **settings)
     scale = max(1.0, np.abs(expected.images).max())
     # Pixels without a sample at the edge of the cutoff have no slack; those with one may miss that sample, or have it.
@@ -108,6 +111,12 @@ def test_oracle_gradient_equals_real_finite_differences():
 @pytest.mark.parametrize("name", scenes.HOSTILE)
 def test_hostile_scenes_match_the_oracle(name, cutoff):
     assert_matches_oracle(scenes.HOSTILE[name](), {"cutoff": cutoff})
+
+
+def test_hostile_scenes_match_the_oracle_in_the_code_that_users_get(default_code):
+    both = jax.jit(value_and_gradient.__wrapped__, static_argnames=SETTINGS, compiler_options=default_code)
+    for build in scenes.HOSTILE.values():
+        assert_matches_oracle(build(), {"cutoff": DEFAULT_CUTOFF}, both=both)
 
 
 @pytest.mark.parametrize("name", scenes.shaped())

@@ -74,8 +74,8 @@ def assert_oracle(kernels, spec, inputs, **tuning):
 def test_hostile_scenes_match_the_oracle(kernels, scene):
     height, width = scenes.SIZE
     spec = SplatSpec(height=height, width=width, supersample=2, cutoff=DEFAULT_CUTOFF)
-    # Both backward launches have Gaussians to gather for.
-    assert_oracle(kernels, spec, [np.asarray(x) for x in to_pixels(scenes.HOSTILE[scene]())], wide_area=300)
+    # Both backward launches have Gaussians to gather for. One image: several are drawn below.
+    assert_oracle(kernels, spec, [np.asarray(x[:1]) for x in to_pixels(scenes.HOSTILE[scene]())], wide_area=300)
 
 
 @pytest.mark.parametrize("scene", scenes.shaped())
@@ -167,7 +167,7 @@ def test_float_division_is_exact_up_to_its_limit(kernels):
     limit = kernels.FLOAT_PIXELS
     for length in (1, 2, 3, 7, 127, 128, 129, 511, 1000, 1023, 1024):
         ends = np.arange(length, limit + 1, length)
-        index = np.unique(np.concatenate([ends - 1, ends[:-1]])).astype(np.int32)
+        index = np.concatenate([ends - 1, ends[:-1]]).astype(np.int32)
         for per_length in (np.nextafter(np.float32(1 / length), np.float32(x)) for x in (0, 1)):
             row = np.floor((index.astype(np.float32) + np.float32(0.5)) * per_length)
             assert np.array_equal(row, index // length), length

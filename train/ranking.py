@@ -139,8 +139,9 @@ def _random_images(request: Request, bench: Bench) -> tuple[tuple[jax.Array, jax
 
 
 def _ranking(request: Request, entries: dict[str, dict[str, Any]], scores: dict[str, float]) -> str:
+    hard = ", hard labels" if request.synset.soft_labels is not None else ""
     lines = [
-        f"{request.run}: DD-Ranking, recipe {request.recipe}{', hard labels' if request.synset.soft else ''}",
+        f"{request.run}: DD-Ranking, recipe {request.recipe}{hard}",
         "",
         "| training set | augmentation | images | test accuracy, % | networks | learning rate | steps each |",
         "|---|---|---:|---:|---:|---:|---:|",

@@ -1,0 +1,117 @@
+"""The configs that are shipped, on the command line: each loads, fits its data and its budget, and runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from command_line import start
+
+from gsdd_jax import codecs, storage
+from train import config as configs
+from train import experiment
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch):
+    """Paths in configs are relative to the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_there_are_configs():
+    assert "digits" in {path.stem for path in CONFIGS}
+
+
+each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+@each_config
+def test_config_loads_and_its_smoke_run_is_small(path):
+    full, smoke = configs.load(path), configs.load(path, smoke=True)
+    assert full.name == path.stem
+    # What a smoke run shows must be the experiment of this name.
+    for config in (full, smoke):
+        assert (config.name, config.seed, config.ipc) == (path.stem, full.seed, full.ipc)
+        # The digits stand in for what each user has to prepare, so that the smoke run works everywhere.
+        assert config.data.source in (full.data.source, "digits")
+        assert (config.codec.name, config.objective.name) == (full.codec.name, full.objective.name)
+    assert 1 <= smoke.distill.iterations <= 20 and smoke.distill.iterations <= full.distill.iterations
+    assert smoke.distill.checkpoint_every <= smoke.distill.iterations
+    assert smoke.fit.steps <= 100
+    if smoke.objective.name == "trajectory":
+        assert smoke.objective.syn_steps <= 4 and smoke.experts.count * smoke.objective.last_epoch <= 4
+    else:
+        assert smoke.objective.batch_real <= 16
+    assert 1 <= smoke.evaluate.steps * smoke.evaluate.seeds <= 200
+    assert not smoke.baselines.full_data or (smoke.baselines.full_data_steps or smoke.evaluate.steps) <= 100
+
+
+def with_its_data(config, request):
+    """Points a config to its data where they are, or skips."""
+    if config.data.source == "digits":
+        return config
+    if config.data.source == "tfds":
+        pytest.importorskip("tensorflow_datasets")
+    if not config.data.path:
+        pytest.skip(f"needs a prepared copy of {config.data.name}")
+    folder = Path(config.data.path)
+    if not folder.exists():
+        folder = request.getfixturevalue("data_root") / folder.relative_to("../shared/data")
+    if not folder.exists():
+        pytest.skip(f"no data at {folder}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder)))
+
+
+@each_config
+def test_config_fits_its_data_and_uses_its_budget(path, request):
+    prepared = experiment.prepare(with_its_data(configs.load(path, smoke=True), request))
+    full, shape = configs.load(path), prepared.dataset.image_shape
+    if full.data.resolution:
+        shape = (full.data.resolution, full.data.resolution, shape[-1])
+    available = storage.budget_bytes(full.ipc, shape)
+    classes = prepared.dataset.num_classes
+    codec = codecs.make(full.codec, image_shape=shape, num_classes=classes, bytes_per_class=available)
+    images = jax.ShapeDtypeStruct((codec.num_images, *shape), np.float32)
+    spent = codec.nbytes(jax.eval_shape(codec.init, jax.random.key(0), images))
+    assert 0.9 * available * classes < spent <= available * classes
+
+
+def needs_no_data(path):
+    """Tells whether the digits stand in for the data of a config, which takes a few seconds."""
+    return configs.load(path).data.source != "digits" == configs.load(path, smoke=True).data.source
+
+
+def parts(config):
+    return {config.objective.name, config.codec.name, config.whiten, config.evaluate.protocol}
+
+
+def smoke_runs():
+    """One config for each part that no other shows: an objective, a codec, a whitening, or a protocol of evaluation."""
+    # The demo is started in test_cli.py.
+    shown = parts(configs.load(ROOT / "configs" / "digits.yaml", smoke=True))
+    for path in CONFIGS:
+        own = parts(configs.load(path, smoke=True))
+        quick = needs_no_data(path) and not own <= shown
+        shown |= own if quick else set()
+        yield pytest.param(path, id=path.stem, marks=[] if quick else [pytest.mark.slow])
+
+
+def test_demo_and_quick_runs_show_every_part_of_the_configs():
+    runs = [ROOT / "configs" / "digits.yaml", *(run.values[0] for run in smoke_runs() if not run.marks)]
+    shown = [parts(configs.load(path, smoke=True)) for path in runs]
+    assert set().union(*shown) == set().union(*(parts(configs.load(path, smoke=True)) for path in CONFIGS))
+
+
+@pytest.mark.parametrize("path", list(smoke_runs()))
+def test_smoke_run_of_every_config_succeeds(path, request, tmp_path):
+    config = with_its_data(configs.load(path, smoke=True), request)
+    where = [f"data.path={config.data.path}"] if config.data.path else []
+    assert start(path, tmp_path / "run", "--smoke", *where) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"]["n"] >= 2
