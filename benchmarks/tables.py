@@ -173,7 +173,6 @@ GROUPS = (
         "cifar10_dm_ipc1_tuned",
         "cifar10_dm_ipc1_lr01",
         "cifar10_packed_dm_ipc1_tuned",
-        "cifar10_packed_dm_ipc1_192x14",
     ),
     ("cifar10_dm_ipc10_w64", "cifar10_packed_dm_ipc10_w64"),
     ("imagenette128_dm_ipc1_w32", "imagenette128_packed_dm_ipc1_w32"),

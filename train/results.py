@@ -181,7 +181,7 @@ def _seconds(run: RunDir, accuracies: dict[str, dict[str, Any]]) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Writes a result as a Markdown table."""
-    labels = {
+    arms = {
         "accuracy": f"**{result['codec']}, distilled**",
         "fit_only": f"{result['codec']}, fitted only",
         "pixel": "pixels, distilled",
@@ -193,22 +193,26 @@ def table(result: dict[str, Any]) -> str:
         f"{result['objective']} matching, {result['device']}",
         "",
         *_warning(result),
-        "| training set | images per class | bytes per class | test accuracy, % | networks | steps each | TFLOP each |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| training set | images per class | bytes per class | test accuracy, % | networks | steps each |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    for key, label in labels.items():
+    # Results of before do not know their cost.
+    counted = any((result.get(key) or {}).get("training_flops") for key in arms)
+    if counted:
+        lines[-2:] = [lines[-2] + " TFLOP each |", lines[-1] + "---:|"]
+    for key, label in arms.items():
         entry = result.get(key)
         if entry is None:
-            lines.append(f"| {label} | | | not run | | | |")
+            lines.append(f"| {label} | | | not run | | |{' |' if counted else ''}")
             continue
         images, size = entry["images_per_class"], f"{entry['bytes_per_class']:,}"
         if entry.get("label_bytes_per_class"):
             size += f", labels {entry['label_bytes_per_class']:,}"
-        cost = f"{entry['training_flops'] / 1e12:.3g}" if entry.get("training_flops") else ""
+        cost = f" {entry['training_flops'] / 1e12:.3g} |" if entry.get("training_flops") else " |" if counted else ""
         # One network has no spread to show.
         spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
         accuracy = f"{100 * entry['mean']:.1f}{spread}"
-        lines.append(f"| {label} | {images} | {size} | {accuracy} | {entry['n']} | {entry['steps']:,} | {cost} |")
+        lines.append(f"| {label} | {images} | {size} | {accuracy} | {entry['n']} | {entry['steps']:,} |{cost}")
     return "\n".join(lines) + "\n"
 
 
