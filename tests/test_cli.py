@@ -22,7 +22,7 @@ from command_line import assert_same, findings, kill_while_distilling, refused, 
 from safetensors import SafetensorError
 
 import gsdd_jax
-from gsdd_jax import codecs, synset
+from gsdd_jax import codecs
 from train import config as configs
 from train import distill, evaluate, evaluation, report, stages
 from train.checkpoint import Checkpoints
@@ -288,7 +288,7 @@ def test_run_survives_accident_upon_accident_and_ends_in_the_same_bits(toy, whol
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(synset, "save_file", full)
+        patch.setattr("safetensors.flax.save_file", full)
         assert start(toy, out) == 2
     named, way, message = capsys.readouterr().err.splitlines()
     assert named.startswith(f"warning: {damaged} is damaged (") and named.endswith("was removed")

@@ -120,7 +120,9 @@ def test_schedule_scales_the_update_and_nothing_else(codec, start, step, on_devi
     np.testing.assert_allclose(
         first.params.color - start.params.color, 0.25 * (plain.params.color - start.params.color), rtol=0, atol=1e-6
     )
-    assert bits(first.opt_state) == bits(plain.opt_state)
+    # Two programs, which may round differently.
+    for ours, same in zip(jax.tree.leaves(first.opt_state), jax.tree.leaves(plain.opt_state), strict=True):
+        np.testing.assert_allclose(ours, same, rtol=1e-5, atol=1e-7)
     # The second step has half of that.
     again, _ = step(first, on_device, KEY)
     second, _ = scheduled(first, on_device, KEY)

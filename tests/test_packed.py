@@ -1,6 +1,7 @@
 """What is special to packed Gaussians; test_codecs.py and test_synset.py hold them to the common contract."""
 
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -462,6 +463,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+def rewrite(folder, arrays):
+    """Replaces the arrays of a set and the sum that its manifest has of their file."""
+    save_file(arrays, folder / "synset.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"] = hashlib.sha256((folder / "synset.safetensors").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_bytes_that_are_no_set_name_the_file(folder):
     file = folder / "synset.safetensors"
     arrays = load_file(file)
@@ -469,12 +478,12 @@ def test_bytes_that_are_no_set_name_the_file(folder):
     assert packing.multiset_bits(3, 2**16) == 46
     high = codes.copy()
     high[:6] = 255
-    save_file(arrays | {"codes": jnp.asarray(high)}, file)
+    rewrite(folder, arrays | {"codes": jnp.asarray(high)})
     with pytest.raises(ValueError, match=f"{file}: no set of 3 of 65536 codes has the number 0x3fffffffffff"):
         gsdd_jax.load(folder)
     odd = codes.copy()
     odd[-1] |= 1
-    save_file(arrays | {"codes": jnp.asarray(odd)}, file)
+    rewrite(folder, arrays | {"codes": jnp.asarray(odd)})
     with pytest.raises(ValueError, match=f"{file}: codes: the 4 bits after the last code must be 0"):
         gsdd_jax.load(folder)
 
