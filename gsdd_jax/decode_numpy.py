@@ -9,7 +9,8 @@ Codecs that would need a page and more of their own are not here; a program with
 
 Example::
 
-    images, labels, class_names = gsdd_jax.decode_numpy.load("runs/digits")
+    found = gsdd_jax.decode_numpy.load("runs/digits")
+    found.images.shape, found.labels
 """
 
 from __future__ import annotations
