@@ -17,16 +17,22 @@ import numpy as np
 
 from benchmarks.packed_psnr import ALONE, TRAINED
 from benchmarks.record import RESULTS, ROOT
-from train import budget, results, yaml12
+from train import budget, merge, results, yaml12
 from train.config import EvaluateConfig
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "codecs.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "codecs.md", ROOT / "docs" / "federated.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _run(name: str) -> str:
     result = json.loads((RESULTS / name / "result.json").read_text())
     return results.table(result) + f"\n`{result['command']}`, commit {str(result['commit'])[:9]}.\n"
+
+
+def _federated(name: str) -> str:
+    result = json.loads((RESULTS / name / "result.json").read_text())
+    source = f"`{result['command']}`, commit {str(result['commit'])[:9]}.\n"
+    return f"{results.table(result)}\n{merge.table(result)}\n{source}"
 
 
 def _fit(name: str) -> str:
@@ -345,6 +351,7 @@ def _commands(rows: list[dict[str, Any]]) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
+    "digits_federated": _federated,
     "cifar10_dm_ipc1_cpu": _run,
     "fit_psnr": _fit,
     "splat": _splat,
