@@ -351,6 +351,7 @@ def _commands(rows: list[dict[str, Any]]) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
+    "fit_cifar10_jpeg": _compare_fit,
     "digits_federated": _federated,
     "cifar10_dm_ipc1_cpu": _run,
     "fit_psnr": _fit,
