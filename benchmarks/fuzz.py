@@ -79,7 +79,7 @@ HOSTILE: tuple[Any, ...] = (
 )
 SECONDS, MEMORY, ROOM = 20.0, 64 << 20, 1 << 30
 # Decoding is tried where it is cheap: the size of images is no business of the reader.
-DECODED = 1 << 16
+DECODED = 1 << 20
 OUT = record.RESULTS / "fuzz.json"
 
 
@@ -337,8 +337,9 @@ def complete(document: dict[str, Any], found: SynSet) -> bool:
 
 def read_by_numpy(folder: Path) -> bool:
     """Reads a set without JAX, and draws it where it is small."""
-    manifest, _, _ = synset.read(folder, decode_numpy.decoder_of)
-    if manifest.num_images * math.prod(manifest.image_shape) <= DECODED:
+    manifest, _, arrays = synset.read(folder, decode_numpy.decoder_of)
+    # Every number may touch every pixel of its image.
+    if sum(array.size for array in arrays.values()) * math.prod(manifest.image_shape) <= DECODED:
         decode_numpy.load(folder)
     return True
 

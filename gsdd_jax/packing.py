@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# Multisets of so many codes are counted exactly, larger ones by a logarithm that is this good.
+_EXACT, _SLACK = 4096, 1e-4
+
 
 def to_bits(codes: np.ndarray, width: int) -> np.ndarray:
     """Returns the binary digits of each code, most significant first, one after the other: ``[codes.size * width]``."""
@@ -26,7 +29,14 @@ def from_bits(bits: np.ndarray, width: int) -> np.ndarray:
 
 def multiset_bits(count: int, symbols: int) -> int:
     """Returns the bits that number all multisets of ``count`` codes below ``symbols``."""
-    return (math.comb(symbols + count - 1, count) - 1).bit_length()
+    places = symbols + count - 1
+    if count > _EXACT:
+        # The number itself takes seconds; its logarithm is off by far less than this, unless it is next to an integer.
+        parts = math.lgamma(places + 1) - math.lgamma(count + 1) - math.lgamma(symbols)
+        bits = parts / math.log(2)
+        if abs(bits - round(bits)) > _SLACK:
+            return math.ceil(bits)
+    return (math.comb(places, count) - 1).bit_length()
 
 
 def multisets_to_bits(codes: np.ndarray, symbols: int) -> np.ndarray:
