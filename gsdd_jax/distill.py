@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
+from gsdd_jax import parallel
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
-from gsdd_jax.data.sampling import ClassTable, sample_classes
+from gsdd_jax.data.sampling import ClassTable, class_index, class_table, sample_classes
 from gsdd_jax.match import (
     DistributionSpec,
     GradientSpec,
@@ -28,6 +31,7 @@ from gsdd_jax.match.gradient import train_between
 from gsdd_jax.match.mmd import LEAST_SAMPLES
 from gsdd_jax.match.trajectory import flattener, floor_syn_lr, syn_lr_optimiser
 from gsdd_jax.nets import Network
+from gsdd_jax.parallel import Share, Team
 
 
 class State(NamedTuple):
@@ -41,7 +45,7 @@ class State(NamedTuple):
 
 
 class DeviceData(NamedTuple):
-    """A training set that stays on the device."""
+    """A training set that stays on the device; of several devices, each has the images of its classes."""
 
     images: jax.Array  # uint8 [N, h, w, c]
     table: ClassTable
@@ -70,6 +74,49 @@ class MmdBatch(NamedTuple):
     real: DeviceData | HostBatch
     # Flat weights [p] of the network whose features are compared; None = a random one in each step.
     weights: jax.Array | None
+
+
+def device_data(
+    images: np.ndarray, labels: np.ndarray, num_classes: int, transform_params: Any, mesh: Mesh | None = None
+) -> DeviceData:
+    """Puts a training set on the device, or each class on that device of a mesh whose share it is.
+
+    Args:
+        images: uint8 ``[n, h, w, c]``, also in a process that has only some of the devices.
+        labels: Integers ``[n]``.
+        num_classes: k.
+        transform_params: Of the normalisation.
+        mesh: The devices, where there are several.
+    """
+    if mesh is None:
+        return DeviceData(jnp.asarray(images), class_table(labels, num_classes), transform_params)
+    index, count = class_index(labels, num_classes)
+    own = parallel.per_device(num_classes, mesh.size)
+    held = max(int(count[first : first + own].sum()) for first in range(0, num_classes, own))
+    parts, tables, counts = [], [], []
+    for classes in parallel.own_classes(num_classes, mesh):
+        known = classes[classes < num_classes]
+        members = [index[label, : count[label]] for label in known]
+        part = np.zeros((held, *images.shape[1:]), images.dtype)
+        mine = np.concatenate(members) if members else np.zeros(0, np.int32)
+        part[: len(mine)] = images[mine]
+        ends = np.cumsum(count[known])
+        # As long as the rows of the whole table, or draws would differ from it.
+        rows = [end - n + np.resize(np.arange(n), index.shape[1]) for end, n in zip(ends, count[known], strict=True)]
+        fill = len(classes) - len(known)
+        parts.append(part)
+        tables.append(np.stack([*rows, *np.zeros((fill, index.shape[1]))]).astype(np.int32))
+        counts.append(np.concatenate([count[known], np.ones(fill, count.dtype)]))
+    of_all, *table = (parallel.sharded(np.concatenate(x), mesh) for x in (parts, tables, counts))
+    return DeviceData(of_all, ClassTable(*table), parallel.replicated(transform_params, mesh))
+
+
+def _specs(data: Data) -> Data:
+    """Returns how the data are spread over several devices: by classes, or by segments."""
+    by_rows, alike = PartitionSpec(parallel.AXIS), PartitionSpec()
+    if isinstance(data, MmdBatch):
+        return MmdBatch(_specs(data.matched), _specs(data.real), alike)  # type: ignore[arg-type]
+    return type(data)(*(alike if name == "transform_params" else by_rows for name in data._fields))  # type: ignore
 
 
 class SynLr(NamedTuple):
@@ -113,6 +160,7 @@ def make_step(
     transform: Transform,
     schedule: optax.Schedule | None = None,
     mmd: MmdSpec | None = None,
+    mesh: Mesh | None = None,
 ) -> Step:
     """Builds the outer step; pure, to be jitted with its state donated.
 
@@ -124,6 +172,8 @@ def make_step(
         transform: Normalisation; its arrays travel in the data, so that they are not baked into the executable.
         schedule: Factor of the codec's updates, by outer steps taken; 1 throughout if None, as in the references.
         mmd: The MMD term; none if None or of weight 0.
+        mesh: Devices that take the step together, from ``parallel.mesh_of``: they share out classes, or the segments of
+            trajectory matching. State and key are then held by all of them, and data as ``device_data`` puts them.
 
     Returns:
         ``step(state, data, key)``, with ``ExpertBatch`` for trajectory matching and real images for the others, in an
@@ -134,24 +184,36 @@ def make_step(
         the objective's step.
 
     Raises:
-        ValueError: The loops of gradient matching are not filled in, or the MMD term has too few images.
+        ValueError: The loops of gradient matching are not filled in, the MMD term has too few images, or the segments
+            cannot be shared out evenly.
     """
+    team = Team(1 if mesh is None else mesh.size)
+    if isinstance(objective, TrajectorySpec) and objective.segments % team.size:
+        raise ValueError(
+            f"objective.segments: {team.size} devices share out the segments of trajectory matching evenly; expected a "
+            f"multiple of {team.size}, found {objective.segments} (or set distill.devices)"
+        )
     if isinstance(objective, GradientSpec) and 0 in (objective.outer_loop, objective.inner_loop):
         raise ValueError("objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc fills them in")
-    term = None if mmd is None or mmd.weight == 0 else _mmd_term(codec, mmd, network=network, transform=transform)
+    parts: dict[str, Any] = {"network": network, "transform": transform, "team": team}
+    term = None if mmd is None or mmd.weight == 0 else _mmd_term(codec, mmd, **parts)
     joint = term if mmd is not None and mmd.steps == "joint" else None
-    parts: dict[str, Any] = {"network": network, "augment": augment, "transform": transform}
     build = _trajectory_step if isinstance(objective, TrajectorySpec) else _image_step
-    step = build(codec, objective, term=joint, schedule=schedule, **parts)  # type: ignore[arg-type]
-    if term is None or joint is not None:
-        return step
+    step = build(codec, objective, augment=augment, term=joint, schedule=schedule, **parts)  # type: ignore[arg-type]
+    if term is not None and joint is None:
+        step = _then(step, codec, term, schedule, team)
+    return step if mesh is None else parallel.spread(step, mesh, _specs)
+
+
+def _then(step: Step, codec: Codec, term: Term, schedule: optax.Schedule | None, team: Team) -> Step:
+    """Adds an optimiser step on a term to a step."""
 
     def then(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         after, metrics = step(state, data, key)
         # One optimiser takes both steps, as in D3; its schedule counts iterations.
         moved = after._replace(step=state.step)
         key_step = jax.random.fold_in(key, state.step)
-        grads, value = jax.grad(term, has_aux=True)(moved.params, data, key_step)
+        grads, value = team.sum(jax.grad(term, has_aux=True)(moved.params, data, key_step))
         params, opt_state, _ = _updated(codec, moved, grads, schedule)
         return after._replace(params=params, opt_state=opt_state), metrics | {"mmd": value}
 
@@ -167,6 +229,7 @@ def _image_step(
     transform: Transform,
     schedule: optax.Schedule | None,
     term: Term | None,
+    team: Team,
 ) -> Step:
     """Builds the outer step of distribution and gradient matching."""
     k, g = codec.num_classes, codec.images_per_class
@@ -176,9 +239,11 @@ def _image_step(
         assert not isinstance(matched, ExpertBatch)
         key_step = jax.random.fold_in(key, state.step)
         key_real, key_syn, key_loss = jax.random.split(key_step, 3)
-        real = _real_images(matched, key_real, objective.batch_real)
+        share = team.share(k)
+        real = _real_images(matched, key_real, objective.batch_real, share)
         normal = {"transform": transform, "transform_params": matched.transform_params}
         settings = {"network": network, "augment": augment, "class_chunk": objective.class_chunk, **normal}
+        settings |= {"share": share}
         weights: Any = ()
         if isinstance(objective, GradientSpec):
             key_loss, key_network, key_train = jax.random.split(key_loss, 3)
@@ -194,12 +259,12 @@ def _image_step(
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             batch = min(objective.batch_syn or g, g)
-            index = _some_of_each_class(key_syn, k, g, batch)
+            index = _some_of_each_class(key_syn, share, g, batch)
             syn = codec.decode(params, index, key=jax.random.fold_in(key_syn, DRAWN))
-            loss = match(real, syn.reshape(k, batch, *syn.shape[1:]))
-            return _total(codec, params, loss, {}, term, data, key_step)
+            loss = match(real, syn.reshape(share.own, batch, *syn.shape[1:]))
+            return _total(codec, params, loss, {}, term, data, key_step, team)
 
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+        grads, metrics = team.sum(jax.grad(loss_fn, has_aux=True)(state.params))
         params, opt_state, norms = _updated(codec, state, grads, schedule)
         matcher: Any = ()
         if isinstance(objective, GradientSpec) and _network_lives_on(objective):
@@ -226,9 +291,10 @@ def _total(
     term: Term | None,
     data: Data,
     key_step: jax.Array,
+    team: Team,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Adds the codec's regulariser and, if there is one, the MMD term to a loss."""
-    regulariser = codec.regularise(params)
+    """Adds the codec's regulariser and, if there is one, the MMD term to a loss; devices then add up what they have."""
+    regulariser = team.part(codec.regularise(params))
     total, metrics = loss + regulariser, {"loss": loss, "regulariser": regulariser, **metrics}
     if term is None:
         return total, metrics
@@ -254,7 +320,7 @@ def mmd_samples(codec: Codec, spec: MmdSpec) -> tuple[int, int]:
     return copies, each
 
 
-def _mmd_term(codec: Codec, spec: MmdSpec, *, network: Network, transform: Transform) -> Term:
+def _mmd_term(codec: Codec, spec: MmdSpec, *, network: Network, transform: Transform, team: Team) -> Term:
     """Builds the MMD term.
 
     Raises:
@@ -266,33 +332,42 @@ def _mmd_term(codec: Codec, spec: MmdSpec, *, network: Network, transform: Trans
     def term(params: Any, data: Data, key_step: jax.Array) -> tuple[jax.Array, jax.Array]:
         assert isinstance(data, MmdBatch)
         key_real, key_index, key_draw, key_network = jax.random.split(jax.random.fold_in(key_step, OF_MMD), 4)
-        index = _some_of_each_class(key_index, k, g, each)
+        share = team.share(k)
+        index = _some_of_each_class(key_index, share, g, each)
         syn = jnp.stack([codec.decode(params, index, key=key) for key in jax.random.split(key_draw, copies)])
-        syn = syn.reshape(copies, k, each, *codec.image_shape).swapaxes(0, 1).reshape(k, -1, *codec.image_shape)
+        syn = syn.reshape(copies, -1, each, *codec.image_shape).swapaxes(0, 1)
+        syn = syn.reshape(share.own, -1, *codec.image_shape)
         value = feature_mmd(
-            _real_images(data.real, key_real, spec.samples),
+            _real_images(data.real, key_real, spec.samples, share),
             syn,
             network.init(key_network) if data.weights is None else flattener(network)[1](data.weights),
             network=network,
             transform=transform,
             transform_params=data.real.transform_params,
+            share=share,
         )
         return spec.weight * value, value
 
     return term
 
 
-def _real_images(data: DeviceData | HostBatch, key: jax.Array, count: int) -> jax.Array:
-    """Returns ``[k, count, h, w, c]``; those that the host drew are as many as it drew."""
-    return data.images[sample_classes(key, data.table, count)] if isinstance(data, DeviceData) else data.images
+def _real_images(data: DeviceData | HostBatch, key: jax.Array, count: int, share: Share) -> jax.Array:
+    """Returns ``[own, count, h, w, c]`` of a share's classes; those that the host drew are as many as it drew."""
+    if isinstance(data, HostBatch):
+        return data.images
+    return data.images[sample_classes(key, data.table, count, share)]
 
 
-def _some_of_each_class(key: jax.Array, k: int, g: int, count: int) -> jax.Array | None:
-    """Draws ``count`` of the ``g`` images of every class, class-major; None for all of them, in order."""
-    if count >= g:
+def _some_of_each_class(key: jax.Array, share: Share, g: int, count: int) -> jax.Array | None:
+    """Draws ``count`` of the ``g`` images of every class of a share, class-major; None for all that there are."""
+    if count < g:
+        keys = share.take(jax.random.split(key, share.total))
+        within = jax.vmap(lambda key: jax.random.choice(key, g, (count,), replace=False))(keys)
+    elif share.own == share.total:
         return None
-    within = jax.vmap(lambda key: jax.random.choice(key, g, (count,), replace=False))(jax.random.split(key, k))
-    return (within + g * jnp.arange(k)[:, None]).reshape(-1)
+    else:
+        within = jnp.arange(g)
+    return (within + g * share.take(jnp.arange(share.total))[:, None]).reshape(-1)
 
 
 def _updated(
@@ -315,6 +390,7 @@ def _trajectory_step(
     transform: Transform,
     schedule: optax.Schedule | None,
     term: Term | None,
+    team: Team,
 ) -> Step:
     """Builds the outer step of trajectory matching: one for the codec, one for the student's step size."""
 
@@ -324,7 +400,7 @@ def _trajectory_step(
         labels = jnp.repeat(jnp.arange(codec.num_classes), codec.images_per_class)
         key_step = jax.random.fold_in(key, state.step)
 
-        def loss_fn(params: Any, syn_lr: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_fn(params: Any, syn_lr: jax.Array) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
             loss, student = trajectory_loss(
                 key_step,
                 codec.decode(params, key=jax.random.fold_in(key_step, DRAWN)),
@@ -338,10 +414,18 @@ def _trajectory_step(
                 transform_params=matched.transform_params,
                 spec=objective,
             )
-            return _total(codec, params, loss, student, term, data, key_step)
+            bad_step = student.pop("bad_step")
+            loss, student = jax.tree.map(team.part, (loss, student))
+            total, metrics = _total(codec, params, loss, student, term, data, key_step, team)
+            return total, (metrics, bad_step)
 
         old: SynLr = state.matcher
-        (grads, lr_grad), metrics = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(state.params, old.value)
+        grads, (metrics, bad_step) = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(state.params, old.value)
+        (grads, lr_grad), metrics = team.sum((grads, metrics))
+        # The first step that is bad on any device.
+        late = objective.syn_steps + 1
+        first = team.least(jnp.where(bad_step < 0, late, bad_step))
+        metrics |= {"bad_step": jnp.where(first == late, -1, first)}
         params, opt_state, norms = _updated(codec, state, grads, schedule)
         update, lr_state = syn_lr_optimiser(objective).update(lr_grad, old.opt_state)
         syn_lr = SynLr(floor_syn_lr(old.value + update), lr_state)

@@ -52,9 +52,20 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least 1 checkpoint must stay")
         self.path = Path(path).resolve()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        # One process of a run writes, whatever the others do meanwhile: the state is the same in all.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"checkpoints-of-{own}"
         )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            # Orbax makes directories in all processes or leaves it to its user.
+            create=False,
+            cleanup_tmp_directories=True,
+            multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
+        )
+        self.path.mkdir(parents=True, exist_ok=True)
         self._writing: int | None = None
         with _quiet():
             self._manager = ocp.CheckpointManager(self.path, options=options)

@@ -40,6 +40,14 @@ class DistillSpec:
     ] = "constant"
     log_every: Annotated[int, Ge(1), Doc("Outer steps between lines of metrics.jsonl.")] = 10
     checkpoint_every: Annotated[int, Ge(1), Doc("Outer steps (and fitting steps) between checkpoints.")] = 100
+    devices: Annotated[
+        int,
+        Ge(0),
+        Doc(
+            "devices that share out the classes (or the segments of trajectory matching) of an outer step; 0 = all of "
+            "all processes"
+        ),
+    ] = 1
     data: Annotated[
         Literal["device", "host"],
         Doc("Where real images are drawn: on the device, or on the host for sets that do not fit the device."),

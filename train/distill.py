@@ -28,16 +28,24 @@ from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.match import TrajectorySpec
 from train import config as configs
 from train import experiment as experiments
-from train import labelling, pictures, report, results, stages
+from train import hosts, labelling, pictures, report, results, stages
 from train.errors import exit_cleanly
 from train.evaluation import PeriodicTests, as_stored, evaluate_stage, evaluation_lr
 from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, write_bytes, write_json
+from train.rundir import RunDir, plain, versions, write_bytes, write_json
 from train.stopping import on_sigterm
 
-# What may differ when a run is continued: nothing that touches numbers already computed.
-MAY_CHANGE = ("name", "distill.log_every", "distill.checkpoint_every", "experts.path", "experts.train")
+# What may differ when a run is continued: nothing that touches numbers already computed, or by more than rounding.
+MAY_CHANGE = (
+    "name",
+    "distill.log_every",
+    "distill.checkpoint_every",
+    # Changes the rounding of sums: a run goes on with the machines there are.
+    "distill.devices",
+    "experts.path",
+    "experts.train",
+)
 
 # Distilled arms: the name of their phase, and the purpose of their random key.
 ARMS = {"distilled": ("main", "distill"), "pixel": ("pixel", "pixel_distill")}
@@ -63,22 +71,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    hosts.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as distill.iterations=100")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None), on_sigterm():
+    with exit_cleanly(debug=args.debug or None), on_sigterm(), hosts.joined(args) as crew:
         config: configs.RunConfig = configs.load(args.config, args.overrides, smoke=args.smoke)
         experiment = experiments.prepare(config)
         if args.dry_run:
             print(plan(experiment))
             return 0
         out = Path(args.out) if args.out else experiments.run_path(config)
-        result = run(experiment, out, Progress(quiet=args.quiet))
+        crew.agree(_identity(experiment))
+        if not crew.leader:
+            stages.follow(
+                experiment,
+                crew,
+                folder=experiments.expert_path(config, out),
+                pixel=lambda: _pixel_codec(experiment),
+            )
+            return 0
+        result = run(experiment, out, Progress(quiet=args.quiet), crew=crew)
         print((out / "table.md").read_text())
         print(f"{out / 'report.html'}  ({result['seconds']:.0f} s)")
     return 0
 
 
-def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path | None = None) -> dict[str, Any]:
+def _identity(experiment: Experiment) -> dict[str, Any]:
+    """Returns what the processes of a run have to have in common."""
+    settings = plain(dataclasses.asdict(experiments.resolved(experiment.config, experiment.codec)))
+    return {**settings, "data_sha256": experiment.data_identity(), "versions": versions()}
+
+
+def run(
+    experiment: Experiment,
+    out: Path,
+    progress: Progress,
+    *,
+    fitted: Path | None = None,
+    crew: hosts.Crew | None = None,
+) -> dict[str, Any]:
     """Carries out or continues an experiment in the run directory ``out`` and returns the result.
 
     Args:
@@ -86,6 +117,7 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
         out: The run directory.
         progress: Progress bars.
         fitted: Another run directory whose fit, of the same codec to the same images, is taken over.
+        crew: The processes of the run, whose leader this one is.
     """
     config, dataset = experiment.config, experiment.dataset
     with RunDir(out) as rundir:
@@ -128,7 +160,9 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, fitted: Path |
             folder = experiments.expert_path(config, rundir.path)
             experts = stages.expert_stage(experiment, folder, progress=progress)
         label = labelling.label_stage(experiment, experts=experts, run=rundir, progress=progress)
-        arm = functools.partial(_distilled, experiment, experts=experts, label=label, run=rundir, progress=progress)
+        arm = functools.partial(
+            _distilled, experiment, experts=experts, label=label, run=rundir, progress=progress, crew=crew
+        )
         state, tested = arm(codec, fitted, name="distilled", iterations=config.distill.iterations)
         accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
         params, meta = state.params, _meta(experiment, environment)
@@ -213,6 +247,7 @@ def _distilled(
     iterations: int,
     run: RunDir,
     progress: Progress,
+    crew: hosts.Crew | None,
 ) -> tuple[distill.State, dict[str, Any] | None]:
     """Distils an arm; returns its final state, or with protocol=paper its best one and that one's row."""
     tests = None
@@ -230,21 +265,26 @@ def _distilled(
         purpose=purpose,
         experts=experts,
         tests=tests,
+        crew=crew,
     )
     return (state, None) if tests is None else tests.best(state)
 
 
 def _pixel_start(experiment: Experiment) -> tuple[codecs.Codec, Any]:
     """Returns the codec of the pixel baseline and its start, real images."""
-    codec = labels.make_codec(
+    codec = _pixel_codec(experiment)
+    real = experiments.real_images(experiment, codec, purpose="pixel_select", how="random")
+    return codec, codec.init(experiment.key("start"), real)
+
+
+def _pixel_codec(experiment: Experiment) -> codecs.Codec:
+    return labels.make_codec(
         experiment.config.baselines.pixel_codec,
         experiment.config.labels,
         image_shape=experiment.dataset.image_shape,
         num_classes=experiment.dataset.num_classes,
         bytes_per_class=experiment.bytes_per_class,
     )
-    real = experiments.real_images(experiment, codec, purpose="pixel_select", how="random")
-    return codec, codec.init(experiment.key("start"), real)
 
 
 def _fit_psnr(experiment: Experiment, fitted: jax.Array, targets: jax.Array) -> float | None:

@@ -313,7 +313,7 @@ def environment() -> dict[str, Any]:
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": versions(),
         "platform": device.platform,
         "device": _device_name(device),
         "devices": jax.device_count(),
@@ -323,6 +323,11 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions of Python and of the packages that decide numbers; None for what is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 
 def _device_name(device: jax.Device) -> str:

@@ -1,14 +1,16 @@
 """The stages of a run that make its distilled sets: fit, train experts, distil.
 
-Each continues where its last checkpoint stands and returns when it is done.
+Each continues where its last checkpoint stands and returns when it is done. Outer steps are taken by all devices of a
+run, and by all its processes, which `follow` does in those that do nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from gsdd_jax import codecs, distill, fit, whiten
-from gsdd_jax.data import ClassTable, HostSampler, class_table, prefetch
+from gsdd_jax import codecs, distill, fit, parallel, whiten
+from gsdd_jax.data import HostSampler, prefetch
 from gsdd_jax.experts import Experts, IncompleteError, Origin, Segments, train_experts
 from gsdd_jax.match import GradientSpec, ObjectiveSpec, TrajectorySpec
 from train import stopping
@@ -27,6 +30,7 @@ from train.config import RunConfig
 from train.errors import UserError
 from train.evaluation import PeriodicTests
 from train.experiment import Experiment
+from train.hosts import Crew
 from train.progress import Progress
 from train.rundir import RunDir
 
@@ -86,19 +90,8 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
         UserError: Experts are missing and ``experts.train`` is off.
         ValueError: The folder holds experts of another network, dataset, whitening or training.
     """
-    config, dataset = experiment.config, experiment.dataset
+    config, dataset, wanted = experiment.config, experiment.dataset, wanted_experts(experiment)
     assert isinstance(config.objective, TrajectorySpec)
-    origin = Origin(
-        network=config.network,
-        image_shape=dataset.image_shape,
-        num_classes=dataset.num_classes,
-        dataset=experiment.data_identity(),
-        whiten=config.whiten,
-        augment=config.augment,
-    )
-    # Subtasks start their experts from different weights.
-    spec = dataclasses.replace(config.experts, seed=(config.experts.seed + (config.subtask << 16)) % 2**32)
-    wanted: dict[str, Any] = {"origin": origin, "spec": spec, "objective": config.objective}
     try:
         return Experts.open(folder, **wanted)
     except (FileNotFoundError, IncompleteError) as error:
@@ -127,6 +120,127 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
         )
 
 
+def wanted_experts(experiment: Experiment) -> dict[str, Any]:
+    """Returns what says which experts an experiment is about: the arguments of `Experts.open`."""
+    config, dataset = experiment.config, experiment.dataset
+    origin = Origin(
+        network=config.network,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        dataset=experiment.data_identity(),
+        whiten=config.whiten,
+        augment=config.augment,
+    )
+    # Subtasks start their experts from different weights.
+    spec = dataclasses.replace(config.experts, seed=(config.experts.seed + (config.subtask << 16)) % 2**32)
+    return {"origin": origin, "spec": spec, "objective": config.objective}
+
+
+class _Outer:
+    """The outer steps of an arm on all devices of a run; in several processes, each makes one and takes them alike."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        codec: codecs.Codec,
+        state: distill.State,
+        *,
+        done: int,
+        iterations: int,
+        purpose: str,
+        experts: Experts | None,
+        crew: Crew,
+    ):
+        mesh = device_mesh(experiment.config)
+        key = experiment.key(purpose)
+        if mesh is not None:
+            state, key = parallel.replicated((crew.share(state), key), mesh)
+        self._mesh, self._state, self._key = mesh, state, key
+        self._step: Any = jax.jit(build_step(experiment, codec, iterations, mesh), donate_argnums=0)
+        self._batches: Iterator[distill.Data] = _batches(experiment, done, iterations, experts, mesh)
+        self._close = self._batches.close
+        if crew.count > 1 and done < iterations:
+            # Compiled before they meet, or the first to finish would wait within a step.
+            first = next(self._batches)
+            self._step = self._step.lower(state, first, key).compile()
+            self._batches = itertools.chain([first], self._batches)
+            crew.meet()
+
+    @property
+    def state(self) -> distill.State:
+        """The state after the steps so far, on one device."""
+        return self._state if self._mesh is None else parallel.local(self._state)
+
+    def take(self, count: int) -> list[dict[str, jax.Array]]:
+        """Takes steps and returns the metrics of each, without waiting for them."""
+        taken = []
+        for _ in range(count):
+            self._state, metrics = self._step(self._state, next(self._batches), self._key)
+            taken.append(metrics)
+        return taken
+
+    def close(self) -> None:
+        """Ends the reading of data."""
+        self._close()
+
+
+def device_mesh(config: RunConfig) -> Mesh | None:
+    """Returns the devices that take the outer steps, or None where there is one.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    mesh = parallel.mesh_of(config.distill.devices)
+    return mesh if mesh.size > 1 else None
+
+
+def follow(experiment: Experiment, crew: Crew, *, folder: Path, pixel: Callable[[], codecs.Codec]) -> None:
+    """Takes the outer steps that the leader announces, until it lets its followers go.
+
+    Args:
+        experiment: The leader's.
+        crew: The processes of the run.
+        folder: Of the experts of trajectory matching.
+        pixel: Builds the codec of the pixel baseline.
+
+    Raises:
+        UserError: The leader ended with an error.
+        Stopped: The leader was asked to end, and everything is saved.
+    """
+    outer: _Outer | None = None
+    while (message := crew.hear())["kind"] != "end":
+        if message["kind"] == "steps":
+            assert outer is not None
+            outer.take(message["count"])
+            continue
+        if outer is not None:
+            outer.close()
+        codec = experiment.codec if message["arm"] == "main" else pixel()
+        shape = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
+        start = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(codec.init, jax.random.key(0), shape)
+        )
+        experts = None
+        if isinstance(experiment.config.objective, TrajectorySpec):
+            experts = Experts.open(folder, **wanted_experts(experiment))
+        outer = _Outer(
+            experiment,
+            codec,
+            distill.init_state(codec, start, objective(experiment.config), experiment.network),
+            done=message["done"],
+            iterations=message["iterations"],
+            purpose=message["purpose"],
+            experts=experts,
+            crew=crew,
+        )
+    if outer is not None:
+        outer.close()
+    if message["error"] == "":
+        raise stopping.Stopped
+    if message["error"]:
+        raise UserError(f"process 0 ended: {message['error'].removeprefix('error: ')}")
+
+
 def distill_stage(
     experiment: Experiment,
     codec: codecs.Codec,
@@ -139,8 +253,13 @@ def distill_stage(
     purpose: str,
     experts: Experts | None = None,
     tests: PeriodicTests | None = None,
+    crew: Crew | None = None,
 ) -> distill.State:
-    """Runs the outer loop on a codec's parameters, with tests in between if asked for; returns the final state."""
+    """Runs the outer loop on a codec's parameters, with tests in between if asked for; returns the final state.
+
+    In a run of several processes this is what the leader does, with the others as its `crew`.
+    """
+    crew = crew or Crew()
     config = experiment.config
     phase = f"{arm}-distill"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
@@ -150,24 +269,31 @@ def distill_stage(
             done, state, meta = newest
             seconds = meta["seconds"]
         run.truncate(phase, done)
-        step = jax.jit(build_step(experiment, codec, iterations), donate_argnums=0)
-        key, saved = experiment.key(purpose), done
-        with progress.phase(f"distil {arm}", total=iterations, done=done) as bar:
-            batches = _batches(experiment, done, iterations, experts)
+        saved = done
+        crew.say("arm", arm=arm, done=done, iterations=iterations, purpose=purpose)
+        outer = _Outer(
+            experiment,
+            codec,
+            state,
+            done=done,
+            iterations=iterations,
+            purpose=purpose,
+            experts=experts,
+            crew=crew,
+        )
+        with progress.phase(f"distil {arm}", total=iterations, done=done) as bar, contextlib.closing(outer):
             # Killed in the middle of it, perhaps.
             if tests is not None and tests.due(done):
-                tests.test(done, state)
+                tests.test(done, outer.state)
             while done < iterations:
                 began = time.perf_counter()
                 count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
                 if tests is not None:
                     count = min(count, tests.until_due(done))
-                taken = []
-                for _ in range(count):
-                    state, metrics = step(state, next(batches), key)
-                    taken.append(metrics)
+                crew.say("steps", count=count)
+                taken = outer.take(count)
                 # The only wait for the device: once per logged line, not per step.
-                values = {name: float(value) for name, value in metrics.items()}
+                values = {name: float(value) for name, value in taken[-1].items()}
                 done += count
                 seconds += time.perf_counter() - began
                 if not np.isfinite(list(values.values())).all():
@@ -177,13 +303,12 @@ def distill_stage(
                 due = tests is not None and tests.due(done)
                 late = done - saved >= config.distill.checkpoint_every
                 if due or done == iterations or late or stopping.requested():
-                    checkpoints.save(done, state, {"seconds": seconds})
+                    checkpoints.save(done, outer.state, {"seconds": seconds})
                     saved = done
                 stopping.raise_if_requested()
                 if tests is not None and due:
-                    tests.test(done, state)
-            batches.close()
-    return state
+                    tests.test(done, outer.state)
+    return outer.state
 
 
 def _remedy(values: dict[str, float]) -> str:
@@ -195,8 +320,8 @@ def _remedy(values: dict[str, float]) -> str:
     )
 
 
-def build_step(experiment: Experiment, codec: codecs.Codec, iterations: int) -> distill.Step:
-    """Builds the outer step of an experiment for one of its codecs, out of so many."""
+def build_step(experiment: Experiment, codec: codecs.Codec, iterations: int, mesh: Mesh | None = None) -> distill.Step:
+    """Builds the outer step of an experiment for one of its codecs, out of so many, for the devices of a mesh."""
     cosine = experiment.config.distill.schedule == "cosine"
     return distill.make_step(
         codec,
@@ -206,6 +331,7 @@ def build_step(experiment: Experiment, codec: codecs.Codec, iterations: int) -> 
         transform=whiten.apply,
         schedule=optax.cosine_decay_schedule(1.0, max(iterations, 1)) if cosine else None,
         mmd=experiment.config.mmd,
+        mesh=mesh,
     )
 
 
@@ -215,26 +341,27 @@ def objective(config: RunConfig) -> ObjectiveSpec:
     return spec.for_ipc(config.ipc) if isinstance(spec, GradientSpec) else spec
 
 
-def device_data(experiment: Experiment) -> distill.DeviceData:
-    """Puts the training set on the device as uint8."""
+def device_data(experiment: Experiment, mesh: Mesh | None = None) -> distill.DeviceData:
+    """Puts the training set on the device as uint8, or on those of a mesh by classes."""
     dataset = experiment.dataset
-    table: ClassTable = class_table(dataset.train_labels, dataset.num_classes)
-    return distill.DeviceData(jnp.asarray(dataset.train_images), table, experiment.whitening)
+    return distill.device_data(
+        dataset.train_images, dataset.train_labels, dataset.num_classes, experiment.whitening, mesh
+    )
 
 
 def _batches(
-    experiment: Experiment, first: int, last: int, experts: Experts | None
+    experiment: Experiment, first: int, last: int, experts: Experts | None, mesh: Mesh | None
 ) -> Generator[distill.Data, None, None]:
     """Yields the data argument of every step from ``first`` on."""
     config = experiment.config
     mmd, trajectory = config.mmd, isinstance(config.objective, TrajectorySpec)
     on_device = config.distill.data == "device" and (mmd.weight > 0 or not trajectory)
-    held = device_data(experiment) if on_device else None
+    held = device_data(experiment, mesh) if on_device else None
     if isinstance(config.objective, TrajectorySpec):
         assert experts is not None
-        matched: Generator[Any, None, None] = _segments(experiment, experts, first)
+        matched: Generator[Any, None, None] = _segments(experiment, experts, first, mesh)
     else:
-        matched = _real(experiment, held, config.objective.batch_real, first, seed=experiment.host_seed)
+        matched = _real(experiment, held, config.objective.batch_real, first, mesh, seed=experiment.host_seed)
     with contextlib.ExitStack() as open_streams:
         open_streams.callback(matched.close)
         if mmd.weight == 0:
@@ -242,42 +369,68 @@ def _batches(
                 yield next(matched)
             return
         # Draws apart from those of the objective, of which there may be fewer.
-        real = _real(experiment, held, mmd.samples, first, seed=experiment.host_seed + MMD_SEED)
+        real = _real(experiment, held, mmd.samples, first, mesh, seed=experiment.host_seed + MMD_SEED)
         open_streams.callback(real.close)
         for step in range(first, last):
             weights = None
             if mmd.features == "expert":
                 assert experts is not None and isinstance(config.objective, TrajectorySpec)
                 expert, _ = Segments(experts, config.objective, seed=experiment.host_seed).choice(step)[0]
-                weights = jnp.asarray(experts.row(expert, config.objective.last_epoch))
+                weights = _on_all(experts.row(expert, config.objective.last_epoch), mesh)
             yield distill.MmdBatch(next(matched), next(real), weights)
 
 
-def _segments(experiment: Experiment, experts: Experts, first: int) -> Generator[distill.ExpertBatch, None, None]:
+def _on_all(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts arrays on the device, or on every one of a mesh."""
+    return jax.tree.map(jnp.asarray, tree) if mesh is None else parallel.replicated(tree, mesh)
+
+
+def _segments(
+    experiment: Experiment, experts: Experts, first: int, mesh: Mesh | None
+) -> Generator[distill.ExpertBatch, None, None]:
     config = experiment.config
     assert isinstance(config.objective, TrajectorySpec)
     stream = prefetch(Segments(experts, config.objective, seed=experiment.host_seed), first)
+    whitening = _on_all(experiment.whitening, mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(rows)
+        by_device = rows.reshape(mesh.size, -1, *rows.shape[1:])
+        return parallel.sharded(np.concatenate(by_device[parallel.places(mesh)]), mesh)
+
     try:
         for _, (start, target) in stream:
-            yield distill.ExpertBatch(jnp.asarray(start), jnp.asarray(target), experiment.whitening)
+            yield distill.ExpertBatch(put(start), put(target), whitening)
     finally:
         stream.close()
 
 
 def _real(
-    experiment: Experiment, held: distill.DeviceData | None, count: int, first: int, *, seed: int
+    experiment: Experiment, held: distill.DeviceData | None, count: int, first: int, mesh: Mesh | None, *, seed: int
 ) -> Generator[distill.DeviceData | distill.HostBatch, None, None]:
-    """Yields the training set that the device holds, or ``count`` images per class that the host draws."""
+    """Yields the training set that the devices hold, or ``count`` images per class that the host draws."""
     dataset = experiment.dataset
     while held is not None:
         yield held
+    classes = None
+    if mesh is not None:
+        # What fills up repeats a class, which costs least where all have images.
+        classes = parallel.own_classes(dataset.num_classes, mesh).reshape(-1) % dataset.num_classes
     sampler = HostSampler(
-        dataset.train_images, dataset.train_labels, num_classes=dataset.num_classes, batch=count, seed=seed
+        dataset.train_images,
+        dataset.train_labels,
+        num_classes=dataset.num_classes,
+        batch=count,
+        seed=seed,
+        classes=classes,
     )
     stream = prefetch(sampler, first)
+    whitening = _on_all(experiment.whitening, mesh)
     try:
         for _, images in stream:
-            yield distill.HostBatch(jnp.asarray(images), experiment.whitening)
+            batch = jnp.asarray(images) if mesh is None else parallel.sharded(images, mesh)
+            yield distill.HostBatch(batch, whitening)
     finally:
         stream.close()
 

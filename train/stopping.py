@@ -28,6 +28,12 @@ def requested() -> bool:
     return _requested
 
 
+def request() -> None:
+    """Asks the process to end, as a first SIGTERM does; asking again changes nothing."""
+    global _requested
+    _requested = True
+
+
 def raise_if_requested() -> None:
     """Ends the run if it was asked to; to be called where everything is saved.
 

@@ -26,7 +26,14 @@ class HostSampler:
     """
 
     def __init__(
-        self, source: Sequence[Any] | np.ndarray, labels: np.ndarray, *, num_classes: int, batch: int, seed: int
+        self,
+        source: Sequence[Any] | np.ndarray,
+        labels: np.ndarray,
+        *,
+        num_classes: int,
+        batch: int,
+        seed: int,
+        classes: np.ndarray | None = None,
     ) -> None:
         """Prepares the class table; reads no image.
 
@@ -37,6 +44,8 @@ class HostSampler:
             num_classes: k.
             batch: Images per class and step, at least 1.
             seed: 0 to 2**64 - 1.
+            classes: Integers [j], whose images a batch holds, where other processes read the others; all, in order, if
+                None.
 
         Raises:
             TypeError: An array source is not uint8; labels are not integers.
@@ -55,6 +64,7 @@ class HostSampler:
             raise ValueError(f"seed must be in 0 to 2**64 - 1, found {seed}")
         self._source, self._batch, self._seed = source, batch, seed
         self._index, self._count = class_index(labels, num_classes)
+        self._classes = np.arange(num_classes) if classes is None else np.asarray(classes)
 
     def indices(self, step: int) -> np.ndarray:
         """Returns int32 [k, batch], the images of a step.
@@ -77,13 +87,13 @@ class HostSampler:
         return np.take_along_axis(self._index, np.take_along_axis(order, turn, axis=1), axis=1)
 
     def batch(self, step: int) -> np.ndarray:
-        """Returns uint8 [k, batch, h, w, c], the images of a step.
+        """Returns uint8 [k, batch, h, w, c], the images of a step, or those of its `classes`.
 
         Raises:
             TypeError: A record's image is not uint8.
             ValueError: The images of the batch differ in shape, or `step` is negative.
         """
-        chosen = self.indices(step)
+        chosen = self.indices(step)[self._classes]
         flat = chosen.reshape(-1)
         images = self._source[flat] if isinstance(self._source, np.ndarray) else _stack(self._source, flat)
         return images.reshape(*chosen.shape, *images.shape[1:])

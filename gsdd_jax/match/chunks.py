@@ -8,26 +8,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gsdd_jax.parallel import Share
 
-def split_classes(classes: int, class_chunk: int) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
-    """Returns how to cut a leading axis of classes into chunks, and which of the pieces count.
+
+def split_classes(share: Share, class_chunk: int) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """Returns how to cut a leading axis of a share's classes into chunks, and which of the pieces count.
 
     Args:
-        classes: Length of that axis.
-        class_chunk: Classes per chunk; need not divide ``classes``.
+        share: What the axis holds.
+        class_chunk: Classes per chunk; need not divide their number.
 
     Returns:
-        A function from ``[k, ...]`` to ``[chunks, chunk, ...]``, the last chunk filled up with the first classes; and
+        A function from ``[own, ...]`` to ``[chunks, chunk, ...]``, the last chunk filled up with the first classes; and
         weights ``[chunks, chunk]``, 0 for what fills up and 1 for the rest.
     """
-    chunk = min(class_chunk, classes)
-    chunks = -(-classes // chunk)
+    chunk = min(class_chunk, share.own)
+    chunks = -(-share.own // chunk)
     fill = jnp.arange(chunks * chunk)
 
     def split(x: jax.Array) -> jax.Array:
-        return x[fill % classes].reshape(chunks, chunk, *x.shape[1:])
+        return x[fill % share.own].reshape(chunks, chunk, *x.shape[1:])
 
-    return split, (fill < classes).astype(jnp.float32).reshape(chunks, chunk)
+    counts = (fill < share.own) & (share.first + fill < share.total)
+    return split, counts.astype(jnp.float32).reshape(chunks, chunk)
 
 
 def sum_of_chunks(loss: Callable[..., jax.Array], syn: jax.Array, others: tuple, shared: Any) -> jax.Array:

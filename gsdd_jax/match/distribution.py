@@ -14,6 +14,7 @@ from typing_extensions import Doc
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.nets import Network
+from gsdd_jax.parallel import Share, whole
 
 Transform = Callable[[Any, jax.Array], jax.Array]
 
@@ -40,6 +41,7 @@ def distribution_loss(
     transform: Transform,
     transform_params: Any,
     class_chunk: int,
+    share: Share | None = None,
 ) -> jax.Array:
     """Returns ``sum_k || mean phi(real_k) - mean phi(syn_k) ||^2`` for a fresh random network ``phi``.
 
@@ -56,6 +58,7 @@ def distribution_loss(
         transform: ``(transform_params, images) -> images``: normalisation of images in [0,1].
         transform_params: Its arrays.
         class_chunk: Classes per pass through the network; need not divide ``k``.
+        share: Which classes these are, where other devices have the others, and the sum is over these.
 
     Returns:
         The loss, a scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps no
@@ -63,8 +66,8 @@ def distribution_loss(
     """
     key_network, key_augment = jax.random.split(key)
     phi_params = network.init(key_network)
-    classes = real.shape[0]
-    split, weight = split_classes(classes, class_chunk)
+    share = share or whole(real.shape[0])
+    split, weight = split_classes(share, class_chunk)
 
     shared = (phi_params, transform_params)
 
@@ -81,7 +84,7 @@ def distribution_loss(
     def chunk_loss(shared: Any, syn: jax.Array, keys: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.sum(weight[:, None] * (target - embed(shared, keys, syn)) ** 2)
 
-    keys = split(jax.random.split(key_augment, classes))
+    keys = split(share.take(jax.random.split(key_augment, share.total)))
     real_chunks = split(real)
     targets = jax.lax.map(lambda x: embed(shared, x[0], x[1].astype(jnp.float32) / 255), (keys, real_chunks))
     return sum_of_chunks(chunk_loss, split(syn), (keys, jax.lax.stop_gradient(targets), weight), shared)

@@ -15,6 +15,7 @@ from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.match.distribution import Transform
 from gsdd_jax.nets import Network
+from gsdd_jax.parallel import Share, whole
 
 # Beside the product of two norms, as in the reference.
 EPSILON = 1e-6
@@ -62,6 +63,7 @@ def gradient_loss(
     transform: Transform,
     transform_params: Any,
     class_chunk: int,
+    share: Share | None = None,
 ) -> jax.Array:
     """Returns ``sum_k D(grad loss(real_k), grad loss(syn_k))`` at the weights ``params`` (DC, Eq. 9; DSA, Eq. 2).
 
@@ -78,13 +80,14 @@ def gradient_loss(
         transform: ``(transform_params, images) -> images``: normalisation of images in [0,1].
         transform_params: Its arrays.
         class_chunk: Classes whose gradients are held at once; need not divide ``k``.
+        share: Which classes these are, where other devices have the others, and the sum is over these.
 
     Returns:
         The loss, a scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps
         nothing of a chunk but its gradient.
     """
-    classes = real.shape[0]
-    split, weight = split_classes(classes, class_chunk)
+    share = share or whole(real.shape[0])
+    split, weight = split_classes(share, class_chunk)
 
     def gradients(shared: Any, images: jax.Array, keys: jax.Array, labels: jax.Array) -> Any:
         """Gradients of each class of a chunk, as params with a leading axis of classes."""
@@ -105,7 +108,8 @@ def gradient_loss(
         wanted = jax.lax.stop_gradient(gradients(shared, real.astype(syn.dtype) / 255, keys, labels))
         return jnp.sum(weight * jax.vmap(layerwise_distance)(wanted, gradients(shared, syn, keys, labels)))
 
-    keys, labels = split(jax.random.split(key, classes)), split(jnp.arange(classes))
+    keys = split(share.take(jax.random.split(key, share.total)))
+    labels = split(share.take(jnp.arange(share.total)))
     return sum_of_chunks(of_chunk, split(syn), (keys, labels, weight, split(real)), (params, transform_params))
 
 

@@ -13,6 +13,7 @@ from typing_extensions import Doc
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.match.distribution import Transform
 from gsdd_jax.nets import Network
+from gsdd_jax.parallel import Share, whole
 
 # Widths of D3's Gaussian kernels, which are added up.
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -94,6 +95,7 @@ def feature_mmd(
     network: Network,
     transform: Transform,
     transform_params: Any,
+    share: Share | None = None,
 ) -> jax.Array:
     """Returns :func:`mmd_loss` of the last feature maps of a network, one class at a time.
 
@@ -106,6 +108,7 @@ def feature_mmd(
         network: Its architecture.
         transform: ``(transform_params, images) -> images``: normalisation of images in [0,1].
         transform_params: Its arrays.
+        share: Which classes these are, where other devices have the others, and the sum is over these.
 
     Returns:
         A scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps no activations.
@@ -113,7 +116,7 @@ def feature_mmd(
     Raises:
         ValueError: A class has no pair.
     """
-    split, weight = split_classes(len(real), 1)
+    split, weight = split_classes(share or whole(len(real)), 1)
     shared = (params, transform_params)
 
     def embed(shared: Any, images: jax.Array) -> jax.Array:

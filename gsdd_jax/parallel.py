@@ -1,0 +1,149 @@
+"""The outer step on several devices.
+
+Distribution matching, gradient matching and the MMD term are sums over classes, and trajectory matching is a mean over
+segments of experts: these are what devices share out. Parameters and optimiser are held by every device, gradients are
+added up between them, and every device takes the same step. A step moves as many bytes as that sum does, which is small
+where a set is, and images never.
+
+Every random number of a class is drawn as if one device had all classes, so that a run on several devices is the run
+on one, up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "devices"
+
+
+class Share(NamedTuple):
+    """Consecutive classes: those of all that one device has."""
+
+    own: int
+    total: int
+    # The first of them. Those from total on fill up, and count for nothing.
+    first: jax.Array | int = 0
+
+    @property
+    def classes(self) -> jax.Array:
+        """Their numbers, int32 ``[own]``."""
+        return self.first + jnp.arange(self.own)
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """Returns the rows ``[own, ...]`` of its classes, from those of all, ``[total, ...]``."""
+        return x if self.own == self.total else x[self.classes % self.total]
+
+
+def whole(classes: int) -> Share:
+    """Returns the share of a device that has all classes."""
+    return Share(classes, classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """The devices that take one step together, seen by each of them; under ``shard_map`` if there are several."""
+
+    size: int = 1
+
+    def share(self, classes: int) -> Share:
+        """Returns the classes of this device: consecutive ones, as many as of any other."""
+        if self.size == 1:
+            return whole(classes)
+        own = per_device(classes, self.size)
+        return Share(own, classes, lax.axis_index(AXIS) * own)
+
+    def sum(self, tree: Any) -> Any:
+        """Adds up what the devices have, leaf by leaf."""
+        return tree if self.size == 1 else lax.psum(tree, AXIS)
+
+    def part(self, x: jax.Array) -> jax.Array:
+        """Returns this device's part of what all have alike and ``sum`` is to give once."""
+        return x if self.size == 1 else x / self.size
+
+    def least(self, x: jax.Array) -> jax.Array:
+        """Returns the smallest of what the devices have."""
+        return x if self.size == 1 else lax.pmin(x, AXIS)
+
+
+def per_device(classes: int, devices: int) -> int:
+    """Returns how many classes each device has; the last ones may be filled up with what counts for nothing."""
+    return -(-classes // devices)
+
+
+def mesh_of(devices: int) -> Mesh:
+    """Returns a mesh over so many devices, the first of all processes together; 0 = all.
+
+    Raises:
+        ValueError: There are fewer, or several processes are to use only some.
+    """
+    every = jax.devices()
+    if jax.process_count() > 1 and devices not in (0, len(every)):
+        raise ValueError(
+            f"distill.devices: {jax.process_count()} processes share out the work among all their {len(every)} "
+            f"devices; expected 0 or {len(every)}, found {devices}"
+        )
+    if devices > len(every):
+        raise ValueError(f"distill.devices: expected at most {len(every)}, as many as JAX finds; found {devices}")
+    return Mesh(np.array(every[: devices or None]), (AXIS,))
+
+
+def spread(step: Callable, mesh: Mesh, specs: Callable[[Any], Any]) -> Callable:
+    """Lets the devices of a mesh take a step ``(state, data, key)`` together; see :class:`Team`.
+
+    Args:
+        step: What one device does; state and metrics come out alike on all.
+        mesh: Its devices.
+        specs: From the data to their ``PartitionSpec``s.
+    """
+    alike = PartitionSpec()
+
+    def together(state: Any, data: Any, key: jax.Array) -> Any:
+        # What comes out alike is so because the step adds up, which JAX's check of it cannot see in derivatives that
+        # are written by hand.
+        wrapped = jax.shard_map(
+            step, mesh=mesh, in_specs=(alike, specs(data), alike), out_specs=(alike, alike), check_vma=False
+        )
+        return wrapped(state, data, key)
+
+    return together
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """Puts arrays, or random keys, on every device of a mesh; every process must have the same."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def put(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, tree)
+
+
+def sharded(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Cuts an array's first axis among the devices of a mesh; a process gives the part of its own devices."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(AXIS)), array)
+
+
+def local(tree: Any) -> Any:
+    """Returns what is alike on all devices, as arrays of this process's first one."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def places(mesh: Mesh) -> list[int]:
+    """Returns the places in a mesh of this process's devices."""
+    return [place for place, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+
+
+def own_classes(classes: int, mesh: Mesh) -> np.ndarray:
+    """Returns the classes of each of this process's devices, int ``[its devices, own]``; those from k on fill up."""
+    own = per_device(classes, mesh.size)
+    return np.array(places(mesh))[:, None] * own + np.arange(own)
