@@ -179,6 +179,8 @@ GROUPS = (
         "cifar10_dm_ipc1_tuned",
         "cifar10_dm_ipc1_lr01",
         "cifar10_packed_dm_ipc1_tuned",
+        "cifar10_packed_dm_ipc1_192x14",
+        "cifar10_packed_dm_ipc1_192x14_all",
     ),
     ("cifar10_dm_ipc10_w64", "cifar10_packed_dm_ipc10_w64"),
     ("imagenette128_dm_ipc1_w32", "imagenette128_packed_dm_ipc1_w32"),
@@ -193,21 +195,22 @@ def _codecs(_: str) -> str:
     lines = [
         f"{runs[0]['objective']} matching, test accuracy in % of {runs[0]['accuracy']['n']} networks:",
         "",
-        "| data | bytes per class | codec | bits | lr | images per class | Gaussians per image | written "
-        "| steps of a network | fitted only | distilled |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| data | bytes per class | codec | bits | lr | images per class | drawn per iteration | Gaussians per image "
+        "| written | steps of a network | fitted only | distilled |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, run in zip([name for group in GROUPS for name in group], runs, strict=True):
-        codec = yaml12.parse((RESULTS / name / "config.yaml").read_text(), source=name)["codec"]
+        config = yaml12.parse((RESULTS / name / "config.yaml").read_text(), source=name)
+        codec, drawn = config["codec"], config["objective"]["batch_syn"]
         bits = "16"
         if run["codec"] == "packed_gaussian":
             bits = "+".join(str(codec[f"bits_{leaf}"]) for leaf in ("mean", "cholesky", "color"))
         lines.append(
             f"| {run['dataset']} | {run['bytes_per_class']:,} | {run['codec']} | {bits} | {codec['lr']:g} "
-            f"| {run['gpc']} | {run['num_points']} | {run['accuracy']['bytes_per_class']:,} "
+            f"| {run['gpc']} | {drawn or 'all'} | {run['num_points']} | {run['accuracy']['bytes_per_class']:,} "
             f"| {run['accuracy']['steps']:,} | {_percent(run['fit_only'])} | {_percent(run['accuracy'])} |"
         )
-    return "\n".join(lines) + f"\n\n<details><summary>Commands</summary>\n\n{_sources(runs)}\n</details>\n"
+    return "\n".join(lines) + f"\n\n{_folded(runs)}"
 
 
 def _decode(name: str) -> str:
@@ -349,10 +352,76 @@ def _commands(rows: list[dict[str, Any]]) -> str:
     return f"{commands}; commit {commits}.\n"
 
 
+# D3 beside Gaussians and pixels, with hard and with soft labels; the pixels stand in the runs of the Gaussians.
+WHOLE = ("cifar10_d3_hard", "cifar10_d3_soft", "cifar10_gaussian_hard", "cifar10_gaussian_soft")
+DIVIDED = {
+    "cifar10_d3_hard": {2: "cifar10_d3_of2", 5: "cifar10_d3_of5"},
+    "cifar10_gaussian_hard": {2: "cifar10_gaussian_of2", 5: "cifar10_gaussian_of5"},
+}
+
+
+def _d3(_: str) -> str:
+    runs = [json.loads((RESULTS / name / "result.json").read_text()) for name in WHOLE]
+    _refuse_unlike(runs)
+    lines = [
+        f"{runs[0]['dataset']}, {runs[0]['bytes_per_class']:,} bytes per class with the labels, {runs[0]['objective']} "
+        f"matching and MMD, test accuracy in % of {runs[0]['accuracy']['n']} networks of "
+        f"{runs[0]['accuracy']['steps']:,} steps:",
+        "",
+        "| codec | labels | images per class | bytes per class | of these, labels | fitted only | distilled "
+        "| TFLOP each |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in runs:
+        for codec, entry, fitted in (
+            (run["codec"], run["accuracy"], run["fit_only"]),
+            ("pixel", run["pixel"], None),
+        ):
+            if entry is not None:
+                lines.append(
+                    f"| {codec} | {run['protocol']['labels']['kind']} | {entry['images_per_class']} "
+                    f"| {entry['bytes_per_class']:,} | {entry['label_bytes_per_class']:,} | {_percent(fitted)} "
+                    f"| {_percent(entry)} | {entry['training_flops'] / 1e12:.3g} |"
+                )
+    return "\n".join(lines) + f"\n\n{_folded(runs)}"
+
+
+def _divided(_: str) -> str:
+    lines = [
+        "| codec | subtasks | images per class | bytes per class | distilled | seconds, one after the other "
+        "| seconds, side by side |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    every = []
+    for name, parts in DIVIDED.items():
+        whole = json.loads((RESULTS / name / "result.json").read_text())
+        metrics = map(json.loads, (RESULTS / name / "metrics.jsonl").read_text().splitlines())
+        last = {entry["phase"]: entry["total_seconds"] for entry in metrics}
+        seconds = last["main-fit"] + last["main-distill"]
+        runs = [(1, whole, seconds, seconds)]
+        for count, divided in parts.items():
+            run = json.loads((RESULTS / divided / "result.json").read_text())
+            runs.append((count, run, run["subtask_seconds"]["sum"], run["subtask_seconds"]["longest"]))
+        for count, run, total, longest in runs:
+            entry = run["accuracy"]
+            lines.append(
+                f"| {run['codec']} | {count if count > 1 else 'undivided'} | {entry['images_per_class']} "
+                f"| {entry['bytes_per_class']:,} | {_percent(entry)} | {total:.0f} | {longest:.0f} |"
+            )
+        every += [run for _, run, _, _ in runs]
+    return "\n".join(lines) + f"\n\n{_folded(every)}"
+
+
+def _folded(runs: list[dict[str, Any]]) -> str:
+    return f"<details><summary>Commands</summary>\n\n{_sources(runs)}\n</details>\n"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
     "fit_cifar10_jpeg": _compare_fit,
     "digits_federated": _federated,
+    "d3": _d3,
+    "divided": _divided,
     "cifar10_dm_ipc1_cpu": _run,
     "fit_psnr": _fit,
     "splat": _splat,
