@@ -13,7 +13,8 @@ precision, from the same kind of fit to real images. Rates are chosen by the los
 what is compared is the same run for all, in sizes for two CPU cores. Run directories are kept, so that an interrupted
 comparison goes on where it was.
 
-Rows of several calls merge into one file; those that are there are not made again.
+Rows of several calls merge into one file; those that are there are not made again, and other settings need another
+file.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from gsdd_jax.codecs import (
 from train import config as configs
 from train import distill, tune
 from train import experiment as experiments
+from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
 
 # GSDD, Table 5: floats of an image, those of DDiF with three layers of 20; bytes in float32, and in half of that.
@@ -233,11 +235,30 @@ def fit_row(codec: str, dtype: str, images: jax.Array) -> dict[str, Any]:
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
+def known_rows(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows that a file holds, none if there is no file.
+
+    Raises:
+        ConfigError: It holds something else, or rows of other settings.
+    """
+    if not out.exists():
+        return []
+    try:
+        found = json.loads(out.read_text())
+        rows, before = found["results"], found["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--out: {out} holds no rows of benchmarks.compare ({error!r}); name another file") from None
+    if before != settings:
+        raise ConfigError(f"--out: {out} holds rows of {before}, expected {settings}; name another file")
+    return rows
+
+
 def fits(args: argparse.Namespace) -> None:
     """Runs ``compare fit``."""
     images, name = sample(args.data, args.images)
     out = args.out or OUT / f"fit_{name}.json"
-    rows = json.loads(out.read_text())["results"] if out.exists() else []
+    settings = {"data": name, "size": list(images.shape[1:]), "short": SHORT}
+    rows = known_rows(out, settings)
     for dtype in BUDGETS:
         for codec in dict.fromkeys(way.codec for way in ways(dtype, len(images), images.shape[1])):
             if args.only and codec not in args.only:
@@ -245,7 +266,6 @@ def fits(args: argparse.Namespace) -> None:
             if any((r["codec"], r["precision"], r["images"]) == (codec, dtype, len(images)) for r in rows):
                 continue
             rows.append(record.environment() | fit_row(codec, dtype, images))
-            settings = {"data": name, "size": list(images.shape[1:]), "short": SHORT}
             record.write(out, rows, seed=SEED, n=SEEDS, **settings)
 
 
@@ -295,7 +315,8 @@ def accuracies(args: argparse.Namespace) -> None:
     runs.mkdir(parents=True, exist_ok=True)
     # The networks of all runs are the same programs.
     jax.config.update("jax_compilation_cache_dir", str(runs / "compiled"))
-    rows = json.loads(out.read_text())["results"] if out.exists() else []
+    settings = {"config": CONFIG, "overrides": sizes}
+    rows = known_rows(out, settings)
     dataset = None
     for name, codec in ACCURACY.items():
         if (args.only and name.split(",")[0] not in args.only) or any(row["name"] == name for row in rows):
@@ -321,8 +342,15 @@ def accuracies(args: argparse.Namespace) -> None:
         result = distill.run(experiment, folder / "run", Progress(quiet=True), fitted=fitted)
         row = {"name": name, "rates": [(r["overrides"], r["loss"]) for r in tuned["rows"]], "chosen": chosen}
         rows.append(record.environment() | row | {"result": result})
-        record.write(out, rows, seed=base.seed, n=base.evaluate.seeds, config=CONFIG, overrides=sizes)
+        record.write(out, rows, seed=base.seed, n=base.evaluate.seeds, **settings)
         print(f"{name}: {100 * result['accuracy']['mean']:.1f} %, {chosen}", file=sys.stderr, flush=True)
+
+
+def positive(text: str) -> int:
+    """Reads a number of images."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, found {text!r}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -331,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kinds = parser.add_subparsers(required=True, metavar="fit|accuracy")
     one = kinds.add_parser("fit", help="PSNR of fitted images at 3,852 and 1,926 bytes each")
     one.add_argument("--data", type=Path, default=DATA, help="prepared TFDS directory")
-    one.add_argument("--images", type=int, default=100)
+    one.add_argument("--images", type=positive, default=100)
     one.set_defaults(run=fits)
     two = kinds.add_parser("accuracy", help="accuracy after distillation at 12,288 bytes per class of CIFAR-10")
     two.add_argument("--runs", type=Path, default=Path("runs/compare"), help="where the run directories are kept")
@@ -339,11 +367,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help=f"settings other than those of {CONFIG} and SIZES"
     )
     two.set_defaults(run=accuracies)
-    for kind in (one, two):
-        kind.add_argument("--only", nargs="+", choices=sorted(codecs.SPECS), metavar="CODEC", help="default: all")
+    # Pixels are what is fitted.
+    for kind, names in (one, set(codecs.SPECS) - {"pixel"}), (two, {name.split(",")[0] for name in ACCURACY}):
+        kind.add_argument("--only", nargs="+", choices=sorted(names), metavar="CODEC", help="default: all")
         kind.add_argument("--out", type=Path, metavar="FILE", help=f"default: in {OUT.relative_to(record.ROOT)}")
     args = parser.parse_args(argv)
-    args.run(args)
+    with exit_cleanly():
+        args.run(args)
 
 
 if __name__ == "__main__":

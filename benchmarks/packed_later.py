@@ -2,12 +2,14 @@
 
     python -m benchmarks.packed_later [--config FILE] [--runs DIR] [--out FILE] [key=value ...]
 
-Both ways start from one fit and go on with the same randomness; networks are tested on held-out training images.
+Both ways start from one fit and go on with the same randomness; networks are tested on held-out training images. The
+same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from gsdd_jax.codecs import Codec
 from train import config as configs
 from train import experiment as experiments
 from train import stages, tune
+from train.errors import ConfigError, exit_cleanly
 from train.evaluation import as_stored, evaluate_stage
 from train.progress import Progress
 from train.rundir import RunDir
@@ -55,16 +58,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args(argv)
+    with exit_cleanly():
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Distils both ways, tests their sets and writes the record.
+
+    Raises:
+        ConfigError: The codec of the config is no packed one.
+        UserError: The run directories hold runs of another config.
+    """
     config: configs.RunConfig = configs.load(args.config, args.overrides)
+    if config.codec.name != "packed_gaussian":
+        raise ConfigError(f"codec.name: expected packed_gaussian, found {config.codec.name!r}")
     experiment = experiments.prepare(config, tune.hold_out(data.load(config.data)))
     codec, progress = experiment.codec, Progress(quiet=True)
     targets = experiments.real_images(experiment, codec, purpose="select", how=config.fit.select)
     rows: dict[str, Any] = {}
+    resolved = dataclasses.asdict(experiments.resolved(config, codec))
     with RunDir(args.runs / "fit") as run:
+        run.configure(resolved)
         fitted = stages.fit_stage(experiment, codec, targets, run=run, progress=progress, arm="main")
         psnr = float(fit.psnr(as_stored(codec, fitted), targets).mean())
     for name, way in {"every step": codec, "at the end": unrounded(codec)}.items():
         with RunDir(args.runs / name.replace(" ", "_")) as run:
+            run.configure(resolved)
             params = jax.tree.map(jnp.copy, fitted)
             state = stages.distill_stage(
                 experiment,

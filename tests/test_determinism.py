@@ -1,0 +1,174 @@
+"""The same settings and seed give the same bits: every codec, every objective, in two processes.
+
+The second process has another PYTHONHASHSEED and another number of threads, and takes the cases in reverse order: what
+depends on the order of a set, on addresses, on threads or on what ran before differs.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_codecs import CLASSES, SPECS, make
+
+from gsdd_jax import codecs, data, distill, whiten
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.codecs import CodecSpec
+from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, ObjectiveSpec, TrajectorySpec
+from gsdd_jax.nets import NetSpec, build
+
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED, STEPS = 3, 3
+
+
+class Case(NamedTuple):
+    codec: CodecSpec
+    objective: ObjectiveSpec
+    mmd: MmdSpec | None = None
+    strategy: str = "crop"
+    # Compiled as outside of the tests.
+    default: bool = False
+
+
+DISTRIBUTION = DistributionSpec(batch_real=4, batch_syn=2)
+# A network that is trained after the first of its two iterations.
+GRADIENT = GradientSpec(batch_real=4, outer_loop=2, inner_loop=1)
+TRAJECTORY = TrajectorySpec(syn_steps=2, batch_syn=3, expert_epochs=1, max_start_epoch=1)
+# The first way to store of each codec.
+FIRST = {spec.name: spec for spec in reversed(SPECS.values())}
+GAUSSIAN, PACKED = FIRST["gaussian"], FIRST["packed_gaussian"]
+CASES = {name: Case(spec, DISTRIBUTION, strategy="none") for name, spec in FIRST.items()} | {
+    "gaussian": Case(GAUSSIAN, DISTRIBUTION, default=True),
+    "gaussian, gradient": Case(GAUSSIAN, GRADIENT),
+    "gaussian, trajectory": Case(GAUSSIAN, TRAJECTORY),
+    "packed_gaussian, gradient": Case(PACKED, GRADIENT, strategy="flip"),
+    "packed_gaussian, trajectory and MMD": Case(PACKED, TRAJECTORY, MmdSpec(weight=1.0, samples=2), "flip"),
+}
+
+
+class Run(NamedTuple):
+    start: Any  # parameters before the first step
+    state: distill.State
+    metrics: list[dict[str, np.ndarray]]  # of every step
+
+
+@functools.cache
+def codec_of(spec: CodecSpec) -> tuple[codecs.Codec, Any]:
+    """Returns a codec and its jitted start."""
+    codec = make(spec)
+    return codec, jax.jit(codec.init)
+
+
+@functools.cache
+def programs(name: str, options: str) -> tuple[Any, Any, Any]:
+    """Returns what makes the state of parameters, the jitted step of a case, and the data that it sees."""
+    case = CASES[name]
+    codec, _ = codec_of(case.codec)
+    network = build(NetSpec(depth=1, width=4), codec.image_shape, CLASSES)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (16, *codec.image_shape), np.uint8), np.arange(16) % CLASSES
+    real = distill.DeviceData(jnp.asarray(images), data.class_table(labels, CLASSES), whiten.fit("meanstd", images))
+    given: distill.Data = real
+    if isinstance(case.objective, TrajectorySpec):
+        weights = rng.normal(0, 0.2, (2, case.objective.segments, network.num_params)).astype(np.float32)
+        given = distill.ExpertBatch(*map(jnp.asarray, weights), real.transform_params)
+    if case.mmd is not None:
+        given = distill.MmdBatch(given, real, None)
+    parts = {"network": network, "augment": DsaSpec(strategy=case.strategy), "transform": whiten.apply}
+    step = distill.make_step(codec, case.objective, mmd=case.mmd, **parts)
+    return (
+        jax.jit(lambda params: distill.init_state(codec, params, case.objective, network)),
+        jax.jit(step, donate_argnums=0, compiler_options=json.loads(options) if case.default else None),
+        given,
+    )
+
+
+def run(name: str, options: str, seed: int = SEED) -> Run:
+    begin, step, given = programs(name, options)
+    codec, start = codec_of(CASES[name].codec)
+    images = np.random.default_rng(1).uniform(0, 1, (codec.num_images, *codec.image_shape)).astype(np.float32)
+    key_start, key = jax.random.split(jax.random.key(seed))
+    params = start(key_start, images)
+    state, metrics = begin(params), []
+    for _ in range(STEPS):
+        state, values = step(state, given, key)
+        metrics.append(jax.device_get(values))
+    return Run(jax.device_get(params), jax.device_get(state), metrics)
+
+
+def digests(tree: Any) -> dict[str, str]:
+    """Returns the name, dtype and shape of every array of a tree with a digest of its bits."""
+    return {
+        f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}": hashlib.sha256(leaf.tobytes()).hexdigest()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(np.asarray, tree))
+    }
+
+
+@pytest.fixture(scope="module")
+def options(default_code) -> str:
+    return json.dumps(default_code)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(options) -> dict[str, dict[str, str]]:
+    """The digests of all cases, from another process."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2",
+        # Threads of XLA on the CPU: by default as many as there are cores.
+        "NPROC": "1" if os.cpu_count() != 1 else "2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    command = [sys.executable, __file__, options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_cases_cover_every_codec_and_every_objective():
+    assert {case.codec.name for case in CASES.values()} == set(codecs.SPECS)
+    pairs = {(case.codec.name, type(case.objective)) for case in CASES.values()}
+    kinds = (DistributionSpec, GradientSpec, TrajectorySpec)
+    assert {(name, kind) for name in ("gaussian", "packed_gaussian") for kind in kinds} <= pairs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_process_repeats_every_bit_of_state_and_metrics(name, elsewhere, options):
+    found = run(name, options)
+    assert digests(found) == elsewhere[name]
+    # Not because nothing happens.
+    assert all(np.isfinite(value).all() for values in found.metrics for value in values.values())
+    assert len({float(values["loss"]) for values in found.metrics}) == STEPS
+    before, after = digests(found.start), digests(found.state.params)
+    assert before.keys() == after.keys()
+    assert {place for place in before if before[place] == after[place]} <= {"['index'] float32[2, 5]"}
+
+
+def test_another_seed_changes_what_is_drawn_and_what_follows(options):
+    ours, other = (digests(run("gaussian", options, seed)) for seed in (SEED, SEED + 1))
+    assert ours.keys() == other.keys()
+    # The opacity of the start is 1, and as many steps were taken.
+    same = {place.split(" ")[0] for place in ours if ours[place] == other[place]}
+    assert same == {".start.opacity", ".state.step", ".state.opt_state[0].count"}
+
+
+def test_digests_notice_the_last_bit_the_sign_of_zero_and_the_dtype():
+    tree = {"a": np.arange(3, dtype=np.float32)}
+    changed = [np.nextafter(tree["a"], np.float32(9)), tree["a"] * [-1, 1, 1], tree["a"].astype(np.int32)]
+    assert digests(tree) == digests({"a": tree["a"].copy()})
+    assert all(digests(tree) != digests({"a": np.asarray(other)}) for other in changed)
+
+
+if __name__ == "__main__":
+    json.dump({name: digests(run(name, sys.argv[1])) for name in reversed(CASES)}, sys.stdout)
