@@ -333,7 +333,9 @@ def accuracies(args: argparse.Namespace) -> None:
         # Losses are of training images, and no test image has a say: networks of one step test held-out ones.
         unseen = dataset._replace(test_images=dataset.train_images[:100], test_labels=dataset.train_labels[:100])
         tuned = tune.search(tried, unseen, out=folder / "tune", progress=Progress(quiet=True))
-        chosen = min(tuned["rows"], key=lambda row: row["loss"])["overrides"]
+        chosen = min((row for row in tuned["rows"] if row["loss"] is not None), key=lambda row: row["loss"])[
+            "overrides"
+        ]
         config = configs.load(CONFIG, [f"codec={codec}", *sizes, *chosen])
         alone = dataclasses.replace(config.baselines, random_real=False, pixel=False, full_data=False, fit_only=False)
         config = dataclasses.replace(config, baselines=alone, name=name)

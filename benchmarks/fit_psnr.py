@@ -33,6 +33,8 @@ CUTOFFS = (1 / 255, 1 / 512, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 1e-5)
 def sample(path: Path, count: int) -> tuple[jax.Array, str]:
     """Returns ``count`` images of the training split in [0,1], chosen by ``SEED``, and the set's name."""
     records, _, _ = data.records(data.DataSpec(source="tfds", path=str(path)))
+    if not 0 < count <= len(records):
+        raise ValueError(f"--images: expected 1 to {len(records)}, those of the training split, found {count}")
     chosen = np.sort(np.random.default_rng(SEED).choice(len(records), count, replace=False))
     return jnp.asarray(np.stack([records[int(i)]["image"] for i in chosen]), jnp.float32) / 255, path.parent.name
 

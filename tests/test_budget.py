@@ -11,6 +11,7 @@ from gsdd_jax import codecs, data
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
 from train import budget, tune
 from train import config as configs
+from train.errors import DivergedError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -155,6 +156,29 @@ def test_tune_compares_on_held_out_images_and_shares_the_fit(found, toy, tmp_pat
     assert result["rows"][0]["psnr"] == result["rows"][1]["psnr"]
     sets = [(out / name / "export" / "synset.safetensors") for name in ("codec.lr=0.001", "codec.lr=0.1")]
     assert sets[0].read_bytes() != sets[1].read_bytes()
+
+
+@pytest.mark.parametrize("rates", ["0.001,0.1", "0.1,1"])
+def test_tune_goes_on_after_a_rate_that_diverges(toy, tmp_path, capsys, monkeypatch, rates):
+    def run(experiment, path, progress, fitted=None):
+        if experiment.config.codec.lr >= 0.1:
+            raise DivergedError("loss not finite in iteration 3")
+        path.mkdir(parents=True)
+        return {"accuracy": {"mean": 0.5, "n": 1, "images_per_class": 2}, "fit_psnr": None, "seconds": 1.0}
+
+    monkeypatch.setattr(tune.distill, "run", run)
+    command = ["--config", str(toy), "--vary", f"codec.lr={rates}", "--out", str(tmp_path), "--quiet"]
+    if rates == "0.1,1":
+        with pytest.raises(SystemExit) as end:
+            tune.main(command)
+        assert end.value.code == 2
+        assert "every combination diverged, the first by this: loss not finite" in capsys.readouterr().err
+        return
+    assert tune.main(command) == 0
+    result = json.loads((tmp_path / "tune.json").read_text())
+    assert result["best"] == ["codec.lr=0.001"]
+    assert result["rows"][1]["accuracy"] is None and "iteration 3" in result["rows"][1]["diverged"]
+    assert "| `codec.lr=0.1` | | | diverged |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,10 @@ class ConfigError(UserError):
     """A configuration that cannot be run: the message names the key, what was found and what is allowed."""
 
 
+class DivergedError(UserError):
+    """Numbers that are not finite any more, where a smaller rate or another start may help."""
+
+
 @contextmanager
 def exit_cleanly(*, debug: bool | None = None) -> Iterator[None]:
     """Turns the user's errors into one line on stderr and an exit code; works as a decorator too.

@@ -15,7 +15,7 @@ import numpy as np
 from gsdd_jax import codecs, distill, evaluate, whiten
 from train import stopping
 from train.checkpoint import Checkpoints
-from train.errors import UserError
+from train.errors import DivergedError, UserError
 from train.experiment import Experiment, real_images
 from train.labelling import Labeller, probabilities
 from train.progress import Progress
@@ -83,7 +83,7 @@ def evaluate_stage(
             for seed, accuracy in zip(group, np.asarray(accuracies), strict=True):
                 if not np.isfinite(accuracy):
                     rate = spec.lr if lr is None else lr
-                    raise UserError(
+                    raise DivergedError(
                         f"test {arm}: network {seed} diverged at a learning rate of {rate:g}; what was distilled is "
                         f"kept: python -m train.evaluate --run {run.path} evaluate.lr=... tests it"
                     )

@@ -27,7 +27,7 @@ from gsdd_jax.match import GradientSpec, ObjectiveSpec, TrajectorySpec
 from train import stopping
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.errors import UserError
+from train.errors import DivergedError, UserError
 from train.evaluation import PeriodicTests
 from train.experiment import Experiment
 from train.hosts import Crew
@@ -444,6 +444,6 @@ def _first_bad(taken: list[dict[str, jax.Array]], done: int) -> str:
     raise AssertionError("the last step was found not to be finite")
 
 
-def _not_finite(phase: str, what: str, saved: int, checkpoints: Checkpoints, remedy: str) -> UserError:
+def _not_finite(phase: str, what: str, saved: int, checkpoints: Checkpoints, remedy: str) -> DivergedError:
     kept = f"the state of step {saved} is kept in {checkpoints.path}" if saved else "nothing was checkpointed yet"
-    return UserError(f"{phase}: {what}; {kept}; try {remedy}")
+    return DivergedError(f"{phase}: {what}; {kept}; try {remedy}")

@@ -22,7 +22,7 @@ from gsdd_jax import data, storage
 from train import config as configs
 from train import distill
 from train import experiment as experiments
-from train.errors import ConfigError, exit_cleanly
+from train.errors import ConfigError, DivergedError, exit_cleanly
 from train.progress import Progress
 from train.rundir import environment, read_metrics, write_bytes, write_json
 from train.stopping import on_sigterm
@@ -92,14 +92,26 @@ def hold_out(dataset: data.Dataset) -> data.Dataset:
 def search(
     found: Sequence[tuple[list[str], configs.RunConfig]], dataset: data.Dataset, *, out: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Distils and tests every combination, and writes tune.json and tune.md into ``out``."""
+    """Distils and tests every combination, and writes tune.json and tune.md into ``out``.
+
+    A combination that diverges is a row without accuracy, and with the reason.
+
+    Raises:
+        DivergedError: All of them do.
+    """
     fits: dict[Any, Path] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for overrides, config in found:
         alone = dataclasses.replace(config.baselines, fit_only=False, random_real=False, pixel=False, full_data=False)
         experiment = experiments.prepare(dataclasses.replace(config, baselines=alone), dataset)
         path = out / ",".join(overrides).replace("/", "_")
-        result = distill.run(experiment, path, progress, fitted=fits.get(_fit_of(experiment.config)))
+        try:
+            result = distill.run(experiment, path, progress, fitted=fits.get(_fit_of(experiment.config)))
+        except DivergedError as error:
+            progress.say(f"{' '.join(overrides)}: {error}")
+            failed = {"accuracy": None, "psnr": None, "loss": None, "seconds": None, "diverged": str(error)}
+            rows.append({"overrides": overrides, **failed})
+            continue
         fits.setdefault(_fit_of(experiment.config), path)
         losses = [entry["loss"] for entry in read_metrics(path) if entry["phase"] == "main-distill"]
         last = losses[-max(1, round(END * len(losses))) :]
@@ -112,6 +124,9 @@ def search(
                 "seconds": result["seconds"],
             }
         )
+    tested = [row for row in rows if row["accuracy"] is not None]
+    if not tested:
+        raise DivergedError(f"every combination diverged, the first by this: {rows[0]['diverged']}")
     config = found[0][1]
     result = {
         "name": config.name,
@@ -121,7 +136,7 @@ def search(
         "bytes_per_class": storage.budget_bytes(config.ipc, dataset.image_shape),
         "held_out": len(experiments.own_classes(config, dataset).test_labels),
         "rows": rows,
-        "best": max(rows, key=lambda row: row["accuracy"]["mean"])["overrides"],
+        "best": max(tested, key=lambda row: row["accuracy"]["mean"])["overrides"],
         "environment": environment(),
     }
     write_json(out / "tune.json", result)
@@ -146,6 +161,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         entry = row["accuracy"]
+        if entry is None:
+            lines.append(f"| `{' '.join(row['overrides'])}` | | | diverged |")
+            continue
         spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
         loss = "" if row["loss"] is None else f"{row['loss']:.4g}"
         lines.append(

@@ -226,7 +226,7 @@ def draw_decoder(key: jax.Array, arrays: dict[str, tuple[int, ...]]) -> dict[str
     params, bound = {}, 0.0
     for part, (name, shape) in zip(parts, arrays.items(), strict=True):
         if name.startswith(("scale", "shift")):
-            params[name] = jnp.full(shape, float(name.startswith("scale")))
+            params[name] = jnp.full(shape, float(name.startswith("scale")), jnp.float32)
             continue
         if not name.endswith("bias"):
             fan_in = math.prod(shape[:-2]) * (shape[-1] if name.startswith("up") else shape[-2])
