@@ -209,7 +209,7 @@ def manifest_of(document: Any) -> Manifest:
         if type(document[key]) is not kind:
             raise ValueError(f"{key}: expected a {kind.__name__}, found {short(document[key])}")
     classes, sizes = whole(document["num_classes"], "num_classes", 1, CLASSES), document["sizes"]
-    labels = _labels(document["labels"], classes) if "labels" in document else None
+    labels = labels_of(document["labels"], classes) if "labels" in document else None
     named = ("payload", "header", "file", *(() if labels is None else (LABELS,)))
     if set(sizes) != set(named):
         raise ValueError(f"sizes: expected {', '.join(named)}, found {short(', '.join(sizes))}")
@@ -230,7 +230,12 @@ def manifest_of(document: Any) -> Manifest:
     )
 
 
-def _labels(entry: Any, classes: int) -> Labels:
+def labels_of(entry: Any, classes: int) -> Labels:
+    """Reads what a manifest says of soft labels.
+
+    Raises:
+        ValueError: It is nothing that soft labels are written as.
+    """
     if type(entry) is dict and set(entry) == {"kind", "dtype", "top_k"} and entry["kind"] == "soft":
         dtype, top_k = entry["dtype"], entry["top_k"]
         if type(dtype) is str and dtype in LABEL_DTYPES and type(top_k) is int and 0 <= top_k < classes:
@@ -402,13 +407,14 @@ def compare(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
             raise ValueError(f"{short(name)[1:-1]}: expected {want or 'nothing'}, found {have or 'nothing'}")
 
 
-def read_arrays(file: BinaryIO, header: Header, manifest: Manifest) -> dict[str, np.ndarray]:
+def read_arrays(file: BinaryIO, header: Header, sizes: Mapping[str, int], sha256: str) -> dict[str, np.ndarray]:
     """Reads the arrays behind the header, and compares the file with what the manifest says of it.
 
     Args:
         file: Just behind the header.
         header: That was compared with what the set needs, since all of it is allocated here.
-        manifest: Its sizes are checked, and its sum if it has one.
+        sizes: What the manifest says of ``payload``, ``header``, ``file`` and ``labels``, as far as it does.
+        sha256: Of the file, by the manifest; '' = not known.
 
     Returns:
         The arrays; bfloat16 ones as uint16.
@@ -418,7 +424,7 @@ def read_arrays(file: BinaryIO, header: Header, manifest: Manifest) -> dict[str,
     """
     found = {"payload": header.payload, "header": header.nbytes, "file": header.nbytes + header.payload}
     found[LABELS] = sum(array.nbytes for name, array in header.arrays.items() if name in (LABELS, LABEL_INDICES))
-    for key, value in manifest.sizes.items():
+    for key, value in sizes.items():
         if value != found[key]:
             raise ValueError(f"sizes.{key}: the manifest expects {value} bytes, found {found[key]}")
     file.seek(0)
@@ -430,8 +436,8 @@ def read_arrays(file: BinaryIO, header: Header, manifest: Manifest) -> dict[str,
             raise ValueError(f"{name}: the file ends before its {array.nbytes} bytes do")
         digest.update(raw.data)
         arrays[name] = raw.view("uint16" if array.dtype == "bfloat16" else array.dtype).reshape(array.shape)
-    if manifest.sha256 and digest.hexdigest() != manifest.sha256:
-        raise ValueError(f"sha256: the manifest expects {manifest.sha256}, found {digest.hexdigest()}: not its file")
+    if sha256 and digest.hexdigest() != sha256:
+        raise ValueError(f"sha256: the manifest expects {sha256}, found {digest.hexdigest()}: not its file")
     return arrays
 
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.flax import save
 
 from gsdd_jax import exchange, synset
+from gsdd_jax.labels import LabelSpec, SoftLabels
 from gsdd_jax.synset import SynSet
 
-FORMAT = "gsdd_jax merged/1"
+# The first format had no labels of the whole.
+FORMATS = ("gsdd_jax merged/1", "gsdd_jax merged/2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +34,17 @@ class MergedSet:
     Attributes:
         parts: In the order of the classes: the first part has classes 0 to k0 - 1 of the whole, and so on.
         meta: Anything else that was recorded.
+        soft: Soft labels among the classes of the whole, as D3's single teacher gives them; they take the place of
+            those of the parts, which then have none. Parts with labels of their own know of their own classes only.
 
     Raises:
-        ValueError: No parts, a class that is in two parts, or parts with images or budgets of different sizes.
+        ValueError: No parts, a class that is in two parts, parts with images or budgets of different sizes, or soft
+            labels that are not one per image among all classes, or are there twice.
     """
 
     parts: tuple[SynSet, ...]
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    soft: SoftLabels | None = None
 
     def __post_init__(self) -> None:
         """Checks that the parts belong together."""
@@ -54,6 +62,11 @@ class MergedSet:
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
             raise ValueError(f"parts: class {twice!r} is there twice; expected every class in one part")
+        if self.soft is not None:
+            if any(part.soft is not None for part in self.parts):
+                raise ValueError("soft: parts have soft labels of their own; expected either, found both")
+            written = {name: exchange.Array(str(x.dtype), x.shape) for name, x in self.soft.arrays.items()}
+            exchange.compare(written, _described(self.soft).arrays(len(self.labels), len(names)))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -79,6 +92,8 @@ class MergedSet:
         A part knows of its own classes only: the others have probability 0. A part without soft labels has ones and
         zeros.
         """
+        if self.soft is not None:
+            return self.soft.probabilities()
         if all(part.soft is None for part in self.parts):
             return None
         rows, first, k = [], 0, len(self.class_names)
@@ -91,8 +106,8 @@ class MergedSet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored arrays of all parts."""
-        return sum(part.nbytes for part in self.parts)
+        """Bytes of all stored arrays of all parts, and of the labels of the whole."""
+        return sum(part.nbytes for part in self.parts) + (0 if self.soft is None else self.soft.nbytes)
 
     def images(self, size: tuple[int, int] | None = None) -> jax.Array:
         """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width)."""
@@ -100,6 +115,8 @@ class MergedSet:
 
     def save(self, path: synset.Location) -> dict[str, int]:
         """Writes the set into the directory ``path``: a directory for each part, and a manifest that names them.
+
+        Labels of the whole are a file beside them.
 
         The directory of a part is named after its content, and the manifest is replaced last. A crash leaves the old
         set or the new one. Parts of a set that was replaced stay behind.
@@ -111,9 +128,15 @@ class MergedSet:
         written = [part.save(f"{path}/{name}") for name, part in zip(names, self.parts, strict=True)]
         keys = dict.fromkeys(key for each in written for key in each)
         sizes = {key: sum(each.get(key, 0) for each in written) for key in keys}
+        entry: dict[str, Any] = {}
+        if self.soft is not None:
+            entry, file = _write_labels(Path(path), self.soft)
+            sizes |= {"labels": self.soft.nbytes, "payload": sizes["payload"] + self.soft.nbytes}
+            sizes |= {"header": sizes["header"] + file - self.soft.nbytes, "file": sizes["file"] + file}
         manifest = {
-            "format": FORMAT,
+            "format": FORMATS[bool(entry)],
             "parts": names,
+            **entry,
             "class_names": list(self.class_names),
             "payload": sizes["payload"],
             "meta": self.meta,
@@ -137,7 +160,7 @@ def load(path: synset.Location) -> SynSet | MergedSet:
     try:
         with file.open("rb") as stream:
             manifest = exchange.parse_json(stream.read(exchange.MANIFEST_BYTES + 1), exchange.MANIFEST_BYTES)
-        merged = manifest["format"] == FORMAT
+        merged = manifest["format"] in FORMATS
     except (KeyError, TypeError, ValueError, OSError):
         merged = False
     if not merged:
@@ -152,8 +175,11 @@ def load(path: synset.Location) -> SynSet | MergedSet:
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder / name}: missing, although {synset.MANIFEST} names it")
     parts = tuple(synset.load(folder / name) for name in names)
+    soft = None
+    if manifest["format"] == FORMATS[1]:
+        soft = _read_labels(folder, manifest, sum(part.codec.num_images for part in parts))
     try:
-        found = MergedSet(parts, meta)
+        found = MergedSet(parts, meta, soft)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if list(found.class_names) != classes:
@@ -161,6 +187,51 @@ def load(path: synset.Location) -> SynSet | MergedSet:
             f"{file}: class_names: expected those of the parts, {list(found.class_names)}; found {classes}"
         )
     return found
+
+
+def _described(soft: SoftLabels) -> exchange.Labels:
+    return exchange.Labels(soft.spec.dtype, soft.spec.top_k)
+
+
+def _write_labels(folder: Path, soft: SoftLabels) -> tuple[dict[str, Any], int]:
+    """Writes labels under a name from their content; returns the entries of the manifest and the size of the file."""
+    data = save({name: jnp.asarray(x) for name, x in soft.arrays.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"labels-{digest[:12]}.safetensors"
+    fresh = folder / f"{name}.new"
+    fresh.write_bytes(data)
+    fresh.replace(folder / name)
+    return {"labels": soft.entry, "labels_file": name, "labels_sha256": digest}, len(data)
+
+
+def _read_labels(folder: Path, manifest: dict[str, Any], num_images: int) -> SoftLabels:
+    """Reads the labels of the whole.
+
+    Raises:
+        FileNotFoundError: Their file is missing.
+        ValueError: The manifest or the file is damaged, or they do not belong together.
+    """
+    with synset.naming(folder / synset.MANIFEST):
+        try:
+            classes = len(manifest["class_names"])
+            entry = exchange.labels_of(manifest["labels"], classes)
+            name, digest = manifest["labels_file"], manifest["labels_sha256"]
+            _check_names([name])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"damaged manifest ({type(error).__name__}: {error})") from error
+        if type(digest) is not str or len(digest) != 2 * hashlib.sha256().digest_size:
+            raise ValueError(f"labels_sha256: expected 64 hexadecimal digits, found {exchange.short(digest)}")
+    file = folder / name
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: missing, although {synset.MANIFEST} names it")
+    with synset.opened(file) as (stream, size), synset.naming(file):
+        header = exchange.read_header(stream, size)
+        exchange.compare(header.arrays, entry.arrays(num_images, classes))
+        arrays = exchange.read_arrays(stream, header, {}, digest)
+        wide = {key: x.view(jnp.bfloat16) if header.arrays[key].dtype == "bfloat16" else x for key, x in arrays.items()}
+        exchange.soft_labels(wide, entry, classes)
+    spec = LabelSpec(kind="soft", dtype=entry.dtype, top_k=entry.top_k)  # type: ignore[arg-type]
+    return SoftLabels(spec, classes, wide)
 
 
 def _check_names(names: Any) -> None:

@@ -134,7 +134,7 @@ class SynSet:
         if self.soft is not None:
             found = {name: Array(str(x.dtype), x.shape) for name, x in self.soft.arrays.items()}
             entry = exchange.Labels(self.soft.spec.dtype, self.soft.spec.top_k)
-            with _naming(arrays):
+            with naming(arrays):
                 exchange.compare(found, entry.arrays(self.codec.num_images, self.codec.num_classes))
             written = {**written, **self.soft.arrays}
         save_file(jax.tree.map(jnp.asarray, written), fresh)
@@ -189,7 +189,7 @@ def load(path: Location) -> SynSet:
 
     manifest, codec, written = read(path, _codec, bfloat16=lambda bits: bits.view(jnp.bfloat16))
     soft, entry = None, manifest.labels
-    with _naming(folder_of(path) / ARRAYS):
+    with naming(folder_of(path) / ARRAYS):
         if entry is not None:
             rows = {name: written.pop(name) for name in entry.arrays(manifest.num_images, manifest.num_classes)}
             exchange.soft_labels(rows, entry, manifest.num_classes)
@@ -224,21 +224,21 @@ def read(
     """
     folder = folder_of(path)
     names, arrays = folder / MANIFEST, folder / ARRAYS
-    with _opened(names) as (file, _), _naming(names):
+    with opened(names) as (file, _), naming(names):
         manifest = _manifest(file.read(exchange.MANIFEST_BYTES + 1))
     if not arrays.exists():
         raise FileNotFoundError(f"{arrays}: missing, although {MANIFEST} is there")
-    with _opened(arrays) as (file, size):
-        with _naming(arrays):
+    with opened(arrays) as (file, size):
+        with naming(arrays):
             header = exchange.read_header(file, size)
-        with _naming(names):
+        with naming(names):
             decoder = make(manifest, header.payload)
             expected = expected_arrays(decoder, manifest)
             needed = -(-sum(array.nbytes for array in expected.values()) // manifest.num_classes)
             exchange.whole(manifest.bytes_per_class, "bytes_per_class", needed, exchange.BUDGET)
-        with _naming(arrays):
+        with naming(arrays):
             exchange.compare(header.arrays, expected)
-            written = exchange.read_arrays(file, header, manifest)
+            written = exchange.read_arrays(file, header, manifest.sizes, manifest.sha256)
     return (
         manifest,
         decoder,
@@ -269,7 +269,7 @@ def folder_of(path: Location) -> Path:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Opens a file and gives its size; a pipe or a device, which may have no end, is refused unopened."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a regular file")
@@ -278,7 +278,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Puts the file in front of what is wrong with it."""
     try:
         yield

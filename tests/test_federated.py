@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import assert_same, findings, refused, start
 
 import gsdd_jax
-from gsdd_jax import MergedSet, SynSet, codecs, data, nets, whiten
+from gsdd_jax import MergedSet, SynSet, codecs, data, labels, nets, whiten
 from gsdd_jax.codecs import (
     DownscaleSpec,
     FactorSpec,
@@ -361,9 +362,10 @@ def test_parts_that_do_not_fit_are_refused(make, message):
         (lambda m: m.update(parts=[]), "manifest.json: parts: expected at least one set, found none"),
         (lambda m: m.update(parts=m["parts"][:1] * 2), "manifest.json: parts: class 'a' is there twice"),
         (lambda m: m.update(class_names=["x", "b", "c"]), r"class_names: expected those of the parts, \['a', 'b'"),
+        (lambda m: m.update(format="gsdd_jax merged/2"), r"damaged manifest \(KeyError: 'labels'\)"),
         (
-            lambda m: m.update(format="gsdd_jax merged/2"),
-            "manifest.json: format: expected .* found 'gsdd_jax merged/2'",
+            lambda m: m.update(format="gsdd_jax merged/3"),
+            "manifest.json: format: expected .* found 'gsdd_jax merged/3'",
         ),
     ],
 )
@@ -373,6 +375,66 @@ def test_damaged_manifest_of_a_merged_set_is_named(merged, tmp_path, change, mes
     change(manifest)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=message):
+        gsdd_jax.load(tmp_path)
+
+
+def of_all_classes(merged: MergedSet, dtype: str = "float32", top_k: int = 0) -> MergedSet:
+    rows = np.random.default_rng(5).dirichlet(np.ones(3), len(merged.labels)).astype(np.float32)
+    return dataclasses.replace(merged, soft=labels.pack(rows, labels.LabelSpec(dtype=dtype, top_k=top_k)))
+
+
+@pytest.mark.parametrize(("dtype", "top_k"), [("float32", 0), ("bfloat16", 2), ("uint8", 2)])
+def test_labels_of_the_whole_are_read_as_they_were_written_and_counted(merged, tmp_path, dtype, top_k):
+    whole = of_all_classes(merged, dtype, top_k)
+    sizes = whole.save(tmp_path)
+    found = gsdd_jax.load(tmp_path)
+    np.testing.assert_array_equal(found.soft_labels, whole.soft_labels)
+    np.testing.assert_allclose(np.sum(found.soft_labels, 1), 1, rtol=1e-6)
+    each = (top_k or 3) * (np.dtype(jnp.dtype(dtype)).itemsize + bool(top_k))
+    assert sizes["labels"] == each * len(merged.labels)
+    assert sizes["payload"] == found.nbytes == merged.nbytes + sizes["labels"]
+    on_disk = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
+    assert sizes["file"] == sum(on_disk) == sizes["header"] + sizes["payload"]
+    # Without them, as before.
+    merged.save(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "manifest.json").read_text())["format"] == "gsdd_jax merged/1"
+    assert gsdd_jax.load(tmp_path / "plain").soft_labels is None
+
+
+def test_labels_of_the_whole_and_of_a_part_exclude_each_other(merged):
+    whole = of_all_classes(merged)
+    first = merged.parts[0]
+    own = labels.pack(np.ones((len(first.labels), 1)), labels.LabelSpec())
+    with pytest.raises(ValueError, match="soft: parts have soft labels of their own; expected either, found both"):
+        dataclasses.replace(whole, parts=(dataclasses.replace(first, soft=own), merged.parts[1]))
+    with pytest.raises(ValueError, match="labels"):
+        dataclasses.replace(merged, soft=own)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(labels_file="../x"), "'../x' is no name"),
+        (lambda m: m.update(labels_sha256="0"), "labels_sha256: expected 64 hexadecimal digits, found '0'"),
+        (lambda m: m.update(labels_sha256="0" * 64), "sha256: the manifest expects 0000"),
+        (lambda m: m["labels"].update(top_k=1), r"labels: .*expected .*\[6, 1\]|label_indices"),
+        (lambda m: m["labels"].update(dtype="float64"), "labels: expected kind soft, dtype one of"),
+    ],
+)
+def test_damaged_labels_of_the_whole_are_named(merged, tmp_path, change, message):
+    of_all_classes(merged).save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        gsdd_jax.load(tmp_path)
+
+
+def test_missing_labels_of_the_whole_are_named(merged, tmp_path):
+    of_all_classes(merged).save(tmp_path)
+    (file,) = tmp_path.glob("labels-*.safetensors")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="missing, although manifest.json names it"):
         gsdd_jax.load(tmp_path)
 
 
@@ -650,6 +712,39 @@ def test_what_is_no_subtask_is_named(subtasks, whole, copies, tmp_path, capsys):
 def test_override_of_what_is_made_already_is_refused(subtasks, tmp_path, capsys):
     line = refused(capsys, merging(*subtasks, "codec.lr=1", "--out", tmp_path / "merged"))
     assert "override 'codec.lr=1': the set is made already; expected a setting of name, data" in line
+
+
+def test_one_teacher_of_all_classes_labels_the_merged_set(subtasks, tmp_path, capsys):
+    relabelled = ["labels.kind=soft", "labels.teacher_steps=30", "labels.dtype=uint8", "labels.top_k=3"]
+    out = tmp_path / "merged"
+    assert merging(*subtasks, *relabelled, "baselines.random_real=false", "--out", out) == 0
+    capsys.readouterr()
+    found = gsdd_jax.load(out)
+    probabilities = np.asarray(found.soft_labels)
+    # The teacher knows the classes of the other subtask, as those of the subtasks do not.
+    assert probabilities.shape == (20, 10) and (probabilities[:10, 5:] > 0).any() and (probabilities[10:, :5] > 0).any()
+    result = json.loads((out / "result.json").read_text())
+    assert result["protocol"]["labels"]["agreement"] == np.mean(probabilities.argmax(1) == found.labels) > 0.1
+    assert result["accuracy"]["label_bytes_per_class"] == 2 * 6
+    images = [gsdd_jax.load(path).images() for path in subtasks]
+    np.testing.assert_array_equal(found.images(), np.concatenate(images))
+
+
+def test_labels_that_no_teacher_of_all_classes_gives_are_refused(subtasks, tmp_path, capsys):
+    line = refused(capsys, merging(*subtasks, "labels.kind=hard", "--out", tmp_path / "merged"))
+    assert "labels.kind: a merged set is labelled by a teacher of all classes; expected soft, found hard" in line
+    assert not (tmp_path / "merged").exists()
+
+
+def test_labels_of_the_whole_have_to_fit_the_budget(toy):
+    # 48 pixels of 3 channels in float32 for each image: 576 bytes, two in a budget of 1,160 leave 8.
+    parts = (part(PixelSpec(), ("a",), budget=1160), part(PixelSpec(), ("b", "c"), budget=1160))
+    whole = MergedSet(parts)
+    images, left = len(whole.labels), 3 * 1160 - whole.nbytes
+    assert 0 < left < 12 * images
+    with pytest.raises(ConfigError, match=f"{images} labels of 12 bytes need {12 * images} bytes.* leaves {left}"):
+        merge._check_labels(load(toy, "labels.kind=soft"), whole)
+    merge._check_labels(load(toy, "labels.kind=soft", "labels.dtype=uint8", "labels.top_k=1"), whole)
 
 
 def test_other_data_than_those_of_the_subtasks_are_refused(subtasks, tmp_path, capsys):

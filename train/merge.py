@@ -11,8 +11,8 @@ like any other. Fresh networks are trained on it and tested on all classes, as t
 evaluate.seeds=5 apply to these tests. The same command continues an interrupted merge.
 
 After D3, which trains its subtasks by one script, labels their images by a teacher of all classes and reports the best
-of repeated tests. Here soft labels (``labels.kind=soft``) are those of the subtasks' own teachers, which know their
-classes alone, and networks are tested once.
+of repeated tests. Here soft labels are those of the subtasks' own teachers, which know their classes alone, or with
+settings of ``labels`` those of a teacher of all classes, and networks are tested once.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ import jax
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import data, nets, storage, synset, whiten
+from gsdd_jax import data, labels, nets, storage, synset, whiten
 from gsdd_jax.merged import MergedSet
 from train import config as configs
 from train import experiment as experiments
-from train import pictures, report, results
+from train import labelling, pictures, report, results
 from train.distill import MAY_CHANGE
-from train.errors import UserError, exit_cleanly
+from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import evaluate_stage
 from train.experiment import Experiment
 from train.progress import Progress
@@ -46,7 +46,7 @@ from train.rundir import RunDir, differences, plain, read_environment, write_byt
 # In which subtasks of one experiment may differ; whether their data are the same is seen by the data themselves.
 MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.path")
 # Sections and settings that a merge may override: what follows the set, not what made it.
-OVERRIDES = ("name", "data", "network", "augment", "evaluate", "baselines")
+OVERRIDES = ("name", "data", "network", "augment", "evaluate", "baselines", "labels")
 # How the whole was tested, where its parts were chosen by tests.
 PAPER = "; the set of each subtask is the one of all tested iterations that was best on the test images of its classes"
 # Rows of the table beside the merged set. Fits and pixels are those of the subtasks.
@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.merge",
         description="Merge the distilled sets of all subtasks of an experiment, and test the whole.",
-        epilog="Settings of the tests can be overridden, such as evaluate.seeds=5 baselines.full_data=false.",
+        epilog="Settings of the tests can be overridden, such as evaluate.seeds=5 baselines.full_data=false. With "
+        "settings of labels, such as labels.kind=soft labels.dtype=uint8 labels.top_k=3, one teacher of all classes "
+        "labels the merged set.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run directories, one of every subtask")
     parser.add_argument("--out", metavar="DIR", help="run directory of the merged set (default: runs/NAME/merged)")
@@ -177,10 +179,14 @@ def _command_of_another(subtask: Subtask, number: int) -> str:
 
 def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Writes the merged set of all subtasks into the run directory ``out``, tests it, and returns the result."""
-    merged = MergedSet(tuple(one.synset for one in subtasks), _meta(subtasks))
     config = _whole_config(subtasks[0], overrides)
+    anew = any(_section(text) == "labels" for text in overrides)
+    parts = tuple(dataclasses.replace(one.synset, soft=None) if anew else one.synset for one in subtasks)
+    merged = MergedSet(parts, _meta(subtasks))
     # Before anything is written.
     experiment = _whole(config, merged, subtasks[0].origin["dataset_sha256"])
+    if anew:
+        _check_labels(config, merged)
     with RunDir(out) as rundir:
         continued = rundir.configure(
             dataclasses.asdict(config), may_change=MAY_CHANGE, defaults=configs.defaults(config)
@@ -192,12 +198,15 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
                 progress.say(f"{out} holds the finished merge; nothing to compute")
                 return result
         environment = rundir.record_environment()
+        if anew:
+            label = labelling.label_stage(experiment, experts=None, run=rundir, progress=progress)
+            merged = dataclasses.replace(merged, soft=label(merged.images()))
         sizes = merged.save(rundir.path / synset.EXPORT)
         # What is evaluated is what was written, not what is in memory.
         written = gsdd_jax.load(rundir.path / synset.EXPORT)
-        images, labels, soft = written.images(), written.labels, written.soft_labels
+        images, own, soft = written.images(), written.labels, written.soft_labels
         progress.say(
-            f"{config.name}: {len(subtasks)} subtasks, {len(written.class_names)} classes, {len(labels)} images in "
+            f"{config.name}: {len(subtasks)} subtasks, {len(written.class_names)} classes, {len(own)} images in "
             f"{sizes['payload']} bytes"
         )
         lr = merged.meta.get("syn_lr") if config.evaluate.lr_from == "syn_lr" else None
@@ -209,14 +218,15 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
                 run=rundir,
                 progress=progress,
                 lr=lr if name == "distilled" else None,
-                labels=(labels if soft is None else soft) if name == "distilled" else None,
+                labels=(own if soft is None else soft) if name == "distilled" else None,
             )
             for name in ARMS
             if name in experiments.arms(config)
         }
-        result = _result(experiment, subtasks, rows, labels=labels, sizes=sizes, environment=environment)
+        agreement = None if soft is None else float(np.mean(np.asarray(soft).argmax(1) == own))
+        result = _result(experiment, subtasks, rows, own=own, sizes=sizes, environment=environment, agreement=agreement)
         write_bytes(rundir.path / "table.md", (results.table(result) + "\n" + table(result)).encode())
-        shown = {"images": pictures.grid(_rows(images, labels), written.class_names)}
+        shown = {"images": pictures.grid(_rows(images, own), written.class_names)}
         for name, png in shown.items():
             write_bytes(rundir.path / f"{name}.png", png)
         report.write(rundir.path, result, shown)
@@ -228,14 +238,37 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
 def _whole_config(subtask: Subtask, overrides: Sequence[str]) -> configs.RunConfig:
     """Returns the config of a subtask as that of the whole, with the codec as it was asked for."""
     for text in overrides:
-        section = text.partition("=")[0].partition(".")[0].strip()
-        if section not in OVERRIDES:
+        if _section(text) not in OVERRIDES:
             raise UserError(
                 f"override '{text}': the set is made already; expected a setting of {', '.join(OVERRIDES)}, found "
-                f"{section}"
+                f"{_section(text)}"
             )
     codec = f"codec={json.dumps(subtask.origin['codec'])}"
     return configs.load(subtask.path / "config.yaml", [codec, "subtasks=1", "subtask=0", *overrides])
+
+
+def _section(override: str) -> str:
+    return override.partition("=")[0].partition(".")[0].strip()
+
+
+def _check_labels(config: configs.RunConfig, merged: MergedSet) -> None:
+    """Refuses labels of the whole that no teacher of all classes gives, or that leave the budget."""
+    spec = config.labels
+    if spec.kind == "hard" or spec.teacher == "experts":
+        key, found = ("kind", "hard") if spec.kind == "hard" else ("teacher", "experts, who know their subtask alone")
+        raise ConfigError(
+            f"labels.{key}: a merged set is labelled by a teacher of all classes; expected "
+            f"{'soft' if key == 'kind' else 'train'}, found {found} (or no setting of labels, to keep those of the "
+            "subtasks)"
+        )
+    images, classes = len(merged.labels), len(merged.class_names)
+    needed, available = labels.nbytes(spec, images, classes), classes * merged.bytes_per_class - merged.nbytes
+    if needed > available:
+        raise ConfigError(
+            f"labels: {images} labels of {needed // images} bytes need {needed} bytes, the budget of the merged set "
+            f"leaves {max(available, 0)}; expected labels of at most {max(available, 0) // images} bytes, or subtasks "
+            "that leave room for them, such as with soft labels of their own"
+        )
 
 
 def _whole(config: configs.RunConfig, merged: MergedSet, fingerprint: str) -> Experiment:
@@ -292,14 +325,15 @@ def _result(
     subtasks: Sequence[Subtask],
     rows: dict[str, dict[str, Any]],
     *,
-    labels: np.ndarray,
+    own: np.ndarray,
     sizes: dict[str, int],
     environment: dict[str, Any],
+    agreement: float | None,
 ) -> dict[str, Any]:
     """Returns the content of result.json, with the keys of `train.results.collect` and those of the subtasks."""
     config, dataset = experiment.config, experiment.dataset
     classes, values = dataset.num_classes, int(np.prod(dataset.image_shape))
-    full, counts = len(dataset.train_labels) // classes, np.bincount(labels, minlength=classes)
+    full, counts = len(dataset.train_labels) // classes, np.bincount(own, minlength=classes)
     # A number of images, or the mean where parts hold more and fewer.
     per_class = int(counts[0]) if counts.min() == counts.max() else round(float(counts.mean()), 1)
     spent = {
@@ -360,6 +394,7 @@ def _result(
             "evaluate": dataclasses.asdict(config.evaluate),
             "augment": config.augment.strategy,
             "whiten": config.whiten,
+            "labels": results.labels_of(config.labels, agreement),
             "seed": config.seed,
         },
         "budget": {

@@ -105,7 +105,7 @@ def collect(
             "evaluate": dataclasses.asdict(config.evaluate),
             "augment": config.augment.strategy,
             "whiten": config.whiten,
-            "labels": {"kind": "hard"} if agreement is None else _labels(config.labels, agreement),
+            "labels": labels_of(config.labels, agreement),
             "seed": config.seed,
         },
         "budget": _budget(experiment, sizes),
@@ -113,8 +113,9 @@ def collect(
     }
 
 
-def _labels(spec: labels.LabelSpec, agreement: float) -> dict[str, Any]:
-    return dataclasses.asdict(spec) | {"agreement": agreement}
+def labels_of(spec: labels.LabelSpec, agreement: float | None) -> dict[str, Any]:
+    """Returns how a set was labelled, and the share of soft labels that name the class of their image; None = hard."""
+    return {"kind": "hard"} if agreement is None else dataclasses.asdict(spec) | {"agreement": agreement}
 
 
 def forward_flops(network: nets.Network, image_shape: tuple[int, int, int]) -> float | None:
