@@ -30,7 +30,7 @@ from train.stopping import on_sigterm
 # Of the training images of a class, the share on which settings are compared.
 HELD_OUT = 0.1
 # Settings of a codec that its fit does not depend on.
-NOT_OF_THE_FIT = ("lr", "lr_mean", "lr_cholesky", "lr_color", "boundary")
+NOT_OF_THE_FIT = ("lr", "lr_decoder", "lr_mean", "lr_cholesky", "lr_color", "boundary")
 # The loss of a combination is the mean of so much of its end, since single batches are noisy.
 END = 0.2
 
