@@ -56,7 +56,7 @@ def fit_stage(
             seconds = meta["seconds"]
         run.truncate(phase, done)
         advance = jax.jit(
-            lambda state, x, count: fit.fit_steps(state, x, codec=codec, steps=max(steps, 1), count=count),
+            lambda state, x: fit.fit_steps(state, x, codec=codec, steps=max(steps, 1), count=1),
             donate_argnums=0,
         )
         saved = done
@@ -64,7 +64,8 @@ def fit_stage(
             while done < steps:
                 began = time.perf_counter()
                 count = min(config.distill.log_every, steps - done)
-                state, psnr = advance(state, targets, count)
+                for _ in range(count):
+                    state, psnr = advance(state, targets)
                 psnr = float(psnr)
                 done += count
                 seconds += time.perf_counter() - began
