@@ -157,7 +157,8 @@ def joined(args: argparse.Namespace) -> Iterator[Crew]:
         threading.Thread(target=_watch, daemon=True).start()
     try:
         yield crew
-        crew.end(None)
+        if crew.leader:
+            crew.end(None)
     except jax.errors.JaxRuntimeError as error:
         # Also a defect of the program, perhaps; its traceback would be the only sign of that.
         print(f"process {crew.index} of {crew.count}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)

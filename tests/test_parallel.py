@@ -1,0 +1,346 @@
+"""The outer step on several devices is the one on a single device.
+
+Run as a script, this file takes the steps in a process with eight virtual devices and writes down all that they give.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh
+
+from gsdd_jax import codecs, distill, nets, parallel, whiten
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.codecs import GaussianSpec, LatentSpec
+from gsdd_jax.data import HostSampler
+from gsdd_jax.data.sampling import ClassTable, class_index, class_table, sample_classes
+from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, ObjectiveSpec, TrajectorySpec
+from gsdd_jax.parallel import Share
+
+ROOT = Path(__file__).resolve().parent.parent
+
+DEVICES, SHAPE = 8, (8, 8, 3)
+# Fewer classes than devices, so that some devices have none, and one class smaller than a batch.
+COUNTS = (4, 13, 9, 30, 17)
+CLASSES, SYN, REAL = len(COUNTS), 3, 8
+# For the placement of data alone: several classes on each device, and again devices without any.
+MANY = (4, 1, 9, 3, 7, 2, 2, 5, 1, 6)
+AUGMENT = DsaSpec(strategy="color_crop")
+NETWORK = nets.build(nets.NetSpec(depth=1, width=8), SHAPE, CLASSES)
+STEPS = 2
+# The order of float32 sums differs: up to 5e-7 in the first gradients, and 1.1e-6 in some small leaf of either step.
+GRADIENT_BOUND, LEAF_BOUND = 1e-6, 4e-6
+
+
+class Case(NamedTuple):
+    codec: Any
+    objective: ObjectiveSpec
+    mmd: MmdSpec | None = None
+    devices: tuple[int, ...] = (DEVICES,)
+    host: bool = False
+
+
+# In float32, for bfloat16 rounds the last bits of parameters to other images in the second step.
+GAUSSIANS = GaussianSpec(gpc=SYN, num_points=6, dtype="float32")
+LATENTS = LatentSpec(decoder="small", width=8, latent_dim=4, lpc=SYN)
+CASES = {
+    "distribution": Case(
+        GAUSSIANS, DistributionSpec(batch_real=REAL, batch_syn=2, class_chunk=1), devices=(3, DEVICES)
+    ),
+    # The second step matches gradients of a network that the first has trained.
+    "gradient": Case(GAUSSIANS, GradientSpec(batch_real=REAL, class_chunk=2, outer_loop=2, inner_loop=1)),
+    "trajectory": Case(
+        GAUSSIANS,
+        TrajectorySpec(segments=DEVICES, syn_steps=3, batch_syn=5, lr_lr=0.1),
+        MmdSpec(weight=0.5, samples=4, features="expert", steps="separate"),
+    ),
+    # Decoded at random, from a decoder that all classes share.
+    "latents": Case(
+        LATENTS, DistributionSpec(batch_real=REAL, class_chunk=2), MmdSpec(weight=1.0, samples=6), host=True
+    ),
+}
+
+
+def make_images(counts) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    return rng.integers(1, 256, (len(labels), *SHAPE), np.uint8), labels
+
+
+def make_codec(spec) -> codecs.Codec:
+    """Adam hides the size of a gradient; a trace of the gradients does not."""
+    codec = codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=10**6)
+    return codec._replace(optimiser=lambda: optax.chain(optax.trace(decay=0.5), optax.scale(-0.01)))
+
+
+# In the process with several devices
+
+
+def batches(case: Case, mesh) -> list[distill.Data]:
+    """The data of each step."""
+    images, labels = make_images(COUNTS)
+    whitening = whiten.fit("meanstd", images)
+    held = distill.device_data(images, labels, CLASSES, whitening, mesh)
+    put, alike = jnp.asarray, whitening
+    if mesh is not None:
+        put, alike = lambda rows: parallel.sharded(rows, mesh), parallel.replicated(whitening, mesh)
+    classes = None if mesh is None else parallel.own_classes(CLASSES, mesh).reshape(-1) % CLASSES
+
+    def drawn(step: int, count: int, seed: int) -> distill.HostBatch:
+        sampler = HostSampler(images, labels, num_classes=CLASSES, batch=count, seed=seed, classes=classes)
+        return distill.HostBatch(put(sampler.batch(step)), alike)
+
+    found: list[distill.Data] = []
+    for step in range(STEPS):
+        data: Any = drawn(step, REAL, seed=1) if case.host else held
+        weights = None
+        if isinstance(case.objective, TrajectorySpec):
+            rng = np.random.default_rng(step)
+            first = 0.1 * rng.standard_normal(NETWORK.num_params)
+            start = first + 0.01 * rng.standard_normal((case.objective.segments, len(first)))
+            target = start + 0.05 * rng.standard_normal(start.shape)
+            data = distill.ExpertBatch(put(start.astype(np.float32)), put(target.astype(np.float32)), alike)
+            weights = np.float32(first)
+            weights = jnp.asarray(weights) if mesh is None else parallel.replicated(weights, mesh)
+        if case.mmd is not None:
+            data = distill.MmdBatch(data, drawn(step, case.mmd.samples, seed=2) if case.host else held, weights)
+        found.append(data)
+    return found
+
+
+def make_step(case: Case, mesh):
+    codec = make_codec(case.codec)
+    parts = {"network": NETWORK, "augment": AUGMENT, "transform": whiten.apply}
+    return jax.jit(distill.make_step(codec, case.objective, **parts, mmd=case.mmd, mesh=mesh))
+
+
+def make_start(case: Case, mesh):
+    codec = make_codec(case.codec)
+    targets = np.random.default_rng(1).random((codec.num_images, *SHAPE)).astype(np.float32)
+    params = jax.jit(codec.init)(jax.random.key(0), targets)
+    start = distill.init_state(codec, params, case.objective, NETWORK), jax.random.key(7)
+    return start if mesh is None else parallel.replicated(start, mesh)
+
+
+def named(tree, prefix: str) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(x) for path, x in leaves}
+
+
+def take_steps(case: Case, step, mesh, prefix: str) -> dict[str, np.ndarray]:
+    state, key = make_start(case, mesh)
+    found = {}
+    for number, data in enumerate(batches(case, mesh)):
+        state, metrics = step(state, data, key)
+        found |= named((state, metrics) if mesh is None else parallel.local((state, metrics)), f"{prefix}/{number}")
+    return found
+
+
+def place(devices: int) -> dict[str, np.ndarray]:
+    """What each device holds of a training set, device by device."""
+    mesh = parallel.mesh_of(devices)
+    images, labels = make_images(MANY)
+    data = distill.device_data(images, labels, len(MANY), whiten.fit("meanstd", images), mesh)
+    found = {}
+    for name, array in {"images": data.images, "index": data.table.index, "count": data.table.count}.items():
+        by_device = {shard.device: np.asarray(shard.data) for shard in array.addressable_shards}
+        found[f"placed/{devices}/{name}"] = np.stack([by_device[device] for device in mesh.devices.flat])
+    return found
+
+
+def lowered_calls() -> dict[str, int] | str:
+    """Calls of the GPU kernels in the outer step on one device and on all, or why there are none to be had."""
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    os.environ["GSDD_COMPUTE_CAPABILITY"] = "90"
+    importlib.import_module("kernels.splat")._operator.cache_clear()
+    jax.clear_caches()
+    case, found = CASES["distribution"], {}
+    for mesh in (None, parallel.mesh_of(DEVICES)):
+        state, key = make_start(case, mesh)
+        lowered = make_step(case, mesh).trace(state, batches(case, mesh)[0], key).lower(lowering_platforms=("cuda",))
+        found["one" if mesh is None else "all"] = lowered.as_text().count("custom_call @triton_kernel_call")
+    return found
+
+
+def write_down(folder: Path) -> None:
+    assert len(jax.devices()) == DEVICES
+    jax.config.update("jax_disable_most_optimizations", True)
+    arrays = {}
+    for name, case in CASES.items():
+        for devices in (1, *case.devices):
+            mesh = None if devices == 1 else parallel.mesh_of(devices)
+            step = make_step(case, mesh)
+            arrays |= take_steps(case, step, mesh, f"{name}/{devices}")
+            if devices == DEVICES:
+                arrays |= take_steps(case, step, mesh, f"{name}/again")
+    for devices in (3, DEVICES):
+        arrays |= place(devices)
+    np.savez(folder / "arrays.npz", **arrays)
+    (folder / "calls.json").write_text(json.dumps(lowered_calls()))
+
+
+# In the process of the tests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("devices")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arrays(folder) -> dict[str, np.ndarray]:
+    with np.load(folder / "arrays.npz") as file:
+        return dict(file)
+
+
+def of_run(arrays, case: str, devices: int | str, step: int) -> dict[str, np.ndarray]:
+    prefix = f"{case}/{devices}/{step}/"
+    return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    found, expected = np.float64(found), np.float64(expected)
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), np.finfo(np.float64).tiny))
+
+
+RUNS = [pytest.param(name, devices, id=f"{name}-{devices}") for name, c in CASES.items() for devices in c.devices]
+
+
+@pytest.mark.parametrize(("case", "devices"), RUNS)
+def test_the_gradient_is_that_of_one_device(arrays, case, devices):
+    found, expected = of_run(arrays, case, devices, 0), of_run(arrays, case, 1, 0)
+    leaves = [name for name in expected if name.startswith("0/opt_state/0/trace/")]
+    assert leaves and all(np.linalg.norm(expected[name]) > 0 for name in leaves)
+    found, expected = (np.concatenate([run[name].reshape(-1) for name in leaves]) for run in (found, expected))
+    assert relative(found, expected) <= GRADIENT_BOUND
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize(("case", "devices"), RUNS)
+def test_every_leaf_of_the_state_and_every_metric_is_that_of_one_device(arrays, case, devices, step):
+    found, expected = of_run(arrays, case, devices, step), of_run(arrays, case, 1, step)
+    assert found.keys() == expected.keys()
+    assert {name: d for name in expected if not (d := relative(found[name], expected[name])) <= LEAF_BOUND} == {}
+
+
+def test_the_network_of_gradient_matching_is_trained_between_the_steps(arrays):
+    before, after = (
+        {n: x for n, x in of_run(arrays, "gradient", DEVICES, s).items() if "matcher" in n} for s in (0, 1)
+    )
+    # The second step is the last of its life, and hands on the weights that it matched at: those after the training.
+    assert before and all(np.array_equal(before[name], after[name]) for name in before)
+    assert any(np.any(x != 0) and np.any(x != 1) for name, x in before.items() if "norm0" in name)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("step", range(STEPS))
+def test_the_same_program_gives_the_same_bits_again(arrays, case, step):
+    once, again = of_run(arrays, case, DEVICES, step), of_run(arrays, case, "again", step)
+    assert once and {name: x.tobytes() for name, x in once.items()} == {name: x.tobytes() for name, x in again.items()}
+
+
+@pytest.mark.parametrize("devices", [3, DEVICES])
+def test_each_device_holds_the_images_of_its_classes_and_no_others(arrays, devices):
+    images, labels = make_images(MANY)
+    index, count = class_index(labels, len(MANY))
+    held, rows, counts = (arrays[f"placed/{devices}/{name}"] for name in ("images", "index", "count"))
+    own = parallel.per_device(len(MANY), devices)
+    assert rows.shape == (devices, own, max(MANY)) and counts.shape == (devices, own)
+    for device in range(devices):
+        classes = range(device * own, min((device + 1) * own, len(MANY)))
+        for row, label in enumerate(classes):
+            # Entry by entry, the repeated ones too: so the draws are those from the whole table.
+            np.testing.assert_array_equal(held[device][rows[device, row]], images[index[label]])
+            assert counts[device, row] == count[label] == MANY[label]
+        used = sum(MANY[label] for label in classes)
+        assert held[device][:used].all() and not held[device][used:].any()
+        # Rows that fill up can be drawn from.
+        assert np.all(counts[device, len(classes) :] == 1) and not rows[device, len(classes) :].any()
+
+
+def test_the_step_of_several_devices_lowers_for_cuda_with_the_kernels(folder):
+    calls = json.loads((folder / "calls.json").read_text())
+    if isinstance(calls, str):
+        pytest.skip(f"needs Triton, jax-triton and JAX's CUDA plugin: {calls}")
+    # One forward and one backward launch: at 8 px no Gaussian reaches enough pixels for a second one.
+    assert calls == {"one": 2, "all": 2}
+
+
+# Parts that need one device
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"), [(0, [0, 1]), (2, [2, 3]), (4, [4, 0]), (6, [1, 2])], ids=["0", "2", "last", "filling up"]
+)
+def test_a_share_takes_the_rows_of_its_classes_and_fills_up_from_the_first(first, expected):
+    share = Share(own=2, total=5, first=first)
+    assert share.classes.tolist() == [first, first + 1]
+    rows = jnp.arange(10).reshape(5, 2)
+    np.testing.assert_array_equal(share.take(rows), rows[jnp.array(expected)])
+    assert parallel.whole(5).take(rows) is rows
+
+
+@pytest.mark.parametrize(("classes", "devices", "own"), [(10, 1, 10), (10, 5, 2), (10, 8, 2), (10, 3, 4), (5, 8, 1)])
+def test_classes_are_shared_out_evenly_and_rounded_up(classes, devices, own):
+    assert parallel.per_device(classes, devices) == own
+
+
+def test_draws_of_a_share_are_rows_of_the_draws_of_all():
+    table = class_table(make_images(COUNTS)[1], CLASSES)
+    whole = sample_classes(jax.random.key(3), table, REAL)
+    for first in (0, 2, 4):
+        share = Share(own=2, total=CLASSES, first=first)
+        part = ClassTable(share.take(table.index), share.take(table.count))
+        drawn = sample_classes(jax.random.key(3), part, REAL, share)
+        np.testing.assert_array_equal(drawn, share.take(whole))
+
+
+def test_a_host_sampler_of_some_classes_gives_their_rows_of_the_whole_batch():
+    images, labels = make_images(COUNTS)
+    settings = {"num_classes": CLASSES, "batch": REAL, "seed": 11}
+    some = np.array([4, 0, 2, 2])
+    part = HostSampler(images, labels, **settings, classes=some)
+    for step in (0, 5):
+        np.testing.assert_array_equal(part.batch(step), HostSampler(images, labels, **settings).batch(step)[some])
+
+
+def test_more_devices_than_there_are_are_refused():
+    count = len(jax.devices())
+    with pytest.raises(ValueError, match=f"distill.devices: expected at most {count}, .*found {count + 8}"):
+        parallel.mesh_of(count + 8)
+
+
+def test_several_processes_use_all_their_devices(monkeypatch):
+    count = len(jax.devices())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert parallel.mesh_of(0).size == parallel.mesh_of(count).size == count
+    with pytest.raises(ValueError, match=f"2 processes .* all their {count} devices; expected 0 or {count}, found 9"):
+        parallel.mesh_of(9)
+
+
+def test_segments_that_cannot_be_shared_out_evenly_are_refused():
+    case = CASES["trajectory"]._replace(objective=TrajectorySpec(segments=12), mmd=None)
+    with pytest.raises(ValueError, match="objective.segments: 8 devices .*a multiple of 8, found 12 .*distill.devices"):
+        make_step(case, AbstractMesh((DEVICES,), (parallel.AXIS,)))
+
+
+if __name__ == "__main__":
+    write_down(Path(sys.argv[1]))
