@@ -21,7 +21,7 @@ from benchmarks.record import RESULTS, ROOT
 from train import budget, merge, results, yaml12
 from train.config import EvaluateConfig
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "codecs.md", ROOT / "docs" / "federated.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("codecs", "federated", "scale")))
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 AWAITED_BLOCK = re.compile(r"<!-- awaited: (\S+) -->\n")
 
@@ -421,6 +421,64 @@ def _folded(runs: list[dict[str, Any]]) -> str:
     return f"<details><summary>Commands</summary>\n\n{_sources(runs)}\n</details>\n"
 
 
+def _scale(name: str) -> str:
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    results = record["results"]
+    lines = [
+        "| objective | devices | gradient differs by | metrics by | summed, bytes | formula | arguments, bytes "
+        "| formula | temporaries, bytes |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in results["steps"]:
+        differences = [row[f"{what}_difference"] for what in ("gradient", "metrics")]
+        # 0 for one device, which is compared with itself.
+        differ = " | ".join(f"{x:.0e}" if x else "0" for x in differences)
+        counts = (sum(row["collectives"].values()), row["summed_formula"], row["arguments"], row["arguments_formula"])
+        shown = " | ".join(f"{count:,}" for count in (*counts, row["temporaries"]))
+        lines.append(f"| {row['objective']} | {row['devices']} | {differ} | {shown} |")
+    constants = results["memory"]["constants"]
+    lines += [
+        "",
+        f"Temporaries of distribution matching, σ = {constants['images']:.2f} and α = {constants['maps']:.2f} from the "
+        "first two rows:",
+        "",
+        "| devices | classes | pixels | network | real, synthetic images per class | class_chunk | compiler, MB "
+        "| formula, MB | ratio |",
+        "|---:|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in results["memory"]["rows"]:
+        megabytes = [row[kind] / 1e6 for kind in ("temporaries", "formula")]
+        lines.append(
+            f"| {row['devices']} | {row['classes']:,} | {row['pixels']} | {row['depth']} x {row['width']} "
+            f"| {row['real']}, {row['gpc']} | {row['class_chunk']} | {megabytes[0]:,.1f} | {megabytes[1]:,.1f} "
+            f"| {megabytes[1] / megabytes[0]:.2f} |"
+        )
+    return "\n".join(lines) + f"\n\n{_commands([record])}"
+
+
+def _scale_plan(name: str) -> str:
+    results = json.loads((RESULTS / f"{name.removesuffix('_plan')}.json").read_text())["results"]
+    lines = [
+        "| pixels, ipc | images x Gaussians per class | devices | classes each | data, GB | state, GB | gradient, GB "
+        "| temporary, GB | total, GB | summed, GB | sum, ms | networks, PFLOP | networks, ms | 20,000 steps, h "
+        "| state of a subtask, GB |",
+        "|---|---:" + "|---:" * 13 + "|",
+    ]
+    for row in results["plan"]:
+        kinds = ("data", "state", "gradient", "temporary", "total", "summed")
+        gigabytes = " | ".join(f"{row[f'{kind}_bytes'] / 1e9:.2f}" for kind in kinds)
+        lines.append(
+            f"| {row['pixels']}, {row['ipc']} | {row['gpc']} x {row['points']} | {row['devices']} | {row['classes']} "
+            f"| {gigabytes} | {1e3 * row['sum_seconds']:.1f} | {row['flops'] / 1e15:.3f} "
+            f"| {1e3 * row['network_seconds']:.0f} | {row['hours']:.1f} | {row['subtask_state_bytes'] / 1e9:.3f} |"
+        )
+    counted = "; ".join(
+        f"{pixels} px {found['forward'] / 1e9:.3f} forward, {found['gradient'] / 1e9:.3f} with the gradient"
+        for pixels, found in results["flops"].items()
+    )
+    return "\n".join(lines) + f"\n\nGFLOP of an image by XLA's count: {counted}.\n"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
     "fit_cifar10_jpeg": _compare_fit,
@@ -437,6 +495,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "budget_12288": _frontier,
     "objectives": _steps,
     "packed_psnr": _packed,
+    "scale": _scale,
+    "scale_plan": _scale_plan,
     "sensitivity": _sensitivity,
     "trajectory": _trajectory,
 }

@@ -1,0 +1,182 @@
+"""The formulas of docs/scale.md against numbers worked out by hand, and the launch files against the command line."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks import record, scale, tables
+from train import distill, hosts
+
+ROOT = Path(__file__).resolve().parent.parent
+SBATCH = ROOT / "docs" / "launch" / "slurm.sbatch"
+KUBERNETES = ROOT / "docs" / "launch" / "kubernetes.yaml"
+# 3 classes of 4 x 4 px, 2 images of 5 Gaussians each; feature maps of 4 x 4 and 2 x 2 with 7 channels.
+SMALL = scale.Size(classes=3, pixels=4, depth=2, width=7, held=9, real=6, gpc=2, points=5, class_chunk=1)
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    with redirect_stdout(StringIO()) as text, pytest.raises(SystemExit):
+        distill.main(["--help"])
+    return set(re.findall(r"--[a-z-]+", text.getvalue()))
+
+
+def given(script: str) -> set[str]:
+    """Returns the flags that a script gives to train.distill."""
+    (command,) = re.findall(r"python -m train\.distill (.*)", script)
+    return set(re.findall(r"--[a-z-]+", command))
+
+
+def kubernetes() -> tuple[dict, dict, dict]:
+    """Returns the service, the job, and its container."""
+    service, job = yaml.safe_load_all(KUBERNETES.read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return service, job, container
+
+
+def test_bytes_of_parameters_state_and_sum_are_those_counted_by_hand():
+    parameters = 3 * 2 * 5 * 9
+    assert SMALL.parameters == parameters
+    assert scale.state_bytes(SMALL) == 12 * parameters
+    assert scale.summed_bytes(SMALL, "distribution") == 4 * parameters + 8
+    assert scale.summed_bytes(SMALL, "trajectory") == 4 * parameters + 20
+
+
+def test_a_ring_of_two_moves_the_bytes_once_and_a_long_one_twice():
+    size = SMALL._replace(classes=1000)
+    once = scale.summed_bytes(size, "distribution") / 1e9
+    assert scale.ring_seconds(size, 2, 1e9) == pytest.approx(once)
+    assert scale.ring_seconds(size, 10**6, 1e9) == pytest.approx(2 * once, rel=1e-5)
+
+
+def test_temporaries_of_two_devices_are_those_counted_by_hand():
+    maps = 4 * 7 * (16 + 4)
+    real, synthetic = 2 * 6 * 48, 2 * 2 * 48 * 4
+    found = scale.temporaries(SMALL, 2, {"images": 1.5, "maps": 3.0})
+    assert found == pytest.approx(real + 1.5 * synthetic + 3 * 2 * maps)
+
+
+def test_fitting_finds_the_constants_that_memory_was_made_with():
+    constants = {"images": 1.75, "maps": 2.5}
+    sizes = [SMALL._replace(class_chunk=chunk) for chunk in (1, 3)]
+    found = scale.fit_constants(*((size, scale.temporaries(size, 1, constants)) for size in sizes))
+    assert found == pytest.approx(constants)
+
+
+def test_collectives_are_counted_from_their_results_once_each():
+    program = """
+  %all-reduce.9 = (f32[40,10,2]{2,1,0}, f32[], /*index=2*/s32[3]{0}) all-reduce(%a, %b, %c), channel_id=1
+  %get-tuple-element.5 = f32[40,10,2]{2,1,0} get-tuple-element(%all-reduce.9), index=0
+  ROOT %all-gather.1 = f32[8]{0} all-gather(%d), dimensions={0}
+"""
+    assert scale.collective_bytes(program) == {"all-reduce": 4 * (800 + 1 + 3), "all-gather": 32}
+
+
+def test_network_flops_are_those_of_its_convolutions():
+    size = scale.Size(classes=2, pixels=8, depth=1, width=16, held=1, real=1, gpc=1, points=1)
+    found = scale.network_flops(size)
+    # Pixels of the border have fewer neighbours.
+    neighbours = (3 * 8 - 2) ** 2
+    convolution = 2 * neighbours * 3 * 16
+    assert convolution < found["forward"] < 1.5 * convolution
+    assert 1.8 * convolution < found["gradient"] < 4 * convolution
+
+
+def test_differences_are_relative_to_one_device_and_a_zero_gradient_is_refused():
+    rows = [
+        {"objective": "x", "moment": np.array([3.0, 4.0]), "metrics": {"loss": 2.0}},
+        {"objective": "x", "moment": np.array([3.0, 4.5]), "metrics": {"loss": 2.5}},
+    ]
+    assert scale.compared(rows)[1] == {"objective": "x", "gradient_difference": 0.1, "metrics_difference": 0.25}
+    rows[0]["moment"] = np.zeros(2)
+    with pytest.raises(AssertionError, match="x: the gradient is zero"):
+        scale.compared(rows)
+
+
+def test_plan_of_the_committed_results_is_what_the_code_calculates():
+    results = json.loads((record.RESULTS / "scale.json").read_text())["results"]
+    flops = {int(pixels): found for pixels, found in results["flops"].items()}
+    assert scale.plan(flops, results["memory"]["constants"]) == results["plan"]
+
+
+def test_committed_steps_agree_with_one_device_and_with_the_formulas():
+    results = json.loads((record.RESULTS / "scale.json").read_text())["results"]
+    assert {(row["objective"], row["devices"]) for row in results["steps"]} == {
+        (name, devices) for name in scale.SCALARS for devices in scale.DEVICES
+    }
+    for row in results["steps"]:
+        # Float32, sums in another order.
+        assert row["gradient_difference"] < 1e-4 and row["metrics_difference"] < 1e-4
+        assert row["collectives"] == ({"all-reduce": row["summed_formula"]} if row["devices"] > 1 else {})
+        # Counters, key and normalisation are not in the formula.
+        assert 0 <= row["arguments"] - row["arguments_formula"] < 100
+
+
+def test_launch_files_give_flags_that_the_command_has(flags):
+    _, _, container = kubernetes()
+    assert given(SBATCH.read_text()) == {"--distributed", "--config", "--out", "--quiet"}
+    for script in (SBATCH.read_text(), *container["args"]):
+        assert given(script) <= flags
+        assert "distill.devices=0" in script
+
+
+@pytest.mark.parametrize("script", [SBATCH.read_text(), *kubernetes()[2]["args"]], ids=["slurm", "kubernetes"])
+def test_launch_scripts_are_valid_shell(script):
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_kubernetes_job_gives_every_process_its_number_and_the_address_of_process_0():
+    service, job, container = kubernetes()
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] == int(variables[hosts.VARIABLES["processes"]])
+    name, service_name = job["metadata"]["name"], service["metadata"]["name"]
+    host, _, port = variables[hosts.VARIABLES["coordinator"]].partition(":")
+    assert host == f"{name}-0.{service_name}" and pod["subdomain"] == service_name
+    assert int(port) in [entry["containerPort"] for entry in container["ports"]]
+    assert service["spec"]["clusterIP"] == "None" and list(service["spec"]["selector"].values()) == [name]
+    assert f'export {hosts.VARIABLES["process"]}="$JOB_COMPLETION_INDEX"' in container["args"][0]
+    assert (ROOT / variables["CONFIG"]).exists()
+
+
+def in_pod(folder: Path, index: int, stand_in: str) -> subprocess.Popen:
+    """Starts the script of a pod with a shell function in the place of python."""
+    (script,) = kubernetes()[2]["args"]
+    environment = {"OUT": str(folder), "CONFIG": "x", "JOB_COMPLETION_INDEX": str(index), "PATH": "/usr/bin:/bin"}
+    return subprocess.Popen(["bash", "-c", f"python() {{ {stand_in}; }}\n{script}"], env=environment)
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "index", "wanted"),
+    [("exit 0", 0, 75), ("exit 0", 1, 75), ("exit 3", 0, 3), ('touch "$OUT/result.json"', 0, 0)],
+)
+def test_pod_fails_unless_process_0_wrote_its_result(tmp_path, stand_in, index, wanted):
+    assert in_pod(tmp_path, index, stand_in).wait(timeout=30) == wanted
+
+
+def test_pod_passes_sigterm_on_waits_for_the_run_to_save_and_fails(tmp_path):
+    saving = 'trap "sleep 0.5; touch $OUT/saved; exit 0" TERM; touch "$OUT/started"; while :; do sleep 0.05; done'
+    pod = in_pod(tmp_path, 0, saving)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pod.send_signal(signal.SIGTERM)
+    assert pod.wait(timeout=30) == 75
+    assert (tmp_path / "saved").exists()
+
+
+def test_scale_document_names_both_launch_files_and_its_tables():
+    text = (ROOT / "docs" / "scale.md").read_text()
+    assert "launch/slurm.sbatch" in text and "launch/kubernetes.yaml" in text
+    assert [match[2] for match in tables.BLOCK.finditer(text)] == ["scale", "scale_plan"]
