@@ -78,6 +78,8 @@ HOSTILE: tuple[Any, ...] = (
     *(None, True, False, "", "x", "1", "\ud800", "\0", "é" * 3000, [], {}, [1], [[]], {"a": 1}, [0] * 500),
 )
 SECONDS, MEMORY, ROOM = 20.0, 64 << 20, 1 << 30
+# What a process has compiled stays in its memory, which is limited.
+PER_PROCESS = 4000
 # Decoding is tried where it is cheap: the size of images is no business of the reader.
 DECODED = 1 << 20
 OUT = record.RESULTS / "fuzz.json"
@@ -406,8 +408,9 @@ def verdicts(count: int, seed: int, keep: Path) -> Iterator[dict[str, Any]]:
     """Lets processes judge mutants; a process that dies or hangs is the verdict on the one it was at."""
     index = 0
     while index < count:
+        stop = min(index + PER_PROCESS, count)
         command = [sys.executable, "-m", "benchmarks.fuzz", "--seed", str(seed), "--keep", str(keep)]
-        command += ["--count", str(count), "--start", str(index)]
+        command += ["--count", str(stop), "--start", str(index)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=record.ROOT) as child:
             assert child.stdout is not None
             selector = selectors.DefaultSelector()
@@ -418,7 +421,7 @@ def verdicts(count: int, seed: int, keep: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
                 index, patience = index + 1, 6 * SECONDS
             child.kill()
-        if index < count:
+        if index < stop:
             yield {"index": index, "outcome": "failure", "message": f"the process ended with {child.wait()}"}
             index += 1
 

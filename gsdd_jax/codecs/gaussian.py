@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from typing_extensions import Doc
 
 from gsdd_jax import starts, storage
@@ -35,7 +35,7 @@ class GaussianSpec:
     num_points: Annotated[int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds")] = 0
     dtype: Annotated[Literal["bfloat16", "float32"], Doc("precision on disk and in the forward pass")] = "bfloat16"
     supersample: Annotated[int, Ge(1), Doc("samples per pixel and axis (paper, section 3.2: 2)")] = 2
-    cutoff: Annotated[float, Ge(0), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
+    cutoff: Annotated[float, Ge(0), Lt(1), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
     boundary: Annotated[float, Ge(0), Doc("weight of the boundary loss (paper, Eq. 10 and section 4.1: 0.1)")] = 0.1
     start: Annotated[
         Literal["clusters", "gradient", "uniform"],

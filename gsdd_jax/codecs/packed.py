@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
 from gsdd_jax import packing, starts, storage
@@ -58,7 +58,7 @@ class PackedGaussianSpec:
         Doc("sorted: an image's Gaussians are stored as a set, which saves log2(m!) bits; kept: as a list"),
     ] = "sorted"
     supersample: Annotated[int, Ge(1), Doc("samples per pixel and axis (paper, section 3.2: 2)")] = 2
-    cutoff: Annotated[float, Ge(0), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
+    cutoff: Annotated[float, Ge(0), Lt(1), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
     boundary: Annotated[float, Ge(0), Doc("weight of the boundary loss (paper, Eq. 10 and section 4.1: 0.1)")] = 0.1
     start: Annotated[
         Literal["clusters", "gradient", "uniform"],
