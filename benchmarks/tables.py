@@ -21,7 +21,7 @@ from benchmarks.record import RESULTS, ROOT
 from train import budget, merge, results, yaml12
 from train.config import EvaluateConfig
 
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("codecs", "federated", "scale")))
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("codecs", "federated", "labels", "scale")))
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 AWAITED_BLOCK = re.compile(r"<!-- awaited: (\S+) -->\n")
 
@@ -360,8 +360,8 @@ def _commands(rows: list[dict[str, Any]]) -> str:
 # D3 beside Gaussians and pixels, with hard and with soft labels; the pixels stand in the runs of the Gaussians.
 WHOLE = ("cifar10_d3_hard", "cifar10_d3_soft", "cifar10_gaussian_hard", "cifar10_gaussian_soft")
 DIVIDED = {
-    "cifar10_d3_hard": {2: "cifar10_d3_of2", 5: "cifar10_d3_of5"},
-    "cifar10_gaussian_hard": {2: "cifar10_gaussian_of2", 5: "cifar10_gaussian_of5"},
+    "cifar10_d3_hard": {2: "cifar10_d3_of2"},
+    "cifar10_gaussian_hard": {2: "cifar10_gaussian_of2"},
 }
 
 
@@ -384,11 +384,15 @@ def _d3(_: str) -> str:
         ):
             if entry is not None:
                 lines.append(
-                    f"| {codec} | {run['protocol']['labels']['kind']} | {entry['images_per_class']} "
+                    f"| {codec} | {_kind(run['protocol']['labels'])} | {entry['images_per_class']} "
                     f"| {entry['bytes_per_class']:,} | {entry['label_bytes_per_class']:,} | {_percent(fitted)} "
                     f"| {_percent(entry)} | {entry['training_flops'] / 1e12:.3g} |"
                 )
     return "\n".join(lines) + f"\n\n{_folded(runs)}"
+
+
+def _kind(spec: dict[str, Any]) -> str:
+    return "hard" if spec["kind"] == "hard" else f"{spec['dtype']}, {spec['top_k'] or 'all'} largest"
 
 
 def _divided(_: str) -> str:

@@ -302,6 +302,7 @@ HUGE = 10**30
         (lambda m: m["codec"].update(lr=math.nan), "codec.lr: expected a finite number, found nan"),
         (lambda m: m["codec"].update(lr=10**400), "codec.lr: expected a finite number, found 1000"),
         (lambda m: m["codec"].update(lr=0), r"codec.lr: expected a value of Gt\(gt=0\), found 0"),
+        (lambda m: m["codec"].update(cutoff=1), r"codec.cutoff: expected a value of Lt\(lt=1\), found 1"),
         (lambda m: m["codec"].update(dtype="int4"), "codec.dtype: expected one of bfloat16, float32; found 'int4'"),
         (lambda m: m["codec"].update(dtype=[]), "codec.dtype: expected one of bfloat16, float32; found a list"),
         (lambda m: m["codec"].update(num_points=0), "codec.num_points: expected what the set was made with, found 0"),
