@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.flax import save
 
 from gsdd_jax import exchange, synset
-from gsdd_jax.labels import LabelSpec, SoftLabels
 from gsdd_jax.synset import SynSet
+
+if TYPE_CHECKING:
+    from gsdd_jax.labels import SoftLabels
 
 # The first format had no labels of the whole.
 FORMATS = ("gsdd_jax merged/1", "gsdd_jax merged/2")
@@ -130,7 +130,7 @@ class MergedSet:
         sizes = {key: sum(each.get(key, 0) for each in written) for key in keys}
         entry: dict[str, Any] = {}
         if self.soft is not None:
-            entry, file = _write_labels(Path(path), self.soft)
+            entry, file = synset.write_labels(path, self.soft)
             sizes |= {"labels": self.soft.nbytes, "payload": sizes["payload"] + self.soft.nbytes}
             sizes |= {"header": sizes["header"] + file - self.soft.nbytes, "file": sizes["file"] + file}
         manifest = {
@@ -168,7 +168,7 @@ def load(path: synset.Location) -> SynSet | MergedSet:
         return synset.load(folder)
     try:
         names, classes, meta = (manifest[key] for key in ("parts", "class_names", "meta"))
-        _check_names(names)
+        synset.check_names(names)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
     for name in names:
@@ -177,7 +177,7 @@ def load(path: synset.Location) -> SynSet | MergedSet:
     parts = tuple(synset.load(folder / name) for name in names)
     soft = None
     if manifest["format"] == FORMATS[1]:
-        soft = _read_labels(folder, manifest, sum(part.codec.num_images for part in parts))
+        soft = synset.read_labels(folder, manifest, sum(part.codec.num_images for part in parts))
     try:
         found = MergedSet(parts, meta, soft)
     except ValueError as error:
@@ -191,56 +191,6 @@ def load(path: synset.Location) -> SynSet | MergedSet:
 
 def _described(soft: SoftLabels) -> exchange.Labels:
     return exchange.Labels(soft.spec.dtype, soft.spec.top_k)
-
-
-def _write_labels(folder: Path, soft: SoftLabels) -> tuple[dict[str, Any], int]:
-    """Writes labels under a name from their content; returns the entries of the manifest and the size of the file."""
-    data = save({name: jnp.asarray(x) for name, x in soft.arrays.items()})
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"labels-{digest[:12]}.safetensors"
-    fresh = folder / f"{name}.new"
-    fresh.write_bytes(data)
-    fresh.replace(folder / name)
-    return {"labels": soft.entry, "labels_file": name, "labels_sha256": digest}, len(data)
-
-
-def _read_labels(folder: Path, manifest: dict[str, Any], num_images: int) -> SoftLabels:
-    """Reads the labels of the whole.
-
-    Raises:
-        FileNotFoundError: Their file is missing.
-        ValueError: The manifest or the file is damaged, or they do not belong together.
-    """
-    with synset.naming(folder / synset.MANIFEST):
-        try:
-            classes = len(manifest["class_names"])
-            entry = exchange.labels_of(manifest["labels"], classes)
-            name, digest = manifest["labels_file"], manifest["labels_sha256"]
-            _check_names([name])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"damaged manifest ({type(error).__name__}: {error})") from error
-        if type(digest) is not str or len(digest) != 2 * hashlib.sha256().digest_size:
-            raise ValueError(f"labels_sha256: expected 64 hexadecimal digits, found {exchange.short(digest)}")
-    file = folder / name
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: missing, although {synset.MANIFEST} names it")
-    with synset.opened(file) as (stream, size), synset.naming(file):
-        header = exchange.read_header(stream, size)
-        exchange.compare(header.arrays, entry.arrays(num_images, classes))
-        arrays = exchange.read_arrays(stream, header, {}, digest)
-        wide = {key: x.view(jnp.bfloat16) if header.arrays[key].dtype == "bfloat16" else x for key, x in arrays.items()}
-        exchange.soft_labels(wide, entry, classes)
-    spec = LabelSpec(kind="soft", dtype=entry.dtype, top_k=entry.top_k)  # type: ignore[arg-type]
-    return SoftLabels(spec, classes, wide)
-
-
-def _check_names(names: Any) -> None:
-    """Lets a manifest name nothing outside its own directory."""
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"parts {names!r}")
-    for name in names:
-        if not name or name.startswith(".") or "/" in name or "\\" in name:
-            raise TypeError(f"parts: {name!r} is no name of a directory here")
 
 
 def _digest(part: SynSet) -> str:

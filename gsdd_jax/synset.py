@@ -341,6 +341,73 @@ def _check_sparse(codec: codecs.Codec, written: dict[str, np.ndarray]) -> None:
         raise ValueError(f"values: expected at most {allowed} bytes of coefficients, zeros included, found {unpacked}")
 
 
+def write_labels(path: Location, soft: SoftLabels) -> tuple[dict[str, Any], int]:
+    """Writes the labels of a merged set into a directory, under a name from their content.
+
+    Returns:
+        The entries of the manifest, and the size of the file.
+    """
+    import jax.numpy as jnp
+    from safetensors.flax import save
+
+    folder = Path(path)
+    data = save({name: jnp.asarray(x) for name, x in soft.arrays.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"labels-{digest[:12]}.safetensors"
+    fresh = folder / f"{name}.new"
+    fresh.write_bytes(data)
+    fresh.replace(folder / name)
+    return {"labels": soft.entry, "labels_file": name, "labels_sha256": digest}, len(data)
+
+
+def read_labels(folder: Path, manifest: dict[str, Any], num_images: int) -> SoftLabels:
+    """Reads the labels of a merged set.
+
+    Args:
+        folder: Its directory.
+        manifest: Its manifest.
+        num_images: Of all parts.
+
+    Raises:
+        FileNotFoundError: Their file is missing.
+        ValueError: The manifest or the file is damaged, or they do not belong together.
+    """
+    import jax.numpy as jnp
+
+    from gsdd_jax.labels import LabelSpec, SoftLabels
+
+    with naming(folder / MANIFEST):
+        try:
+            classes = len(manifest["class_names"])
+            entry = exchange.labels_of(manifest["labels"], classes)
+            name, digest = manifest["labels_file"], manifest["labels_sha256"]
+            check_names([name])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"damaged manifest ({type(error).__name__}: {error})") from error
+        if type(digest) is not str or len(digest) != 2 * hashlib.sha256().digest_size:
+            raise ValueError(f"labels_sha256: expected 64 hexadecimal digits, found {exchange.short(digest)}")
+    file = folder / name
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: missing, although {MANIFEST} names it")
+    with opened(file) as (stream, size), naming(file):
+        header = exchange.read_header(stream, size)
+        exchange.compare(header.arrays, entry.arrays(num_images, classes))
+        arrays = exchange.read_arrays(stream, header, {}, digest)
+        wide = {key: x.view(jnp.bfloat16) if header.arrays[key].dtype == "bfloat16" else x for key, x in arrays.items()}
+        exchange.soft_labels(wide, entry, classes)
+    spec = LabelSpec(kind="soft", dtype=entry.dtype, top_k=entry.top_k)  # type: ignore[arg-type]
+    return SoftLabels(spec, classes, wide)
+
+
+def check_names(names: Any) -> None:
+    """Lets a manifest name nothing outside its own directory."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"parts {names!r}")
+    for name in names:
+        if not name or name.startswith(".") or "/" in name or "\\" in name:
+            raise TypeError(f"parts: {name!r} is no name of a directory here")
+
+
 def replace_manifest(path: Location, manifest: dict[str, Any]) -> int:
     """Replaces the manifest of a folder at once, so that it is the old one or the new one; returns its bytes."""
     folder = Path(path)

@@ -403,6 +403,7 @@ def later(toy: Path, folder: Path, *overrides: str) -> None:
     packed_later.main(["--config", str(toy), *where, *overrides])
 
 
+@pytest.mark.slow
 def test_both_ways_to_round_are_tested_from_one_fit_and_taken_up_again(toy, tmp_path, capsys):
     later(toy, tmp_path)
     found = json.loads((tmp_path / "later.json").read_text())
