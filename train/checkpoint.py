@@ -375,8 +375,8 @@ def _os_error_code(error: BaseException) -> int | None:
 def _quiet() -> Iterator[None]:
     """Keeps orbax's own log lines, and the tracebacks of its abandoned reads, off stderr; errors are raised as ever.
 
-    When one read fails, orbax closes the event loop on which tensorstore's threads want to report the others. They do
-    so at any later time, so after a failure the filter stays.
+    When one read fails, orbax closes the event loop on which tensorstore's threads want to report the others, or nobody
+    asks for what they report. They do so at any later time, so after a failure these filters stay.
     """
 
     def not_of_orbax(record: logging.LogRecord) -> bool:
@@ -386,12 +386,17 @@ def _quiet() -> Iterator[None]:
         if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
+    def unless_forgotten(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Task exception was never retrieved")
+
     hook = sys.unraisablehook
-    logger = logging.getLogger("absl")
+    logger, loops = logging.getLogger("absl"), logging.getLogger("asyncio")
     logger.addFilter(not_of_orbax)
+    loops.addFilter(unless_forgotten)
     sys.unraisablehook = unless_abandoned
     try:
         yield
         sys.unraisablehook = hook
+        loops.removeFilter(unless_forgotten)
     finally:
         logger.removeFilter(not_of_orbax)
