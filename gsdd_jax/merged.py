@@ -168,7 +168,7 @@ def load(path: synset.Location) -> SynSet | MergedSet:
         return synset.load(folder)
     try:
         names, classes, meta = (manifest[key] for key in ("parts", "class_names", "meta"))
-        synset.check_names(names)
+        synset.check_names(names, "parts")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
     for name in names:

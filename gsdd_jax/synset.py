@@ -381,7 +381,7 @@ def read_labels(folder: Path, manifest: dict[str, Any], num_images: int) -> Soft
             classes = len(manifest["class_names"])
             entry = exchange.labels_of(manifest["labels"], classes)
             name, digest = manifest["labels_file"], manifest["labels_sha256"]
-            check_names([name])
+            check_names([name], "labels_file")
         except (KeyError, TypeError) as error:
             raise ValueError(f"damaged manifest ({type(error).__name__}: {error})") from error
         if type(digest) is not str or len(digest) != 2 * hashlib.sha256().digest_size:
@@ -399,13 +399,17 @@ def read_labels(folder: Path, manifest: dict[str, Any], num_images: int) -> Soft
     return SoftLabels(spec, classes, wide)
 
 
-def check_names(names: Any) -> None:
-    """Lets a manifest name nothing outside its own directory."""
+def check_names(names: Any, key: str) -> None:
+    """Lets a manifest name nothing outside its own directory.
+
+    Raises:
+        TypeError: What stands under the key is no list of such names.
+    """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"parts {names!r}")
+        raise TypeError(f"{key} {names!r}")
     for name in names:
         if not name or name.startswith(".") or "/" in name or "\\" in name:
-            raise TypeError(f"parts: {name!r} is no name of a directory here")
+            raise TypeError(f"{key}: {name!r} is no name of something in this directory")
 
 
 def replace_manifest(path: Location, manifest: dict[str, Any]) -> int:

@@ -90,8 +90,8 @@ class Crew:
         if self.count == 1:
             return tree
         held = jax.tree.map(np.asarray, tree)
-        # As bytes, since the arrays of the others are added to these: -0.0 + 0.0 is 0.0.
         self.meet()
+        # As bytes, since the arrays of the others are added to these: -0.0 + 0.0 is 0.0.
         sent = jax.tree.map(lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8), held)
         got = multihost_utils.broadcast_one_to_all(sent, is_source=self.leader)
         return jax.tree.map(lambda x, like: np.asarray(x).view(like.dtype).reshape(like.shape), got, held)
