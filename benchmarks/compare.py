@@ -66,8 +66,10 @@ FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 SEEDS = 3
 OUT = record.RESULTS / "compare"
 
-# Accuracy: the rates of distillation around those that stand with each codec, compared after so many iterations.
+# Accuracy: the rates of distillation around those that stand with each codec, compared after so many iterations, and
+# those that follow while the best is at an end.
 RATES = (0.3, 1.0, 3.0)
+WIDER = (0.03, 0.1, 10.0, 30.0)
 SHORT_ITERATIONS = 30
 # Settings of a codec that are rates; the others that begin with lr are factors of lr.
 RATE_FIELDS = ("lr", "lr_decoder")
@@ -323,29 +325,47 @@ def accuracies(args: argparse.Namespace) -> None:
             continue
         base: configs.RunConfig = configs.load(CONFIG, [f"codec={codec}", *sizes])
         dataset = dataset or data.load(base.data)
-        short = [f"distill.iterations={SHORT_ITERATIONS}", "evaluate.seeds=1", "evaluate.steps=1"]
-        tried = []
-        for factor in RATES:
-            rates = {field: getattr(base.codec, field) for field in RATE_FIELDS if hasattr(base.codec, field)}
-            scaled = [f"codec.{field}={rate * factor:.6g}" for field, rate in rates.items()]
-            tried.append((scaled, configs.load(CONFIG, [f"codec={codec}", *sizes, *short, *scaled])))
         folder = runs / name.replace(", ", "_")
         # Losses are of training images, and no test image has a say: networks of one step test held-out ones.
         unseen = dataset._replace(test_images=dataset.train_images[:100], test_labels=dataset.train_labels[:100])
-        tuned = tune.search(tried, unseen, out=folder / "tune", progress=Progress(quiet=True))
-        chosen = min((row for row in tuned["rows"] if row["loss"] is not None), key=lambda row: row["loss"])[
-            "overrides"
-        ]
+        tried, found = tuned(base, [f"codec={codec}", *sizes], unseen, folder / "tune")
+        chosen = min((row for row in found if row["loss"] is not None), key=lambda row: row["loss"])["overrides"]
         config = configs.load(CONFIG, [f"codec={codec}", *sizes, *chosen])
         alone = dataclasses.replace(config.baselines, random_real=False, pixel=False, full_data=False, fit_only=False)
         config = dataclasses.replace(config, baselines=alone, name=name)
-        fitted = folder / "tune" / ",".join(tried[0][0])
+        fitted = folder / "tune" / ",".join(tried[0])
         experiment = experiments.prepare(config, dataset)
         result = distill.run(experiment, folder / "run", Progress(quiet=True), fitted=fitted)
-        row = {"name": name, "rates": [(r["overrides"], r["loss"]) for r in tuned["rows"]], "chosen": chosen}
+        row = {"name": name, "rates": [(r["overrides"], r["loss"]) for r in found], "chosen": chosen}
         rows.append(record.environment() | row | {"result": result})
         record.write(out, rows, seed=base.seed, n=base.evaluate.seeds, **settings)
         print(f"{name}: {100 * result['accuracy']['mean']:.1f} %, {chosen}", file=sys.stderr, flush=True)
+
+
+def tuned(
+    base: configs.RunConfig, overrides: list[str], dataset: data.Dataset, out: Path
+) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """Distils shortly at each rate, and further out while the best is at an end.
+
+    Returns:
+        The overrides of the rates in the order of trial, the first of which made the fit, and the rows of `tune`.
+    """
+    rates = {field: getattr(base.codec, field) for field in RATE_FIELDS if hasattr(base.codec, field)}
+    short = [f"distill.iterations={SHORT_ITERATIONS}", "evaluate.seeds=1", "evaluate.steps=1"]
+    factors = list(RATES)
+    while True:
+        scaled = [[f"codec.{field}={rate * factor:.6g}" for field, rate in rates.items()] for factor in factors]
+        tried: list[tuple[list[str], configs.RunConfig]] = [
+            (one, configs.load(CONFIG, [*overrides, *short, *one])) for one in scaled
+        ]
+        rows = tune.search(tried, dataset, out=out, progress=Progress(quiet=True))["rows"]
+        losses = [np.inf if row["loss"] is None else row["loss"] for row in rows]
+        best = factors[int(np.argmin(losses))]
+        further = [factor for factor in WIDER if factor > best] if best == max(factors) else []
+        nearer = [factor for factor in WIDER if factor < best] if best == min(factors) else []
+        if not further and not nearer:
+            return scaled, rows
+        factors.append(min(further) if further else max(nearer))
 
 
 def positive(text: str) -> int:

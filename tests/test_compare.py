@@ -50,6 +50,7 @@ def small(monkeypatch, tmp_path_factory):
         "SEEDS": 2,
         "SIZES": [],
         "RATES": (0.3, 3.0),
+        "WIDER": (0.1, 10.0),
         "SHORT_ITERATIONS": 2,
     }.items():
         monkeypatch.setattr(compare, name, value)
@@ -270,7 +271,10 @@ def test_accuracies_are_written_resumed_and_shown(toy, tmp_path, monkeypatch, ca
     assert [row["name"] for row in found["results"]] == ["downscale, float32", "downscale, bfloat16"]
     for row in found["results"]:
         result = row["result"]
-        assert [overrides for overrides, _ in row["rates"]] == [["codec.lr=0.003"], ["codec.lr=0.03"]]
+        assert [overrides for overrides, _ in row["rates"][:2]] == [["codec.lr=0.003"], ["codec.lr=0.03"]]
+        # One step further than the end that was best, and no further than to the last.
+        best = int(row["rates"][1][1] < row["rates"][0][1])
+        assert [overrides for overrides, _ in row["rates"][2:]] == [[["codec.lr=0.001"], ["codec.lr=0.1"]][best]]
         assert (row["chosen"], result["name"]) == (min(row["rates"], key=lambda one: one[1])[0], row["name"])
         assert 0 < result["accuracy"]["bytes_per_class"] <= result["bytes_per_class"] == 256
         assert result["accuracy"]["n"] == 2 and result["protocol"]["evaluate"]["seeds"] == 2
@@ -438,3 +442,28 @@ def test_rounding_later_needs_a_packed_codec(toy, tmp_path, capsys):
     message = refused(capsys, ends(later, toy, tmp_path, "codec={name: gaussian, gpc: 1, num_points: 5}"))
     assert message == "error: codec.name: expected packed_gaussian, found 'gaussian'\n"
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("optimum", "factors"),
+    [
+        (1.0, [0.3, 1.0, 3.0]),
+        (10.0, [0.3, 1.0, 3.0, 10.0, 30.0]),
+        (100.0, [0.3, 1.0, 3.0, 10.0, 30.0, 100.0]),
+        (0.01, [0.3, 1.0, 3.0, 0.1, 0.03]),
+    ],
+)
+def test_rates_are_tried_further_out_while_the_best_is_at_an_end(optimum, factors, toy, tmp_path, monkeypatch):
+    def search(tried, dataset, *, out, progress):
+        # The rate of 100 times the codec's own diverges.
+        rates = [config.codec.lr / base.codec.lr for _, config in tried]
+        return {"rows": [{"loss": None if rate > 50 else abs(np.log(rate / optimum))} for rate in rates]}
+
+    monkeypatch.setattr(compare, "CONFIG", str(toy))
+    monkeypatch.setattr(compare, "RATES", (0.3, 1.0, 3.0))
+    monkeypatch.setattr(compare, "WIDER", (0.03, 0.1, 10.0, 30.0, 100.0))
+    monkeypatch.setattr(compare.tune, "search", search)
+    base = configs.load(str(toy))
+    tried, rows = compare.tuned(base, [], None, tmp_path)
+    assert [overrides for (overrides,) in tried] == [f"codec.lr={0.01 * factor:.6g}" for factor in factors]
+    assert len(rows) == len(tried)
