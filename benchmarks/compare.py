@@ -13,8 +13,8 @@ precision, from the same kind of fit to real images. Rates are chosen by the los
 what is compared is the same run for all, in sizes for two CPU cores. Run directories are kept, so that an interrupted
 comparison goes on where it was.
 
-Rows of several calls merge into one file; those that are there are not made again, and other settings need another
-file.
+Rows of several calls, also of calls that run side by side with other codecs, merge into one file; those that are there
+are not made again, and other settings need another file.
 """
 
 from __future__ import annotations
@@ -267,8 +267,9 @@ def fits(args: argparse.Namespace) -> None:
                 continue
             if any((r["codec"], r["precision"], r["images"]) == (codec, dtype, len(images)) for r in rows):
                 continue
-            rows.append(record.environment() | fit_row(codec, dtype, images))
-            record.write(out, rows, seed=SEED, n=SEEDS, **settings)
+            row = record.environment() | fit_row(codec, dtype, images)
+            # Read again: another call may have added rows, of other codecs, meanwhile.
+            record.write(out, [*known_rows(out, settings), row], seed=SEED, n=SEEDS, **settings)
 
 
 # The codecs of the comparison of accuracies: float32 as published where that fits, then the best precision. Numbers
@@ -337,8 +338,8 @@ def accuracies(args: argparse.Namespace) -> None:
         experiment = experiments.prepare(config, dataset)
         result = distill.run(experiment, folder / "run", Progress(quiet=True), fitted=fitted)
         row = {"name": name, "rates": [(r["overrides"], r["loss"]) for r in found], "chosen": chosen}
-        rows.append(record.environment() | row | {"result": result})
-        record.write(out, rows, seed=base.seed, n=base.evaluate.seeds, **settings)
+        row = record.environment() | row | {"result": result}
+        record.write(out, [*known_rows(out, settings), row], seed=base.seed, n=base.evaluate.seeds, **settings)
         print(f"{name}: {100 * result['accuracy']['mean']:.1f} %, {chosen}", file=sys.stderr, flush=True)
 
 

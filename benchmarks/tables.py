@@ -308,7 +308,12 @@ PUBLISHED_PSNR = {"frequency": 15.69, "sparse_epitome": 17.77, "neural_field": 2
 def _compare_fit(name: str) -> str:
     record = json.loads((RESULTS / "compare" / f"{name}.json").read_text())
     size = record["settings"]["size"]
-    rows = sorted(record["results"], key=lambda row: row["precision"], reverse=True)
+
+    def order(row: dict[str, Any]) -> tuple[bool, float]:
+        last = [list(run["psnr"].values())[-1] for run in row.get("runs", [])]
+        return row["precision"] != "float32", -float(np.mean(last)) if last else np.inf
+
+    rows = sorted(record["results"], key=order)
     counts = [row["images"] for row in rows]
     most = max(set(counts), key=counts.count)
     other = dict.fromkeys(f"; {row['codec']}: of {row['images']}" for row in rows if row["images"] != most)
