@@ -32,10 +32,17 @@ def test_readme_python_runs_as_shown(monkeypatch):
     assert len(names["images"]) == len(names["labels"])
 
 
-def test_readme_links_and_commands_exist():
-    headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^#+ (.+)$", README, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]+)\)", README) + re.findall(r"--config (\S+)", README):
-        assert target in headings if target.startswith("#") else (ROOT / target).exists(), target
+PAGES = [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_and_commands_exist(path):
+    text = path.read_text(encoding="utf-8")
+    headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target in headings if target.startswith("#") else (path.parent / target).exists(), target
+    for target in re.findall(r"--config (\S+yaml)", text):
+        assert (ROOT / target).exists(), target
 
 
 @pytest.mark.parametrize("section", ["Not supported yet", "Start"])
