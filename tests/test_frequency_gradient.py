@@ -1,0 +1,67 @@
+"""`benchmarks.frequency_gradient` against SciPy's transforms and descent on pixels in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import fft
+
+from benchmarks import frequency_gradient as bench
+from gsdd_jax import codecs
+from gsdd_jax.codecs import FrequencySpec
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+H, W = 6, 8
+DRAWN = np.random.default_rng(0)
+# Some bright and some dark, so that the mean of an image varies most.
+IMAGES = jnp.asarray(DRAWN.uniform(0, 0.3, (8, H, W, 3)) + DRAWN.uniform(0, 0.7, (8, 1, 1, 1)), jnp.float32)
+LABELS = np.arange(len(IMAGES)) % 2
+
+
+def test_scale_is_that_of_the_two_transforms_of_scipy():
+    x = np.random.default_rng(0).normal(size=(5, 7))
+    ratio = fft.dctn(x, norm=None) / fft.dctn(x, norm="ortho")
+    np.testing.assert_allclose(bench.unnormalised(np.arange(35), (5, 7)), ratio.reshape(-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_errors_are_those_of_descent_on_pixels(scaled):
+    """SGD with momentum by hand: coefficients, inverse transform, mean square error over pixels."""
+    image, places, steps, rate = np.asarray(IMAGES[0], np.float64), np.array([0, 1, W, W + 2]), 5, 300.0 * (scaled + 1)
+    norm = None if scaled else "ortho"
+    scale = bench.unnormalised(places, (H, W)) if scaled else np.ones(len(places), np.float32)
+    spectrum = fft.dctn(image, axes=(0, 1), norm="ortho").reshape(H * W, -1)
+    target = spectrum[places].astype(np.float32)[None]
+    missing = np.float32([(spectrum**2).sum() - (spectrum[places] ** 2).sum()])
+    found = bench.errors(target, missing, scale[None], optimiser="sgd", rate=rate, steps=steps, pixels=image.size)
+
+    params = np.asarray(jax.random.normal(jax.random.key(bench.SEED), target.shape), np.float64)[0]
+    velocity = np.zeros_like(params)
+
+    def drawn(params):
+        full = np.zeros((H * W, image.shape[-1]))
+        full[places] = params
+        return fft.idctn(full.reshape(image.shape), axes=(0, 1), norm=norm)
+
+    for _ in range(steps):
+        slope = np.zeros_like(params)
+        for at in np.ndindex(*params.shape):
+            one = np.zeros_like(params)
+            one[at] = 1.0
+            slope[at] = 2 * np.mean((drawn(params) - image) * drawn(one))
+        velocity = bench.MOMENTUM * velocity + slope
+        params = params - rate * velocity
+    np.testing.assert_allclose(found, [np.mean((drawn(params) - image) ** 2)], rtol=1e-4)
+
+
+def test_closed_form_is_what_the_codec_stores():
+    rows = bench.rows(IMAGES, LABELS, coefficients=9, steps=2)
+    spec = FrequencySpec(coefficients=9, mask="variance", images_per_class=len(IMAGES) // 2)
+    codec = codecs.make(spec, image_shape=IMAGES.shape[1:], num_classes=2, bytes_per_class=1 << 20)
+    of_classes = np.concatenate([IMAGES[0::2], IMAGES[1::2]])
+    drawn = np.asarray(codec.decode(codec.init(None, of_classes)), np.float64)
+    psnr = np.mean(-10 * np.log10(np.mean((drawn - of_classes) ** 2, axis=(1, 2, 3))))
+    plain = [row["closed_form"] for row in rows if not row["normalised"]]
+    assert plain == pytest.approx([psnr] * 4, abs=0.01)
+    assert all(value <= row["closed_form"] + 1e-4 for row in rows for value in row["psnr"].values() if value)
