@@ -1,12 +1,13 @@
 """Every codec at equal bytes, in one table: how well it fits images, and what networks learn from what it distils.
 
-    python -m benchmarks.compare fit [--data DIR] [--images 100] [--only NAME ...]
+    python -m benchmarks.compare fit [--data DIR] [--images 100] [--only NAME ...] [--start uniform]
     python -m benchmarks.compare accuracy [--only NAME ...] [--out FILE] [key=value ...]
 
 ``fit`` is Table 5 of GSDD: 963 floats per image in float32, and 1,926 bytes in whatever precision suits a codec. What
 all images share is counted, so that fewer images than the paper's 1,000 weigh on codecs with shared parts. Where a
 codec has several ways to spend its bytes, and for its learning rates, the best is chosen by a short fit; a start that
-no step can better is reported as it is.
+no step can better is reported as it is. All start from the images, as well as they can; ``--start uniform`` makes rows
+of those that can also start as their authors' code does, which looks at no image.
 
 ``accuracy`` distils CIFAR-10 at 12,288 bytes per class by distribution matching, each codec in float32 and in its best
 precision, from the same kind of fit to real images. Rates are chosen by the loss of short runs on the training set;
@@ -26,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -187,14 +188,16 @@ def psnr_of(codec: Codec, images: jax.Array, *, seed: int, steps: int, factor: f
     return row | {"seconds": seconds}
 
 
-def fit_row(codec: str, dtype: str, images: jax.Array) -> dict[str, Any]:
+def fit_row(codec: str, dtype: str, images: jax.Array, start: str | None = None) -> dict[str, Any]:
     """Chooses the settings of a codec, fits the images with three seeds, and returns the row of the table."""
     n, shape = len(images), images.shape[1:]
+    other = {} if start is None else {"start": start}
 
     def make(spec: CodecSpec) -> Codec:
+        spec = dataclasses.replace(spec, **other)
         return codecs.make(spec, image_shape=shape, num_classes=1, bytes_per_class=n * BUDGETS[dtype])
 
-    row: dict[str, Any] = {"codec": codec, "precision": dtype, "images": n, "budget": BUDGETS[dtype]}
+    row: dict[str, Any] = {"codec": codec, "precision": dtype, "images": n, "budget": BUDGETS[dtype]} | other
     tried: list[dict[str, Any]] = []
     best: tuple[float, Codec, float] | None = None
 
@@ -255,19 +258,34 @@ def known_rows(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def starts(codec: str) -> tuple[str, ...]:
+    """Returns the starts of a fit that a codec has beside its own."""
+    spec = codecs.SPECS[codec]
+    return tuple(one for one in get_args(get_type_hints(spec).get("start")) if one != spec.start)
+
+
 def fits(args: argparse.Namespace) -> None:
-    """Runs ``compare fit``."""
+    """Runs ``compare fit``.
+
+    Raises:
+        ConfigError: A codec that was asked for does not have the start, or the file holds other settings.
+    """
+    for codec in args.only or ():
+        if args.start and args.start not in starts(codec):
+            allowed = ", ".join(starts(codec)) or "none"
+            raise ConfigError(f"--start: found {args.start!r}; {codec} has beside its own: {allowed}")
     images, name = sample(args.data, args.images)
     out = args.out or OUT / f"fit_{name}.json"
     settings = {"data": name, "size": list(images.shape[1:]), "short": SHORT}
     rows = known_rows(out, settings)
     for dtype in BUDGETS:
         for codec in dict.fromkeys(way.codec for way in ways(dtype, len(images), images.shape[1])):
-            if args.only and codec not in args.only:
+            if (args.only and codec not in args.only) or (args.start and args.start not in starts(codec)):
                 continue
-            if any((r["codec"], r["precision"], r["images"]) == (codec, dtype, len(images)) for r in rows):
+            this = (codec, dtype, len(images), args.start)
+            if any((r["codec"], r["precision"], r["images"], r.get("start")) == this for r in rows):
                 continue
-            row = record.environment() | fit_row(codec, dtype, images)
+            row = record.environment() | fit_row(codec, dtype, images, args.start)
             # Read again: another call may have added rows, of other codecs, meanwhile.
             record.write(out, [*known_rows(out, settings), row], seed=SEED, n=SEEDS, **settings)
 
@@ -383,6 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     one = kinds.add_parser("fit", help="PSNR of fitted images at 3,852 and 1,926 bytes each")
     one.add_argument("--data", type=Path, default=DATA, help="prepared TFDS directory")
     one.add_argument("--images", type=positive, default=100)
+    one.add_argument("--start", metavar="START", help="where a fit starts; default: the codec's own")
     one.set_defaults(run=fits)
     two = kinds.add_parser("accuracy", help="accuracy after distillation at 12,288 bytes per class of CIFAR-10")
     two.add_argument("--runs", type=Path, default=Path("runs/compare"), help="where the run directories are kept")
