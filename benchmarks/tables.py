@@ -356,7 +356,8 @@ def _compare_fit(name: str) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        what = f"| {row['codec']} | {'codes' if row['codec'] == 'packed_gaussian' else row['precision']} "
+        name = row["codec"] + (f", {row['start']} start" if "start" in row else "")
+        what = f"| {name} | {'codes' if row['codec'] == 'packed_gaussian' else row['precision']} "
         if "refused" in row:
             lines.append(f"{what}| does not fit | | | | | | | |")
             continue
@@ -366,12 +367,35 @@ def _compare_fit(name: str) -> str:
             cells.append(f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if values else "")
         seconds = np.median([run.get("seconds", run["start_seconds"]) for run in row["runs"]])
         held = row["runs"][0].get("temporary_bytes")
-        paper = PUBLISHED_PSNR.get(row["codec"]) if row["precision"] == "float32" else None
+        paper = PUBLISHED_PSNR.get(row["codec"]) if row["precision"] == "float32" and "start" not in row else None
         lines.append(
             f"{what}| {row['bytes_per_image']:,.0f} | {' | '.join(cells)} | {seconds:.1f} "
             f"| {'' if held is None else f'{held / 2**20:.0f}'} | {'' if paper is None else f'{paper:.2f}'} |"
         )
     return "\n".join(lines) + f"\n\n{_commands(rows)}"
+
+
+def _frequency_gradient(name: str) -> str:
+    record = json.loads((RESULTS / "compare" / f"{name}.json").read_text())
+    settings = record["settings"]
+    ends = (1, 10, 100, 1000)
+    lines = [
+        f"PSNR in dB of {record['n']:,} training images of {settings['data']} "
+        f"({'x'.join(map(str, settings['size']))}), {settings['coefficients']} coefficients of each channel after "
+        f"{settings['steps']:,} steps at the best rate of a grid of factors of ten that ends at so much:",
+        "",
+        f"| images | basis | optimiser | {' | '.join(f'{end:,}' for end in ends)} | of all | closed form |",
+        "|---|---|---|" + "---:|" * (len(ends) + 2),
+    ]
+    for row in record["results"]:
+        found = {float(rate): psnr for rate, psnr in row["psnr"].items() if psnr is not None}
+        best = max(found, key=lambda rate: found[rate])
+        cells = [f"{max(psnr for rate, psnr in found.items() if rate <= end):.2f}" for end in ends]
+        lines.append(
+            f"| {'normalised' if row['normalised'] else 'in [0, 1]'} | {row['basis']} | {row['optimiser']} "
+            f"| {' | '.join(cells)} | {found[best]:.2f} at {best:g} | {row['closed_form']:.2f} |"
+        )
+    return "\n".join(lines) + f"\n\n{_commands([record])}"
 
 
 # GSDD, Table 13: CIFAR-10 at 12,288 bytes per class, trajectory matching (SPEED, RTP and NSD: their own objectives).
@@ -560,6 +584,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "codecs": _codecs,
     "decode": _decode,
     "budget_12288": _frontier,
+    "frequency_gradient": _frequency_gradient,
     "images_12288": _frontier,
     "objectives": _steps,
     "packed": _pairs,

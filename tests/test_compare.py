@@ -168,18 +168,18 @@ def test_a_codec_that_does_not_fit_is_a_row_that_says_why(tmp_path, monkeypatch)
 def test_another_start_makes_other_rows_of_those_that_have_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "BUDGETS", {"float32": 200})
     out = tmp_path / "fit.json"
-    fit(out, "--only", "gaussian", "downscale")
-    fit(out, "--only", "gaussian", "--start", "uniform")
+    fit(out, "--only", "memory", "downscale")
+    fit(out, "--only", "memory", "--start", "xavier")
     rows = json.loads(out.read_text())["results"]
-    assert [(row["codec"], row.get("start")) for row in rows[:2]] == [("gaussian", None), ("downscale", None)]
-    assert (rows[2]["start"], rows[2]["spec"]["start"], rows[0]["spec"]["start"]) == ("uniform", "uniform", "clusters")
-    assert rows[2]["runs"][0]["psnr"]["0"] < rows[0]["runs"][0]["psnr"]["0"] - 1
-    unchanged(lambda: fit(out, "--only", "gaussian", "--start", "uniform"), out)
+    assert [(row["codec"], row.get("start")) for row in rows[:2]] == [("downscale", None), ("memory", None)]
+    assert (rows[2]["start"], rows[2]["spec"]["start"], rows[1]["spec"]["start"]) == ("xavier", "xavier", "svd")
+    assert rows[2]["runs"][0]["psnr"]["0"] < rows[1]["runs"][0]["psnr"]["0"]
+    unchanged(lambda: fit(out, "--only", "memory", "--start", "xavier"), out)
     capsys.readouterr()
-    message = refused(capsys, ends(fit, out, "--only", "downscale", "--start", "uniform"))
-    assert "--start: found 'uniform'; downscale has beside its own: none" in message
-    message = refused(capsys, ends(fit, out, "--only", "gaussian", "--start", "clusters"))
-    assert "gaussian has beside its own: gradient, uniform" in message
+    message = refused(capsys, ends(fit, out, "--only", "downscale", "--start", "xavier"))
+    assert "--start: found 'xavier'; downscale has beside its own: none" in message
+    message = refused(capsys, ends(fit, out, "--only", "memory", "--start", "svd"))
+    assert "memory has beside its own: xavier" in message
 
 
 def test_rows_of_other_settings_and_other_files_are_refused(tmp_path, monkeypatch, capsys):
