@@ -1,8 +1,7 @@
 """Writes the tables of README.md and docs from committed results: ``python -m benchmarks.tables [--check]``.
 
-A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` belongs to this script, and ``<!-- awaited: NAME -->``
-becomes one when its results are there. ``--check`` changes nothing and fails if a block differs from its results; the
-test suite runs it.
+A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` belongs to this script. ``--check`` changes nothing and
+fails if a block differs from its results; the test suite runs it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ DOCUMENTS = (
     *(ROOT / "docs" / f"{name}.md" for name in ("codecs", "federated", "labels", "matching", "packed", "scale")),
 )
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-AWAITED_BLOCK = re.compile(r"<!-- awaited: (\S+) -->\n")
 
 
 def _run(name: str) -> str:
@@ -346,17 +344,17 @@ def _compare_fit(name: str) -> str:
     rows = sorted(record["results"], key=order)
     counts = [row["images"] for row in rows]
     most = max(set(counts), key=counts.count)
-    other = dict.fromkeys(f"; {row['codec']}: of {row['images']}" for row in rows if row["images"] != most)
     lines = [
         f"Mean PSNR in dB of {most} training images of {record['settings']['data']} "
-        f"({'x'.join(map(str, size))}{''.join(other)}) as stored, after so many steps; mean and standard deviation of "
-        f"{record['n']} seeds. Shared parts are counted with these images.",
+        f"({'x'.join(map(str, size))}) as stored, after so many steps; mean and standard deviation of {record['n']} "
+        "seeds. Shared parts are counted with these images.",
         "",
         "| codec | precision | bytes per image | start | 100 | 300 | 1000 | seconds | temporary, MiB | paper |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        name = row["codec"] + (f", {row['start']} start" if "start" in row else "")
+        name = row["codec"] + (f", {row['images']} images" if row["images"] != most else "")
+        name += f", {row['start']} start" if "start" in row else ""
         what = f"| {name} | {'codes' if row['codec'] == 'packed_gaussian' else row['precision']} "
         if "refused" in row:
             lines.append(f"{what}| does not fit | | | | | | | |")
@@ -573,6 +571,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
     "accuracy_cifar10": _compare_accuracy,
     "fit_cifar10_jpeg": _compare_fit,
+    "fit_imagenette128": _compare_fit,
     "digits_federated": _federated,
     "d3": _d3,
     "divided": _divided,
@@ -597,21 +596,13 @@ TABLES: dict[str, Callable[[str], str]] = {
 }
 
 
-# Tables of results that take days to make, with their files.
-AWAITED = {"fit_imagenette128": (_compare_fit, RESULTS / "compare" / "fit_imagenette128.json")}
-TABLES |= {name: table for name, (table, file) in AWAITED.items() if file.exists()}
-
-
 def render(text: str) -> str:
     """Returns the text with every block made anew."""
-
-    def begun(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n<!-- end -->\n" if match[1] in TABLES else match[0]
 
     def block(match: re.Match[str]) -> str:
         return match[1] + TABLES[match[2]](match[2]) + match[3]
 
-    return BLOCK.sub(block, AWAITED_BLOCK.sub(begun, text))
+    return BLOCK.sub(block, text)
 
 
 def main() -> int:

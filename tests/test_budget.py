@@ -109,6 +109,15 @@ def test_table_and_plot_are_written(found):
     assert (found / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_table_of_fits_alone_does_not_speak_of_distillation(found):
+    result = json.loads((found / "frontier.json").read_text())
+    assert "; distilled by distribution matching, 2 iterations\n" in budget.table(result)
+    alone = [{key: value for key, value in row.items() if key != "distilled"} for row in result["rows"]]
+    text = budget.table(result | {"rows": alone})
+    assert "distilled" not in text
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {7}
+
+
 def test_search_that_is_done_is_only_read(found, toy, capsys):
     before = {path: path.stat().st_mtime_ns for path in found.rglob("result.json")}
     assert start(toy, "--bits", "bf16", "8+6+6", "--points", 6, "--keep", 1, "--out", found) == 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import jax
@@ -382,19 +381,46 @@ def test_rows_of_different_data_do_not_stand_in_one_table(recorded):
         tables._compare_accuracy("accuracy_cifar10")
 
 
-def test_an_awaited_table_becomes_a_block_once_its_results_are_there(monkeypatch):
-    text = "a\n<!-- awaited: later -->\nb\n"
-    assert tables.render(text) == text
-    monkeypatch.setitem(tables.TABLES, "later", lambda name: f"rows of {name}\n")
-    shown = tables.render(text)
-    assert shown == "a\n<!-- table: later -->\nrows of later\n<!-- end -->\nb\n" == tables.render(shown)
+def fit_row_of(codec: str, precision: str, psnr: float, **changes) -> dict:
+    runs = [{"start_seconds": 0.5, "seconds": 9.0, "temporary_bytes": 3 << 20} for _ in range(2)]
+    for run, value in zip(runs, (psnr - 0.5, psnr + 0.5), strict=True):
+        run["psnr"] = {"0": 10.0, "100": 20.0, "300": value - 1, "1000": value}
+    row = {"codec": codec, "precision": precision, "images": 20, "bytes_per_image": 3852.0, "runs": runs}
+    return row | {"command": "python -m benchmarks.compare fit", "commit": "0123456789abc"} | changes
 
 
-def test_the_documents_hold_a_place_for_every_awaited_table():
-    text = "".join(path.read_text(encoding="utf-8") for path in tables.DOCUMENTS)
-    for name, (table, file) in tables.AWAITED.items():
-        assert len(re.findall(rf"<!-- (?:awaited|table): {name} -->\n", text)) == 1
-        assert tables.TABLES.get(name) == (table if file.exists() else None)
+def test_table_of_fits_goes_from_best_to_worst_within_a_precision(recorded, tmp_path):
+    start_only = [{"psnr": {"0": 21.0}, "start_seconds": 0.25}] * 2
+    rows = [
+        fit_row_of("gaussian", "bfloat16", 25.0),
+        fit_row_of("sparse_epitome", "float32", 19.0),
+        fit_row_of("sparse_epitome", "float32", 17.0, images=200, start="uniform"),
+        fit_row_of("frequency", "float32", 0.0, runs=start_only),
+        fit_row_of("packed_gaussian", "bfloat16", 27.0),
+        {
+            "codec": "factor",
+            "precision": "float32",
+            "images": 20,
+            "refused": "codec.bases",
+            "command": "x",
+            "commit": "1",
+        },
+        fit_row_of("gaussian", "float32", 24.0),
+    ]
+    record = {"n": 2, "settings": {"data": "toys", "size": [8, 8, 3]}, "results": rows}
+    (tmp_path / "compare" / "fit_toys.json").write_text(json.dumps(record))
+    lines = tables._compare_fit("fit_toys").splitlines()
+    assert lines[0].startswith("Mean PSNR in dB of 20 training images of toys (8x8x3) as stored")
+    same = "3,852 | 10.00 ± 0.00 | 20.00 ± 0.00"
+    assert lines[4:-2] == [
+        f"| gaussian | float32 | {same} | 23.00 ± 0.71 | 24.00 ± 0.71 | 9.0 | 3 | 23.22 |",
+        "| frequency | float32 | 3,852 | 21.00 ± 0.00 |  |  |  | 0.2 |  | 15.69 |",
+        f"| sparse_epitome | float32 | {same} | 18.00 ± 0.71 | 19.00 ± 0.71 | 9.0 | 3 | 17.77 |",
+        f"| sparse_epitome, 200 images, uniform start | float32 | {same} | 16.00 ± 0.71 | 17.00 ± 0.71 | 9.0 | 3 |  |",
+        "| factor | float32 | does not fit | | | | | | | |",
+        f"| packed_gaussian | codes | {same} | 26.00 ± 0.71 | 27.00 ± 0.71 | 9.0 | 3 |  |",
+        f"| gaussian | bfloat16 | {same} | 24.00 ± 0.71 | 25.00 ± 0.71 | 9.0 | 3 |  |",
+    ]
 
 
 # Rounding later

@@ -242,20 +242,23 @@ def _row(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Writes a search as a Markdown table."""
+    """Writes a search as a Markdown table, with a column of what was distilled if anything was."""
+    any_distilled = any("distilled" in row for row in result["rows"])
+    how = f"; distilled by {result['objective']} matching, {result['iterations']} iterations" if any_distilled else ""
+    last = (" distilled |", "---:|") if any_distilled else ("", "")
     lines = [
         f"{result['dataset']}, {result['bytes_per_class']:,} bytes per class, accuracy in % on {result['held_out']:,} "
-        f"held-out training images; distilled by {result['objective']} matching, {result['iterations']} iterations",
+        f"held-out training images{how}",
         "",
-        "| bits | Gaussians per image | images per class | bytes per class | PSNR, dB | fitted only | distilled |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| bits | Gaussians per image | images per class | bytes per class | PSNR, dB | fitted only |{last[0]}",
+        f"|---|---:|---:|---:|---:|---:|{last[1]}",
     ]
     for row in result["rows"]:
         distilled = _percent(row["distilled"]) if "distilled" in row else ""
         psnr = "" if row["psnr"] is None else f"{row['psnr']:.2f}"
         lines.append(
             f"| {row['bits']} | {row['points']} | {row['images_per_class']} | {row['bytes_per_class']:,} | {psnr} | "
-            f"{_percent(row['accuracy'])} | {distilled} |"
+            f"{_percent(row['accuracy'])} |" + (f" {distilled} |" if any_distilled else "")
         )
     return "\n".join(lines) + "\n"
 
