@@ -47,6 +47,7 @@ from gsdd_jax.codecs import (
     LatentSpec,
     MemorySpec,
     NeuralFieldSpec,
+    PackedFrequencySpec,
     PackedGaussianSpec,
     SparseEpitomeSpec,
     SpectralSpec,
@@ -103,15 +104,25 @@ def ways(dtype: str, n: int, side: int) -> Iterator[Way]:
         # A quarter of a pixel for positions; more Gaussians need finer shapes and colours.
         mean = 8 if side <= 32 else 10
         for rest in ((7, 6), (8, 7)):
-            bits = {"bits_mean": mean, "bits_cholesky": rest[0], "bits_color": rest[1]}
+            widths = {"bits_mean": mean, "bits_cholesky": rest[0], "bits_color": rest[1]}
             yield Way(
                 "packed_gaussian",
-                lambda m, bits=bits: PackedGaussianSpec(gpc=n, num_points=m, **bits),
+                lambda m, widths=widths: PackedGaussianSpec(gpc=n, num_points=m, **widths),
                 4000,  # type: ignore[misc]
             )
-    for omega in (10.0, 40.0):
-        yield Way("neural_field", lambda m, omega=omega: NeuralFieldSpec(layers=3, width=20, omega=omega, **one))  # type: ignore[misc]
+    for layers in (2, 3):
+        for omega in (10.0, 40.0):
+            shape: dict[str, Any] = {"layers": layers, "omega": omega, **one}
+            yield Way("neural_field", lambda m, shape=shape: NeuralFieldSpec(width=m, **shape), 256)  # type: ignore[misc]
     yield Way("frequency", lambda m: FrequencySpec(coefficients=m, **one), side**2)
+    if dtype != "float32":
+        for bits in range(4, 9):
+            coded: dict[str, Any] = {"images_per_class": n, "bits": bits}
+            yield Way(
+                "packed_frequency",
+                lambda m, coded=coded: PackedFrequencySpec(coefficients=m, **coded),
+                side**2,  # type: ignore[misc]
+            )
     for factor in range(1, 33):
         if n % factor**2 == 0:
             yield Way("downscale", lambda m, factor=factor: DownscaleSpec(factor=factor, **one))  # type: ignore[misc]
@@ -120,7 +131,7 @@ def ways(dtype: str, n: int, side: int) -> Iterator[Way]:
     for sets in (1, 2, 5, 10):
         for channels in (2, 3):
             if n % sets == 0:
-                shape: dict[str, Any] = {"matrices": sets, "rank_channels": channels, **one}
+                shape = {"matrices": sets, "rank_channels": channels, **one}
                 yield Way(
                     "spectral",
                     lambda m, shape=shape: SpectralSpec(rank_height=m, rank_width=m, **shape),
@@ -227,7 +238,7 @@ def fit_row(codec: str, dtype: str, images: jax.Array, start: str | None = None)
                 attempt(chosen, factor)
     factor = best[2]
     runs = [psnr_of(chosen, images, seed=SEED + i, steps=max(REPORTED), factor=factor) for i in range(SEEDS)]
-    written = chosen.nbytes(None if chosen.name == "packed_gaussian" else jax.eval_shape(chosen.init, KEY, images))
+    written = chosen.nbytes(jax.eval_shape(chosen.init, KEY, images))
     return row | {
         "spec": dataclasses.asdict(chosen.spec),
         "factor": factor,
@@ -270,10 +281,13 @@ def fits(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: A codec that was asked for does not have the start, or the file holds other settings.
     """
-    for codec in args.only or ():
-        if args.start and args.start not in starts(codec):
-            allowed = ", ".join(starts(codec)) or "none"
-            raise ConfigError(f"--start: found {args.start!r}; {codec} has beside its own: {allowed}")
+    if args.start:
+        others = {codec: starts(codec) for codec in args.only or codecs.SPECS}
+        lacking = [codec for codec, found in others.items() if args.start not in found]
+        # Without --only, those that have the start.
+        if lacking and (args.only or len(lacking) == len(others)):
+            allowed = "; ".join(f"{codec}: {', '.join(others[codec]) or 'none'}" for codec in lacking)
+            raise ConfigError(f"--start: found {args.start!r}, expected one beside the codec's own ({allowed})")
     images, name = sample(args.data, args.images)
     out = args.out or OUT / f"fit_{name}.json"
     settings = {"data": name, "size": list(images.shape[1:]), "short": SHORT}
@@ -299,12 +313,14 @@ ACCURACY = {
     "downscale, bfloat16": "{name: downscale, factor: 2, dtype: bfloat16, optimiser: adam, lr: 0.01}",
     "frequency, float32": "{name: frequency, coefficients: 63}",
     "frequency, bfloat16": "{name: frequency, coefficients: 63, dtype: bfloat16}",
+    "packed_frequency": "{name: packed_frequency, coefficients: 63, bits: 6}",
     "neural_field, float32": "{name: neural_field, layers: 2, width: 6, lr: 0.001}",
     "neural_field, bfloat16": "{name: neural_field, layers: 2, width: 6, dtype: bfloat16, lr: 0.001}",
-    "factor, float32": "{name: factor, hallucinators: 2, base_channels: 1}",
+    "factor, float32": "{name: factor, hallucinators: 3, base_channels: 1}",
     "factor, bfloat16": "{name: factor, hallucinators: 5, base_channels: 1, dtype: bfloat16}",
     "memory, float32": "{name: memory, bases: 16, factor: 2, lr: 0.03}",
-    "memory, bfloat16": "{name: memory, bases: 32, factor: 2, dtype: bfloat16, lr: 0.03}",
+    "memory, bfloat16": "{name: memory, bases: 16, factor: 2, dtype: bfloat16, lr: 0.03}",
+    "memory, bfloat16, 32 bases": "{name: memory, bases: 32, factor: 2, dtype: bfloat16, lr: 0.03}",
     "sparse_epitome, float32": (
         "{name: sparse_epitome, patch: 4, width: 32, blocks: 1, heads: 2, tokens: 16, nonzeros: 48}"
     ),

@@ -166,13 +166,17 @@ def _packed_gaussian(manifest: Manifest) -> Decoder:
             ],
             axis=-1,
         )
-        low = arrays["low"]
-        step = _as_bfloat16(np.maximum(arrays["step"], np.float32(FINEST_STEP) * np.maximum(1, np.abs(low))))
-        values = low + numbers.astype(np.float32) * step
+        values = arrays["low"] + numbers.astype(np.float32) * _step(arrays)
         cell = 2.0 ** (1 - bits["mean"])
         return _splat(0.5 * cell - 1 + mean * cell, values[..., :3], values[..., 3:], (h, w), size, supersample, cutoff)
 
     return Decoder(lambda: layout, decode)
+
+
+def _step(arrays: Arrays) -> np.ndarray:
+    """Returns the steps of grids, none finer than codes come back from."""
+    finest = np.float32(FINEST_STEP) * np.maximum(1, np.abs(arrays["low"]))
+    return _as_bfloat16(np.maximum(arrays["step"], finest))
 
 
 def _cutoff(manifest: Manifest) -> float:
@@ -276,32 +280,64 @@ def _interpolation(after: int, before: int) -> np.ndarray:
 
 
 def _frequency(manifest: Manifest) -> Decoder:
-    (h, w, c), k, n = manifest.image_shape, manifest.num_classes, manifest.num_images
-    count = _setting(manifest, "coefficients", h * w)
-    index = Array(str(np.min_scalar_type(h * w - 1)), (k, count))
-    mask = Array("uint8", (-(-k * h * w // 8),))
-    places = {"mask": mask} if mask.nbytes < index.nbytes else {"index": index}
+    c, n = manifest.image_shape[2], manifest.num_images
+    count, places = _places(manifest)
     layout = {"coefficients": Array(_dtype(manifest), (n, count, c))} | places
 
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
-        if "mask" in arrays:
-            chosen, padding = np.split(np.unpackbits(arrays["mask"]), [k * h * w])
-            chosen = chosen.reshape(k, h * w)
-            if padding.any() or (chosen.sum(1) != count).any():
-                raise ValueError(f"mask: expected {count} bits of each of {k} classes and zeros after them")
-            found = np.nonzero(chosen)[1].reshape(k, count)
-        else:
-            found = arrays["index"].astype(np.int64)
-            if (np.diff(found) <= 0).any() or found.max() >= h * w:
-                raise ValueError(f"index: expected {count} places below {h * w} for each class, in rising order")
-        flat = np.zeros((n, h * w, c))
-        found = np.repeat(found, manifest.images_per_class, axis=0)
-        np.put_along_axis(flat, found[..., None], arrays["coefficients"], axis=1)
-        rows, columns = (_cosines(side, length) for side, length in zip((h, w), size, strict=True))
-        spectra = flat.reshape(n, h, w, c)
-        return CENTRE + SPREAD * np.einsum("yh,nyxc,xw->nhwc", rows, spectra, columns, optimize=True)
+        return _drawn(arrays["coefficients"], arrays, manifest, size)
 
     return Decoder(lambda: layout, decode)
+
+
+def _packed_frequency(manifest: Manifest) -> Decoder:
+    c, k, n = manifest.image_shape[2], manifest.num_classes, manifest.num_images
+    count, places = _places(manifest)
+    bits = _setting(manifest, "bits", 16)
+    total = n * count * c * bits
+    ends = Array("bfloat16", (k, count, c))
+    layout = {"codes": Array("uint8", (-(-total // 8),)), "low": ends, "step": ends} | places
+
+    def decode(arrays: Arrays, size: Size) -> np.ndarray:
+        codes, padding = np.split(np.unpackbits(arrays["codes"]), [total])
+        if padding.any():
+            raise ValueError(f"codes: the {padding.size} bits after the last code must be 0")
+        numbers = packing.from_bits(codes, bits).reshape(k, -1, count, c).astype(np.float32)
+        low, step = arrays["low"], _step(arrays)
+        return _drawn((low[:, None] + numbers * step[:, None]).reshape(n, count, c), arrays, manifest, size)
+
+    return Decoder(lambda: layout, decode)
+
+
+def _places(manifest: Manifest) -> tuple[int, dict[str, Array]]:
+    """Returns how many coefficients a channel has, and the array that says where."""
+    (h, w, _), k = manifest.image_shape, manifest.num_classes
+    count = _setting(manifest, "coefficients", h * w)
+    index = Array(str(np.min_scalar_type(h * w - 1)), (k, count))
+    mask = Array("uint8", (-(-k * h * w // 8),))
+    return count, {"mask": mask} if mask.nbytes < index.nbytes else {"index": index}
+
+
+def _drawn(coefficients: np.ndarray, arrays: Arrays, manifest: Manifest, size: Size) -> np.ndarray:
+    """Draws the images of coefficients ``[n, count, c]`` at the places of their classes."""
+    (h, w, c), k, n = manifest.image_shape, manifest.num_classes, manifest.num_images
+    count = coefficients.shape[1]
+    if "mask" in arrays:
+        chosen, padding = np.split(np.unpackbits(arrays["mask"]), [k * h * w])
+        chosen = chosen.reshape(k, h * w)
+        if padding.any() or (chosen.sum(1) != count).any():
+            raise ValueError(f"mask: expected {count} bits of each of {k} classes and zeros after them")
+        found = np.nonzero(chosen)[1].reshape(k, count)
+    else:
+        found = arrays["index"].astype(np.int64)
+        if (np.diff(found) <= 0).any() or found.max() >= h * w:
+            raise ValueError(f"index: expected {count} places below {h * w} for each class, in rising order")
+    flat = np.zeros((n, h * w, c))
+    found = np.repeat(found, manifest.images_per_class, axis=0)
+    np.put_along_axis(flat, found[..., None], coefficients, axis=1)
+    rows, columns = (_cosines(side, length) for side, length in zip((h, w), size, strict=True))
+    spectra = flat.reshape(n, h, w, c)
+    return CENTRE + SPREAD * np.einsum("yh,nyxc,xw->nhwc", rows, spectra, columns, optimize=True)
 
 
 def _cosines(frequencies: int, positions: int) -> np.ndarray:
@@ -386,6 +422,7 @@ DECODERS: dict[str, Callable[[Manifest], Decoder]] = {
     "pixel": _pixel,
     "downscale": _downscale,
     "frequency": _frequency,
+    "packed_frequency": _packed_frequency,
     "factor": _factor,
     "memory": _memory,
     "spectral": _spectral,

@@ -24,6 +24,7 @@ from gsdd_jax.codecs import (
     LatentSpec,
     MemorySpec,
     NeuralFieldSpec,
+    PackedFrequencySpec,
     PackedGaussianSpec,
     PixelSpec,
     SparseEpitomeSpec,
@@ -52,6 +53,8 @@ SPECS: dict[str, codecs.CodecSpec] = {
     "downscale padded": DownscaleSpec(factor=3, dtype="bfloat16", optimiser="adam", images_per_class=9),
     "frequency": FrequencySpec(coefficients=5, images_per_class=3),
     "frequency bits": FrequencySpec(coefficients=9, images_per_class=2, mask="variance", dtype="bfloat16"),
+    "packed frequency": PackedFrequencySpec(coefficients=7, images_per_class=3, bits=7),
+    "packed frequency sgd": PackedFrequencySpec(coefficients=9, images_per_class=4, mask="variance", optimiser="sgd"),
     "memory": MemorySpec(bases=3, images_per_class=4),
     "memory bfloat16": MemorySpec(bases=3, factor=4, images_per_class=3, dtype="bfloat16", optimiser="sgd", lr=0.1),
     "spectral": SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=3),
@@ -79,6 +82,7 @@ class Traits(NamedTuple):
     parts: Of a leaf whose first axis is not the image: ``(codec, i)`` to the index of the part of it that image ``i``
         is made from. Images may share parts, and all of them the whole leaf.
     fixed: Leaves that training leaves alone, whole numbers that the start settles.
+    following: Leaves without a gradient that ``project`` derives from the others.
     sampled: Some leaves are seen only where decode has a key.
     blind: The start does not look at the images.
     written: Dtypes on disk of arrays that are not written in the precision of the spec; leaves of the same name are so
@@ -87,6 +91,7 @@ class Traits(NamedTuple):
 
     parts: Mapping[str, Part] = {}
     fixed: Collection[str] = ()
+    following: Collection[str] = ()
     sampled: bool = False
     blind: bool = False
     written: Mapping[str, str] = {}
@@ -124,6 +129,12 @@ TRAITS: dict[str, Traits] = {
     "packed_gaussian": Traits({"low": whole, "step": whole}, written={"low": "bfloat16", "step": "bfloat16"}),
     "downscale": Traits({"canvases": cell}),
     "frequency": Traits({"index": of_class}, fixed=["index"], written={"index": "uint8"}),
+    "packed_frequency": Traits(
+        {"index": of_class, "low": of_class, "step": of_class},
+        fixed=["index"],
+        following=["low", "step"],
+        written={"index": "uint8", "low": "bfloat16", "step": "bfloat16"},
+    ),
     "memory": Traits({"bases": whole}),
     "spectral": Traits({"tensors": quotient, "rows": remainder, "columns": remainder, "channels": remainder}),
     "factor": Traits(
@@ -173,6 +184,10 @@ def case(request) -> Case:
     return Case(codec, images, started, jax.jit(codec.project)(params), jax.jit(codec.decode), traits)
 
 
+def untrained(traits: Traits) -> set[str]:
+    return {*traits.fixed, *traits.following}
+
+
 def leaves(params) -> dict[str, np.ndarray]:
     flat = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in flat}
@@ -183,13 +198,13 @@ def change(params, traits, how, *, only=None):
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return how(np.asarray(leaf)) if name not in traits.fixed and only in (None, name) else leaf
+        return how(np.asarray(leaf)) if name not in untrained(traits) and only in (None, name) else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def trained_leaves(params, traits) -> dict[str, np.ndarray]:
-    return {name: leaf for name, leaf in leaves(params).items() if name not in traits.fixed}
+    return {name: leaf for name, leaf in leaves(params).items() if name not in untrained(traits)}
 
 
 def part_of(case: Case, name: str, i: int) -> Any:
@@ -229,7 +244,7 @@ def test_params_are_float32_masters_of_every_image(case):
         assert name in case.traits.parts or leaf.shape[0] == codec.num_images, name
         assert parts(case, name).any(0).all(), name
         assert name not in case.traits.fixed or (leaf == leaf.round()).all(), name
-    assert {*case.traits.parts, *case.traits.fixed} <= leaves(case.started).keys()
+    assert {*case.traits.parts, *untrained(case.traits)} <= leaves(case.started).keys()
     assert {*case.traits.written} <= leaves(codec.stored(case.started)).keys()
 
 
@@ -286,7 +301,7 @@ def test_gradient_is_finite_and_reaches_every_leaf_of_every_image(case):
     grads = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.codec.decode(p, key=key_of(case)))))(case.params)
     assert all(np.isfinite(grad).all() for grad in leaves(grads).values())
     for name, grad in leaves(grads).items():
-        if name in case.traits.fixed:
+        if name in untrained(case.traits):
             assert not grad.any(), name
             continue
         for i, chosen in enumerate(parts(case, name)):

@@ -1,5 +1,6 @@
 """`benchmarks.compare`, `benchmarks.packed_later` and the tables made from them, on toys."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from command_line import refused
 
 from benchmarks import compare, packed_later, tables
 from gsdd_jax import codecs, render
-from gsdd_jax.codecs import PackedGaussianSpec
+from gsdd_jax.codecs import FactorSpec, PackedGaussianSpec
 from gsdd_jax.gaussians import Gaussians
 from train import config as configs
 
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (12, 8, 8, 3)), jnp.float32)
+# Codecs that store integer codes and nothing else.
+CODED = {"packed_gaussian", "packed_frequency"}
 # What differs between two runs of one row.
 CIRCUMSTANCES = ("started", "command", "load", "seconds", "start_seconds", "tried", "runs", "result")
 
@@ -176,9 +179,11 @@ def test_another_start_makes_other_rows_of_those_that_have_it(tmp_path, monkeypa
     unchanged(lambda: fit(out, "--only", "memory", "--start", "xavier"), out)
     capsys.readouterr()
     message = refused(capsys, ends(fit, out, "--only", "downscale", "--start", "xavier"))
-    assert "--start: found 'xavier'; downscale has beside its own: none" in message
+    assert "--start: found 'xavier', expected one beside the codec's own (downscale: none)" in message
     message = refused(capsys, ends(fit, out, "--only", "memory", "--start", "svd"))
-    assert "memory has beside its own: xavier" in message
+    assert "(memory: xavier)" in message
+    message = refused(capsys, ends(fit, out, "--start", "somewhere"))
+    assert "--start: found 'somewhere', expected" in message and "gaussian: gradient, uniform; " in message
 
 
 def test_rows_of_other_settings_and_other_files_are_refused(tmp_path, monkeypatch, capsys):
@@ -233,7 +238,7 @@ def test_every_number_left_open_is_the_largest_that_fits():
             if number < way.most:
                 with pytest.raises(ValueError, match="codec."):
                     make(way.spec(number + 1))
-    assert made["bfloat16"] == set(codecs.SPECS) - {"pixel"} == made["float32"] | {"packed_gaussian"}
+    assert made["bfloat16"] == set(codecs.SPECS) - {"pixel"} == made["float32"] | CODED
 
 
 @pytest.mark.slow
@@ -244,7 +249,7 @@ def test_every_codec_is_fitted_at_the_budgets_of_the_paper(tmp_path):
     for dtype, budget in (("float32", 3852), ("bfloat16", 1926)):
         own = [row for row in rows if row["precision"] == dtype]
         assert {row["codec"] for row in own} == set(codecs.SPECS) - (
-            {"pixel", "packed_gaussian"} if dtype == "float32" else {"pixel"}
+            CODED | {"pixel"} if dtype == "float32" else {"pixel"}
         )
         for row in own:
             check_fit_row(row, budget=budget)
@@ -261,15 +266,27 @@ def test_codecs_of_the_accuracies_fit_the_budget_of_cifar10_in_the_precision_tha
     # The layout counts what is written, whatever the parameters are.
     written = sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in codec.layout().values())
     assert 0.5 * 122_880 < written <= 122_880
-    kind, _, precision = name.partition(", ")
-    assert (codec.name, getattr(codec.spec, "dtype", "")) == (kind, precision)
+    kind, *precision = name.split(", ")[:2]
+    assert (codec.name, [codec.spec.dtype] if precision else []) == (kind, precision)
     # The comparison reads so many images per class.
     assert codec.images_per_class <= 1000
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_other_number_of_hallucinators_makes_more_images(dtype):
+    counts = {}
+    for styles in range(1, 12):
+        spec = FactorSpec(hallucinators=styles, base_channels=1, dtype=dtype)
+        with contextlib.suppress(ValueError):
+            made = codecs.make(spec, image_shape=(32, 32, 3), num_classes=10, bytes_per_class=12_288)
+            counts[styles] = made.images_per_class
+    chosen = configs.load(compare.CONFIG, [f"codec={compare.ACCURACY[f'factor, {dtype}']}"]).codec
+    assert counts[chosen.hallucinators] == max(counts.values())
+
+
 def test_accuracies_cover_every_codec_in_float32_and_bfloat16():
-    both = {(name, dtype) for name in set(codecs.SPECS) - {"packed_gaussian"} for dtype in ("float32", "bfloat16")}
-    assert set(compare.ACCURACY) == {", ".join(pair) for pair in both} | {"packed_gaussian"}
+    both = {(name, dtype) for name in set(codecs.SPECS) - CODED for dtype in ("float32", "bfloat16")}
+    assert set(compare.ACCURACY) == {", ".join(pair) for pair in both} | CODED | {"memory, bfloat16, 32 bases"}
 
 
 def accuracy(toy: Path, folder: Path, monkeypatch, *overrides: str) -> None:

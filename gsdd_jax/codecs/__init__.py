@@ -19,6 +19,7 @@ from gsdd_jax.codecs.latent import LatentSpec
 from gsdd_jax.codecs.memory import MemorySpec
 from gsdd_jax.codecs.neural_field import NeuralFieldSpec
 from gsdd_jax.codecs.packed import PackedGaussianSpec
+from gsdd_jax.codecs.packed_frequency import PackedFrequencySpec
 from gsdd_jax.codecs.pixel import PixelSpec
 from gsdd_jax.codecs.sparse_epitome import SparseEpitomeSpec
 from gsdd_jax.codecs.spectral import SpectralSpec
@@ -34,6 +35,7 @@ __all__ = [
     "LatentSpec",
     "MemorySpec",
     "NeuralFieldSpec",
+    "PackedFrequencySpec",
     "PackedGaussianSpec",
     "PixelSpec",
     "SparseEpitomeSpec",
@@ -48,6 +50,7 @@ CodecSpec = (
     | PixelSpec
     | DownscaleSpec
     | FrequencySpec
+    | PackedFrequencySpec
     | NeuralFieldSpec
     | FactorSpec
     | MemorySpec

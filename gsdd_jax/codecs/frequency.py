@@ -199,10 +199,15 @@ def _layout(
     """Returns the shapes of the arrays that a set of so many images per class is written as."""
     h, w, c = image_shape
     coefficients = jax.ShapeDtypeStruct((num_classes * per_class, spec.coefficients, c), jnp.dtype(spec.dtype))
-    index = jax.ShapeDtypeStruct((num_classes, spec.coefficients), _index_dtype(h * w))
+    return {COEFFICIENTS: coefficients} | places_layout(spec.coefficients, (h, w), num_classes)
+
+
+def places_layout(count: int, size: tuple[int, int], num_classes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shape of the array that says which ``count`` places each class has: bits or numbers."""
+    h, w = size
+    index = jax.ShapeDtypeStruct((num_classes, count), _index_dtype(h * w))
     mask = jax.ShapeDtypeStruct((-(-num_classes * h * w // 8),), np.uint8)
-    places = {MASK: mask} if storage.nbytes(mask) < storage.nbytes(index) else {INDEX: index}
-    return {COEFFICIENTS: coefficients} | places
+    return {MASK: mask} if storage.nbytes(mask) < storage.nbytes(index) else {INDEX: index}
 
 
 def _images_per_class(
