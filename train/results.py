@@ -165,8 +165,13 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRo
         return []
     available = storage.budget_bytes(ipc, codec.image_shape)
     pixels = available // storage.ITEMSIZE["float32"]
-    floats = sum(leaf.size for leaf in codec.layout().values() if jnp.issubdtype(leaf.dtype, jnp.floating))
-    name = f"this run: {codec.images_per_class} images of {codec.name}, {codec.spec.dtype}"
+    layout = codec.layout()
+    floats = sum(leaf.size for leaf in layout.values() if jnp.issubdtype(leaf.dtype, jnp.floating))
+    precision = getattr(codec.spec, "dtype", "")
+    if not precision:
+        precision = f"codes of {codec.spec.bits} bits"
+        floats += 8 * layout["codes"].size // codec.spec.bits
+    name = f"this run: {codec.images_per_class} images of {codec.name}, {precision}"
     return [
         storage.BudgetRow("pixels, float32", int(ipc), 0, pixels, available, available),
         # What all classes share is split evenly.
