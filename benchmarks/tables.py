@@ -191,7 +191,7 @@ GROUPS = (
         "cifar10_packed_dm_ipc1_192x14",
         "cifar10_packed_dm_ipc1_192x14_all",
     ),
-    ("cifar10_dm_ipc1_2700", "cifar10_packed_dm_ipc1_2700"),
+    ("cifar10_dm_ipc1_2700", "cifar10_packed_dm_ipc1_w64"),
     ("cifar10_dm_ipc10_w64", "cifar10_packed_dm_ipc10_w64"),
     ("imagenette128_dm_ipc1_w32", "imagenette128_packed_dm_ipc1_w32"),
 )
@@ -227,7 +227,7 @@ def _codecs(_: str) -> str:
 # The groups in short: bfloat16 and packed, side by side.
 PAIRS = (
     ("cifar10_dm_ipc1_tuned", "cifar10_packed_dm_ipc1_tuned"),
-    ("cifar10_dm_ipc1_2700", "cifar10_packed_dm_ipc1_2700"),
+    ("cifar10_dm_ipc1_2700", "cifar10_packed_dm_ipc1_w64"),
     ("cifar10_dm_ipc10_w64", "cifar10_packed_dm_ipc10_w64"),
     ("imagenette128_dm_ipc1_w32", "imagenette128_packed_dm_ipc1_w32"),
 )
@@ -616,7 +616,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "d3": _d3,
     "ddif_decode": _ddif_decode,
     "divided": _divided,
-    "cifar10_dm_ipc1_cpu": _run,
+    "cifar10_packed_dm_ipc1_w64": _run,
     "fit_psnr": _fit,
     "splat": _splat,
     "kernel_model": _kernel_model,
