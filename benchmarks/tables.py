@@ -355,7 +355,9 @@ def _compare_fit(name: str) -> str:
     for row in rows:
         name = row["codec"] + (f", {row['images']} images" if row["images"] != most else "")
         name += f", {row['start']} start" if "start" in row else ""
-        what = f"| {name} | {'codes' if row['codec'] == 'packed_gaussian' else row['precision']} "
+        # The budget of bfloat16 may also be spent on bytes.
+        precision = row.get("spec", {}).get("dtype", row["precision"])
+        what = f"| {name} | {'codes' if row['codec'] == 'packed_gaussian' else precision} "
         if "refused" in row:
             lines.append(f"{what}| does not fit | | | | | | | |")
             continue

@@ -66,7 +66,7 @@ def collect(
         "full_data": (full, full * values, 0),
     }
     if pixel is not None:
-        each = values * storage.ITEMSIZE[pixel.spec.dtype] + label
+        each = values * storage.PIXEL_ITEMSIZE[pixel.spec.dtype] + label
         spent["pixel"] = (pixel.images_per_class, pixel.images_per_class * each, pixel.images_per_class * label)
     flops = forward_flops(experiment.network, dataset.image_shape)
     rows: dict[str, Any] = dict.fromkeys(BASELINES)
@@ -165,7 +165,8 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRo
         return []
     available = storage.budget_bytes(ipc, codec.image_shape)
     pixels = available // storage.ITEMSIZE["float32"]
-    floats = sum(leaf.size for leaf in codec.layout().values() if jnp.issubdtype(leaf.dtype, jnp.floating))
+    # Neither places nor masks.
+    floats = sum(leaf.size for leaf in codec.layout().values() if str(leaf.dtype) == codec.spec.dtype)
     name = f"this run: {codec.images_per_class} images of {codec.name}, {codec.spec.dtype}"
     return [
         storage.BudgetRow("pixels, float32", int(ipc), 0, pixels, available, available),
