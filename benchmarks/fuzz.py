@@ -68,6 +68,8 @@ SETS: tuple[tuple[codecs.CodecSpec, tuple[int, int, int]], ...] = (
     (codecs.SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=2), SHAPE),
     (codecs.LatentSpec(decoder="small", width=4, latent_dim=3, lpc=2), (8, 8, 3)),
     (codecs.PackedFrequencySpec(coefficients=7, images_per_class=3, bits=5), SHAPE),
+    (codecs.PixelSpec(dtype="uint8", ipc=3), SHAPE),
+    (codecs.DownscaleSpec(factor=2, dtype="uint8", images_per_class=8), SHAPE),
 )
 # Which of them have soft labels, and how these are written: precision and top_k.
 SOFT = {2: ("uint8", 1), 3: ("bfloat16", 0), 6: ("uint8", 0)}

@@ -364,7 +364,9 @@ def _compare_fit(name: str) -> str:
     for row in rows:
         name = row["codec"] + (f", {row['images']} images" if row["images"] != most else "")
         name += f", {row['start']} start" if "start" in row else ""
-        what = f"| {name} | {'codes' if row['codec'] in CODED else row['precision']} "
+        # The budget of bfloat16 may also be spent on bytes.
+        precision = "codes" if row["codec"] in CODED else row.get("spec", {}).get("dtype", row["precision"])
+        what = f"| {name} | {precision} "
         if "refused" in row:
             lines.append(f"{what}| does not fit | | | | | | | |")
             continue

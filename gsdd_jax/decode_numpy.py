@@ -28,6 +28,8 @@ CENTRE, SPREAD = 0.5, 0.25
 CHOLESKY_SHIFT, PREFILTER, MAX_PIXELS = (0.5, 0.0, 0.5), 1 / 12, 1e6
 FINEST_STEP = 2.0**-16
 PADDING = 0.5
+# Of `storage`: the number that stands for 0 in a byte, and the distance of its values.
+BYTE_ZERO, BYTE_STEP = 85, 1 / 85
 
 Arrays = dict[str, np.ndarray]
 Size = tuple[int, int]
@@ -236,21 +238,31 @@ def _splat(
 # Pixels
 
 
+def _pixel_array(manifest: Manifest, count: int) -> Array:
+    return Array(_choice(manifest, "dtype", "float32", "bfloat16", "uint8"), (count, *manifest.image_shape))
+
+
+def _pixel_values(array: np.ndarray) -> np.ndarray:
+    """Returns pixels as float32."""
+    if array.dtype != np.uint8:
+        return array
+    return (array.astype(np.float32) - np.float32(BYTE_ZERO)) * np.float32(BYTE_STEP)
+
+
 def _pixel(manifest: Manifest) -> Decoder:
-    array = Array(_dtype(manifest), (manifest.num_images, *manifest.image_shape))
-    return Decoder(lambda: {"images": array}, lambda arrays, size: resized(arrays["images"], size))
+    array = _pixel_array(manifest, manifest.num_images)
+    return Decoder(lambda: {"images": array}, lambda arrays, size: resized(_pixel_values(arrays["images"]), size))
 
 
 def _downscale(manifest: Manifest) -> Decoder:
     h, w, c = manifest.image_shape
     f = _setting(manifest, "factor")
-    canvases = _divided(manifest, "factor", f * f)
     height, width = -(-h // f), -(-w // f)
-    array = Array(_dtype(manifest), (canvases, h, w, c))
+    array = _pixel_array(manifest, _divided(manifest, "factor", f * f))
 
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
         margins = [(0, 0), (0, f * height - h), (0, f * width - w), (0, 0)]
-        padded = np.pad(arrays["canvases"], margins, constant_values=PADDING)
+        padded = np.pad(_pixel_values(arrays["canvases"]), margins, constant_values=PADDING)
         cells = padded.reshape(-1, f, height, f, width, c).swapaxes(2, 3)
         return resized(cells.reshape(-1, height, width, c), size)
 

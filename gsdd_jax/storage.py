@@ -14,6 +14,11 @@ T = TypeVar("T")
 
 # Stored precisions of a float; every budget is a whole number of these.
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
+# Those of pixels, whose range is known well enough for one grid that no file has to store.
+PIXEL_ITEMSIZE = ITEMSIZE | {"uint8": 1}
+# The values of a byte: multiples of 1/85 from -1 to 2, since distilled pixels leave [0, 1].
+BYTE_LOW, BYTE_HIGH, BYTE_PER_UNIT = -1.0, 2.0, 85.0
+BYTE_STEP = np.float32(1 / BYTE_PER_UNIT)
 # Numbers of one Gaussian besides its colour: mean 2, cholesky 3, opacity 1 (GSDD, section 3.1: 9 with three channels).
 GEOMETRY_NUMBERS = 6
 
@@ -31,6 +36,37 @@ def as_bfloat16(x: jax.Array) -> jax.Array:
 @as_bfloat16.defjvp
 def _as_bfloat16_jvp(primals, tangents):
     return as_bfloat16(*primals), tangents[0]
+
+
+def byte_codes(x: jax.Array) -> jax.Array:
+    """Returns the numbers 0 to 255, as floats, of the nearest values of a byte, ties to even numbers; NaN stays."""
+    return jnp.round((jnp.clip(x, BYTE_LOW, BYTE_HIGH) - BYTE_LOW) * BYTE_PER_UNIT)
+
+
+def byte_values(codes: jax.Array) -> jax.Array:
+    """Returns ``codes / 85 - 1`` within one unit of the last place.
+
+    One product of two numbers of float32, which every compiler rounds alike. Of the quotient it may make a product, and
+    fuse that with the sum.
+    """
+    return (codes + BYTE_LOW * BYTE_PER_UNIT) * BYTE_STEP
+
+
+@jax.custom_jvp
+def as_uint8(x: jax.Array) -> jax.Array:
+    """Rounds float32 to the nearest value of a byte and stays in float32; what is beyond the ends is clipped.
+
+    The gradient passes straight through, and is zero where a value was clipped: further beyond an end than half a
+    step, as in :func:`on_grid`.
+    """
+    return byte_values(byte_codes(x))
+
+
+@as_uint8.defjvp
+def _as_uint8_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    inside = (x >= BYTE_LOW - BYTE_STEP / 2) & (x <= BYTE_HIGH + BYTE_STEP / 2)
+    return as_uint8(x), jnp.where(inside, tangent, 0)
 
 
 def grid_codes(x: jax.Array, low: jax.Array, step: jax.Array, bits: int) -> jax.Array:
@@ -81,7 +117,9 @@ on_grid.defvjp(_on_grid_fwd, _on_grid_bwd)
 
 
 def quantise(x: jax.Array, dtype: str) -> jax.Array:
-    """Rounds to a stored precision, ``"float32"`` or ``"bfloat16"``, with a straight-through gradient."""
+    """Rounds to a stored precision, a key of ``PIXEL_ITEMSIZE``, with a straight-through gradient."""
+    if dtype == "uint8":
+        return as_uint8(x)
     return as_bfloat16(x) if dtype == "bfloat16" else x
 
 
@@ -171,5 +209,20 @@ def nbytes(stored: object) -> int:
 
 
 def cast(tree: T, dtype: str) -> T:
-    """Casts every array of a pytree to its stored dtype; bit-equal to what :func:`quantise` shows the forward pass."""
+    """Casts every array of a pytree to its stored dtype; bit-equal to what :func:`quantise` shows the forward pass.
+
+    Bytes are codes, that of a NaN is 0.
+    """
+    if dtype == "uint8":
+        return jax.tree.map(lambda x: jnp.nan_to_num(byte_codes(x)).astype(jnp.uint8), tree)
     return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), tree)
+
+
+def widen(tree: T) -> T:
+    """Returns as float32 what :func:`cast` has made of a pytree."""
+
+    def one(x):
+        wide = jnp.asarray(x, jnp.float32)
+        return byte_values(wide) if x.dtype == jnp.uint8 else wide
+
+    return jax.tree.map(one, tree)

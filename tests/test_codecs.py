@@ -49,8 +49,10 @@ SPECS: dict[str, codecs.CodecSpec] = {
     "packed fitted": PackedGaussianSpec(gpc=3, num_points=4, ranges="fitted", order="kept", bits_color=9),
     "pixel": PixelSpec(),
     "pixel bfloat16": PixelSpec(dtype="bfloat16", optimiser="adam", ipc=3),
+    "pixel uint8": PixelSpec(dtype="uint8", optimiser="adam", ipc=3),
     "downscale": DownscaleSpec(factor=2),
     "downscale padded": DownscaleSpec(factor=3, dtype="bfloat16", optimiser="adam", images_per_class=9),
+    "downscale uint8": DownscaleSpec(factor=2, dtype="uint8", images_per_class=8),
     "frequency": FrequencySpec(coefficients=5, images_per_class=3),
     "frequency bits": FrequencySpec(coefficients=9, images_per_class=2, mask="variance", dtype="bfloat16"),
     "packed frequency": PackedFrequencySpec(coefficients=7, images_per_class=3, bits=7),
@@ -663,6 +665,27 @@ def test_bfloat16_pixels_are_rounded_in_the_forward_pass_and_twice_as_many():
     np.testing.assert_array_equal(decoded, images.astype(jnp.bfloat16).astype(np.float32))
 
 
+def test_bytes_of_pixels_are_a_quarter_of_the_budget_each_and_rounded_in_the_forward_pass():
+    codec = make(PixelSpec(dtype="uint8"), bytes_per_class=storage.budget_bytes(1, SHAPE))
+    assert codec.images_per_class == 4
+    images = np.random.default_rng(9).uniform(0, 1, (8, *SHAPE)).astype(np.float32)
+    params = codec.init(jax.random.key(0), images)
+    assert codec.nbytes(params) == CLASSES * storage.budget_bytes(1, SHAPE) == 8 * 6 * 8 * 3
+    np.testing.assert_allclose(codec.decode(params), np.round(85.0 * images) / 85, rtol=0, atol=1e-6)
+
+
+def test_bytes_of_pixels_stay_where_they_have_a_gradient_and_others_where_they_are():
+    images = np.random.default_rng(9).uniform(-3, 4, (4, *SHAPE)).astype(np.float32)
+    for dtype, expected in (("uint8", images.clip(-1, 2)), ("bfloat16", images), ("float32", images)):
+        codec = make(PixelSpec(dtype=dtype, ipc=2))
+        projected = codec.project({"images": images})
+        np.testing.assert_array_equal(projected["images"], expected)
+        # Not what is shown changes, only what it is learned from.
+        assert bits(codec.decode(projected)) == bits(codec.decode({"images": images}))
+        slope = jax.grad(lambda params, codec=codec: codec.decode(params).sum())(projected)
+        assert (np.asarray(slope["images"]) == 1).all()
+
+
 def test_pixel_sgd_has_momentum_one_half():
     params = {"images": jnp.zeros((4, *SHAPE))}
     gradients = random_gradients(params, 3)
@@ -691,6 +714,7 @@ def test_fitting_never_changes_pixels():
         (PixelSpec(), 575, "codec.ipc: 1 float32 images of 576 bytes do not fit 575 bytes.*at most 0"),
         (PixelSpec(ipc=3), BUDGET, "codec.ipc: 3 float32 images of 576 bytes do not fit 1152 bytes.*at most 2"),
         (PixelSpec(ipc=5, dtype="bfloat16"), BUDGET, "codec.ipc: 5 bfloat16 images of 288 bytes.*at most 4"),
+        (PixelSpec(ipc=9, dtype="uint8"), BUDGET, "codec.ipc: 9 uint8 images of 144 bytes.*at most 8"),
     ],
 )
 def test_too_many_pixel_images_say_how_many_fit(spec, budget, message):

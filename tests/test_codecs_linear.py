@@ -80,13 +80,15 @@ def cells_of(canvas, factor) -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize(("factor", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16"), (3, "float32")])
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16"), (3, "float32"), (3, "uint8")]
+)
 @pytest.mark.parametrize("size", [None, (9, 16)])
 def test_downscale_enlarges_the_cells_of_padded_canvases_row_by_row(factor, dtype, size):
     codec = make(DownscaleSpec(factor=factor, dtype=dtype))
     canvases = np.random.default_rng(1).uniform(0, 1, (codec.num_images // factor**2, *SHAPE)).astype(np.float32)
     decoded = jax.jit(lambda p: codec.decode(p, size=size))({"canvases": canvases})
-    shown = as_bfloat16(canvases) if dtype == "bfloat16" else canvases
+    shown = {"bfloat16": as_bfloat16(canvases), "uint8": np.round(85.0 * canvases) / 85}.get(dtype, canvases)
     expected = [enlarged(cell, size or SHAPE[:2]) for canvas in shown for cell in cells_of(canvas, factor)]
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=1e-6)
 
@@ -130,6 +132,7 @@ def test_downscale_holds_the_published_number_of_images_in_exactly_the_budget(fa
     )
     halved = published(DownscaleSpec(factor=factor, dtype="bfloat16"), ipc, shape)
     assert halved.images_per_class == 2 * images
+    assert published(DownscaleSpec(factor=factor, dtype="uint8"), ipc, shape).images_per_class == 4 * images
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ CIRCUMSTANCES = ("started", "command", "load", "seconds", "start_seconds", "trie
 TOY = """
 name: toy
 ipc: 1
-data: {source: digits, per_class: 10, test_limit: 50}
+data: {source: digits, per_class: 18, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
 codec: {name: packed_gaussian, gpc: 2, num_points: 6, bits_mean: 5, bits_cholesky: 3, bits_color: 3, lr: 0.01}
@@ -241,6 +242,12 @@ def test_every_number_left_open_is_the_largest_that_fits():
     assert made["bfloat16"] == set(codecs.SPECS) - {"pixel"} == made["float32"] | CODED
 
 
+def test_half_the_bytes_may_be_spent_on_canvases_of_bytes():
+    for dtype, expected in (("float32", {"float32"}), ("bfloat16", {"bfloat16", "uint8"})):
+        found = [way.spec(1) for way in compare.ways(dtype, 8, 8) if way.codec == "downscale"]
+        assert {(spec.factor, spec.dtype) for spec in found} == {(f, one) for f in (1, 2) for one in expected}
+
+
 @pytest.mark.slow
 def test_every_codec_is_fitted_at_the_budgets_of_the_paper(tmp_path):
     out = tmp_path / "fit.json"
@@ -284,9 +291,11 @@ def test_no_other_number_of_hallucinators_makes_more_images(dtype):
     assert counts[chosen.hallucinators] == max(counts.values())
 
 
-def test_accuracies_cover_every_codec_in_float32_and_bfloat16():
-    both = {(name, dtype) for name in set(codecs.SPECS) - CODED for dtype in ("float32", "bfloat16")}
-    assert set(compare.ACCURACY) == {", ".join(pair) for pair in both} | CODED | {"memory, bfloat16, 32 bases"}
+def test_accuracies_cover_every_codec_in_every_precision():
+    specs = {name: get_type_hints(spec).get("dtype") for name, spec in codecs.SPECS.items()}
+    every = {f"{name}, {dtype}" for name, dtypes in specs.items() for dtype in get_args(dtypes)}
+    assert set(compare.ACCURACY) == every | CODED | {"memory, bfloat16, 32 bases"}
+    assert {"pixel, uint8", "downscale, uint8", "gaussian, bfloat16"} <= every
 
 
 def accuracy(toy: Path, folder: Path, monkeypatch, *overrides: str) -> None:
@@ -301,7 +310,11 @@ def test_accuracies_are_written_resumed_and_shown(toy, tmp_path, monkeypatch, ca
     accuracy(toy, tmp_path, monkeypatch, "evaluate.seeds=2")
     found = json.loads(out.read_text())
     assert found["settings"] == {"config": str(toy), "overrides": ["evaluate.seeds=2"]}
-    assert [row["name"] for row in found["results"]] == ["downscale, float32", "downscale, bfloat16"]
+    assert [row["name"] for row in found["results"]] == [
+        "downscale, float32",
+        "downscale, bfloat16",
+        "downscale, uint8",
+    ]
     for row in found["results"]:
         result = row["result"]
         assert [overrides for overrides, _ in row["rates"][:2]] == [["codec.lr=0.003"], ["codec.lr=0.03"]]
@@ -313,15 +326,15 @@ def test_accuracies_are_written_resumed_and_shown(toy, tmp_path, monkeypatch, ca
         assert result["accuracy"]["n"] == 2 and result["protocol"]["evaluate"]["seeds"] == 2
         assert all(result[name] is None for name in ("pixel", "full_data", "random_real", "fit_only"))
     images = [row["result"]["accuracy"]["images_per_class"] for row in found["results"]]
-    assert images == [4, 8]
+    assert images == [4, 8, 16]
 
     unchanged(lambda: accuracy(toy, tmp_path, monkeypatch, "evaluate.seeds=2"), out, *tmp_path.rglob("result.json"))
     last = drop_last_row(out)
     # From its run directories: nothing is computed anew.
     unchanged(lambda: accuracy(toy, tmp_path, monkeypatch, "evaluate.seeds=2"), *tmp_path.rglob("result.json"))
     again = json.loads(out.read_text())["results"]
-    assert again[0] == found["results"][0]
-    assert settled(again[1]) == settled(last) and again[1]["result"] == last["result"]
+    assert again[:-1] == found["results"][:-1]
+    assert settled(again[-1]) == settled(last) and again[-1]["result"] == last["result"]
 
     capsys.readouterr()
     message = refused(capsys, ends(accuracy, toy, tmp_path, monkeypatch, "evaluate.seeds=3"))
@@ -333,7 +346,7 @@ def test_accuracies_are_written_resumed_and_shown(toy, tmp_path, monkeypatch, ca
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     shown = tables._compare_accuracy("accuracy_cifar10")
     assert "digits, 256 bytes per class, distribution matching, test accuracy in % of 2 networks" in shown
-    assert shown.count("\n| downscale, ") == 2
+    assert shown.count("\n| downscale, ") == 3
 
 
 def test_a_setting_that_there_is_not_is_one_line(toy, tmp_path, monkeypatch, capsys):
@@ -414,6 +427,7 @@ def test_table_of_fits_goes_from_best_to_worst_within_a_precision(recorded, tmp_
         fit_row_of("sparse_epitome", "float32", 17.0, images=200, start="uniform"),
         fit_row_of("frequency", "float32", 0.0, runs=start_only),
         fit_row_of("packed_gaussian", "bfloat16", 27.0),
+        fit_row_of("downscale", "bfloat16", 14.0, spec={"dtype": "uint8"}),
         {
             "codec": "factor",
             "precision": "float32",
@@ -437,6 +451,7 @@ def test_table_of_fits_goes_from_best_to_worst_within_a_precision(recorded, tmp_
         "| factor | float32 | does not fit | | | | | | | |",
         f"| packed_gaussian | codes | {same} | 26.00 ± 0.71 | 27.00 ± 0.71 | 9.5 | 3 |  |",
         f"| gaussian | bfloat16 | {same} | 24.00 ± 0.71 | 25.00 ± 0.71 | 9.5 | 3 |  |",
+        f"| downscale | uint8 | {same} | 13.00 ± 0.71 | 14.00 ± 0.71 | 9.5 | 3 |  |",
     ]
 
 

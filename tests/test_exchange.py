@@ -66,6 +66,17 @@ def test_numpy_cuts_gaussians_where_jax_does(cutoff, tmp_path):
     np.testing.assert_allclose(decode_numpy.load(tmp_path).images, made.images(), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(6, 8), (9, 5)])
+def test_every_byte_of_a_pixel_is_drawn_as_jax_draws_it(size, tmp_path):
+    codec = codecs.make(codecs.PixelSpec(dtype="uint8"), image_shape=(6, 8, 3), num_classes=2, bytes_per_class=144)
+    every = np.arange(288).astype(np.uint8).reshape(2, 6, 8, 3)
+    made = SynSet(codec, codec.loaded({"images": every}), 144, ("a", "b"))
+    made.save(tmp_path)
+    found = decode_numpy.load(tmp_path, size).images
+    np.testing.assert_allclose(found, made.images(size), rtol=0, atol=0 if size == (6, 8) else 1e-6)
+    assert size != (6, 8) or (found.min(), found.max()) == (-1, 2)
+
+
 def test_soft_labels_are_those_that_jax_reads(tmp_path):
     place = next(place for place in LIGHT if fuzz.original(place)[1].soft is not None)
     found = decode_numpy.load(saved(place, tmp_path / "set"))
@@ -93,7 +104,8 @@ def test_codec_that_is_not_decoded_names_the_export(tmp_path):
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [
-        (GAUSSIAN, {"dtype": "int8"}, "codec.dtype: expected one of float32, bfloat16; found 'int8'"),
+        (GAUSSIAN, {"dtype": "uint8"}, "codec.dtype: expected one of float32, bfloat16; found 'uint8'"),
+        (PIXEL, {"dtype": "int8"}, "codec.dtype: expected one of float32, bfloat16, uint8; found 'int8'"),
         (GAUSSIAN, {"cutoff": -1}, r"codec.cutoff: expected a number in \[0, 1\), found -1"),
         (GAUSSIAN, {"supersample": 65}, "codec.supersample: expected an integer from 1 to 64, found 65"),
         (PACKED, {"order": "mixed"}, "codec.order: expected one of sorted, kept; found 'mixed'"),

@@ -1,10 +1,12 @@
+from typing import get_args, get_type_hints
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from gsdd_jax import storage
+from gsdd_jax import codecs, storage
 
 # GSDD, appendix: (edge in pixels, ipc, Gaussian images per class, Gaussians per image).
 PAPER_ROWS = [
@@ -66,12 +68,86 @@ def test_as_bfloat16_of_subnormals_is_the_cast_or_zero():
 
 def test_what_the_forward_pass_sees_is_what_is_stored():
     tree = {"a": jnp.asarray(np.random.default_rng(2).normal(size=(50, 3)), jnp.float32)}
-    for dtype in storage.ITEMSIZE:
+    for dtype, size in storage.PIXEL_ITEMSIZE.items():
         stored = storage.cast(tree, dtype)
         assert stored["a"].dtype == jnp.dtype(dtype)
         seen = jax.jit(storage.quantise, static_argnames="dtype")(tree["a"], dtype=dtype)
-        assert np.array_equal(np.asarray(stored["a"], np.float32), seen)
-        assert storage.nbytes(stored) == 150 * storage.ITEMSIZE[dtype]
+        assert np.array_equal(storage.widen(stored)["a"], seen)
+        if dtype != "uint8":
+            assert np.array_equal(np.asarray(stored["a"], np.float32), seen)
+        assert storage.nbytes(stored) == 150 * size
+
+
+def around_the_grid_of_bytes() -> np.ndarray:
+    """Values on the grid, halfway between them and next to that, beyond its ends and in between."""
+    grid, half = np.arange(256) / 85 - 1, (np.arange(255) + 0.5) / 85 - 1
+    x = np.concatenate([grid, half, np.random.default_rng(4).uniform(-1.5, 2.5, 10_000)]).astype(np.float32)
+    return np.concatenate([x, np.nextafter(x, np.float32(9)), np.nextafter(x, np.float32(-9))])
+
+
+def test_values_of_bytes_are_multiples_of_an_85th_from_minus_one_to_two():
+    values = np.asarray(storage.widen(np.arange(256, dtype=np.uint8)))
+    assert values.dtype == np.float32
+    exact = np.arange(256) / 85 - 1
+    assert np.all(np.abs(values - exact) <= np.spacing(np.abs(exact).astype(np.float32)))
+    assert values[[0, 85, 170, 255]].tolist() == [-1, 0, 1, 2]
+    # What is loaded is what it was rounded to.
+    assert np.array_equal(storage.cast(values, "uint8"), np.arange(256))
+    assert np.array_equal(storage.as_uint8(values), values)
+
+
+def test_bytes_are_the_nearest_of_the_grid_and_clipped_at_its_ends():
+    x = around_the_grid_of_bytes()
+    codes = np.asarray(storage.cast(x, "uint8")).astype(np.int64)
+    place = 85 * (x.astype(np.float64) + 1)
+    # Two operations of float32, of numbers up to 255, may be off by 2^-24 of them each.
+    assert np.abs(codes - place.clip(0, 255)).max() <= 0.5 + 2 * 255 * 2**-24
+    assert codes.min() == 0 and codes.max() == 255
+    assert np.all(codes[x <= -1] == 0) and np.all(codes[x >= 2] == 255)
+    ends = np.array([-np.inf, np.finfo(np.float32).min, np.inf, np.finfo(np.float32).max, np.nan], np.float32)
+    assert storage.cast(ends, "uint8").tolist() == [0, 0, 255, 255, 0]
+    assert np.array_equal(storage.as_uint8(ends), [-1, -1, 2, 2, np.nan], equal_nan=True)
+
+
+def test_ties_of_bytes_go_to_even_codes():
+    # The three ties that are numbers of float32: 42.5, 127.5 and 212.5 steps from the lower end.
+    ties = np.array([-0.5, 0.5, 1.5], np.float32)
+    assert storage.cast(ties, "uint8").tolist() == [42, 128, 212]
+    assert storage.cast(ties + np.float32(1e-6), "uint8").tolist() == [43, 128, 213]
+    assert storage.cast(ties - np.float32(1e-6), "uint8").tolist() == [42, 127, 212]
+
+
+def test_bytes_are_the_same_bits_compiled_and_not():
+    x = around_the_grid_of_bytes()
+    alone, compiled = storage.as_uint8(jnp.asarray(x)), jax.jit(storage.as_uint8)(x)
+    assert np.array_equal(alone, compiled) and np.array_equal(alone, storage.widen(storage.cast(x, "uint8")))
+
+
+def test_gradient_of_bytes_is_that_of_clipping_half_a_step_beyond_the_ends():
+    half = 0.5 / 85
+    x = np.array([-2, -1 - 1.01 * half, -1 - 0.99 * half, -1, -0.3, 0.5, 1.2, 2, 2 + 0.99 * half, 2 + 1.01 * half, 9])
+    inside = np.array([0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0])
+    x, v = x.astype(np.float32), np.arange(1, 12, dtype=np.float32)
+    assert np.array_equal(jax.grad(lambda x: jnp.sum(storage.as_uint8(x) * v))(x), inside * v)
+    assert np.array_equal(jax.jvp(storage.as_uint8, (x,), (v,))[1], inside * v)
+    # The slope of a loss is taken at the rounded value, and has a slope itself.
+    slope = jax.grad(lambda x: jnp.sum(storage.quantise(x, "uint8") ** 2))
+    assert np.array_equal(slope(x), inside * 2 * np.asarray(storage.as_uint8(x)))
+    assert np.array_equal(jax.grad(lambda x: jnp.sum(slope(x)))(x), 2 * inside)
+
+
+def test_only_pixels_and_their_canvases_may_be_bytes():
+    allowed = {
+        name: get_args(get_type_hints(spec)["dtype"])
+        for name, spec in codecs.SPECS.items()
+        if "dtype" in get_type_hints(spec)
+    }
+    assert {name for name, dtypes in allowed.items() if "uint8" in dtypes} == {"pixel", "downscale"}
+    for name, dtypes in allowed.items():
+        known = storage.PIXEL_ITEMSIZE if name in ("pixel", "downscale") else storage.ITEMSIZE
+        assert set(dtypes) == set(known), name
+    with pytest.raises(KeyError):
+        storage.largest_num_points(12288, 30, 3, "uint8")
 
 
 def test_the_gradient_passes_straight_through():

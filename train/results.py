@@ -66,7 +66,7 @@ def collect(
         "full_data": (full, full * values, 0),
     }
     if pixel is not None:
-        each = values * storage.ITEMSIZE[pixel.spec.dtype] + label
+        each = values * storage.PIXEL_ITEMSIZE[pixel.spec.dtype] + label
         spent["pixel"] = (pixel.images_per_class, pixel.images_per_class * each, pixel.images_per_class * label)
     flops = forward_flops(experiment.network, dataset.image_shape)
     rows: dict[str, Any] = dict.fromkeys(BASELINES)
@@ -165,17 +165,18 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRo
         return []
     available = storage.budget_bytes(ipc, codec.image_shape)
     pixels = available // storage.ITEMSIZE["float32"]
-    layout = codec.layout()
-    floats = sum(leaf.size for leaf in layout.values() if jnp.issubdtype(leaf.dtype, jnp.floating))
-    precision = getattr(codec.spec, "dtype", "")
-    if not precision:
+    layout, precision = codec.layout(), getattr(codec.spec, "dtype", "")
+    if precision:
+        # Neither places nor masks.
+        numbers = sum(leaf.size for leaf in layout.values() if str(leaf.dtype) == precision)
+    else:
         precision = f"codes of {codec.spec.bits} bits"
-        floats += 8 * layout["codes"].size // codec.spec.bits
+        numbers = 8 * layout["codes"].size // codec.spec.bits
     name = f"this run: {codec.images_per_class} images of {codec.name}, {precision}"
     return [
         storage.BudgetRow("pixels, float32", int(ipc), 0, pixels, available, available),
         # What all classes share is split evenly.
-        storage.BudgetRow(name, codec.images_per_class, 0, -(-floats // codec.num_classes), per_class, available),
+        storage.BudgetRow(name, codec.images_per_class, 0, -(-numbers // codec.num_classes), per_class, available),
     ]
 
 

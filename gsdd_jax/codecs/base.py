@@ -129,7 +129,7 @@ def cast_storage(init: Callable[..., Any], dtype: str, image_shape: tuple[int, i
 
     return {
         "stored": stored,
-        "loaded": lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
+        "loaded": storage.widen,
         "nbytes": lambda params: storage.nbytes(jax.eval_shape(stored, params)),
         "layout": lambda: unpacked_layout(init, stored, image_shape, n),
     }

@@ -32,7 +32,10 @@ class DownscaleSpec:
     images_per_class: Annotated[
         int, Ge(0), Doc("images per class, a multiple of factor^2; 0 = as many as the budget holds")
     ] = 0
-    dtype: Annotated[Literal["float32", "bfloat16"], Doc("precision on disk; the field counts float32")] = "float32"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "uint8"],
+        Doc("precision on disk; the field counts float32; uint8: multiples of 1/85 from -1 to 2"),
+    ] = "float32"
     optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd has the momentum 0.5 of the reference")] = "sgd"
     lr: Annotated[
         float,
@@ -133,7 +136,7 @@ def _images_per_class(spec: DownscaleSpec, image_shape: tuple[int, int, int], by
             f" pixels leave cells without a pixel on a canvas of {h}x{w}; the next smaller factor that does not is "
             f"{possible[-1]}"
         )
-    per_canvas, each = spec.factor**2, h * w * c * storage.ITEMSIZE[spec.dtype]
+    per_canvas, each = spec.factor**2, h * w * c * storage.PIXEL_ITEMSIZE[spec.dtype]
     fits = per_canvas * (bytes_per_class // each)
     if spec.images_per_class % per_canvas:
         raise ValueError(

@@ -20,7 +20,10 @@ class PixelSpec:
 
     name: Annotated[Literal["pixel"], Doc("the parameterisation")] = "pixel"
     ipc: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
-    dtype: Annotated[Literal["float32", "bfloat16"], Doc("precision on disk; the field counts float32")] = "float32"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "uint8"],
+        Doc("precision on disk; the field counts float32; uint8: multiples of 1/85 from -1 to 2"),
+    ] = "float32"
     optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd with momentum 0.5 is the reference's choice for pixels")] = (
         "sgd"
     )
@@ -30,7 +33,7 @@ class PixelSpec:
 def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
-    each = h * w * c * storage.ITEMSIZE[spec.dtype]
+    each = h * w * c * storage.PIXEL_ITEMSIZE[spec.dtype]
     fits = bytes_per_class // each
     if fits < max(spec.ipc, 1):
         raise ValueError(
@@ -48,6 +51,12 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         images = images if index is None else images[index]
         return resized(images, size)
 
+    def project(params):
+        if spec.dtype != "uint8":
+            return params
+        # What a step carries beyond the ends would have no gradient to come back by.
+        return {"images": jnp.clip(params["images"], storage.BYTE_LOW, storage.BYTE_HIGH)}
+
     return Codec(
         name="pixel",
         spec=spec,
@@ -56,6 +65,7 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         images_per_class=spec.ipc,
         init=init,
         decode=decode,
+        project=project,
         optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.set_to_zero(),
         fitted_by_init=True,
