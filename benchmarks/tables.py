@@ -377,7 +377,7 @@ def _compare_fit(name: str) -> str:
             cells.append(f"{np.mean(values):.2f}{spread}" if values else "")
         seconds = np.median([run["start_seconds"] + run.get("seconds", 0.0) for run in row["runs"]])
         held = row["runs"][0].get("temporary_bytes")
-        published = row["precision"] == "float32" and "start" not in row and row["images"] == most
+        published = row["precision"] == "float32" and "start" not in row and row["images"] == most and size[0] == 128
         paper = "; ".join(map(str, PUBLISHED_FIT.get(row["codec"], ()))) if published else ""
         lines.append(
             f"{what}| {row['bytes_per_image']:,.0f} | {' | '.join(cells)} | {seconds:.1f} "

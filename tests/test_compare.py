@@ -438,10 +438,10 @@ def test_table_of_fits_goes_from_best_to_worst_within_a_precision(recorded, tmp_
         },
         fit_row_of("gaussian", "float32", 24.0),
     ]
-    record = {"n": 2, "settings": {"data": "toys", "size": [8, 8, 3]}, "results": rows}
+    record = {"n": 2, "settings": {"data": "toys", "size": [128, 128, 3]}, "results": rows}
     (tmp_path / "compare" / "fit_toys.json").write_text(json.dumps(record))
     lines = tables._compare_fit("fit_toys").splitlines()
-    assert lines[0].startswith("Mean PSNR in dB of 20 training images of toys (8x8x3) as stored")
+    assert lines[0].startswith("Mean PSNR in dB of 20 training images of toys (128x128x3) as stored")
     same = "3,852 | 10.00 | 20.00"
     assert lines[4:-2] == [
         f"| gaussian | float32 | {same} | 23.00 ± 0.71 | 24.00 ± 0.71 | 9.5 | 3 | 23.22; 150; 24.5 |",
