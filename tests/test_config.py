@@ -381,6 +381,125 @@ def test_cross_check_after_an_override_names_the_file_and_the_override(read):
     )
 
 
+FULL = "name: a\ncodec: {name: gauss, gpc: 3, bits: 32}\nsmoke: {codec: {gpc: 8}}\n"
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("name", ["codec.name=pixel", "codec.name= pixel "])
+def test_another_spec_begins_its_section_anew_without_what_file_and_smoke_block_say_of_the_former(read, name, smoke):
+    assert read(FULL, name, smoke=smoke).codec == PixelSpec()
+
+
+@pytest.mark.parametrize(
+    "overrides", [("codec.name=pixel", "codec.scale=0.5"), ("codec.scale=0.5", "codec.name=pixel")]
+)
+def test_overrides_of_a_section_that_begins_anew_hold_in_any_order(read, overrides):
+    assert read(FULL, *overrides).codec == PixelSpec(scale=0.5)
+    assert read(FULL, *overrides, smoke=True).codec == PixelSpec(scale=0.5)
+
+
+def test_the_same_spec_keeps_what_the_file_says_of_it(read):
+    assert read(FULL, "codec.name=gauss").codec == GaussSpec(gpc=3, bits=32)
+    assert read(FULL, "codec.name=gauss", smoke=True).codec == GaussSpec(gpc=8, bits=32)
+    assert read(FULL, "codec.name=gauss", "codec.gpc=5").codec == GaussSpec(gpc=5, bits=32)
+
+
+def test_the_last_name_decides_whether_a_section_begins_anew(read):
+    assert read(FULL, "codec.name=pixel", "codec.name=gauss").codec == GaussSpec(gpc=3, bits=32)
+    assert read(FULL, "codec.name=gauss", "codec.name=pixel").codec == PixelSpec()
+
+
+def test_a_key_that_both_specs_have_is_not_taken_over(write):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Coarse:
+        name: Literal["coarse"] = "coarse"
+        lr: float = 100.0
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Fine:
+        name: Literal["fine"] = "fine"
+        lr: float = 1e-3
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Run:
+        rate: Tagged[Coarse | Fine]
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Runs:
+        one: Run
+
+    path = write("one: {rate: {name: coarse, lr: 50.0}}")
+    assert load(path, ["one.rate.name=fine"], cls=Runs).one.rate == Fine(lr=1e-3)
+    assert load(path, ["one.rate.lr=0.5", "one.rate.name=fine"], cls=Runs).one.rate == Fine(lr=0.5)
+
+
+def test_elements_of_lists_and_sections_that_may_be_null_begin_anew_alone(read):
+    text = GOOD + "baselines: [{name: pixel, scale: 0.5}, {name: gauss, gpc: 3}]\nrival: {name: gauss, gpc: 2}\n"
+    found = read(text, "baselines.1.name=pixel", "rival.name=pixel")
+    assert found.baselines == (PixelSpec(scale=0.5), PixelSpec())
+    assert (found.rival, found.codec) == (PixelSpec(), GaussSpec(gpc=3))
+
+
+def test_a_name_completes_a_section_that_has_none(read):
+    assert read("name: a\ncodec: {scale: 0.5}", "codec.name=pixel").codec == PixelSpec(scale=0.5)
+    assert read(GOOD, "rival.name=pixel").rival == PixelSpec()
+    assert read(GOOD + "rival: null", "rival.name=pixel").rival == PixelSpec()
+
+
+def test_a_name_that_chooses_no_spec_replaces_itself_alone(write):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Data:
+        name: str
+        path: str = ""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Run:
+        name: str
+        data: Data
+
+    found = load(write("name: a\ndata: {name: b, path: c}"), ["name=x", "data.name=y"], cls=Run)
+    assert found == Run(name="x", data=Data(name="y", path="c"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["codec.name=pixel", "codec.gpc=3"],
+            "codec.gpc: unknown key; known only when codec.name is gauss; allowed: name, scale "
+            "(in override codec.gpc=3)",
+        ),
+        (
+            ["codec.bits=16", "codec.name=pixel"],
+            "codec.bits: unknown key; known only when codec.name is gauss; allowed: name, scale "
+            "(in override codec.bits=16)",
+        ),
+        (
+            ["codec.name=pixel", "codec.scale=2"],
+            "codec.scale: expected a number > 0 and <= 1, found 2 (in override codec.scale=2)",
+        ),
+        (["codec.name=wavelet"], "codec.name: expected one of gauss, pixel, found 'wavelet' (in override codec.name="),
+        (["codec.name="], "codec.name: expected one of gauss, pixel, found null (in override codec.name=)"),
+    ],
+)
+@pytest.mark.parametrize("smoke", [False, True])
+def test_error_in_a_section_that_begins_anew_names_the_override(read, overrides, expected, smoke):
+    assert message(read, FULL, *overrides, smoke=smoke).startswith(expected)
+
+
+def test_setting_that_the_chosen_spec_needs_is_missing_in_the_override_and_not_in_the_file(read):
+    text = message(read, "name: a\ncodec: {name: pixel, scale: 0.5}\n", "codec.bits=32", "codec.name=gauss")
+    assert text == "codec.gpc: missing; expected an integer >= 1 (in override codec.name=gauss)"
+
+
+def test_cross_check_of_a_replaced_section_names_all_overrides_of_it(read):
+    text = message(read, GOOD, "distill={iterations: 20}", "distill.log_every=30")
+    assert text == (
+        "distill: log_every: found 30, allowed at most iterations = 20 "
+        "(in override distill={iterations: 20} with override distill.log_every=30)"
+    )
+
+
 SMOKE = GOOD + "distill: {iterations: 500, lr: 2}\nsmoke:\n  distill: {iterations: 20}\n  widths: [1]\n"
 
 

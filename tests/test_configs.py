@@ -1,13 +1,15 @@
 """The configs of the paper's experiments against its tables, typed in here by hand; no data, no network, no run."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 
-from gsdd_jax import codecs, nets, storage
+from gsdd_jax import codecs, match, nets, storage
 from gsdd_jax.data.subsets import Subset
 from train import config as configs
 
@@ -185,3 +187,72 @@ def test_packed_config_fills_the_budget_and_differs_in_the_codec_alone(name):
     with pytest.raises(ValueError, match="codec.num_points"):
         one_more = dataclasses.replace(packed.codec, gpc=packed.codec.gpc + 1)
         codecs.make(one_more, image_shape=shape, num_classes=10, bytes_per_class=available)
+
+
+# Another codec on the command line
+
+
+# Codecs whose published layout leaves the budget of one image per class, and what they say.
+TOO_LARGE = {"factor": r"codec.hallucinators: 5 .* codec.base_channels=1 with codec.hallucinators of at most 3"}
+GAUSSIANS = ("gaussian", "packed_gaussian")
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("name", [name for name in codecs.SPECS if name not in GAUSSIANS])
+def test_name_alone_puts_another_codec_with_a_layout_for_the_budget_into_a_config(name, smoke):
+    found = load("cifar10_dm_ipc1_cpu", f"codec.name={name}", smoke=smoke)
+    assert found.codec == codecs.SPECS[name]()
+    assert dataclasses.replace(found, codec=None) == dataclasses.replace(
+        load("cifar10_dm_ipc1_cpu", smoke=smoke), codec=None
+    )
+    available = storage.budget_bytes(found.ipc, (32, 32, 3))
+    budget = {"image_shape": (32, 32, 3), "num_classes": 10, "bytes_per_class": available}
+    if name in TOO_LARGE:
+        with pytest.raises(ValueError, match=TOO_LARGE[name]):
+            codecs.make(found.codec, **budget)
+        return
+    layout = codecs.make(found.codec, **budget).layout()
+    written = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in layout.values())
+    assert 0.5 * 10 * available < written <= 10 * available
+
+
+# Images per class of the papers at 12,288 bytes; of FreD's 16 the counted places of the coefficients leave 15.
+COUNTS = {"neural_field": 37, "frequency": 15, "memory": 115, "sparse_epitome": 17, "downscale": 4, "pixel": 1}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_default_layout_gives_as_many_images_as_its_paper_has(name):
+    spec = load("cifar10_dm_ipc1_cpu", f"codec.name={name}").codec
+    made = codecs.make(spec, image_shape=(32, 32, 3), num_classes=10, bytes_per_class=12_288)
+    assert made.images_per_class == COUNTS[name]
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_packed_gaussians_have_no_number_of_images_by_default(smoke):
+    with pytest.raises(configs.ConfigError) as caught:
+        load("cifar10_dm_ipc1_cpu", "codec.name=packed_gaussian", "codec.num_points=22", smoke=smoke)
+    assert str(caught.value) == (
+        "codec.gpc: missing; expected an integer >= 1 (in override codec.name=packed_gaussian)"
+    )
+
+
+# As in the commands of benchmarks/results/cifar10_packed_dc_ipc1 and cifar10_packed_tm_ipc1.
+RECORDED = (
+    "codec.name=packed_gaussian",
+    "codec.gpc=86",
+    "codec.num_points=22",
+    "codec.bits_cholesky=7",
+    "codec.lr=0.01",
+)
+
+
+@pytest.mark.parametrize("name", ["cifar10_dm_ipc1_cpu", "cifar10_dc_ipc1_cpu", "cifar10_tm_ipc1_cpu"])
+def test_recorded_overrides_give_the_packed_codec_that_they_spell_out(name):
+    wanted = codecs.PackedGaussianSpec(gpc=86, num_points=22, bits_cholesky=7, lr=0.01)
+    assert load(name, *RECORDED) == dataclasses.replace(load(name), codec=wanted)
+    assert load("cifar10_packed_dm_ipc1_cpu").codec == wanted
+
+
+def test_another_objective_begins_its_section_anew_as_well():
+    found = load("cifar10_dm_ipc1_cpu", "objective.name=trajectory", "objective.syn_steps=5", smoke=True)
+    assert found.objective == match.TrajectorySpec(syn_steps=5)

@@ -20,7 +20,7 @@ from gsdd_jax.match import DistributionSpec, MmdSpec, ObjectiveSpec
 from gsdd_jax.nets import NetSpec
 from train import yaml12
 from train.errors import ConfigError
-from train.schema import Place, Tagged, build, describe, plain
+from train.schema import TAG, Place, Tagged, build, describe, has_tag, plain
 
 __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 
@@ -170,7 +170,10 @@ def load(
     Args:
         path: YAML file. Its `smoke:` block holds the keys that shrink the experiment for a quick test.
         overrides: settings that replace those of the file, each `section.key=value` with the value in YAML; a list
-            element is addressed by its number. They win over the smoke block.
+            element is addressed by its number. They win over the smoke block. One that chooses another spec for a
+            section by its name, such as `codec.name=pixel`, begins that section anew: what the file and its smoke
+            block say there is of the former spec and is left out, shared keys such as `lr` too, whose scale differs.
+            Overrides of the section hold in any order.
         smoke: lay the smoke block over the rest; otherwise it is left out.
         cls: the dataclass to build.
 
@@ -198,9 +201,11 @@ def load(
             raise ConfigError(f"{source}: a smoke test needs the block 'smoke:' with the keys that shrink the run")
         for place, value in _leaves(block):
             data = _replaced(data, place, value, origins, f"{source}, smoke block")
-    for override in overrides:
-        place, value = _parsed_override(override)
-        data = _replaced(data, place, value, origins, f"override {override}")
+    changes = [(*_parsed_override(override), f"override {override}") for override in overrides]
+    for place, origin in _begun_anew(cls, data, changes).items():
+        data = _replaced(data, place, {}, origins, origin)
+    for place, value, origin in changes:
+        data = _replaced(data, place, value, origins, origin)
     return build(cls, data, where=lambda place: _origin(place, origins, source))
 
 
@@ -224,6 +229,28 @@ def _parsed_override(override: str) -> tuple[Place, Any]:
     if not equals or not all(place):
         raise ConfigError(f"override '{override}': expected section.key=value, such as distill.iterations=100")
     return place, yaml12.parse(text, source=f"override '{override}'")
+
+
+def _begun_anew(cls: type, data: Any, changes: Sequence[tuple[Place, Any, str]]) -> dict[Place, str]:
+    """Finds the sections for which changes choose another spec than the data does, and the origin of each choice."""
+    choices = {
+        place[:-1]: (name, origin) for place, name, origin in changes if place[-1] == TAG and has_tag(cls, place[:-1])
+    }
+    found = {}
+    for place, (name, origin) in choices.items():
+        section = _at(data, place)
+        if isinstance(section, dict) and section.get(TAG, name) != name:
+            found[place] = origin
+    return found
+
+
+def _at(data: Any, place: Place) -> Any:
+    for part in place:
+        if isinstance(data, list) and str(part).isdecimal() and int(part) < len(data):
+            data = data[int(part)]
+        else:
+            data = data.get(part) if isinstance(data, dict) else None
+    return data
 
 
 def _replaced(data: Any, place: Place, value: Any, origins: dict[Place, str], origin: str) -> Any:
@@ -256,9 +283,8 @@ def _put(data: Any, place: Place, value: Any) -> tuple[Place, Any]:
 
 def _origin(place: Place, origins: dict[Place, str], source: str) -> str:
     """Names the file, or what replaced the file's value at this place; changes below the place are named as well."""
-    for length in range(len(place), 0, -1):
-        if place[:length] in origins:
-            return origins[place[:length]]
-    below = dict.fromkeys(text for key, text in origins.items() if key[: len(place)] == place)
+    upwards = (place[:length] for length in range(len(place), 0, -1))
+    whole = next((origins[other] for other in upwards if other in origins), source)
+    below = dict.fromkeys(text for key, text in origins.items() if key[: len(place)] == place and text != whole)
     changes = ", ".join(text.removeprefix(f"{source}, ") for text in below)
-    return f"{source} with {changes}" if changes else source
+    return f"{whole} with {changes}" if changes else whole

@@ -113,6 +113,17 @@ def describe(cls: type) -> str:
     return "\n".join(lines)
 
 
+def has_tag(cls: type, place: Sequence[str | int]) -> bool:
+    """Says whether the section at a place, with list positions as numbers or text, is of one of several specs."""
+    annotation: Any = cls
+    for part in place:
+        if members := _specs(annotation):
+            annotation = next((_hints(member)[str(part)] for member in members if str(part) in _hints(member)), None)
+        else:
+            annotation = _element(annotation, int(part)) if str(part).isdecimal() else None
+    return len(_specs(annotation)) > 1
+
+
 def dotted(place: Place) -> str:
     """Writes a place as it is given in an override: `codec.gpc`, `baselines.0.gpc`."""
     return ".".join(str(part) for part in place)

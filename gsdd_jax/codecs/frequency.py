@@ -28,7 +28,7 @@ class FrequencySpec:
         int,
         Ge(1),
         Doc("DCT coefficients of each channel of an image (FreD: 64 at 32 px, 2048 at 128 px, 1 image/class)"),
-    ]
+    ] = 64
     images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
     mask: Annotated[
         Literal["energy", "variance"],

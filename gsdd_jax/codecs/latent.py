@@ -54,18 +54,20 @@ FIT_DECODER = 0.3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """Settings of the latent codec; D3's are those for ImageNet at 64 px."""
+    """Settings of the latent codec; D3's are those for ImageNet at 64 px, its decoder here is ours for CIFAR-10."""
 
     name: Annotated[Literal["latent"], Doc("the parameterisation")] = "latent"
     lpc: Annotated[int, Ge(0), Doc("latents per class, one image each; 0 = as many as the budget holds")] = 0
     decoder: Annotated[
         Literal["small", "medium", "large"],
         Doc("small: 4x4 kernels, channels fall to 1/8; medium: 3x3, to 1/16; large: as medium, without a linear map"),
-    ]
-    width: Annotated[int, Ge(1), Doc("channels of the decoder's first map (D3: 256 small, 512 medium, 1024 large)")]
+    ] = "small"
+    width: Annotated[int, Ge(1), Doc("channels of the decoder's first map (D3: 256 small, 512 medium, 1024 large)")] = (
+        32
+    )
     latent_dim: Annotated[
         int, Ge(1), Doc("numbers of a latent (D3: 64 small, 2048 medium, 4096 large; there it must be 4 width)")
-    ]
+    ] = 16
     norm: Annotated[
         Literal["group", "batch"],
         Doc("statistics of each image and group of up to 8 channels, or of all images of the set (D3: of the batch)"),

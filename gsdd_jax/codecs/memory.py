@@ -25,7 +25,7 @@ class MemorySpec:
     """Settings of the memory codec."""
 
     name: Annotated[Literal["memory"], Doc("the parameterisation")] = "memory"
-    bases: Annotated[int, Ge(1), Doc("images that all classes share (RTP: 16 on CIFAR-10 at 1 image/class)")]
+    bases: Annotated[int, Ge(1), Doc("images that all classes share (RTP: 16 on CIFAR-10 at 1 image/class)")] = 16
     factor: Annotated[int, Ge(1), Doc("bases are smaller by it along each axis (RTP: 2)")] = 2
     images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
     dtype: Annotated[Literal["float32", "bfloat16"], Doc("precision on disk; the field counts float32")] = "float32"

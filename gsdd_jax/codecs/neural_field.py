@@ -38,8 +38,10 @@ class NeuralFieldSpec:
 
     name: Annotated[Literal["neural_field"], Doc("the parameterisation")] = "neural_field"
     images_per_class: Annotated[int, Ge(0), Doc("networks per class; 0 = as many as the budget holds")] = 0
-    layers: Annotated[int, Ge(1), Doc("sine layers (DDiF: 2 for CIFAR, 3 for ImageNet)")]
-    width: Annotated[int, Ge(1), Doc("units of each (DDiF: 6 to 20 for CIFAR-10, 20 or 40 for ImageNet)")]
+    layers: Annotated[int, Ge(1), Doc("sine layers (DDiF: 2 for CIFAR, 3 for ImageNet)")] = 2
+    width: Annotated[
+        int, Ge(1), Doc("units of each (DDiF: 6 for CIFAR-10 at 1 or 10 images/class, 20 at 50, 20 or 40 for ImageNet)")
+    ] = 6
     omega0: Annotated[float, Gt(0), Doc("frequency of the first layer (DDiF: 30)")] = 30.0
     omega: Annotated[float, Gt(0), Doc("frequency of the others (DDiF: 10 for CIFAR, 40 for ImageNet)")] = 10.0
     dtype: Annotated[

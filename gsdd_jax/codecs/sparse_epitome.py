@@ -52,12 +52,12 @@ class SparseEpitomeSpec:
 
     name: Annotated[Literal["sparse_epitome"], Doc("the parameterisation")] = "sparse_epitome"
     images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
-    patch: Annotated[int, Ge(1), Doc("side of a patch in pixels (SPEED: 4, and 8 at 128 px)")]
-    width: Annotated[int, Ge(1), Doc("numbers per token (SPEED: 32)")]
-    blocks: Annotated[int, Ge(1), Doc("blocks of the network (SPEED: 1)")]
-    heads: Annotated[int, Ge(1), Doc("sums per patch, each of its own part of the tokens (SPEED: 2)")]
-    tokens: Annotated[int, Ge(1), Doc("rows of the epitome (SPEED: 16)")]
-    nonzeros: Annotated[int, Ge(1), Doc("non-zero coefficients per image and head (SPEED: 48)")]
+    patch: Annotated[int, Ge(1), Doc("side of a patch in pixels (SPEED: 4, and 8 at 128 px)")] = 4
+    width: Annotated[int, Ge(1), Doc("numbers per token (SPEED: 32)")] = 32
+    blocks: Annotated[int, Ge(1), Doc("blocks of the network (SPEED: 1)")] = 1
+    heads: Annotated[int, Ge(1), Doc("sums per patch, each of its own part of the tokens (SPEED: 2)")] = 2
+    tokens: Annotated[int, Ge(1), Doc("rows of the epitome (SPEED: 16)")] = 16
+    nonzeros: Annotated[int, Ge(1), Doc("non-zero coefficients per image and head (SPEED: 48)")] = 48
     dtype: Annotated[
         Literal["float32", "bfloat16"], Doc("precision on disk and in the forward pass; SPEED counts float32")
     ] = "float32"

@@ -28,12 +28,12 @@ FIT_TENSORS, FIT_MATRICES = 0.2, 0.04
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpectralSpec:
-    """Settings of the spectral codec."""
+    """Settings of the spectral codec; no layout is known to be published, its sizes are ours for CIFAR-10."""
 
     name: Annotated[Literal["spectral"], Doc("the parameterisation")] = "spectral"
-    matrices: Annotated[int, Ge(1), Doc("sets of matrices; each gives an image with every tensor")]
-    rank_height: Annotated[int, Ge(1), Doc("rows of a tensor")]
-    rank_width: Annotated[int, Ge(1), Doc("columns of a tensor")]
+    matrices: Annotated[int, Ge(1), Doc("sets of matrices; each gives an image with every tensor (not published)")] = 5
+    rank_height: Annotated[int, Ge(1), Doc("rows of a tensor (not published)")] = 10
+    rank_width: Annotated[int, Ge(1), Doc("columns of a tensor (not published)")] = 10
     rank_channels: Annotated[int, Ge(0), Doc("channels of a tensor; 0 = those of an image")] = 0
     images_per_class: Annotated[
         int, Ge(0), Doc("images per class, a multiple of matrices; 0 = as many as the budget holds")
