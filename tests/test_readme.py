@@ -32,15 +32,21 @@ def test_readme_python_runs_as_shown(monkeypatch):
     assert len(names["images"]) == len(names["labels"])
 
 
+def headings_of(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {title.lower().replace(" ", "-") for title in titles}
+
+
 PAGES = [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_links_and_commands_exist(path):
     text = path.read_text(encoding="utf-8")
-    headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert target in headings if target.startswith("#") else (path.parent / target).exists(), target
+        file, _, anchor = target.partition("#")
+        assert (path.parent / file).exists(), target
+        assert not anchor or anchor in headings_of(path.parent / file if file else path), target
     for target in re.findall(r"--config (\S+yaml)", text):
         assert (ROOT / target).exists(), target
 
