@@ -51,8 +51,8 @@ def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: in
     right where the factor does not divide. Image ``i`` is cell ``i % factor^2``, row by row, of canvas
     ``i // factor^2``, enlarged bilinearly. Pixels are in [0,1], as in the reference, which clips them after each step.
 
-    Deviation: the start solves for the cells whose enlargements are nearest to the images; the reference takes every
-    ``factor``-th pixel.
+    Deviations: the start solves for the cells whose enlargements are nearest to the images; the reference takes every
+    ``factor``-th pixel. Its variants with cells of several sizes (multi) or of at most 128 images (bound) are left out.
     """
     h, w, c = image_shape
     f, cell = spec.factor, cell_size(spec.factor, (h, w))

@@ -59,7 +59,8 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
     ``index [k, coefficients]``, the places of a class's coefficients in ``h * w``: whole numbers in float32. Since
     decode reads them as integers, they have no gradient, and neither SGD nor Adam moves them.
 
-    Deviations: the basis is orthonormal. Places are chosen over the images that are fitted, not over all real ones of a
+    Deviations: the basis is orthonormal, and images are normalised by one mean and spread, not by those of a dataset.
+    Places are chosen over the images that are fitted, not over all real ones of a
     class, and unless ``mask`` says otherwise by their mean square: the variance of a few images leaves out what they
     have in common. The file holds the places, which the authors do not count, as bits or as numbers, whichever is
     smaller.

@@ -49,8 +49,10 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, 
     ``coefficients [n, bases]``, each row an image's own, and ``bases [bases, h / factor, w / factor, c]``, rounded up,
     which every image of the set shares.
 
-    Deviation: the reference's penalty on the coefficients is left out. There it is a part of the inner loss on which
-    the network's gradient does not depend, so that nothing of it reaches the memory.
+    Deviations: the reference's penalty on the coefficients is left out. There it is a part of the inner loss on which
+    the network's gradient does not depend, so that nothing of it reaches the memory. Images are normalised by one mean
+    and spread, not by those of a dataset. By default the start is the best approximation of real images and Adam
+    trains; the reference starts at random and takes SGD, both of which can be asked for.
     """
     h, w, c = image_shape
     small = cell_size(spec.factor, (h, w))
