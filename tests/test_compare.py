@@ -162,7 +162,7 @@ def test_fits_are_written_with_their_budgets_and_are_not_made_again(tmp_path, mo
 
 
 def test_a_codec_that_does_not_fit_is_a_row_that_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "BUDGETS", {"float32": 100})
+    monkeypatch.setattr(compare, "BUDGETS", {"float32": 24})
     fit(tmp_path / "fit.json", "--only", "neural_field")
     (row,) = json.loads((tmp_path / "fit.json").read_text())["results"]
     assert row["refused"].startswith("codec.") and "runs" not in row

@@ -149,7 +149,8 @@ def test_another_process_repeats_every_bit_of_state_and_metrics(name, elsewhere,
     assert len({float(values["loss"]) for values in found.metrics}) == STEPS
     before, after = digests(found.start), digests(found.state.params)
     assert before.keys() == after.keys()
-    assert {place for place in before if before[place] == after[place]} <= {"['index'] float32[2, 5]"}
+    same = {place for place in before if before[place] == after[place]}
+    assert {place.partition(" ")[0] for place in same} <= {"['index']"}
 
 
 def test_another_seed_changes_what_is_drawn_and_what_follows(options):
