@@ -13,6 +13,7 @@ from gsdd_jax.codecs import downscale as downscale_codec
 from gsdd_jax.codecs import frequency as frequency_codec
 from gsdd_jax.codecs import memory as memory_codec
 from gsdd_jax.codecs import spectral as spectral_codec
+from train import results
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
 
@@ -133,6 +134,22 @@ def test_downscale_holds_the_published_number_of_images_in_exactly_the_budget(fa
     halved = published(DownscaleSpec(factor=factor, dtype="bfloat16"), ipc, shape)
     assert halved.images_per_class == 2 * images
     assert published(DownscaleSpec(factor=factor, dtype="uint8"), ipc, shape).images_per_class == 4 * images
+
+
+@pytest.mark.parametrize(
+    ("spec", "numbers", "written"),
+    [
+        (DownscaleSpec(dtype="uint8"), 8 * 144, 1152),
+        (DownscaleSpec(dtype="bfloat16"), 4 * 144, 1152),
+        # Places of one byte each are no numbers.
+        (FrequencySpec(coefficients=5, images_per_class=3), 3 * 5 * 3, 4 * 3 * 5 * 3 + 5),
+    ],
+)
+def test_table_of_the_budget_counts_bytes_of_pixels_as_numbers_and_places_not(spec, numbers, written):
+    codec = make(spec)
+    row = results.budget_rows(2, codec, storage.nbytes(codec.layout()))[-1]
+    assert (row.floats, row.bytes, row.bytes_available) == (numbers, written, BUDGET)
+    assert row.what == f"this run: {codec.images_per_class} images of {codec.name}, {codec.spec.dtype}"
 
 
 @pytest.mark.parametrize(
