@@ -49,7 +49,8 @@ def test_smoke_run_of_every_codec_gives_accuracies_and_a_set_that_loads(name, tm
     assert start(ROOT / "configs" / "digits.yaml", tmp_path, "--smoke", *settings) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["codec"] == name
-    for row in ("accuracy", "fit_only"):
+    # Plain pixels start as real images and have nothing to fit.
+    for row in ("accuracy", "fit_only") if name != "pixel" else ("accuracy",):
         assert np.isfinite(result[row]["accuracies"]).all() and 0 <= result[row]["mean"] <= 1, row
     loaded = gsdd_jax.load(tmp_path)
     assert loaded.codec.name == name
