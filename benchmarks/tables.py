@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.packed_psnr import ALONE, TRAINED
 from benchmarks.record import RESULTS, ROOT
+from gsdd_jax import files
 from train import budget, merge, results, yaml12
 from train.config import EvaluateConfig
 
@@ -662,7 +663,7 @@ def main() -> int:
             continue
         stale.append(str(document.relative_to(ROOT)))
         if not args.check:
-            document.write_text(new, encoding="utf-8")
+            files.write_bytes(document, new.encode())
     if args.check and stale:
         what = " and ".join(stale)
         print(f"{what}: not what benchmarks/results says: run python -m benchmarks.tables", file=sys.stderr)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from annotated_types import Ge, Gt, Le
 from jax import lax
 from typing_extensions import Doc
 
+from gsdd_jax import files
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match.distribution import Transform
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
@@ -224,8 +225,7 @@ def train_experts(
     resolved = spec.resolved(jax.default_backend())
     static = _Static(network, origin.augment, spec.batch, transform)
     with _locked(folder):
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+        files.remove_leftovers([folder])
         if (folder / MANIFEST).exists():
             manifest = _read_manifest(folder)
             _refuse_other(folder, manifest, origin, spec)
@@ -474,8 +474,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with _whole(folder / MANIFEST) as stream:
-        stream.write(json.dumps(manifest).encode())
+    files.write_bytes(folder / MANIFEST, json.dumps(manifest).encode())
 
 
 def _write_chunk(
@@ -485,7 +484,7 @@ def _write_chunk(
     name = f"experts-{group.start:05d}.npy"
     shape = len(group), manifest["epochs"] + 1, manifest["num_params"]
     crcs: list[list[int]] = [[] for _ in group]
-    with _whole(folder / name) as stream:
+    with files.replacing(folder / name) as stream:
         np.lib.format.write_array_header_1_0(stream, {"descr": _ROW.str, "fortran_order": False, "shape": shape})
         offset = stream.tell()
         for epoch, rows in enumerate(trajectory):
@@ -516,17 +515,6 @@ def _payload_offset(file: Path, shape: tuple[int, int, int]) -> int:
             f"{list(found[0])} in {size} bytes"
         )
     return offset
-
-
-@contextmanager
-def _whole(file: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that gets its name once it is complete and on disk."""
-    fresh = file.with_name(file.name + ".tmp")
-    with fresh.open("wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.replace(file)
 
 
 @contextmanager

@@ -118,8 +118,8 @@ class MergedSet:
 
         Labels of the whole are a file beside them.
 
-        The directory of a part is named after its content, and the manifest is replaced last. A crash leaves the old
-        set or the new one. Parts of a set that was replaced stay behind.
+        The directory of a part is named after its content, and the manifest is replaced last: a crash leaves the old
+        set or the new one. Then the parts of the set that was replaced are removed.
 
         Returns:
             Sizes in bytes, summed over the parts, as `SynSet.save` returns them; the manifest of the whole included.
@@ -141,7 +141,7 @@ class MergedSet:
             "payload": sizes["payload"],
             "meta": self.meta,
         }
-        own = synset.replace_manifest(path, manifest)
+        own = synset.replace_manifest(path, manifest, [*names, entry.get("labels_file", "")])
         return sizes | {"manifest": sizes["manifest"] + own}
 
 
@@ -194,7 +194,8 @@ def _described(soft: SoftLabels) -> exchange.Labels:
 
 
 def _digest(part: SynSet) -> str:
-    digest = hashlib.sha256(repr((part.codec.spec, part.codec.image_shape, part.class_names)).encode())
+    described = part.codec.spec, part.codec.image_shape, part.class_names, part.bytes_per_class, part.meta
+    digest = hashlib.sha256(repr(described).encode())
     arrays = part.codec.stored(part.params), None if part.soft is None else part.soft.arrays
     for leaf in jax.tree.leaves(arrays):
         digest.update(np.asarray(leaf).tobytes())

@@ -13,15 +13,17 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
-from gsdd_jax import exchange
+from gsdd_jax import exchange, files
 from gsdd_jax.exchange import Array, Manifest
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 FORMAT = exchange.FORMATS[-1]
 ARRAYS = "synset.safetensors"
 MANIFEST = "manifest.json"
+# What sets consist of, whole and merged ones.
+_PARTS = re.compile(r"synset(-[0-9a-f]{12})?\.safetensors|labels-[0-9a-f]{12}\.safetensors|part\d+-[0-9a-f]{12}")
 # Where a run directory keeps its exported set.
 EXPORT = "export"
 
@@ -119,30 +123,24 @@ class SynSet:
         Raises:
             ValueError: Soft labels that are not one per image, or a set beyond what :func:`load` accepts of anyone.
         """
-        import jax
         import jax.numpy as jnp
-        from safetensors.flax import save_file
+        from safetensors.flax import save
 
         from gsdd_jax import storage
 
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = folder / ARRAYS
-        # Written beside and renamed, so that a crash never leaves half a set under the final name.
-        fresh = folder / (ARRAYS + ".new")
         written = self.codec.pack(self.codec.stored(self.params))
         if self.soft is not None:
             found = {name: Array(str(x.dtype), x.shape) for name, x in self.soft.arrays.items()}
             entry = exchange.Labels(self.soft.spec.dtype, self.soft.spec.top_k)
-            with naming(arrays):
+            with naming(folder / ARRAYS):
                 exchange.compare(found, entry.arrays(self.codec.num_images, self.codec.num_classes))
             written = {**written, **self.soft.arrays}
-        save_file(jax.tree.map(jnp.asarray, written), fresh)
-        with fresh.open("rb") as file:
-            header = 8 + struct.unpack("<Q", file.read(8))[0]
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        sizes = {"payload": storage.nbytes(written), "header": header, "file": fresh.stat().st_size}
+        data = save({name: jnp.asarray(x) for name, x in written.items()})
+        header = 8 + struct.unpack("<Q", data[:8])[0]
+        digest = hashlib.sha256(data).hexdigest()
+        sizes = {"payload": storage.nbytes(written), "header": header, "file": len(data)}
         sizes |= {} if self.soft is None else {"labels": self.soft.nbytes}
         manifest = {
             "format": FORMAT,
@@ -157,19 +155,16 @@ class SynSet:
             "sha256": digest,
             "meta": self.meta,
         }
-        text = json.dumps(manifest, indent=1)
-        try:
-            document = exchange.parse_json(text.encode(), exchange.MANIFEST_BYTES)
-            exchange.settings_of(type(self.codec.spec), exchange.manifest_of(document).codec)
-        except ValueError:
-            # What could not be read again does not replace what can.
-            fresh.unlink()
-            raise
-        fresh_manifest = folder / (MANIFEST + ".new")
-        fresh_manifest.write_text(text)
-        fresh.replace(arrays)
-        fresh_manifest.replace(folder / MANIFEST)
-        return {**sizes, "manifest": len(text.encode())}
+        text = json.dumps(manifest, indent=1).encode()
+        # What could not be read again does not replace what can.
+        document = exchange.parse_json(text, exchange.MANIFEST_BYTES)
+        exchange.settings_of(type(self.codec.spec), exchange.manifest_of(document).codec)
+        # The new arrays stand beside the old ones, under their sum, until the new manifest, which says it, is there.
+        fresh = files.write_bytes(_named(folder, digest), data)
+        files.write_bytes(folder / MANIFEST, text)
+        fresh.replace(folder / ARRAYS)
+        tidy(folder, {ARRAYS})
+        return {**sizes, "manifest": len(text)}
 
 
 def load(path: Location) -> SynSet:
@@ -223,9 +218,13 @@ def read(
         ValueError: The files are damaged, do not belong together, or come from a newer format.
     """
     folder = folder_of(path)
-    names, arrays = folder / MANIFEST, folder / ARRAYS
+    names = folder / MANIFEST
     with opened(names) as (file, _), naming(names):
         manifest = _manifest(file.read(exchange.MANIFEST_BYTES + 1))
+    # Under this name only where the writer was killed before its last step.
+    arrays = _named(folder, manifest.sha256)
+    if not manifest.sha256 or not arrays.exists():
+        arrays = folder / ARRAYS
     if not arrays.exists():
         raise FileNotFoundError(f"{arrays}: missing, although {MANIFEST} is there")
     with opened(arrays) as (file, size):
@@ -354,9 +353,7 @@ def write_labels(path: Location, soft: SoftLabels) -> tuple[dict[str, Any], int]
     data = save({name: jnp.asarray(x) for name, x in soft.arrays.items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"labels-{digest[:12]}.safetensors"
-    fresh = folder / f"{name}.new"
-    fresh.write_bytes(data)
-    fresh.replace(folder / name)
+    files.write_bytes(folder / name, data)
     return {"labels": soft.entry, "labels_file": name, "labels_sha256": digest}, len(data)
 
 
@@ -412,12 +409,32 @@ def check_names(names: Any, key: str) -> None:
             raise TypeError(f"{key}: {name!r} is no name of something in this directory")
 
 
-def replace_manifest(path: Location, manifest: dict[str, Any]) -> int:
-    """Replaces the manifest of a folder at once, so that it is the old one or the new one; returns its bytes."""
+def replace_manifest(path: Location, manifest: dict[str, Any], kept: Collection[str]) -> int:
+    """Replaces the manifest of a folder at once, so that it is the old one or the new one; returns its bytes.
+
+    Args:
+        path: The folder.
+        manifest: The new manifest.
+        kept: What it names in the folder; parts of what was there before are removed afterwards.
+    """
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(manifest, indent=1)
-    fresh = folder / (MANIFEST + ".new")
-    fresh.write_text(text)
-    fresh.replace(folder / MANIFEST)
-    return len(text.encode())
+    text = json.dumps(manifest, indent=1).encode()
+    files.write_bytes(folder / MANIFEST, text)
+    tidy(folder, kept)
+    return len(text)
+
+
+def tidy(folder: Path, kept: Collection[str]) -> None:
+    """Removes the parts of sets from a folder but for those named, and flushes its names to disk."""
+    for path in folder.iterdir():
+        if path.name not in kept and _PARTS.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    files.sync_folder(folder)
+    files.sync_folder(folder.resolve().parent)
+
+
+def _named(folder: Path, digest: str) -> Path:
+    return folder / f"synset-{digest[:12]}.safetensors"

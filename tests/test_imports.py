@@ -34,7 +34,7 @@ EXEMPT = {"kernels/splat.py": {"os", "warnings"}, "kernels/_splat_triton.py": {"
 FORBIDDEN_CALLS = {"breakpoint", "eval", "exec", "exit", "input", "print", "quit"}
 FORBIDDEN_ATTRIBUTES = {("sys", "exit"), ("sys", "stdout"), ("sys", "stderr"), ("jax", "debug"), ("jax", "config")}
 # The rooms of the library that read and write files.
-FILE_ROOMS = ("gsdd_jax/data/", "gsdd_jax/synset.py", "gsdd_jax/experts.py")
+FILE_ROOMS = ("gsdd_jax/data/", "gsdd_jax/experts.py", "gsdd_jax/files.py", "gsdd_jax/synset.py")
 
 
 def imported_modules(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -15,7 +15,7 @@ import pytest
 
 from train import rundir
 from train.errors import UserError
-from train.rundir import RunDir, is_wall_clock, read_config, read_environment, read_metrics, write_bytes, write_json
+from train.rundir import RunDir, is_wall_clock, read_config, read_environment, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
@@ -260,23 +260,13 @@ def test_commit_is_that_of_the_code_not_of_the_working_directory(tmp_path, monke
 
 
 def test_leftover_temporary_files_are_removed(tmp_path):
-    (tmp_path / ".result.json.123.tmp").write_text("half")
+    (tmp_path / "export" / "part0").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".main-fit.123.tmp").mkdir(parents=True)
+    for path in (".result.json.123.tmp", "export/part0/.manifest.json.123.tmp", "checkpoints/.main-fit.123.tmp/5"):
+        (tmp_path / path).write_text("half")
+    (tmp_path / "config.yaml").write_text("a: 1")
     RunDir(tmp_path).close()
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
-
-
-def test_failed_write_keeps_the_old_file_and_names_it(tmp_path, monkeypatch):
-    path = write_json(tmp_path / "result.json", {"a": 1})
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        write_bytes(path, b"x" * 100)
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the device that is always full")
@@ -289,24 +279,10 @@ def test_full_disk_while_logging_names_the_file(tmp_path):
     assert caught.value.filename == str(run.metrics_path)
 
 
-def test_missing_parent_is_a_file_not_found_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent/x.json"):
-        write_json(tmp_path / "absent" / "x.json", {})
-
-
 def test_unwritable_values_are_refused(tmp_path):
     with RunDir(tmp_path) as run, pytest.raises(TypeError, match="a set cannot be written"):
         run.append("distill", 1, loss={1})
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_written_files_have_ordinary_permissions(tmp_path):
-    previous = os.umask(0o022)
-    try:
-        path = write_bytes(tmp_path / "a", b"")
-    finally:
-        os.umask(previous)
-    assert path.stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from safetensors.flax import load_file, save_file
 
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, synset
+from gsdd_jax import SynSet, codecs, decode_numpy, synset
 from gsdd_jax.codecs import (
     DownscaleSpec,
     FactorSpec,
@@ -31,7 +31,6 @@ from gsdd_jax.codecs import (
     SpectralSpec,
 )
 from gsdd_jax.exchange import KEYS, short
-from gsdd_jax.gaussians import Gaussians
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
 
@@ -159,18 +158,69 @@ def test_saving_again_replaces_the_set(folder):
     assert gsdd_jax.load(folder).codec.name == "pixel"
 
 
-def test_crash_while_saving_leaves_the_old_set(folder, monkeypatch):
-    before = {file: (folder / file).read_bytes() for file in ("synset.safetensors", "manifest.json")}
+def killed_at_every_write(folder, save, monkeypatch):
+    """Kills ``save()`` before each of its changes of the disk in turn, with what it says; yields after every kill."""
 
-    def crash(*_):
-        raise OSError(28, "No space left on device")
+    class KilledError(BaseException):
+        pass
 
-    monkeypatch.setattr("safetensors.flax.save_file", crash)
-    with pytest.raises(OSError, match="No space left"):
-        make("pixel").save(folder)
-    monkeypatch.undo()
-    assert {file: (folder / file).read_bytes() for file in before} == before
-    assert isinstance(gsdd_jax.load(folder).params, Gaussians)
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    changes = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir")
+    for last in range(100):
+        shutil.rmtree(folder)
+        for path, content in before.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        calls = 0
+
+        def counted(real):
+            def wrapper(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls > last:  # noqa: B023
+                    # A dead process does not clean up either.
+                    raise KilledError
+                return real(*args, **kwargs)
+
+            return wrapper
+
+        with monkeypatch.context() as patch:
+            for name in changes:
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                save()
+            except KilledError:
+                pass
+            else:
+                return
+        yield
+
+
+def test_set_that_replaces_another_is_the_old_or_the_new_one_whenever_it_is_killed(tmp_path, monkeypatch):
+    folder, old, new = tmp_path / "set", make("gaussian"), make("pixel")
+    merged = gsdd_jax.MergedSet((new,), {"of": "one"})
+    for first, second in ((old, new), (new, old), (old, merged), (merged, old), (merged, gsdd_jax.MergedSet((old,)))):
+        first.save(folder)
+        wanted = [np.asarray(one.images()) for one in (first, second)]
+        states = []
+        for _ in killed_at_every_write(folder, lambda: second.save(folder), monkeypatch):  # noqa: B023
+            found = gsdd_jax.load(folder)
+            drawn = np.asarray(found.images())
+            states.append(next(i for i in (0, 1) if np.array_equal(drawn, wanted[i])))
+            assert found.meta == (first, second)[states[-1]].meta
+            if isinstance((first, second)[states[-1]], SynSet):
+                np.testing.assert_allclose(decode_numpy.load(folder).images, drawn, atol=1e-5)
+        # The manifest decides, once.
+        assert states == sorted(states) and set(states) == {0, 1}
+        second.save(folder)
+        np.testing.assert_array_equal(gsdd_jax.load(folder).images(), wanted[1])
+        alone = tmp_path / "alone"
+        second.save(alone)
+        assert {p.relative_to(folder) for p in folder.rglob("*")} - {
+            p.relative_to(folder) for p in folder.rglob(".*.tmp")
+        } == {p.relative_to(alone) for p in alone.rglob("*")}
+        shutil.rmtree(alone)
+        shutil.rmtree(folder)
 
 
 def test_set_that_could_not_be_read_again_is_not_written(folder):

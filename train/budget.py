@@ -24,14 +24,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from gsdd_jax import data, labels, storage
+from gsdd_jax import data, files, labels, storage
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
 from train import config as configs
 from train import distill
 from train import experiment as experiments
 from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
-from train.rundir import environment, write_bytes, write_json
+from train.rundir import environment, write_json
 from train.stopping import on_sigterm
 from train.tune import hold_out
 
@@ -213,8 +213,8 @@ def search(
         "environment": environment(),
     }
     write_json(out / "frontier.json", result)
-    write_bytes(out / "frontier.md", table(result).encode())
-    write_bytes(out / "frontier.png", picture(result))
+    files.write_bytes(out / "frontier.md", table(result).encode())
+    files.write_bytes(out / "frontier.png", picture(result))
     return result
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import codecs, distill, fit, labels, storage, synset
+from gsdd_jax import codecs, distill, files, fit, labels, storage, synset
 from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.match import TrajectorySpec
@@ -33,7 +33,7 @@ from train.errors import exit_cleanly
 from train.evaluation import PeriodicTests, as_stored, evaluate_stage, evaluation_lr
 from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, plain, versions, write_bytes, write_json
+from train.rundir import RunDir, plain, versions, write_json
 from train.stopping import on_sigterm
 
 # What may differ when a run is continued: nothing that touches numbers already computed, or by more than rounding.
@@ -128,10 +128,10 @@ def run(
         )
         if fitted is not None and not continued:
             copied = rundir.checkpoints_path / "main-fit"
-            # Renamed when it is whole; a run that is killed before fits for itself.
-            fresh = copied.with_suffix(".new")
-            shutil.copytree(fitted / copied.relative_to(rundir.path), fresh)
-            fresh.replace(copied)
+            copied.parent.mkdir(exist_ok=True)
+            # A run that is killed before it is whole fits for itself.
+            source = fitted / copied.relative_to(rundir.path)
+            files.write_folder(copied, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
         done = rundir.path / "result.json"
         if continued and done.exists():
             # A damaged one is made anew from the stages, which are all kept.
@@ -216,13 +216,13 @@ def run(
             fit_psnr=_fit_psnr(experiment, fitted_images, targets),
             agreement=None if distilled.soft is None else labelling.agreement(distilled.soft),
         )
-        write_bytes(rundir.path / "table.md", results.table(result).encode())
+        files.write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
         gaussians = codec.gaussians(distilled.params)
         if gaussians is not None:
             shown["ellipses"] = ellipse_picture(codec, gaussians, dataset.class_names)
         for name, png in shown.items():
-            write_bytes(rundir.path / f"{name}.png", png)
+            files.write_bytes(rundir.path / f"{name}.png", png)
         report.write(rundir.path, result, shown)
         # Written last: its presence says that the run is finished.
         write_json(done, result)

@@ -22,11 +22,8 @@ import argparse
 import io
 import json
 import math
-import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 import gsdd_jax
-from gsdd_jax import MergedSet, SynSet, exchange
+from gsdd_jax import MergedSet, SynSet, exchange, files
 from train.errors import UserError, exit_cleanly
 
 # In letters; file systems take 255 bytes, and a letter has at most four.
@@ -64,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = np.asarray(synset.images(size), np.float32)
         clipped = f"{100 * np.mean((images < 0) | (images > 1)):.2f} % of all values were outside [0,1]"
         export = Export(synset, images, [] if args.to == "npz" else pngs_of(images))
-        write_beside(out, lambda folder: FORMS[args.to](export, folder))
+        files.write_folder(out, lambda folder: FORMS[args.to](export, folder))
         h, w, c = images.shape[1:]
         told = f"{clipped} and stay so" if args.to == "npz" else f"{clipped} and were clipped"
         print(f"{out}: {len(images)} images of {h}x{w}x{c} in {len(synset.class_names)} classes; {told}")
@@ -99,22 +96,6 @@ def check_target(out: Path) -> None:
         raise UserError(f"--out: {out} is not empty; expected an absent or empty directory")
     if not out.resolve().parent.is_dir():
         raise UserError(f"--out: no such directory: {out.parent}")
-
-
-def write_beside(out: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` fill a directory beside ``out``, then gives it that name; nothing is left of a failure."""
-    out = out.resolve()
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        write(fresh)
-        # mkdtemp makes it for its owner alone.
-        mask = os.umask(0)
-        os.umask(mask)
-        fresh.chmod(0o777 & ~mask)
-        fresh.replace(out)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
 
 
 def pngs_of(images: np.ndarray) -> list[bytes]:

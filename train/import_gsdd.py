@@ -32,10 +32,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import Gaussians, SynSet, codecs, exchange, storage
+from gsdd_jax import Gaussians, SynSet, codecs, exchange, files, storage
 from gsdd_jax.gaussians import CHOLESKY_SHIFT
 from train.errors import UserError, exit_cleanly
-from train.export import check_target, write_beside
+from train.export import check_target
 
 # Leaf, columns; 0 = as many as the images have channels.
 LEAVES = {"xy": 2, "cholesky": 3, "features": 0}
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_target(out)
         tensors, meta = read_tensors(Path(args.file))
         made = synset_of(tensors, args.size, args.classes, args.dtype, meta)
-        write_beside(out, made.save)
+        files.write_folder(out, made.save)
         spec = made.codec.spec
         print(f"{out}: {made.codec.num_images} images of {spec.num_points} Gaussians, {made.nbytes} bytes")
     return 0

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import data, labels, nets, storage, synset, whiten
+from gsdd_jax import data, files, labels, nets, storage, synset, whiten
 from gsdd_jax.merged import MergedSet
 from train import config as configs
 from train import experiment as experiments
@@ -41,7 +41,7 @@ from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import evaluate_stage
 from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, differences, plain, read_environment, write_bytes, write_json
+from train.rundir import RunDir, differences, plain, read_environment, write_json
 
 # In which subtasks of one experiment may differ; whether their data are the same is seen by the data themselves.
 MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.path")
@@ -225,10 +225,10 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
         }
         agreement = None if soft is None else float(np.mean(np.asarray(soft).argmax(1) == own))
         result = _result(experiment, subtasks, rows, own=own, sizes=sizes, environment=environment, agreement=agreement)
-        write_bytes(rundir.path / "table.md", (results.table(result) + "\n" + table(result)).encode())
+        files.write_bytes(rundir.path / "table.md", (results.table(result) + "\n" + table(result)).encode())
         shown = {"images": pictures.grid(_rows(images, own), written.class_names)}
         for name, png in shown.items():
-            write_bytes(rundir.path / f"{name}.png", png)
+            files.write_bytes(rundir.path / f"{name}.png", png)
         report.write(rundir.path, result, shown)
         # Written last: its presence says that the merge is finished.
         write_json(rundir.path / "result.json", result)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gsdd_jax import files
 from train import pictures as draw
 from train import rundir
 
@@ -101,7 +102,7 @@ def write(
         f'<link rel="icon" href="data:,">\n<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n'
         f"<body>\n<main>\n{''.join(s for s in sections if s)}</main>\n</body>\n</html>\n"
     )
-    return rundir.write_bytes(path / "report.html", page.encode())
+    return files.write_bytes(path / "report.html", page.encode())
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 
+from gsdd_jax import files, synset
 from train import yaml12
 from train.errors import ConfigError, UserError
 
@@ -57,8 +58,7 @@ class RunDir:
         self._metrics: int | None = None
         self._lock: int | None = self._acquire()
         try:
-            for leftover in self.path.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            files.remove_leftovers([self.path, self.checkpoints_path, *(self.path / synset.EXPORT).glob("**")])
             if not self.config_path.exists():
                 orphans = [p.name for p in (self.metrics_path, self.checkpoints_path) if p.exists()]
                 if orphans:
@@ -176,7 +176,7 @@ class RunDir:
             while data:
                 data = data[os.write(self._metrics, data) :]
         except OSError as error:
-            raise _named(error, self.metrics_path) from error
+            raise files.named(error, self.metrics_path) from error
 
     def truncate(self, phase: str, step: int) -> None:
         """Drops the metrics of a phase after a step: call it before that phase goes on from a checkpoint.
@@ -195,10 +195,10 @@ class RunDir:
         entries = _parse(lines, self.metrics_path)
         kept = [ln for ln, e in zip(lines, entries, strict=True) if e.get("phase") != phase or e.get("step", 0) <= step]
         if len(kept) != len(lines):
-            write_bytes(self.metrics_path, b"".join(kept))
+            files.write_bytes(self.metrics_path, b"".join(kept))
 
     def _write_config(self, config: Mapping[str, Any]) -> None:
-        write_bytes(self.config_path, yaml12.dump(dict(config)).encode())
+        files.write_bytes(self.config_path, yaml12.dump(dict(config)).encode())
 
     def _acquire(self) -> int:
         path = self.path / ".lock"
@@ -213,7 +213,7 @@ class RunDir:
             ) from None
         except OSError as error:
             os.close(descriptor)
-            raise _named(error, path) from error
+            raise files.named(error, path) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return descriptor
@@ -267,43 +267,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return _parse(lines, file)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Replaces a file atomically: after a crash it holds the old bytes or the new ones, never a part.
-
-    Args:
-        path: The file; its directory must exist.
-        data: Its new content.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: With `filename` set, also for a full disk; the old file is then untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise _named(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Replaces a file atomically with `value` as indented JSON; NaN and infinities are written as strings."""
     text = json.dumps(_finite(plain(value)), indent=2, ensure_ascii=False, allow_nan=False)
-    return write_bytes(path, f"{text}\n".encode())
+    return files.write_bytes(path, f"{text}\n".encode())
 
 
 def environment() -> dict[str, Any]:
@@ -413,11 +380,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _show(flat: Mapping[str, Any], key: str) -> str:
     return json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
-
-
-def _named(error: OSError, path: Path) -> OSError:
-    """The same error with a file name: errors of write() carry none."""
-    return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def _damaged(what: Path | str, why: Exception | str, remedy: str) -> UserError:

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from gsdd_jax import data, storage
+from gsdd_jax import data, files, storage
 from train import config as configs
 from train import distill
 from train import experiment as experiments
 from train.errors import ConfigError, DivergedError, exit_cleanly
 from train.progress import Progress
-from train.rundir import environment, read_metrics, write_bytes, write_json
+from train.rundir import environment, read_metrics, write_json
 from train.stopping import on_sigterm
 
 # Of the training images of a class, the share on which settings are compared.
@@ -140,7 +140,7 @@ def search(
         "environment": environment(),
     }
     write_json(out / "tune.json", result)
-    write_bytes(out / "tune.md", table(result).encode())
+    files.write_bytes(out / "tune.md", table(result).encode())
     return result
 
 
