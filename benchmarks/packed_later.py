@@ -76,7 +76,7 @@ def compare(args: argparse.Namespace) -> None:
     codec, progress = experiment.codec, Progress(quiet=True)
     targets = experiments.real_images(experiment, codec, purpose="select", how=config.fit.select)
     rows: dict[str, Any] = {}
-    resolved = dataclasses.asdict(experiments.resolved(config, codec))
+    resolved = dataclasses.asdict(experiment.config)
     with RunDir(args.runs / "fit") as run:
         run.configure(resolved)
         fitted = stages.fit_stage(experiment, codec, targets, run=run, progress=progress, arm="main")

@@ -269,7 +269,9 @@ def _trajectory(
         rows = np.asarray(theta)
         if not np.isfinite(rows).all():
             bad = group[int(np.argmin(np.isfinite(rows).all(1)))]
-            raise ValueError(f"expert {bad}: weights not finite after epoch {epoch + 1}; lower the experts' lr")
+            raise ValueError(
+                f"expert {bad}: weights not finite after epoch {epoch + 1}; lower the experts' lr, in another folder"
+            )
         if on_epoch is not None:
             on_epoch(group, epoch + 1, np.asarray(losses))
         yield rows

@@ -32,6 +32,25 @@ class FitSpec:
         Doc("Real images of a class: drawn at random, its first, or the nearest to k-means centres of features."),
     ] = "random"
     steps: Annotated[int, Ge(0), Doc("Adam steps on the mean squared error")] = 1000
+    initial_set: Annotated[
+        str,
+        Doc(
+            "Folder of an exported set, or of a run, whose parameters are the start in place of a fit: the same codec "
+            "but for its rates, image size and classes; empty = fit."
+        ),
+    ] = ""
+    initial_sha256: Annotated[
+        str, Doc("What `initial_set` must hold: the SHA-256 of its codec and arrays. A run fills it in.")
+    ] = ""
+
+    def __post_init__(self) -> None:
+        """Checks what no single field can say.
+
+        Raises:
+            ValueError: A sum of no set.
+        """
+        if self.initial_sha256 and not self.initial_set:
+            raise ValueError("fit.initial_set: expected the folder of the set that fit.initial_sha256 names, found ''")
 
 
 class FitState(NamedTuple):

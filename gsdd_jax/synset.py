@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
@@ -165,6 +165,19 @@ class SynSet:
         fresh.replace(folder / ARRAYS)
         tidy(folder, {ARRAYS})
         return {**sizes, "manifest": len(text)}
+
+
+def fingerprint(parts: Iterable[SynSet]) -> str:
+    """Returns the hex SHA-256 over the codecs, parameters and labels of a set, as they are stored."""
+    import jax
+
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr((part.codec.spec, part.codec.image_shape)).encode())
+        arrays = part.codec.stored(part.params), None if part.soft is None else part.soft.arrays
+        for leaf in jax.tree.leaves(arrays):
+            digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def load(path: Location) -> SynSet:

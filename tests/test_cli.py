@@ -274,7 +274,7 @@ def test_run_survives_accident_upon_accident_and_ends_in_the_same_bits(toy, whol
         patch.setattr(stages, "build_step", poisoned)
         message = refused(capsys, start(toy, out))
     assert re.search("main-distill: .*loss.* not finite in iteration 5; the state of step 4 is kept in", message)
-    assert "try a smaller learning rate (codec.lr)" in message
+    assert "try a smaller learning rate (codec.lr, now 0.01), with --extend codec.lr=... in this run" in message
     assert held("main-distill") == [2, 4] and not (out / "export").exists()
     assert all(np.isfinite(entry.get("loss", 0)) for entry in read_metrics(out))
 
@@ -546,7 +546,7 @@ def test_run_directory_that_is_a_file_is_refused(toy, capsys):
 def test_absurd_learning_rate_stops_the_run_with_the_iteration(toy, tmp_path, capsys):
     text = refused(capsys, start(toy, tmp_path / "run", "codec.lr=1e30"))
     assert re.search(r"main-distill: .*param_norm.* not finite in iteration \d+;", text)
-    assert "try a smaller learning rate (codec.lr)" in text
+    assert "try a smaller learning rate (codec.lr, now 1e+30), with --extend codec.lr=... in this run" in text
     assert "main-fit" in {entry["phase"] for entry in read_metrics(tmp_path / "run")}
     assert all(np.isfinite(entry.get("loss", 0)) for entry in read_metrics(tmp_path / "run"))
     assert not (tmp_path / "run" / "export").exists()

@@ -6,7 +6,6 @@ The parts that `train.evaluate` and `train.ranking` share.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -15,13 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gsdd_jax import data, evaluate, nets, recipes, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.evaluate import EvalSpec
 from gsdd_jax.merged import MergedSet
-from gsdd_jax.synset import SynSet
+from gsdd_jax.synset import SynSet, fingerprint
 from train import config as configs
 from train import experiment as experiments
 from train.errors import UserError
@@ -99,7 +97,7 @@ def set_up(request: Request) -> Bench:
     """Reads the data, renders the set and checks that they belong together."""
     synset, spec = request.synset, request.config.data
     if request.resolution:
-        spec = dataclasses.replace(spec, resolution=request.resolution)
+        spec = dataclasses.replace(spec, resolution=request.resolution, sha256="")
     every = data.load(spec)
     dataset = experiments.own_classes(request.config, every)
     images = synset.images(request.size)
@@ -175,12 +173,6 @@ class Results:
 def head(request: Request, bench: Bench) -> dict[str, Any]:
     """Returns the head of a file of results."""
     synset = request.synset
-    digest = hashlib.sha256()
-    for part in synset.parts:
-        digest.update(repr((part.codec.spec, part.codec.image_shape)).encode())
-        arrays = part.codec.stored(part.params), None if part.soft is None else part.soft.arrays
-        for leaf in jax.tree.leaves(arrays):
-            digest.update(np.asarray(leaf).tobytes())
     return {
         "run": str(request.run),
         "codec": synset.parts[0].codec.name,
@@ -190,7 +182,7 @@ def head(request: Request, bench: Bench) -> dict[str, Any]:
         "native_size": list(synset.parts[0].codec.image_shape[:2]),
         "size": list(bench.images.shape[1:3]),
         "bytes_per_class": synset.nbytes / len(synset.class_names),
-        "set_sha256": digest.hexdigest(),
+        "set_sha256": fingerprint(synset.parts),
         "data_sha256": bench.dataset.fingerprint(),
         "environment": environment(),
     }

@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.keep < 0:
             raise ConfigError(f"--keep: expected 0 or more, found {args.keep}")
         dataset = data.load(config.data)
+        config = experiments.known_data(config, dataset)
         if budget is not None:
             one = storage.budget_bytes(1, dataset.image_shape)
             ipc = budget / one

@@ -27,6 +27,8 @@ __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 T = TypeVar("T")
 
 SMOKE = "smoke"
+# What a run directory adds to its config: how the run was extended. No setting.
+HISTORY = "history"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,6 +198,7 @@ def load(
 
     origins: dict[Place, str] = {}
     block = data.pop(SMOKE, None)
+    data.pop(HISTORY, None)
     if smoke:
         if not isinstance(block, dict) or not block:
             raise ConfigError(f"{source}: a smoke test needs the block 'smoke:' with the keys that shrink the run")

@@ -7,13 +7,12 @@ run directory. The same command continues an interrupted run to the same bits.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import codecs, distill, files, fit, labels, storage, synset
+from gsdd_jax import codecs, data, distill, files, fit, labels, storage, synset
 from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.match import TrajectorySpec
 from train import config as configs
 from train import experiment as experiments
 from train import hosts, labelling, pictures, report, results, stages
-from train.errors import exit_cleanly
+from train.checkpoint import Checkpoints
+from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import PeriodicTests, as_stored, evaluate_stage, evaluation_lr
 from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, plain, versions, write_json
+from train.rundir import RunDir, compare, covered, environment, plain, read_config, read_steps, versions, write_json
 from train.stopping import on_sigterm
 
 # What may differ when a run is continued: nothing that touches numbers already computed, or by more than rounding.
@@ -45,6 +45,22 @@ MAY_CHANGE = (
     "distill.devices",
     "experts.path",
     "experts.train",
+    # Which set it is says fit.initial_sha256.
+    "fit.initial_set",
+    # data.sha256 says which data; these, where they are.
+    *experiments.WHEREABOUTS,
+    "data.train_split",
+    "data.test_split",
+)
+
+# What --extend may change: how far, and how fast.
+EXTENDABLE = (
+    "distill.iterations",
+    "distill.schedule",
+    "codec.lr*",
+    "objective.lr_lr",
+    "baselines.pixel_iterations",
+    "baselines.pixel_codec.lr*",
 )
 
 # Distilled arms: the name of their phase, and the purpose of their random key.
@@ -69,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print budget, shapes and estimated memory; compute nothing"
     )
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with a finished, diverged or interrupted run under other settings, such as "
+        f"--extend distill.iterations=2000 codec.lr=0.003; may differ: {', '.join(EXTENDABLE)}",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     hosts.add_arguments(parser)
@@ -76,11 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug or None), on_sigterm(), hosts.joined(args) as crew:
         config: configs.RunConfig = configs.load(args.config, args.overrides, smoke=args.smoke)
+        out = Path(args.out) if args.out else experiments.run_path(config)
+        if args.extend and not (out / "config.yaml").exists():
+            raise UserError(f"--extend: {out} holds no run; expected one, or leave --extend out to start it")
         experiment = experiments.prepare(config)
         if args.dry_run:
+            if (out / "config.yaml").exists():
+                _refuse_other_data(experiment, out)
+                _, changes = compare(out, extend=args.extend, **_settings(experiment))
+                _check_extension(experiment, out, changes)
             print(plan(experiment))
             return 0
-        out = Path(args.out) if args.out else experiments.run_path(config)
         crew.agree(_identity(experiment))
         if not crew.leader:
             stages.follow(
@@ -90,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pixel=lambda: _pixel_codec(experiment),
             )
             return 0
-        result = run(experiment, out, Progress(quiet=args.quiet), crew=crew)
+        result = run(experiment, out, Progress(quiet=args.quiet), crew=crew, extend=args.extend)
         print((out / "table.md").read_text())
         print(f"{out / 'report.html'}  ({result['seconds']:.0f} s)")
     return 0
@@ -98,8 +126,80 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     """Returns what the processes of a run have to have in common."""
-    settings = plain(dataclasses.asdict(experiments.resolved(experiment.config, experiment.codec)))
-    return {**settings, "data_sha256": experiment.data_identity(), "versions": versions()}
+    return {
+        **plain(dataclasses.asdict(experiment.config)),
+        "data_sha256": experiment.data_identity(),
+        "versions": versions(),
+    }
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """Returns what a run directory compares: the settings of a run, and which of them may be others there."""
+    return {
+        "config": dataclasses.asdict(experiment.config),
+        "asked": dataclasses.asdict(experiment.asked),
+        "may_change": MAY_CHANGE,
+        "defaults": configs.defaults(experiment.config),
+        "extendable": EXTENDABLE,
+    }
+
+
+def _refuse_other_data(experiment: Experiment, path: Path) -> None:
+    """Refuses to go on with a run that was made from other data, or to hand out its result."""
+    known = [(experiment.config.data.sha256, read_config(path).get("data"), "sha256")]
+    # Configs of before do not name their data.
+    known.append((experiment.dataset.fingerprint(), _result(path), "data_sha256"))
+    for found, there, key in known:
+        if isinstance(there, dict) and there.get(key):
+            data.require_content(found, there[key], f"the run in {path} was made from")
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    """Reads the result of a run; None where there is none, or a damaged one, to be made anew from the stages."""
+    try:
+        return json.loads((path / "result.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _extension(experiment: Experiment, path: Path, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Checks that a run can go on under other settings, and returns the entry of its history.
+
+    Its result is set aside, so that it stands for the run of before alone.
+    """
+    steps = _check_extension(experiment, path, changes)
+    result = path / "result.json"
+    if result.exists():
+        result.replace(path / f"result-{steps.get('main-distill', 0)}.json")
+    return {"from": steps, "changes": changes}
+
+
+def _check_extension(experiment: Experiment, path: Path, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, int]:
+    """Refuses an extension that would not change what it says; returns the steps that the phases have reached."""
+    config, steps = experiment.config, read_steps(path)
+    rates: tuple[str, ...] = ("codec.*", "objective.*", "distill.schedule")
+    arms = {"main-distill": ("distill.iterations", config.distill.iterations, rates)}
+    if "pixel" in experiments.arms(config):
+        key = "baselines.pixel_iterations" if config.baselines.pixel_iterations else "distill.iterations"
+        arms["pixel-distill"] = key, pixel_iterations(config), ("baselines.pixel_codec.*",)
+    for phase, (key, iterations, rates) in arms.items():
+        done = steps.get(phase, 0)
+        if changes and iterations < done:
+            raise ConfigError(
+                f"{key}: expected at least the {done} that {phase} has done in {path}, found {iterations}"
+            )
+        idle = [name for name in changes if covered(name, rates)]
+        if idle and iterations == done:
+            raise ConfigError(
+                f"{key}: {phase} has done all {done} in {path}, so that another {', '.join(idle)} changes nothing; "
+                f"expected more than {done}"
+            )
+    return steps
+
+
+def pixel_iterations(config: configs.RunConfig) -> int:
+    """Returns the outer steps of the pixel baseline."""
+    return config.baselines.pixel_iterations or config.distill.iterations
 
 
 def run(
@@ -109,6 +209,7 @@ def run(
     *,
     fitted: Path | None = None,
     crew: hosts.Crew | None = None,
+    extend: bool = False,
 ) -> dict[str, Any]:
     """Carries out or continues an experiment in the run directory ``out`` and returns the result.
 
@@ -118,13 +219,14 @@ def run(
         progress: Progress bars.
         fitted: Another run directory whose fit, of the same codec to the same images, is taken over.
         crew: The processes of the run, whose leader this one is.
+        extend: Whether a run in ``out`` may go on under other settings, see EXTENDABLE.
     """
     config, dataset = experiment.config, experiment.dataset
     with RunDir(out) as rundir:
+        if rundir.config_path.exists():
+            _refuse_other_data(experiment, rundir.path)
         continued = rundir.configure(
-            dataclasses.asdict(experiments.resolved(config, experiment.codec)),
-            may_change=MAY_CHANGE,
-            defaults=configs.defaults(config),
+            extend=functools.partial(_extension, experiment, rundir.path) if extend else None, **_settings(experiment)
         )
         if fitted is not None and not continued:
             copied = rundir.checkpoints_path / "main-fit"
@@ -132,14 +234,10 @@ def run(
             # A run that is killed before it is whole fits for itself.
             source = fitted / copied.relative_to(rundir.path)
             files.write_folder(copied, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
-        done = rundir.path / "result.json"
-        if continued and done.exists():
-            # A damaged one is made anew from the stages, which are all kept.
-            with contextlib.suppress(ValueError):
-                result = json.loads(done.read_text())
-                progress.say(f"{out} holds the finished run; nothing to compute")
-                return result
-        environment = rundir.record_environment()
+        if continued and (known := _result(rundir.path)) is not None:
+            progress.say(f"{out} holds the finished run; nothing to compute")
+            return known
+        now = rundir.record_environment()
         progress.say(
             f"{config.name}: {dataset.name}, {dataset.num_classes} classes, {'x'.join(map(str, dataset.image_shape))}, "
             f"{experiment.codec.images_per_class} images per class in {experiment.bytes_per_class} bytes"
@@ -165,16 +263,7 @@ def run(
         )
         state, tested = arm(codec, fitted, name="distilled", iterations=config.distill.iterations)
         accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
-        params, meta = state.params, _meta(experiment, environment)
-        if isinstance(state.matcher, distill.SynLr):
-            meta["syn_lr"] = float(state.matcher.value)
-        distilled = synset.SynSet(
-            codec,
-            codec.loaded(codec.stored(params)),
-            experiment.bytes_per_class,
-            dataset.class_names,
-            meta,
-        )
+        distilled = _set_of(experiment, state.params, state.matcher, now)
         distilled = dataclasses.replace(distilled, soft=label(distilled.images()))
         sizes = distilled.save(rundir.path / synset.EXPORT)
         # What is evaluated is what was written, not what is in memory.
@@ -188,8 +277,7 @@ def run(
         pixel = None
         if "pixel" in wanted:
             pixel, start = _pixel_start(experiment)
-            iterations = config.baselines.pixel_iterations or config.distill.iterations
-            state, accuracies["pixel"] = arm(pixel, start, name="pixel", iterations=iterations)
+            state, accuracies["pixel"] = arm(pixel, start, name="pixel", iterations=pixel_iterations(config))
             drawn = as_stored(pixel, state.params)
             images["pixel"], lrs["pixel"] = drawn, evaluation_lr(experiment, state)
             soft["pixel"] = labelling.probabilities(label(drawn))
@@ -203,6 +291,7 @@ def run(
                 run=rundir,
                 progress=progress,
                 lr=lrs.get(name),
+                iteration={"distilled": config.distill.iterations, "pixel": pixel_iterations(config)}.get(name),
             )
             for name in wanted
         }
@@ -210,7 +299,7 @@ def run(
             experiment,
             rows,
             sizes=sizes,
-            environment=environment,
+            environment=now,
             run=rundir,
             pixel=pixel,
             fit_psnr=_fit_psnr(experiment, fitted_images, targets),
@@ -225,13 +314,56 @@ def run(
             files.write_bytes(rundir.path / f"{name}.png", png)
         report.write(rundir.path, result, shown)
         # Written last: its presence says that the run is finished.
-        write_json(done, result)
+        write_json(rundir.path / "result.json", result)
         return result
+
+
+def _set_of(experiment: Experiment, params: Any, matcher: Any, now: Mapping[str, Any]) -> synset.SynSet:
+    """Returns the set of parameters at stored precision, without soft labels."""
+    codec, meta = experiment.codec, _meta(experiment, now)
+    if isinstance(matcher, distill.SynLr):
+        meta["syn_lr"] = float(matcher.value)
+    stored = codec.loaded(codec.stored(params))
+    return synset.SynSet(codec, stored, experiment.bytes_per_class, experiment.dataset.class_names, meta)
+
+
+def from_checkpoint(path: Path) -> synset.SynSet:
+    """Returns the set of the newest checkpoint of a run that is not finished: distilled so far, or fitted only.
+
+    Soft labels are made as at the end of the run. Its meta says the phase and the step.
+
+    Raises:
+        UserError: There is no run or no checkpoint, another process writes there, or the data are others.
+    """
+    if not (path / "config.yaml").exists():
+        raise UserError(f"--checkpoint: {path} is no run directory: there is no config.yaml")
+    experiment: Experiment = experiments.prepare(configs.load(path / "config.yaml"))
+    config, codec, quiet = experiment.config, experiment.codec, Progress(quiet=True)
+    shape = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
+    params = jax.eval_shape(codec.init, jax.random.key(0), shape)
+    fitting = jax.eval_shape(lambda x: fit.init_fit(jax.random.key(0), x, codec=codec, steps=1), shape)
+    state = jax.eval_shape(lambda p: distill.init_state(codec, p, config.objective, experiment.network), params)
+    with RunDir(path) as rundir:
+        for phase, like in (("main-distill", state), ("main-fit", fitting)):
+            if phase not in read_steps(path):
+                continue
+            with Checkpoints(rundir.checkpoints_path / phase) as checkpoints:
+                newest = checkpoints.newest(like)
+            assert newest is not None
+            step, found, _ = newest
+            made = _set_of(experiment, found.params, getattr(found, "matcher", None), environment())
+            made.meta.update(phase=phase, step=step)
+            experts = None
+            if isinstance(config.objective, TrajectorySpec) and config.labels.teacher == "experts":
+                experts = stages.expert_stage(experiment, experiments.expert_path(config, path), progress=quiet)
+            label = labelling.label_stage(experiment, experts=experts, run=rundir, progress=quiet)
+            return dataclasses.replace(made, soft=label(made.images()))
+    raise UserError(f"--checkpoint: {path} has no checkpoint yet; expected one of main-fit or main-distill")
 
 
 def _targets(experiment: Experiment) -> jax.Array:
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
-    if config.fit.to == "real":
+    if config.fit.to == "real" and experiment.start is None:
         return experiments.real_images(experiment, codec, purpose="select", how=config.fit.select)
     return fit.solid_targets(dataset.train_images, codec.num_images)
 
@@ -289,7 +421,7 @@ def _pixel_codec(experiment: Experiment) -> codecs.Codec:
 
 def _fit_psnr(experiment: Experiment, fitted: jax.Array, targets: jax.Array) -> float | None:
     """Returns the mean PSNR of the fitted images as stored, in dB, where real images were fitted."""
-    if experiment.config.fit.to != "real" or experiment.codec.name == "pixel":
+    if experiment.config.fit.to != "real" or experiment.start is not None or experiment.codec.name == "pixel":
         return None
     return float(fit.psnr(fitted, targets).mean())
 
@@ -306,7 +438,7 @@ def ellipse_picture(codec: codecs.Codec, g: Gaussians, class_names: Sequence[str
     )
 
 
-def _meta(experiment: Experiment, environment: dict[str, Any]) -> dict[str, Any]:
+def _meta(experiment: Experiment, now: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of the exported set: where it comes from, and the normalisation that networks expect."""
     config, dataset, whole = experiment.config, experiment.dataset, experiment.whole
     channels = experiments.channel_statistics(dataset) if whole is None else whole.channels
@@ -317,8 +449,8 @@ def _meta(experiment: Experiment, environment: dict[str, Any]) -> dict[str, Any]
         "whiten": config.whiten,
         "channel_mean": np.asarray(channels.mean).tolist(),
         "channel_std": np.asarray(channels.std).tolist(),
-        "versions": environment["versions"],
-        "commit": environment["commit"],
+        "versions": now["versions"],
+        "commit": now["commit"],
         **({"labels": dataclasses.asdict(config.labels)} if config.labels.kind == "soft" else {}),
     }
     if whole is not None:
@@ -328,7 +460,7 @@ def _meta(experiment: Experiment, environment: dict[str, Any]) -> dict[str, Any]
             "subtask": config.subtask,
             "classes": list(whole.classes),
             "dataset_sha256": whole.fingerprint,
-            "codec": dataclasses.asdict(config.codec),
+            "codec": dataclasses.asdict(experiment.asked.codec),
         }
     return meta
 
@@ -361,7 +493,7 @@ def plan(experiment: Experiment) -> str:
             f"soft labels: {size} bytes, {size // codec.num_classes} per class, within the budget; "
             f"teachers: {config.labels.teachers} {kind}"
         )
-    state = jax.eval_shape(lambda p: distill.init_state(codec, p, stages.objective(config), experiment.network), params)
+    state = jax.eval_shape(lambda p: distill.init_state(codec, p, config.objective, experiment.network), params)
     data = jax.eval_shape(lambda: _example_data(experiment))
     step = jax.jit(stages.build_step(experiment, codec, config.distill.iterations), donate_argnums=0)
     memory = step.lower(state, data, key).compile().memory_analysis()

@@ -22,6 +22,8 @@ with five and with six blocks::
 The set is rendered at that size, and the data are read at that size from their source: photographs that are larger are
 scaled down, smaller ones up (then the test holds no more detail than before, unlike in the paper). Where the run read
 a small copy, a larger one of the same classes can be named, such as data.path=.../imagenette/full-size-v2/1.0.0.
+The data are those that the run was made from, by their content, wherever they are (data.path, data.source, data.name);
+with another size, or another choice of images (such as data.test_limit=500), or with data.sha256='' they are others.
 Normalisation is fitted to the training images at that size. ZCA of 64 px images did not end in nine minutes on two
 cores, and that of larger ones is refused: whiten=meanstd.
 
@@ -44,14 +46,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import gsdd_jax
 from gsdd_jax import nets, recipes
 from gsdd_jax.evaluate import EvalSpec
 from train import config as configs
 from train.bench import Bench, Request, Results, diverged, head, percent, set_up, train_and_test
 from train.errors import UserError, exit_cleanly
+from train.experiment import WHEREABOUTS
 from train.progress import Progress
 from train.ranking import rank
+from train.results import exported
+from train.rundir import covered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +139,7 @@ def _check_arguments(args: argparse.Namespace, named: list[str]) -> None:
 
 def _request(args: argparse.Namespace, named: list[str], overrides: list[str]) -> Request:
     run = Path(args.run)
-    synset = gsdd_jax.load(run)
+    synset = exported(run)
     file = run / "config.yaml"
     if not file.exists():
         raise UserError(f"{run} holds an exported set but no config.yaml, which says how to train on it")
@@ -146,6 +150,10 @@ def _request(args: argparse.Namespace, named: list[str], overrides: list[str]) -
     elif args.size:
         size = _size(args.size)
     config: configs.RunConfig = configs.load(file, overrides)
+    keys = [text.partition("=")[0].strip() for text in overrides]
+    if any(covered(key, ["data"]) and not covered(key, [*WHEREABOUTS, "data.sha256"]) for key in keys):
+        # Other images are asked for.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sha256=""))
     places = {text: [part.strip() for part in text.partition("=")[0].split(".")] for text in overrides}
     section = [place for place in places.values() if place[0] == "evaluate"]
     # A recipe works on the run's own section; what the command line says about it goes on top.

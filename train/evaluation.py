@@ -21,6 +21,8 @@ from train.labelling import Labeller, probabilities
 from train.progress import Progress
 from train.rundir import RunDir, write_json
 
+EVALUATION = "evaluation.json"
+
 
 def evaluate_stage(
     experiment: Experiment,
@@ -32,6 +34,7 @@ def evaluate_stage(
     labels: jax.Array | np.ndarray | None = None,
     seeds: Sequence[int] = (),
     lr: float | None = None,
+    iteration: int | None = None,
 ) -> dict[str, Any]:
     """Trains fresh networks on an arm's images and tests them; finished networks are kept in evaluation.json.
 
@@ -45,6 +48,7 @@ def evaluate_stage(
         labels: Of the images: soft ones ``[n, k]``, or ``[n]``; None where the order says all, as many of each class.
         seeds: Of the networks; 0, 1, ... as config.evaluate says if empty.
         lr: Learning rate in place of that of config.evaluate.
+        iteration: Outer steps that the images are from, where a run that is extended has others later.
 
     Returns:
         ``{"mean", "std", "n", "seeds", "accuracies", "seconds", "images", "steps", "images_seen", "lr"}``, where
@@ -53,14 +57,11 @@ def evaluate_stage(
     config, dataset = experiment.config, experiment.dataset
     spec = evaluation_spec(experiment, arm)
     seeds = seeds or range(spec.seeds)
-    path = run.path / "evaluation.json"
-    try:
-        known = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete it and run the same command again; networks will be tested anew"
-        ) from error
-    entry = known.setdefault(arm, {"accuracies": {}, "seconds": 0.0})
+    path, known = run.path / EVALUATION, known_tests(run)
+    entry = known.get(arm, {})
+    if not entry or entry.get("iteration") != iteration:
+        entry = known[arm] = {"accuracies": {}, "seconds": 0.0}
+        entry |= {} if iteration is None else {"iteration": iteration}
     left = [seed for seed in seeds if str(seed) not in entry["accuracies"]]
     # Each network of random real images has a training set of its own.
     together = 1 if arm == "random_real" else spec.parallel
@@ -104,6 +105,21 @@ def evaluate_stage(
         "images_seen": steps * min(spec.batch, entry["images"]),
         "lr": spec.lr if lr is None else lr,
     }
+
+
+def known_tests(run: RunDir) -> dict[str, Any]:
+    """Reads the networks that a run has tested, by arm.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = run.path / EVALUATION
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it and run the same command again; networks will be tested anew"
+        ) from error
 
 
 def _training_set(
@@ -210,7 +226,9 @@ class PeriodicTests:
             step = checkpoints.latest()
             assert step is not None
             state, meta = checkpoints.restore(step, like)
-        return state, meta["entry"] | {"iteration": step, "tests": max(1, -(-self._iterations // self._every))}
+        # Runs that were extended have had more: after what used to be their last iteration.
+        made = sum(name.startswith(f"{self._arm} after ") for name in known_tests(self._run))
+        return state, meta["entry"] | {"iteration": step, "tests": max(made, 1, -(-self._iterations // self._every))}
 
     def _checkpoints(self) -> Checkpoints:
         return Checkpoints(self._run.checkpoints_path / f"{self._arm}-best", keep=1)

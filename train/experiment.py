@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gsdd_jax import codecs, data, distill, fit, labels, nets, storage, whiten
-from gsdd_jax.match import TrajectorySpec
+from gsdd_jax import codecs, data, distill, fit, labels, nets, storage, synset, whiten
+from gsdd_jax.match import GradientSpec, TrajectorySpec
+from gsdd_jax.merged import load
 from train.config import RunConfig
 from train.errors import ConfigError
 
@@ -27,6 +28,10 @@ PURPOSES = (
     "features",
     "teacher",
 )
+# Settings that say where data are, not which.
+WHEREABOUTS = ("data.source", "data.name", "data.path")
+# Settings of a codec that its parameters do not depend on, by how they begin.
+RATES = ("lr", "start", "boundary")
 # Starts of codecs that look at no image.
 NOISE = ("uniform", "xavier")
 
@@ -43,6 +48,9 @@ class Whole(NamedTuple):
 class Experiment(NamedTuple):
     """All that the stages of a run share; derived from the config and the data alone.
 
+    In `config` everything is filled in that `asked` left to the data and the budget: with other data, or by another
+    rule of a later version, a run directory holds another config.
+
     A subtask has the dataset of its classes, but the whitening of the whole training set, so that the parts of a merged
     set live in one normalised space. `whole` is None where the run is no subtask.
     """
@@ -53,7 +61,10 @@ class Experiment(NamedTuple):
     codec: codecs.Codec
     network: nets.Network
     whitening: Any
+    asked: RunConfig
     whole: Whole | None = None
+    # Parameters that stand in for a fit, of `fit.initial_set`.
+    start: Any = None
 
     def key(self, purpose: str, index: int = 0) -> jax.Array:
         """Returns the random key of a purpose; those of other purposes, seeds, indices and subtasks are independent."""
@@ -119,7 +130,8 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
 
     Args:
         config: What to run.
-        dataset: All classes, also for a subtask.
+        dataset: All classes, also for a subtask. Where they are made from those of ``config.data``, its ``sha256`` is
+            set already.
 
     Raises:
         ConfigError: Settings that contradict each other or the data; the message names the key.
@@ -127,20 +139,23 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     _check_start(config)
     _check_teacher(config)
     every = data.load(config.data) if dataset is None else dataset
+    asked, config = config, known_data(config, every)
     dataset = own_classes(config, every)
     shape, classes = dataset.image_shape, dataset.num_classes
     available = storage.budget_bytes(config.ipc, shape)
     budget: dict[str, Any] = {"image_shape": shape, "num_classes": classes, "bytes_per_class": available}
     codec = labels.make_codec(config.codec, config.labels, **budget)
-    if config.fit.to == "real":
+    if config.fit.to == "real" and not config.fit.initial_set:
         data.require_per_class(dataset, codec.images_per_class, f"codec.{_count_field(codec.spec)}")
     data.require_per_class(dataset, 1, "objective.batch_real")
     _check_mmd(config, codec)
     network = nets.build(config.network, shape, classes)
-    if config.baselines.pixel:
+    baselines = config.baselines
+    if baselines.pixel:
         try:
-            pixel = labels.make_codec(config.baselines.pixel_codec, config.labels, **budget)
+            pixel = labels.make_codec(baselines.pixel_codec, config.labels, **budget)
             _check_mmd(config, pixel)
+            baselines = dataclasses.replace(baselines, pixel_codec=pixel.spec)
         except ValueError as error:
             raise ConfigError(
                 f"baselines.pixel_codec: {str(error).removeprefix('codec.ipc: ')}; "
@@ -150,7 +165,53 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     if config.subtasks > 1:
         whole = Whole(every.fingerprint(), _block(config, every), channel_statistics(every))
     whitening = whiten.fit(config.whiten, every.train_images)
-    return Experiment(config, dataset, available, codec, network, whitening, whole)
+    fitting, start = config.fit, None
+    if fitting.initial_set:
+        start, digest = _initial(fitting.initial_set, codec, dataset.class_names)
+        if fitting.initial_sha256 not in ("", digest):
+            raise ConfigError(
+                f"fit.initial_set: {fitting.initial_set} holds another set (SHA-256 {digest}) than "
+                f"fit.initial_sha256 names ({fitting.initial_sha256})"
+            )
+        fitting = dataclasses.replace(fitting, initial_sha256=digest)
+    config = dataclasses.replace(known_loops(config), codec=codec.spec, baselines=baselines, fit=fitting)
+    return Experiment(config, dataset, available, codec, network, whitening, asked, whole, start)
+
+
+def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tuple[Any, str]:
+    """Reads the parameters of a set for a codec, and the fingerprint of the set."""
+    found = load(path)
+    if not isinstance(found, synset.SynSet):
+        raise ConfigError(
+            f"fit.initial_set: {path} is a merged set; expected that of one run, such as one of its parts"
+        )
+
+    def described(one: codecs.Codec, names: tuple[str, ...]) -> dict[str, Any]:
+        settings = {f"codec.{key}": value for key, value in vars(one.spec).items() if not key.startswith(RATES)}
+        return settings | {"image_shape": tuple(one.image_shape), "class_names": names}
+
+    wanted, there = described(codec, class_names), described(found.codec, found.class_names)
+    apart = [key for key in wanted | there if wanted.get(key) != there.get(key)]
+    if apart:
+        key = "codec.name" if "codec.name" in apart else apart[0]
+        raise ConfigError(
+            f"fit.initial_set: {path} has another {key} than this run: {there.get(key)}, expected {wanted.get(key)}"
+        )
+    return found.params, synset.fingerprint([found])
+
+
+def known_loops(config: RunConfig) -> RunConfig:
+    """Returns the config with the loops of gradient matching, which follow from the budget."""
+    if not isinstance(config.objective, GradientSpec):
+        return config
+    return dataclasses.replace(config, objective=config.objective.for_ipc(config.ipc))
+
+
+def known_data(config: RunConfig, dataset: data.Dataset) -> RunConfig:
+    """Returns the config with the fingerprint of its data, all classes of both splits."""
+    if config.data.sha256:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sha256=dataset.fingerprint()))
 
 
 def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:
@@ -167,7 +228,7 @@ def _count_field(spec: codecs.CodecSpec) -> str:
 
 def _check_start(config: RunConfig) -> None:
     """Refuses a start that would look at real images although the fit is asked not to, or cannot do without them."""
-    if config.fit.to == "real":
+    if config.fit.to == "real" or config.fit.initial_set:
         return
     start = getattr(config.codec, "start", None)
     if start is None:
@@ -207,11 +268,6 @@ def _check_teacher(config: RunConfig) -> None:
         raise ConfigError(
             f"labels.teachers: expected at most experts.count = {config.experts.count}, found {spec.teachers}"
         )
-
-
-def resolved(config: RunConfig, codec: codecs.Codec) -> RunConfig:
-    """Returns the config with the codec's settings as they were resolved (num_points and the like)."""
-    return dataclasses.replace(config, codec=codec.spec)
 
 
 def real_images(experiment: Experiment, codec: codecs.Codec, *, purpose: str, how: str, index: int = 0) -> jax.Array:
@@ -255,9 +311,10 @@ def class_rows(codec: codecs.Codec, images: jax.Array) -> np.ndarray:
 
 def arms(config: RunConfig) -> Sequence[str]:
     """Names the rows of the table of results, the distilled set first."""
+    fitted = config.fit.to == "real" and config.codec.name != "pixel"
     wanted = {
         "distilled": True,
-        "fit_only": config.baselines.fit_only and config.fit.to == "real" and config.codec.name != "pixel",
+        "fit_only": config.baselines.fit_only and (bool(config.fit.initial_set) or fitted),
         "pixel": config.baselines.pixel and config.codec.name != "pixel",
         "random_real": config.baselines.random_real and config.ipc >= 1,
         "full_data": config.baselines.full_data,

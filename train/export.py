@@ -2,6 +2,7 @@
 
 ``--to`` says how:
 
+    set          the set itself, two files that `gsdd_jax.load` reads; ``--size`` changes nothing.
     png          ``<number>_<class>/<number>.png``, as torchvision's ImageFolder and other readers of folders expect it.
                  The number puts classes in the order of their labels; what a file system may not take becomes ``_``.
     npz          ``images.npz``: ``images [n, h, w, c]`` float32, ``labels``, ``class_names``, ``whiten``, and
@@ -31,12 +32,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-import gsdd_jax
 from gsdd_jax import MergedSet, SynSet, exchange, files
+from train import results
 from train.errors import UserError, exit_cleanly
 
 # In letters; file systems take 255 bytes, and a letter has at most four.
 NAME_LENGTH = 50
+# Forms that hold any value.
+UNCLIPPED = ("set", "npz")
 TFDS_NAME, TFDS_VERSION = "distilled", "1.0.0"
 
 
@@ -57,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = _size(args.size) if args.size else None
         out = Path(args.out)
         check_target(out)
-        synset = gsdd_jax.load(args.run)
+        synset = _source(Path(args.run), checkpoint=args.checkpoint)
         images = np.asarray(synset.images(size), np.float32)
         clipped = f"{100 * np.mean((images < 0) | (images > 1)):.2f} % of all values were outside [0,1]"
-        export = Export(synset, images, [] if args.to == "npz" else pngs_of(images))
+        export = Export(synset, images, [] if args.to in UNCLIPPED else pngs_of(images))
         files.write_folder(out, lambda folder: FORMS[args.to](export, folder))
         h, w, c = images.shape[1:]
-        told = f"{clipped} and stay so" if args.to == "npz" else f"{clipped} and were clipped"
+        told = f"{clipped} and stay so" if args.to in UNCLIPPED else f"{clipped} and were clipped"
         print(f"{out}: {len(images)} images of {h}x{w}x{c} in {len(synset.class_names)} classes; {told}")
     return 0
 
@@ -75,9 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, metavar="DIR", help="run directory, or directory of an exported set")
     parser.add_argument("--to", required=True, metavar="FORM", help=", ".join(FORMS))
     parser.add_argument("--out", required=True, metavar="DIR", help="what to make; absent or empty")
+    parser.add_argument(
+        "--checkpoint", action="store_true", help="the set of the newest checkpoint of the run, which is not finished"
+    )
     parser.add_argument("--size", metavar="SIDE", help="such as 64 or 64x96; default: the size of the set")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     return parser
+
+
+def _source(run: Path, *, checkpoint: bool) -> SynSet | MergedSet:
+    """Returns the set that is written: the exported one of a run, or that of its newest checkpoint."""
+    if not checkpoint:
+        return results.exported(run)
+    # Needs the data and all of training, which exported sets do not.
+    from train import distill
+
+    return distill.from_checkpoint(run)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -279,7 +295,13 @@ def _sentence(synset: SynSet | MergedSet) -> str:
     return f"Distilled {source}by gsdd_jax into {each} bytes per class (codec {synset.parts[0].codec.name})."
 
 
+def write_set(export: Export, folder: Path) -> None:
+    """Writes the set itself, to be read by `gsdd_jax.load`, evaluated, or started from by ``fit.initial_set``."""
+    export.synset.save(folder)
+
+
 FORMS: dict[str, Callable[[Export, Path], None]] = {
+    "set": write_set,
     "png": write_png,
     "npz": write_npz,
     "tfds": write_tfds,

@@ -107,7 +107,10 @@ def _trained(experiment: Experiment, run: RunDir, progress: Progress) -> Any:
                     transform_params=experiment.whitening,
                 )
                 if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
-                    raise UserError(f"labels: teacher {index} diverged at evaluate.lr={recipe.lr:g}; try a lower one")
+                    raise UserError(
+                        f"labels: teacher {index} diverged at evaluate.lr={recipe.lr:g}; try a lower one, in another "
+                        "run directory"
+                    )
                 seconds += time.perf_counter() - began
                 run.append(PHASE, index + 1, total_seconds=seconds)
                 checkpoints.save(index + 1, params, {"seconds": seconds})

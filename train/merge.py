@@ -41,10 +41,10 @@ from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import evaluate_stage
 from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, differences, plain, read_environment, write_json
+from train.rundir import RunDir, differences, plain, read_command, write_json
 
 # In which subtasks of one experiment may differ; whether their data are the same is seen by the data themselves.
-MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.path")
+MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.sha256", "baselines.pixel_codec.ipc")
 # Sections and settings that a merge may override: what follows the set, not what made it.
 OVERRIDES = ("name", "data", "network", "augment", "evaluate", "baselines", "labels")
 # How the whole was tested, where its parts were chosen by tests.
@@ -71,7 +71,8 @@ class Subtask(NamedTuple):
         """What all subtasks of an experiment have in common, and a little more; see MAY_DIFFER."""
         shared = {"dataset_sha256": self.origin["dataset_sha256"], "image_shape": self.synset.codec.image_shape}
         # The codec as it was asked for: what follows from the number of classes may differ.
-        return plain(dataclasses.asdict(self.config) | {"codec": self.origin["codec"]} | shared)
+        config = experiments.known_loops(self.config)
+        return plain(dataclasses.asdict(config) | {"codec": self.origin["codec"]} | shared)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +116,7 @@ def collect(paths: Sequence[Path]) -> list[Subtask]:
     unfinished = [path for path in paths if not (path / "result.json").is_file()]
     if unfinished:
         named = ", ".join(map(str, unfinished))
-        commands = "; ".join(_command(path) or f"the command that wrote {path}" for path in unfinished)
+        commands = "; ".join(read_command(path) or f"the command that wrote {path}" for path in unfinished)
         raise UserError(f"not finished: {named}; continue with: {commands}")
     found = [_read(path) for path in paths]
     first = found[0]
@@ -153,26 +154,19 @@ def _read(path: Path) -> Subtask:
     try:
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        again = _command(path) or "start the command of the run again"
+        again = read_command(path) or "start the command of the run again"
         raise UserError(f"{path / 'result.json'} is damaged ({error}): {again}") from error
     return Subtask(path, config, loaded, result)
 
 
-def _command(path: Path) -> str | None:
-    """Returns the command that a run was started with, if it is known."""
-    starts = read_environment(path)
-    command = starts[0].get("command", "") if starts else ""
-    return command if "train.distill" in command else None
-
-
 def _command_of_another(subtask: Subtask, number: int) -> str:
     """Returns the command of one subtask with the number of another; its run directory is the default one."""
-    words = iter(shlex.split(_command(subtask.path) or "python -m train.distill --config FILE"))
+    words = iter(shlex.split(read_command(subtask.path) or "python -m train.distill --config FILE"))
     kept = []
     for word in words:
         if word == "--out":
             next(words, None)
-        elif not word.startswith(("--out=", "subtask=", "subtasks=")):
+        elif word != "--extend" and not word.startswith(("--out=", "subtask=", "subtasks=")):
             kept.append(word)
     return shlex.join([*kept, f"subtasks={subtask.config.subtasks}", f"subtask={number}"])
 
@@ -189,7 +183,10 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
         _check_labels(config, merged)
     with RunDir(out) as rundir:
         continued = rundir.configure(
-            dataclasses.asdict(config), may_change=MAY_CHANGE, defaults=configs.defaults(config)
+            dataclasses.asdict(experiment.config),
+            asked=dataclasses.asdict(experiment.asked),
+            may_change=MAY_CHANGE,
+            defaults=configs.defaults(config),
         )
         if continued and (rundir.path / synset.EXPORT / synset.MANIFEST).exists():
             _refuse_other_set(rundir.path, merged)
@@ -273,12 +270,8 @@ def _check_labels(config: configs.RunConfig, merged: MergedSet) -> None:
 
 def _whole(config: configs.RunConfig, merged: MergedSet, fingerprint: str) -> Experiment:
     """Reads all classes, and builds what networks are tested with; there is no codec of the whole."""
+    asked, config = config, dataclasses.replace(config, data=dataclasses.replace(config.data, sha256=fingerprint))
     dataset = data.load(config.data)
-    if dataset.fingerprint() != fingerprint:
-        raise UserError(
-            f"data: {dataset.name} is not what the subtasks were made from (SHA-256 {dataset.fingerprint()[:12]}, "
-            f"expected {fingerprint[:12]}); set data.path or data.name to the same data"
-        )
     shape = dataset.image_shape
     return Experiment(
         config,
@@ -287,20 +280,15 @@ def _whole(config: configs.RunConfig, merged: MergedSet, fingerprint: str) -> Ex
         merged.parts[0].codec,
         nets.build(config.network, shape, dataset.num_classes),
         whiten.fit(config.whiten, dataset.train_images),
+        asked,
     )
 
 
 def _refuse_other_set(path: Path, merged: MergedSet) -> None:
     """Keeps the tests of one set from standing for another."""
     held = gsdd_jax.load(path)
-    same = isinstance(held, MergedSet) and [_bytes(part) for part in held.parts] == [_bytes(p) for p in merged.parts]
-    if not same:
+    if not isinstance(held, MergedSet) or synset.fingerprint(held.parts) != synset.fingerprint(merged.parts):
         raise UserError(f"{path} holds another set than these subtasks make: delete it or choose another --out")
-
-
-def _bytes(part: synset.SynSet) -> list[bytes]:
-    arrays = part.codec.stored(part.params), None if part.soft is None else part.soft.arrays
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(arrays)]
 
 
 def _meta(subtasks: Sequence[Subtask]) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import labels, nets, storage
+from gsdd_jax import labels, nets, storage, synset
 from gsdd_jax.codecs import Codec
+from gsdd_jax.merged import MergedSet, load
+from train.errors import UserError
 from train.experiment import Experiment
-from train.rundir import RunDir, read_environment, read_metrics
+from train.rundir import RunDir, read_command, read_environment, read_history, read_metrics, read_steps
 
 # How the networks of a protocol were tested.
 NETWORKS = {
@@ -23,6 +26,26 @@ NETWORKS = {
 BASELINES = ("fit_only", "pixel", "random_real", "full_data")
 # FLOP of a training step over those of its forward pass: the backward pass costs twice as much.
 STEP_FLOPS = 3
+
+
+def exported(path: Path) -> synset.SynSet | MergedSet:
+    """Reads the set of a run directory, or of a folder that holds one.
+
+    Raises:
+        UserError: The run has not exported one yet; the message says how far it is, and both ways on.
+        FileNotFoundError, ValueError: As `gsdd_jax.load`.
+    """
+    try:
+        return load(path)
+    except FileNotFoundError:
+        if not (path / "config.yaml").exists() or (path / synset.EXPORT / synset.MANIFEST).exists():
+            raise
+    steps = ", ".join(f"{phase} {step}" for phase, step in read_steps(path).items()) or "nothing"
+    raise UserError(
+        f"{path}: the run is not finished, so that there is no set (checkpointed: {steps}); go on with: "
+        f"{read_command(path) or 'the command that started it'}; or write its newest checkpoint as a set: "
+        f"python -m train.export --checkpoint --to set --run {path} --out DIR"
+    )
 
 
 def collect(
@@ -53,7 +76,7 @@ def collect(
     """
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
     classes, values = dataset.num_classes, int(np.prod(dataset.image_shape))
-    starts = read_environment(run.path)
+    starts, history = read_environment(run.path), read_history(run.path)
     full = len(dataset.train_labels) // classes
     label = labels.nbytes(config.labels, 1, classes)
     # Images, bytes and those of labels per class. The training set is uint8; random real images count as float32, as
@@ -99,6 +122,7 @@ def collect(
         # More than one where a run was continued with other code.
         "commits": list(dict.fromkeys(start["commit"] for start in starts)),
         "command": starts[0]["command"],
+        **({"history": history} if history else {}),
         "protocol": {
             "networks": NETWORKS[config.evaluate.protocol],
             "network": dataclasses.asdict(config.network),

@@ -1,6 +1,6 @@
 """A run directory: everything one experiment writes, laid out so that a killed run can be continued.
 
-    config.yaml        the resolved config; a run continued with another config is refused
+    config.yaml        the resolved config, and a history where it was extended; another config is refused
     environment.json   versions, device, commit and command: one entry per start
     metrics.jsonl      one JSON object per line, each with "phase" and "step"
     checkpoints/       written by `train.checkpoint`
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import fnmatch
 import importlib.metadata
 import json
 import math
@@ -24,7 +25,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import jax
 
 from gsdd_jax import files, synset
 from train import yaml12
+from train.config import HISTORY
 from train.errors import ConfigError, UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "triton", "jax-triton")
@@ -110,41 +112,36 @@ class RunDir:
         self,
         config: Mapping[str, Any],
         *,
-        may_change: Collection[str] = (),
-        defaults: Mapping[str, Any] | None = None,
+        extend: Callable[[Mapping[str, tuple[Any, Any]]], dict[str, Any]] | None = None,
+        **rules: Any,
     ) -> bool:
         """Stores the resolved config, or checks that a continued run has the stored one.
 
         Args:
             config: Nested mapping of plain values (tuples and numpy scalars are converted).
-            may_change: Dotted keys that may differ when a run is continued, such as "distill.iterations"; a key covers
-                all below it. Their new values are stored.
-            defaults: Nested mapping of values that a key may have which the stored config does not know, because
-                the setting came later: those that leave a run as it was without.
+            extend: Makes the entry of the history where settings differ that may be extended, from dotted keys and
+                both values; None where they may not differ.
+            **rules: As :func:`compare`.
 
         Returns:
             True if the directory already held a run.
 
         Raises:
-            UserError: Any other key differs; the message names each, with both values.
+            UserError: As :func:`compare`.
         """
         new = plain(config)
         if not self.config_path.exists():
             self._write_config(new)
             return False
-        old = read_config(self.path)
-        differing, before, now, later = differences(old, new), *map(_flatten, (old, new, plain(defaults or {})))
-        known = [k for k in differing if not (k not in before and k in later and _same(later[k], now[k]))]
-        refused = [k for k in known if not any(k == m or k.startswith(m + ".") for m in may_change)]
-        if refused:
-            there = "; ".join("{} is {} there and {} now".format(k, *differing[k]) for k in refused)
-            free = f" (free to change: {', '.join(sorted(may_change))})" if may_change else ""
-            raise UserError(
-                f"{self.path} holds a run with another config: {there}. "
-                f"Put the old values back to continue that run, or choose another run directory{free}"
-            )
+        differing, changes = compare(self.path, config, extend=extend is not None, **rules)
+        history = read_history(self.path)
+        if changes:
+            assert extend is not None
+            now = environment()
+            history.append({"time": now["started"], "commit": now["commit"], **plain(extend(changes))})
         if differing:
-            self._write_config(new)
+            # Settings and history in one step.
+            self._write_config(new | ({HISTORY: history} if history else {}))
         return True
 
     def record_environment(self, **extra: Any) -> dict[str, Any]:
@@ -224,6 +221,68 @@ def is_wall_clock(key: str) -> bool:
     return key == "seconds" or key.endswith(("_seconds", "_per_second"))
 
 
+def compare(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    asked: Mapping[str, Any] | None = None,
+    may_change: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    extendable: Collection[str] = (),
+    extend: bool = False,
+) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[Any, Any]]]:
+    """Compares a config with the one that a run directory holds.
+
+    Args:
+        path: The run directory; holds a config.
+        config: The resolved config.
+        asked: The same before anything was filled in. What a version that filled in less has stored counts as well.
+        may_change: Dotted keys that may differ when a run is continued, such as "distill.iterations"; a key covers
+            all below it. Their new values are stored.
+        defaults: Nested mapping of values that a key may have which the stored config does not know, because the
+            setting came later: those that leave a run as it was without.
+        extendable: Dotted keys that may differ when a run is extended.
+        extend: Whether it is extended.
+
+    Returns:
+        All keys that differ, with both values in words; and those that extend the run, with both values.
+
+    Raises:
+        UserError: Any other key differs; the message names each, with both values.
+    """
+    old, new = read_config(path), plain(config)
+    differing, before, now = differences(old, new), _flatten(old), _flatten(new)
+    later, meant = _flatten(plain(defaults or {})), _flatten(plain(asked or {}))
+    missing = object()
+
+    def stands(key: str) -> bool:
+        was = before.get(key, later.get(key, missing))
+        return any(key in one and _same(was, one[key]) for one in (now, meant))
+
+    apart = [k for k in differing if not stands(k) and not covered(k, may_change)]
+    extends = [k for k in apart if covered(k, extendable)] if extend else []
+    refused = [k for k in apart if k not in extends]
+    if refused:
+        there = "; ".join("{} is {} there and {} now".format(k, *differing[k]) for k in refused)
+        free = f" (free to change: {', '.join(sorted(may_change))})" if may_change else ""
+        if extend:
+            way = f"; --extend takes {', '.join(extendable)}"
+        elif all(covered(k, extendable) for k in refused):
+            way = "; add --extend to go on with the new values"
+        else:
+            way = ""
+        raise UserError(
+            f"{path} holds a run with another config: {there}. "
+            f"Put the old values back to continue that run, or choose another run directory{way}{free}"
+        )
+    return differing, {k: (before.get(k, later.get(k)), now.get(k)) for k in extends}
+
+
+def covered(key: str, keys: Collection[str]) -> bool:
+    """Tells whether a dotted key is one of these or below it; "*" stands for any letters."""
+    return any(fnmatch.fnmatchcase(key, one) or fnmatch.fnmatchcase(key, f"{one}.*") for one in keys)
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Compares nested configs of plain values: dotted keys with another value, to both values in words."""
     a, b = _flatten(before), _flatten(now)
@@ -232,8 +291,22 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads config.yaml of the run directory `path`. Raises UserError if it is not readable YAML."""
+    """Reads the settings in config.yaml of the run directory `path`. Raises UserError if it is not readable YAML."""
+    config = _read_config_file(Path(path) / "config.yaml")
+    config.pop(HISTORY, None)
+    return config
+
+
+def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads how the run in `path` was extended, from config.yaml; [] if it was not, or there is no such file.
+
+    An entry says at which steps of each phase which settings changed from what to what, when, and the commit.
+    """
     file = Path(path) / "config.yaml"
+    return list(_read_config_file(file).get(HISTORY, [])) if file.exists() else []
+
+
+def _read_config_file(file: Path) -> dict[str, Any]:
     try:
         config = yaml12.parse(file.read_text(encoding="utf-8"), source=file.name)
     except (ConfigError, UnicodeDecodeError) as error:
@@ -241,6 +314,23 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _damaged(file, "it holds no mapping", "restore it or choose another run directory")
     return config
+
+
+def read_steps(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Returns the newest step on disk of every phase of the run in `path` that has a checkpoint."""
+    found = {}
+    for phase in sorted((Path(path) / "checkpoints").glob("*")):
+        steps = [int(step.name) for step in phase.glob("*") if step.name.isdecimal()]
+        if steps:
+            found[phase.name] = max(steps)
+    return found
+
+
+def read_command(path: str | os.PathLike[str]) -> str | None:
+    """Returns the command that goes on with the run in `path`, that of its last start, if it is known."""
+    starts = read_environment(path)
+    command = starts[-1].get("command", "") if starts else ""
+    return command if "train.distill" in command else None
 
 
 def read_environment(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

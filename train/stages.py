@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from gsdd_jax import codecs, distill, fit, parallel, whiten
 from gsdd_jax.data import HostSampler, prefetch
 from gsdd_jax.experts import Experts, IncompleteError, Origin, Segments, train_experts
-from gsdd_jax.match import GradientSpec, ObjectiveSpec, TrajectorySpec
+from gsdd_jax.match import TrajectorySpec
 from train import stopping
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
@@ -41,9 +41,10 @@ MMD_SEED = 2**63
 def fit_stage(
     experiment: Experiment, codec: codecs.Codec, targets: jax.Array, *, run: RunDir, progress: Progress, arm: str
 ) -> Any:
-    """Fits a codec to its target images and returns the parameters."""
-    config = experiment.config
-    steps = 0 if config.fit.to == "random" or codec.fitted_by_init else config.fit.steps
+    """Fits a codec to its target images, or takes the initial set, and returns the parameters."""
+    config, given = experiment.config, experiment.start
+    unfitted = config.fit.to == "random" or codec.fitted_by_init or given is not None
+    steps = 0 if unfitted else config.fit.steps
     phase = f"{arm}-fit"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
         start = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=max(steps, 1)))
@@ -51,6 +52,8 @@ def fit_stage(
         newest = checkpoints.newest(state)
         if newest is None:
             state, done, seconds = start(experiment.key("start"), targets), 0, 0.0
+            if given is not None:
+                state = state._replace(params=jax.tree.map(jnp.copy, given))
         else:
             done, state, meta = newest
             seconds = meta["seconds"]
@@ -71,7 +74,13 @@ def fit_stage(
                 seconds += time.perf_counter() - began
                 if not np.isfinite(psnr):
                     where = f"PSNR not a finite number by step {done}"
-                    raise _not_finite(phase, where, saved, checkpoints, "another starting point or fit.steps")
+                    raise _not_finite(
+                        phase,
+                        where,
+                        saved,
+                        checkpoints,
+                        "another starting point or fit.steps, in another run directory",
+                    )
                 run.append(phase, done, psnr=psnr, total_seconds=seconds)
                 bar.advance(count, f"PSNR {psnr:.2f} dB")
                 due = done == steps or done - saved >= config.distill.checkpoint_every
@@ -227,7 +236,7 @@ def follow(experiment: Experiment, crew: Crew, *, folder: Path, pixel: Callable[
         outer = _Outer(
             experiment,
             codec,
-            distill.init_state(codec, start, objective(experiment.config), experiment.network),
+            distill.init_state(codec, start, experiment.config.objective, experiment.network),
             done=message["done"],
             iterations=message["iterations"],
             purpose=message["purpose"],
@@ -264,7 +273,7 @@ def distill_stage(
     config = experiment.config
     phase = f"{arm}-distill"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
-        state = distill.init_state(codec, params, objective(config), experiment.network)
+        state = distill.init_state(codec, params, config.objective, experiment.network)
         newest, done, seconds = checkpoints.newest(state), 0, 0.0
         if newest is not None:
             done, state, meta = newest
@@ -298,7 +307,7 @@ def distill_stage(
                 done += count
                 seconds += time.perf_counter() - began
                 if not np.isfinite(list(values.values())).all():
-                    raise _not_finite(phase, _first_bad(taken, done), saved, checkpoints, _remedy(values))
+                    raise _not_finite(phase, _first_bad(taken, done), saved, checkpoints, _remedy(config, arm, values))
                 run.append(phase, done, **values, total_seconds=seconds)
                 bar.advance(count, f"loss {values['loss']:.4g}")
                 due = tests is not None and tests.due(done)
@@ -312,12 +321,15 @@ def distill_stage(
     return outer.state
 
 
-def _remedy(values: dict[str, float]) -> str:
+def _remedy(config: RunConfig, arm: str, values: dict[str, float]) -> str:
+    key, codec = ("codec", config.codec) if arm == "main" else ("baselines.pixel_codec", config.baselines.pixel_codec)
+    here = f"a smaller learning rate ({key}.lr, now {codec.lr:g}"
     if values.get("bad_step", -1) < 0:
-        return "a smaller learning rate (codec.lr)"
+        return f"{here}), with --extend {key}.lr=... in this run directory or from the start in another"
     return (
-        f"a smaller objective.syn_lr (now {values['syn_lr']:g}) or objective.lr_lr: in the last iteration the numbers "
-        f"of the student were not finite from its step {values['bad_step']:.0f} on"
+        f"{here}, or objective.lr_lr) with --extend in this run directory, or a smaller objective.syn_lr (now "
+        f"{values['syn_lr']:g}) in another: in the last iteration the numbers of the student were not finite from its "
+        f"step {values['bad_step']:.0f} on"
     )
 
 
@@ -326,7 +338,7 @@ def build_step(experiment: Experiment, codec: codecs.Codec, iterations: int, mes
     cosine = experiment.config.distill.schedule == "cosine"
     return distill.make_step(
         codec,
-        objective(experiment.config),
+        experiment.config.objective,
         network=experiment.network,
         augment=experiment.config.augment,
         transform=whiten.apply,
@@ -334,12 +346,6 @@ def build_step(experiment: Experiment, codec: codecs.Codec, iterations: int, mes
         mmd=experiment.config.mmd,
         mesh=mesh,
     )
-
-
-def objective(config: RunConfig) -> ObjectiveSpec:
-    """Returns the objective of an experiment, with what depends on its budget filled in."""
-    spec = config.objective
-    return spec.for_ipc(config.ipc) if isinstance(spec, GradientSpec) else spec
 
 
 def device_data(experiment: Experiment, mesh: Mesh | None = None) -> distill.DeviceData:

@@ -54,13 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         found: list[configs.RunConfig] = [
             configs.load(args.config, [*args.overrides, *one], smoke=args.smoke) for one in chosen
         ]
-        dataset = hold_out(data.load(found[0].data))
+        whole = data.load(found[0].data)
         if len({(one.data, one.subtasks, one.subtask) for one in found}) > 1:
             raise ConfigError(
                 "--vary: expected settings other than those of data and subtasks, which all combinations share"
             )
+        found = [experiments.known_data(one, whole) for one in found]
         out = Path(args.out) if args.out else Path("runs") / f"{found[0].name}-tune"
-        result = search(list(zip(chosen, found, strict=True)), dataset, out=out, progress=Progress(quiet=args.quiet))
+        result = search(
+            list(zip(chosen, found, strict=True)), hold_out(whole), out=out, progress=Progress(quiet=args.quiet)
+        )
         print((out / "tune.md").read_text())
         print("best: " + " ".join(result["best"]))
     return 0

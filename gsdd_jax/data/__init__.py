@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -28,6 +29,7 @@ __all__ = [
     "load",
     "prefetch",
     "records",
+    "require_content",
     "require_per_class",
     "sample_classes",
     "take_classes",
@@ -68,13 +70,22 @@ class DataSpec:
     subset: Annotated[Subset, Doc("Ten classes of ImageNet-1k in the order of the MTT code; empty = all.")] = ""
     per_class: Annotated[int, Ge(0), Doc("Only the first n training images of each class (smoke runs); 0 = all.")] = 0
     test_limit: Annotated[int, Ge(0), Doc("At most so many test images, spread evenly over the classes; 0 = all.")] = 0
+    sha256: Annotated[
+        str,
+        Doc(
+            "What all of the above must lead to: the SHA-256 of pixels, labels and class names of both splits. A run "
+            "fills it in and is continued with such data only; empty = not known yet."
+        ),
+    ] = ""
 
     def __post_init__(self) -> None:
         """Checks what no single field can say.
 
         Raises:
-            ValueError: A source lacks the field it needs, or has one that it cannot use.
+            ValueError: A source lacks the field it needs, or has one that it cannot use, or a sum is none.
         """
+        if self.sha256 and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"data.sha256: expected 64 hexadecimal digits or nothing, found {self.sha256!r}")
         if self.source == "tfds" and not (self.name or self.path):
             raise ValueError("data.source 'tfds' needs data.name (such as cifar10) or data.path (.../1.0.0)")
         if self.source == "folder" and not self.path:
@@ -183,12 +194,35 @@ def load(spec: DataSpec) -> Dataset:
         FileNotFoundError: A file or folder does not exist, or a TFDS data set is not prepared.
         OSError: A file is damaged or truncated.
         ValueError: Unknown choice, missing classes, images of several sizes without a resolution, a class without
-            images.
+            images; or the data are not those of `spec.sha256`.
     """
     opened = _open(spec)
     train_images, train_labels = _read(opened, opened.source.train, chosen=bool(spec.subset), per_class=spec.per_class)
     test_images, test_labels = _read(opened, opened.source.test, chosen=bool(spec.subset), limit=spec.test_limit)
-    return check(Dataset(opened.name, train_images, train_labels, test_images, test_labels, opened.class_names))
+    found = check(Dataset(opened.name, train_images, train_labels, test_images, test_labels, opened.class_names))
+    if spec.sha256:
+        require_content(found.fingerprint(), spec.sha256, "data.sha256 names")
+    return found
+
+
+def require_content(found: str, expected: str, who: str) -> None:
+    """Refuses a data set by its fingerprint.
+
+    Args:
+        found: The fingerprint of the data at hand.
+        expected: The one that they should have.
+        who: Who expects it, as the subject of the message.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if found != expected:
+        # Short as long as they can be told apart.
+        digits = 12 if found[:12] != expected[:12] else 64
+        raise ValueError(
+            f"data: other images, labels or class names than {who}: SHA-256 {found[:digits]}..., expected "
+            f"{expected[:digits]}...; expected the same content, wherever it is (data.path, data.source, data.name)"
+        )
 
 
 def records(spec: DataSpec) -> tuple[Records, np.ndarray, tuple[str, ...]]:
