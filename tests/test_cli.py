@@ -19,11 +19,12 @@ import jax
 import numpy as np
 import pytest
 from command_line import assert_same, findings, kill_while_distilling, refused, start
+from PIL import Image
 
 import gsdd_jax
-from gsdd_jax import codecs, files
+from gsdd_jax import codecs, data, files, synset
 from train import config as configs
-from train import distill, evaluate, evaluation, report, stages
+from train import distill, evaluate, evaluation, export, merge, report, stages
 from train.checkpoint import Checkpoints
 from train.rundir import RunDir, read_metrics
 
@@ -337,6 +338,187 @@ def fill_disk(patch) -> None:
     patch.setattr(os, "fsync", full)
 
 
+# Going on otherwise
+
+
+def picked(run: Path, *names: str) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in names}
+
+
+def test_extension_goes_on_from_where_it_was_and_survives_a_kill(toy, whole, tmp_path, monkeypatch, capsys):
+    more = ["--extend", "distill.iterations=8", "codec.lr=0.003"]
+    out, again = (Path(shutil.copytree(whole, tmp_path / name)) for name in ("run", "again"))
+    before = picked(whole, "result.json", "metrics.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at(Checkpoints, "save", checkpoint("main-distill", 8), die, patch)
+        start(toy, out, *more)
+    # The old result is there, and does not stand for the new run.
+    assert not (out / "result.json").exists() and (out / "result-6.json").read_bytes() == before["result.json"]
+    assert f"not finished: {out}" in refused(capsys, started(merge, str(out)))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at(report, "write", lambda *_: True, die, patch)
+        start(toy, out, *more)
+    assert start(toy, out, *more) == 0 and start(toy, again, *more) == 0
+    held, expected = (findings(run) for run in (out, again))
+    for one in (held, expected):
+        del one["config"], one["result"]["history"][0]["time"]
+    assert_same(held, expected)
+    assert (out / "metrics.jsonl").read_bytes().startswith(before["metrics.jsonl"].partition(b'{"phase": "pixel')[0])
+
+    old, new = (json.loads((run / "result.json").read_text()) for run in (whole, out))
+    (entry,) = new["history"]
+    assert entry["changes"] == {"codec.lr": [0.01, 0.003], "distill.iterations": [6, 8]}
+    assert entry["from"] == {"main-distill": 6, "main-fit": 6, "pixel-distill": 6}
+    assert "Extended, from iteration 6 on: codec.lr 0.003 (before: 0.01)" in (out / "table.md").read_text()
+    assert new["random_real"]["accuracies"] == old["random_real"]["accuracies"]
+    tested = json.loads((out / "evaluation.json").read_text())
+    assert (tested["distilled"]["iteration"], tested["pixel"]["iteration"]) == (8, 8)
+    assert not np.array_equal(gsdd_jax.load(out).images(), gsdd_jax.load(whole).images())
+
+    # The same command computes nothing more, the one of before is refused.
+    held = contents(out)
+    assert start(toy, out, *more) == 0 and start(toy, out, *more[1:]) == 0
+    assert contents(out) == held
+    assert "distill.iterations is 8 there and 6 now" in refused(capsys, start(toy, out))
+    # A run from its own config is no extended one.
+    assert configs.load(out / "config.yaml").distill.iterations == 8
+
+
+# Nothing beside the distilled set.
+ALONE = ("baselines={fit_only: false, pixel: false, full_data: false, random_real: false}", "evaluate.seeds=1")
+
+
+def started(command, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        command.main(list(arguments))
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill.iterations=5"], "distill.iterations: expected at least the 6 that main-distill has done in"),
+        (["codec.lr=0.5"], "has done all 6 in RUN, so that another codec.lr changes nothing; expected more than 6"),
+        (["distill.iterations=8", "seed=1"], "seed is 0 there and 1 now"),
+        (["distill.iterations=8", "fit.steps=9"], "--extend takes distill.iterations, distill.schedule, codec.lr*"),
+        (["baselines.pixel_codec.lr=1", "distill.iterations=8", "baselines.pixel_iterations=6"], "pixel-distill has"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry"])
+def test_extension_that_makes_no_sense_is_refused(toy, whole, capsys, arguments, message, dry):
+    before = contents(whole)
+    text = refused(capsys, start(toy, whole, "--extend", *dry, *arguments))
+    assert message.replace("RUN", str(whole)) in text
+    assert contents(whole) == before
+
+
+def test_extension_of_nothing_is_refused(toy, tmp_path, capsys):
+    text = refused(capsys, start(toy, tmp_path / "run", "--extend", "distill.iterations=9"))
+    assert text.startswith(f"error: --extend: {tmp_path / 'run'} holds no run") and not (tmp_path / "run").exists()
+
+
+def test_checkpoint_is_a_set_that_another_run_starts_from(toy, whole, tmp_path, monkeypatch, capsys):
+    out, made, short = tmp_path / "run", tmp_path / "set", tmp_path / "short"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at(RunDir, "append", line("main-distill", 5), die, patch)
+        start(toy, out, *ALONE)
+    text = refused(capsys, started(evaluate, "--run", str(out)))
+    assert "the run is not finished, so that there is no set (checkpointed: main-distill 4, main-fit 6)" in text
+    assert (
+        "; go on with: the command that started it; or" in text
+        and f"train.export --checkpoint --to set --run {out}" in text
+    )
+    assert refused(capsys, started(export, "--run", str(out), "--to", "npz", "--out", str(made))) == text
+    assert export.main(["--run", str(out), "--checkpoint", "--to", "set", "--out", str(made)]) == 0
+    assert not (out / "export").exists()
+
+    # As a run that ends there.
+    assert start(toy, short, "distill.iterations=4", *ALONE) == 0
+    arrays = (made / "synset.safetensors").read_bytes()
+    assert arrays == (short / "export" / "synset.safetensors").read_bytes()
+    found = gsdd_jax.load(made)
+    assert (found.meta["phase"], found.meta["step"]) == ("main-distill", 4)
+    assert found.meta.keys() - gsdd_jax.load(short).meta.keys() == {"phase", "step"}
+
+    begun = tmp_path / "begun"
+    settings = ["distill.iterations=0", "codec.lr=0.5", *ALONE]
+    assert start(toy, begun, f"fit.initial_set={made}", *settings) == 0
+    assert (begun / "export" / "synset.safetensors").read_bytes() == arrays
+    moved = Path(shutil.move(made, tmp_path / "moved"))
+    assert start(toy, begun, f"fit.initial_set={moved}", *settings) == 0
+    assert configs.load(begun / "config.yaml").fit.initial_sha256 == synset.fingerprint([found])
+    text = refused(capsys, start(toy, begun, f"fit.initial_set={whole}", *settings))
+    assert "fit.initial_sha256 is " in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["codec.gpc=1"], "fit.initial_set: RUN has another codec.gpc than this run: 2, expected 1"),
+        (
+            ["codec={name: pixel}"],
+            "RUN has another codec.name than this run: gaussian, expected pixel",
+        ),
+        (["data.resolution=16"], "fit.initial_set: RUN has another image_shape than this run: (8, 8, 1), expected (16"),
+        (["subtasks=2"], "fit.initial_set: RUN has another class_names than this run"),
+        (["fit.initial_set=/absent/set"], "/absent/set: no distilled set here"),
+        (["fit.initial_set=''", "fit.initial_sha256=abc"], "fit.initial_set: expected the folder of the set"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_initial_set_that_does_not_fit_is_one_line(toy, whole, tmp_path, capsys, settings, message):
+    text = refused(capsys, start(toy, tmp_path / "run", "--dry-run", f"fit.initial_set={whole}", *settings))
+    assert message.replace("RUN", str(whole)) in text
+
+
+@pytest.fixture(scope="module")
+def digits_on_disk(toy, tmp_path_factory) -> Path:
+    """The data of the toy as a folder of images."""
+    root, held = tmp_path_factory.mktemp("folder") / "digits", data.load(configs.load(toy).data)
+    for split, images, labels in (("train", *held[1:3]), ("test", *held[3:5])):
+        order = np.argsort(labels, kind="stable")
+        for name in held.class_names:
+            (root / split / name).mkdir(parents=True)
+        for i in order:
+            Image.fromarray(images[i, ..., 0]).save(root / split / str(labels[i]) / f"{i:04}.png")
+    return root
+
+
+def test_data_are_known_by_their_content_wherever_they_are(toy, digits_on_disk, tmp_path, capsys):
+    root, out = tmp_path / "here", tmp_path / "run"
+    shutil.copytree(digits_on_disk, root)
+    assert start(toy, out, f"data={{source: folder, path: {root}}}", *ALONE) == 0
+    found, result = configs.load(out / "config.yaml").data.sha256, (out / "result.json").read_bytes()
+
+    # Mounted elsewhere.
+    there = Path(shutil.move(root, tmp_path / "there"))
+    elsewhere = [f"data={{source: folder, path: {there}}}", *ALONE]
+    assert start(toy, out, *elsewhere) == 0 and (out / "result.json").read_bytes() == result
+    assert configs.load(out / "config.yaml").data.path == str(there)
+
+    # A config of before has no hash; its result has one.
+    text = (out / "config.yaml").read_text()
+    older = text.replace(f"  sha256: {found}\n", "").replace("    ipc: 1\n", "    ipc: 0\n")
+    assert older.count("\n") == text.count("\n") - 1 and "    ipc: 0" in older
+    (out / "config.yaml").write_text(older)
+
+    (there / "train" / "3").rename(tmp_path / "3")
+    (there / "train" / "5").rename(there / "train" / "3")
+    (tmp_path / "3").rename(there / "train" / "5")
+    changed = data.load(data.DataSpec(source="folder", path=str(there))).fingerprint()
+    for known in (older, text):
+        (out / "config.yaml").write_text(known)
+        before = contents(out)
+        for extra in ([], ["--dry-run"], ["--extend", "distill.iterations=9"]):
+            line = refused(capsys, start(toy, out, *elsewhere, *extra))
+            assert f"than the run in {out} was made from: SHA-256 {changed[:12]}..., expected {found[:12]}" in line
+        assert contents(out) == before
+    line = refused(capsys, started(evaluate, "--run", str(out), "--quiet"))
+    assert f"SHA-256 {changed[:12]}..., expected {found[:12]}..." in line and "data.sha256=''" in line
+    assert evaluate.main(["--run", str(out), "--quiet", "data.sha256=''"]) == 0
+
+
 def test_sigkill_in_the_distillation_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
     out = tmp_path / "run"
     kill_while_distilling(toy, out, 3, quick_compilation)
@@ -543,13 +725,18 @@ def test_run_directory_that_is_a_file_is_refused(toy, capsys):
     assert f"{toy} is a file; a run directory is needed" in refused(capsys, start(toy, toy))
 
 
-def test_absurd_learning_rate_stops_the_run_with_the_iteration(toy, tmp_path, capsys):
+def test_absurd_learning_rate_stops_the_run_which_goes_on_with_another(toy, whole, tmp_path, capsys):
     text = refused(capsys, start(toy, tmp_path / "run", "codec.lr=1e30"))
     assert re.search(r"main-distill: .*param_norm.* not finite in iteration \d+;", text)
     assert "try a smaller learning rate (codec.lr, now 1e+30), with --extend codec.lr=... in this run" in text
     assert "main-fit" in {entry["phase"] for entry in read_metrics(tmp_path / "run")}
     assert all(np.isfinite(entry.get("loss", 0)) for entry in read_metrics(tmp_path / "run"))
     assert not (tmp_path / "run" / "export").exists()
+    assert start(toy, tmp_path / "run", "--extend", *ALONE) == 2
+    assert "baselines" in capsys.readouterr().err
+    assert start(toy, tmp_path / "run", "--extend", "codec.lr=0.01") == 0
+    file = Path("export") / "synset.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_networks_that_diverge_end_the_run_and_the_set_is_kept(toy, tmp_path, capsys):

@@ -5,10 +5,11 @@ import jax
 import numpy as np
 import pytest
 
+from gsdd_jax import data
 from gsdd_jax.codecs import PixelSpec
 from gsdd_jax.fit import FitSpec
 from train import config as configs
-from train import evaluation, results, stages
+from train import evaluation, results, stages, tune
 from train import experiment as experiments
 from train.errors import ConfigError, UserError
 from train.progress import Progress
@@ -35,6 +36,39 @@ def test_keys_of_purposes_and_indices_differ():
 def test_noise_starts_refuse_a_start_that_looks_at_images(to):
     with pytest.raises(ConfigError, match=f"codec.start: fit.to={to} starts from noise; expected uniform or xavier"):
         experiments.prepare(digits(f"fit.to={to}"))
+
+
+def test_config_holds_what_follows_from_data_and_budget():
+    loops = ["objective={name: gradient, inner_loop: 3}", "ipc=10", "codec.num_points=0"]
+    made = experiments.prepare(digits(*loops))
+    assert (made.config.objective.outer_loop, made.config.objective.inner_loop) == (10, 3)
+    assert (made.asked.objective.outer_loop, made.asked.codec.num_points) == (0, 0)
+    assert made.config.codec.num_points == made.codec.spec.num_points > 0
+    assert made.config.baselines.pixel_codec.ipc == 10
+    assert made.config.data.sha256 == made.dataset.fingerprint()
+    # What a run stores leads to itself.
+    assert experiments.prepare(made.config).config == made.config
+
+
+def test_data_of_another_content_are_refused_with_both_hashes():
+    found = data.load(digits().data).fingerprint()
+    assert data.load(digits(f"data.sha256={found}").data).fingerprint() == found
+    message = f"data: other images.* than data.sha256 names: SHA-256 {found[:12]}..., expected {'0' * 12}..."
+    with pytest.raises(ValueError, match=message):
+        experiments.prepare(digits(f"data.sha256='{'0' * 64}'"))
+    with pytest.raises(ValueError, match=f"{found}..., expected {found[:12]}{'0' * 52}..."):
+        experiments.prepare(digits(f"data.sha256='{found[:12]}{'0' * 52}'"))
+    with pytest.raises(ConfigError, match="data.sha256: expected 64 hexadecimal digits or nothing, found 'abc'"):
+        digits("data.sha256=abc")
+
+
+def test_run_on_held_out_images_names_the_data_that_they_are_of():
+    config = digits()
+    whole = data.load(config.data)
+    made = experiments.prepare(experiments.known_data(config, whole), tune.hold_out(whole))
+    assert made.config.data.sha256 == whole.fingerprint() != made.dataset.fingerprint()
+    # So that whoever reads the data of the run gets them.
+    assert data.load(made.config.data).fingerprint() == whole.fingerprint()
 
 
 def test_pixels_start_from_real_images():

@@ -15,7 +15,7 @@ import pytest
 
 from train import rundir
 from train.errors import UserError
-from train.rundir import RunDir, is_wall_clock, read_config, read_environment, read_metrics
+from train.rundir import RunDir, is_wall_clock, read_config, read_environment, read_history, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
@@ -96,6 +96,45 @@ def test_a_setting_that_came_later_may_have_its_default_and_nothing_else(tmp_pat
             run.configure(
                 CONFIG | {"mmd": {"weight": 2.0, "kind": "joint"}}, defaults={"mmd": {"weight": 2.0, "kind": "joint"}}
             )
+
+
+def test_what_an_older_version_left_open_is_filled_in_and_nothing_else(tmp_path):
+    def config(loop, sha):
+        return {"loop": loop, "data": {"path": "x"} | ({} if sha is None else {"sha256": sha})}
+
+    with RunDir(tmp_path) as run:
+        run.configure(config(0, None))
+        asked, defaults = config(0, ""), {"data": {"sha256": ""}}
+        with pytest.raises(UserError, match="loop is 0 there and 5 now"):
+            run.configure(config(5, "abc"), asked=config(5, ""), defaults=defaults)
+        assert run.configure(config(10, "abc"), asked=asked, defaults=defaults) is True
+        assert read_config(tmp_path) == config(10, "abc")
+        # From here on it is known.
+        with pytest.raises(UserError, match='data.sha256 is "abc" there and "def" now'):
+            run.configure(config(10, "def"), asked=asked, defaults=defaults)
+        assert run.configure(config(10, "abc"), asked=asked, defaults=defaults) is True
+
+
+def test_extension_is_recorded_with_the_settings_in_one_file(tmp_path, monkeypatch):
+    rules = {"extendable": ["distill.iter*"], "may_change": ["name"]}
+    with RunDir(tmp_path) as run:
+        run.configure(CONFIG)
+        with pytest.raises(UserError, match="iterations is 100 there and 200 now.*; add --extend to go on with"):
+            run.configure(_with(iterations=200), **rules)
+        with pytest.raises(UserError, match=r"lr is 1e-05 there and 2 now\..*; --extend takes distill.iter\*"):
+            run.configure(_with(iterations=200, lr=2), extend=lambda _: {}, **rules)
+        assert read_history(tmp_path) == []
+        before = run.config_path.read_bytes()
+        with pytest.raises(KeyError):
+            run.configure(_with(iterations=200), extend=lambda _: {}["refused"], **rules)
+        assert run.config_path.read_bytes() == before
+        run.configure(_with(iterations=200), extend=lambda changes: {"changes": changes, "from": 7}, **rules)
+        run.configure(_with(iterations=200) | {"name": "b"}, **rules)
+        run.configure(_with(iterations=300) | {"name": "b"}, extend=lambda changes: {"changes": changes}, **rules)
+    first, second = read_history(tmp_path)
+    assert (first["from"], first["changes"]) == (7, {"distill.iterations": [100, 200]})
+    assert second["changes"] == {"distill.iterations": [200, 300]} and second["time"] >= first["time"]
+    assert "commit" in first and read_config(tmp_path)["distill"]["iterations"] == 300
 
 
 def test_uninterrupted_and_resumed_metrics_are_the_same_bytes(tmp_path):

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,14 @@ def edit(folder, change) -> None:
 
 def test_contract_table_covers_the_registry():
     assert {spec.name for spec in SPECS.values()} == set(codecs.SPECS)
+
+
+def test_no_setting_of_a_set_is_left_to_the_budget(saved):
+    spec = saved[0].codec.spec
+    hints = typing.get_type_hints(type(spec), include_extras=True)
+    left = {name for name, hint in hints.items() if any(f"; 0 = {what}" in str(hint) for what in ("as many", "those"))}
+    assert left or spec.name in ("gaussian float32",), hints
+    assert all(getattr(spec, name) > 0 for name in left)
 
 
 def test_loaded_set_is_the_saved_one(saved):

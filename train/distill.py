@@ -104,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment = experiments.prepare(config)
         if args.dry_run:
             if (out / "config.yaml").exists():
-                _refuse_other_data(experiment, out)
-                _, changes = compare(out, extend=args.extend, **_settings(experiment))
-                _check_extension(experiment, out, changes)
+                _check_extension(experiment, out, _refuse_other_run(experiment, out, extend=args.extend))
             print(plan(experiment))
             return 0
         crew.agree(_identity(experiment))
@@ -126,11 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     """Returns what the processes of a run have to have in common."""
-    return {
-        **plain(dataclasses.asdict(experiment.config)),
-        "data_sha256": experiment.data_identity(),
-        "versions": versions(),
-    }
+    settings = plain(dataclasses.asdict(experiment.config))
+    for key in experiments.WHEREABOUTS:
+        del settings["data"][key.removeprefix("data.")]
+    return {**settings, "data_sha256": experiment.data_identity(), "versions": versions()}
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -144,14 +141,19 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _refuse_other_data(experiment: Experiment, path: Path) -> None:
-    """Refuses to go on with a run that was made from other data, or to hand out its result."""
+def _refuse_other_run(experiment: Experiment, path: Path, *, extend: bool) -> dict[str, tuple[Any, Any]]:
+    """Refuses to go on with a run of other settings or data, or to hand out its result; returns what extends it."""
+    settings = _settings(experiment)
+    # Settings first: another choice of images is better named than its hash.
+    free = (*MAY_CHANGE, "data.sha256")
+    _, changes = compare(path, extend=extend, **{**settings, "may_change": free})
     known = [(experiment.config.data.sha256, read_config(path).get("data"), "sha256")]
     # Configs of before do not name their data.
     known.append((experiment.dataset.fingerprint(), _result(path), "data_sha256"))
     for found, there, key in known:
         if isinstance(there, dict) and there.get(key):
-            data.require_content(found, there[key], f"the run in {path} was made from")
+            data.require_content(found, there[key], f"the run in {path} was made from", "choose another run directory")
+    return changes
 
 
 def _result(path: Path) -> dict[str, Any] | None:
@@ -224,7 +226,7 @@ def run(
     config, dataset = experiment.config, experiment.dataset
     with RunDir(out) as rundir:
         if rundir.config_path.exists():
-            _refuse_other_data(experiment, rundir.path)
+            _refuse_other_run(experiment, rundir.path, extend=extend)
         continued = rundir.configure(
             extend=functools.partial(_extension, experiment, rundir.path) if extend else None, **_settings(experiment)
         )

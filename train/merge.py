@@ -44,7 +44,7 @@ from train.progress import Progress
 from train.rundir import RunDir, differences, plain, read_command, write_json
 
 # In which subtasks of one experiment may differ; whether their data are the same is seen by the data themselves.
-MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.sha256", "baselines.pixel_codec.ipc")
+MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.sha256", "fit.initial_sha256", "baselines.pixel_codec.ipc")
 # Sections and settings that a merge may override: what follows the set, not what made it.
 OVERRIDES = ("name", "data", "network", "augment", "evaluate", "baselines", "labels")
 # How the whole was tested, where its parts were chosen by tests.

@@ -81,7 +81,8 @@ def write(
     if curves is None:
         curves = _curves_of(rundir.read_metrics(path))
     if command is None and environments:
-        command = environments[0].get("command")
+        # Several where a run was extended.
+        command = "\n".join(dict.fromkeys(entry["command"] for entry in environments if "command" in entry))
     config = path / "config.yaml"
     sections = [
         _header(result),
@@ -158,6 +159,8 @@ def _results(result: Mapping[str, Any]) -> str:
         entry = result.get(key) or {}
         size, images = entry.get("bytes_per_class"), entry.get("images_per_class")
         if key == "fit_only":
+            if result.get("initial_set"):
+                label, note = "Initial set", "where distillation started from, a set that was there"
             size, images = size or result.get("bytes_per_class"), images or result.get("gpc")
         elif key != "full_data":
             images = images or result.get("paper_ipc")

@@ -123,6 +123,7 @@ def collect(
         "commits": list(dict.fromkeys(start["commit"] for start in starts)),
         "command": starts[0]["command"],
         **({"history": history} if history else {}),
+        **({"initial_set": config.fit.initial_sha256} if config.fit.initial_set else {}),
         "protocol": {
             "networks": NETWORKS[config.evaluate.protocol],
             "network": dataclasses.asdict(config.network),
@@ -214,7 +215,7 @@ def table(result: dict[str, Any]) -> str:
     """Writes a result as a Markdown table."""
     arms = {
         "accuracy": f"**{result['codec']}, distilled**",
-        "fit_only": f"{result['codec']}, fitted only",
+        "fit_only": f"{result['codec']}, {'initial set' if result.get('initial_set') else 'fitted only'}",
         "pixel": "pixels, distilled",
         "random_real": "random real images",
         "full_data": "whole training set",
@@ -248,11 +249,15 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _warning(result: dict[str, Any]) -> list[str]:
-    """Says which rows were chosen on test data."""
+    """Says what settings held from which iteration on, and which rows were chosen on test data."""
+    lines = []
+    for entry in result.get("history", []):
+        changes = ", ".join(f"{key} {now} (before: {before})" for key, (before, now) in entry["changes"].items())
+        lines += [f"Extended, from iteration {entry['from'].get('main-distill', 0)} on: {changes}.", ""]
     chosen = result["accuracy"]
     if "tests" not in chosen:
-        return []
-    return [
+        return lines
+    return lines + [
         f"Protocol `paper`: distilled rows are the best of {chosen['tests']} tests on the test set (the first after "
         f"iteration {chosen['iteration']}), biased upwards and not comparable with the trusted protocol.",
         "",

@@ -201,17 +201,18 @@ def load(spec: DataSpec) -> Dataset:
     test_images, test_labels = _read(opened, opened.source.test, chosen=bool(spec.subset), limit=spec.test_limit)
     found = check(Dataset(opened.name, train_images, train_labels, test_images, test_labels, opened.class_names))
     if spec.sha256:
-        require_content(found.fingerprint(), spec.sha256, "data.sha256 names")
+        require_content(found.fingerprint(), spec.sha256, "data.sha256 names", "data.sha256='' to take these")
     return found
 
 
-def require_content(found: str, expected: str, who: str) -> None:
+def require_content(found: str, expected: str, who: str, otherwise: str) -> None:
     """Refuses a data set by its fingerprint.
 
     Args:
         found: The fingerprint of the data at hand.
         expected: The one that they should have.
         who: Who expects it, as the subject of the message.
+        otherwise: What to do with other data.
 
     Raises:
         ValueError: They differ.
@@ -221,7 +222,8 @@ def require_content(found: str, expected: str, who: str) -> None:
         digits = 12 if found[:12] != expected[:12] else 64
         raise ValueError(
             f"data: other images, labels or class names than {who}: SHA-256 {found[:digits]}..., expected "
-            f"{expected[:digits]}...; expected the same content, wherever it is (data.path, data.source, data.name)"
+            f"{expected[:digits]}...; give the same content, wherever it is (data.path, data.source, data.name), or "
+            f"{otherwise}"
         )
 
 
