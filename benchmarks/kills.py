@@ -89,7 +89,7 @@ def interrupted(run: Path) -> str:
         return "start"
     if (run / "result.json").exists():
         return "end"
-    half = [p.name for p in run.rglob("*") if p.suffix in (".new", ".tmp") or "orbax-checkpoint-tmp" in p.name]
+    half = [p.name for p in run.rglob("*") if p.suffix == ".tmp" or "orbax-checkpoint-tmp" in p.name]
     lines = read_metrics(run)
     last = f"after {lines[-1]['phase']} {lines[-1]['step']}" if lines else "before the first line of metrics"
     evaluated = json.loads((run / "evaluation.json").read_text()) if (run / "evaluation.json").exists() else {}

@@ -355,6 +355,8 @@ def test_extension_goes_on_from_where_it_was_and_survives_a_kill(toy, whole, tmp
     # The old result is there, and does not stand for the new run.
     assert not (out / "result.json").exists() and (out / "result-6.json").read_bytes() == before["result.json"]
     assert f"not finished: {out}" in refused(capsys, started(merge, str(out)))
+    assert export.main(["--run", str(out), "--to", "npz", "--out", str(tmp_path / "npz")]) == 0
+    assert capsys.readouterr().err == f"notice: {out} is being extended: its set may still be the one of before\n"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at(report, "write", lambda *_: True, die, patch)
         start(toy, out, *more)

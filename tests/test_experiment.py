@@ -46,6 +46,7 @@ def test_config_holds_what_follows_from_data_and_budget():
     assert made.config.codec.num_points == made.codec.spec.num_points > 0
     assert made.config.baselines.pixel_codec.ipc == 10
     assert made.config.data.sha256 == made.dataset.fingerprint()
+    assert (made.config.data.resolution, made.config.data.channels) == (8, 1)
     # What a run stores leads to itself.
     assert experiments.prepare(made.config).config == made.config
 

@@ -175,7 +175,7 @@ def test_an_empty_target_is_taken(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "jpg"], "--to: unknown form 'jpg'; allowed: png, npz, tfds, huggingface"),
+        (["--to", "jpg"], "--to: unknown form 'jpg'; allowed: png, npz, tfds, huggingface, set"),
         (["--to", "npz", "--size", "big"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found 'big'"),
         (["--to", "npz", "--size", "0"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found '0'"),
         (["--to", "npz", "--size", "9000x2"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH"),

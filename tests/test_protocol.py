@@ -1,6 +1,7 @@
 """`evaluate.protocol=paper`: tests while distilling, and the set that was best on the test set."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,18 @@ def test_protocol_is_named_in_table_and_result(whole):
     protocol = json.loads((whole / "result.json").read_text())["protocol"]
     assert protocol["evaluate"]["protocol"] == "paper" and protocol["networks"] == results.NETWORKS["paper"]
     assert "best on the test set" in protocol["networks"]
+
+
+def test_extended_run_keeps_its_tests_and_the_best_of_all(toy, whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    assert start(toy, out, "--extend", "distill.iterations=7") == 0
+    tests, old = (json.loads((run / "evaluation.json").read_text()) for run in (out, whole))
+    assert {name: tests[name] for name in old} == old
+    steps = (2, 4, 5, 6, 7)
+    assert {name for name in tests if name.startswith("distilled")} == {f"distilled after {step}" for step in steps}
+    means = {step: np.mean(list(tests[f"distilled after {step}"]["accuracies"].values())) for step in steps}
+    row = json.loads((out / "result.json").read_text())["accuracy"]
+    assert (row["iteration"], row["tests"]) == (max(steps, key=means.get), 5)
 
 
 class KilledError(Exception):

@@ -208,10 +208,16 @@ def known_loops(config: RunConfig) -> RunConfig:
 
 
 def known_data(config: RunConfig, dataset: data.Dataset) -> RunConfig:
-    """Returns the config with the fingerprint of its data, all classes of both splits."""
-    if config.data.sha256:
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, sha256=dataset.fingerprint()))
+    """Returns the config with what its data turned out to be: all classes of both splits, by their content."""
+    (h, w, c), spec = dataset.image_shape, config.data
+    known = dataclasses.replace(
+        spec,
+        # Images that are not square have no such side.
+        resolution=spec.resolution or (h if h == w else 0),
+        channels=spec.channels or c,  # type: ignore[arg-type]
+        sha256=spec.sha256 or dataset.fingerprint(),
+    )
+    return dataclasses.replace(config, data=known)
 
 
 def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:

@@ -2,7 +2,6 @@
 
 ``--to`` says how:
 
-    set          the set itself, two files that `gsdd_jax.load` reads; ``--size`` changes nothing.
     png          ``<number>_<class>/<number>.png``, as torchvision's ImageFolder and other readers of folders expect it.
                  The number puts classes in the order of their labels; what a file system may not take becomes ``_``.
     npz          ``images.npz``: ``images [n, h, w, c]`` float32, ``labels``, ``class_names``, ``whiten``, and
@@ -10,6 +9,7 @@
     tfds         a version directory of TensorFlow Datasets in array_record files, for ``tfds.builder_from_directory``
                  and ``data.source=tfds``; one split, ``train``.
     huggingface  an ``imagefolder`` of Hugging Face ``datasets``: ``train/*.png``, ``train/metadata.jsonl`` and a card.
+    set          the set itself, two files that `gsdd_jax.load` reads; ``--size`` changes nothing.
 
 Images are those of the codec before any whitening, around [0,1]. PNGs, hence all forms but ``npz``, have 8 bits: values
 are clipped to [0,1] and rounded, and what was clipped is reported.
@@ -301,11 +301,11 @@ def write_set(export: Export, folder: Path) -> None:
 
 
 FORMS: dict[str, Callable[[Export, Path], None]] = {
-    "set": write_set,
     "png": write_png,
     "npz": write_npz,
     "tfds": write_tfds,
     "huggingface": write_huggingface,
+    "set": write_set,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def exported(path: Path) -> synset.SynSet | MergedSet:
         FileNotFoundError, ValueError: As `gsdd_jax.load`.
     """
     try:
-        return load(path)
+        found = load(path)
+        if read_history(path) and not (path / "result.json").exists():
+            print(f"notice: {path} is being extended: its set may still be the one of before", file=sys.stderr)
+        return found
     except FileNotFoundError:
         if not (path / "config.yaml").exists() or (path / synset.EXPORT / synset.MANIFEST).exists():
             raise
