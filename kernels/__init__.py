@@ -1,5 +1,5 @@
-"""Hand-written operators. Only :func:`splat` is public; the files that start with an underscore are its backends."""
+"""Hand-written operators. Only what is listed here is public; the files that start with an underscore are backends."""
 
-from kernels.splat import DEFAULT_CUTOFF, splat
+from kernels.splat import DEFAULT_CUTOFF, compute_capability, splat
 
-__all__ = ["DEFAULT_CUTOFF", "splat"]
+__all__ = ["DEFAULT_CUTOFF", "compute_capability", "splat"]

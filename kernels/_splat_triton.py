@@ -17,6 +17,7 @@ Triton is imported here and nowhere else in the library; `kernels.splat` imports
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
@@ -587,21 +588,19 @@ def forward(
     colors: jax.Array,
     *,
     tuning: Tuning = TUNING,
-    capability: int | None = None,
 ) -> jax.Array:
     """Draws ``[n, m]`` Gaussians as images ``[n, h, w, c]`` float32; see :func:`kernels.splat`.
 
-    The operands may be float32, bfloat16 or float16, each its own; all arithmetic is in float32. The code is made for
-    the GPU of this machine, or for that of a compute ``capability`` (90 for 9.0).
+    The operands may be float32, bfloat16 or float16, each its own; all arithmetic is in float32.
     """
     n, m, c = colors.shape
     if 0 in (n, m, c):
         return jnp.zeros((n, spec.height, spec.width, c), jnp.float32)
     poison = _poison(centers, conics, colors)
     images = [
-        _call(forward_launch(spec, n, m, part.shape[2], tuning), centers, conics, part, poison, capability=capability)[
-            0
-        ]
+        _call(
+            forward_launch(spec, n, m, part.shape[2], tuning), centers, conics, part, poison, capability=spec.capability
+        )[0]
         for part in _channel_groups(colors)
     ]
     return images[0] if len(images) == 1 else jnp.concatenate(images, axis=-1)
@@ -615,7 +614,6 @@ def backward(
     v_images: jax.Array,
     *,
     tuning: Tuning = TUNING,
-    capability: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents of centers, conics and colors for the cotangent ``v_images [n, h, w, c]`` float32."""
     n, m, c = colors.shape
@@ -629,13 +627,22 @@ def backward(
         dtypes = (jnp.float32, jnp.float32, colors.dtype) if several else (centers.dtype, conics.dtype, colors.dtype)
         out: list[jax.Array] = []
         for launch in backward_launches(spec, n, m, part.shape[2], dtypes, tuning):
-            out = _call(launch, centers, conics, part, poison, v_part, *out, capability=capability)
+            out = _call(launch, centers, conics, part, poison, v_part, *out, capability=spec.capability)
         v_geometry.append(out[:2])
         v_colors.append(out[2])
     if not several:
         return v_geometry[0][0], v_geometry[0][1], v_colors[0]
     v_centers, v_conics = (sum(parts[1:], parts[0]) for parts in zip(*v_geometry, strict=True))
     return v_centers.astype(centers.dtype), v_conics.astype(conics.dtype), jnp.concatenate(v_colors, axis=-1)
+
+
+def try_to_lower(capability: int | None, dtypes: tuple[Any, ...]) -> None:
+    """Compiles both directions for one small Gaussian of these dtypes; what jax-triton or Triton raise is passed on."""
+    spec = SplatSpec(height=1, width=1, supersample=1, cutoff=0.0, capability=capability)
+    operands = [jax.ShapeDtypeStruct((1, 1, last), dtype) for last, dtype in zip((2, 3, 1), dtypes, strict=True)]
+    v_image = jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)
+    for function, inputs in ((forward, operands), (backward, [*operands, v_image])):
+        jax.jit(functools.partial(function, spec)).trace(*inputs).lower(lowering_platforms=("cuda",))
 
 
 def _channel_groups(x: jax.Array) -> list[jax.Array]:

@@ -76,7 +76,7 @@ def _tile_lists(
     rows, columns = -(-spec.height // tile), -(-spec.width // tile)
     p, r, s = conics[..., 0], conics[..., 1], conics[..., 2]
     # q = (p dx + r dy)^2 + (s dy)^2 <= reach^2 bounds |dy| by reach/s and |dx| by reach * sqrt(1 + (r/s)^2) / p.
-    reach = np.sqrt(-2 * np.log(spec.cutoff)) if spec.cutoff > 0 else np.inf
+    reach = float(np.sqrt(-2 * np.log(spec.cutoff))) if spec.cutoff > 0 else np.inf
     half = jnp.stack([reach * jnp.sqrt(1 + (r / s) ** 2) / p, reach / s], axis=-1)
     corner_x, corner_y = np.meshgrid(np.arange(columns) * tile, np.arange(rows) * tile)
     origin = np.stack([corner_x.ravel(), corner_y.ravel()], axis=-1) + tile / 2  # [rows * columns, 2]

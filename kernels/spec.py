@@ -16,6 +16,7 @@ class SplatSpec:
         supersample: ``s``; a pixel is the mean of ``s * s`` samples at ``(i + 1/2) / s``.
         cutoff: Contributions with ``exp(-q / 2)`` below it are zero; 0 keeps them all.
         backend: ``"auto"`` picks by platform; ``"xla"`` forces the portable path, ``"triton"`` the GPU kernels.
+        capability: Compute capability to compile the GPU kernels for, 90 for 9.0; None is that of the GPU at hand.
     """
 
     height: int
@@ -23,6 +24,7 @@ class SplatSpec:
     supersample: int
     cutoff: float
     backend: str = "auto"
+    capability: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "supersample"):

@@ -11,12 +11,15 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels import _splat_xla
 from kernels.spec import SplatSpec
@@ -24,6 +27,14 @@ from kernels.spec import SplatSpec
 # Moves no pixel of a fitted image by more than 0.2 of 1/512; 2e-4 moves some by 0.4 and 5e-4 by the whole ("cutoff" in
 # benchmarks/results/fit_psnr.json). A larger value saves little: the area drawn grows with log(1 / cutoff) only.
 DEFAULT_CUTOFF = 1e-4
+
+# From Turing on, ten times; given any other, LLVM ends the process.
+CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+
+# ``with compute_capability(90):`` lowers for a Hopper GPU, whatever is at hand; JAX traces anew where it changes. For a
+# whole process the environment variable GSDD_COMPUTE_CAPABILITY says the same; JAX does not see that one change, so a
+# program that is already traced keeps what it was traced for.
+compute_capability = jax.make_user_context(None)
 
 
 def splat(
@@ -56,9 +67,9 @@ def splat(
         width: Columns of the images.
         supersample: ``s``; each pixel is the mean of ``s * s`` samples at ``(i + 1/2) / s``.
         cutoff: Contributions with ``exp(-q / 2)`` below it are zero, in every backend alike.
-        backend: ``"auto"`` takes the Triton kernels on an NVIDIA GPU, if jax-triton is installed and no operand is
+        backend: ``"auto"`` takes the Triton kernels on an NVIDIA GPU, if jax-triton works there and no operand is
             float64, and XLA anywhere else; ``"triton"`` and ``"xla"`` insist. To lower for a GPU on a machine without
-            one, set the environment variable GSDD_COMPUTE_CAPABILITY (90 for Hopper).
+            one, see :data:`compute_capability`.
 
     Returns:
         Images ``[n, height, width, c]``: float64 if an operand is, else float32. An image with a NaN operand is all
@@ -67,9 +78,17 @@ def splat(
     Raises:
         ValueError: A shape or a setting is off, or ``backend="triton"`` without a GPU; the message names it.
         TypeError: An operand is not floating point.
-        ImportError: ``backend="triton"`` without jax-triton.
+        ImportError: ``backend="triton"`` without jax-triton, or with one that does not work with this JAX or GPU.
     """
-    spec = SplatSpec(height=height, width=width, supersample=supersample, cutoff=cutoff, backend=backend)
+    spec = SplatSpec(
+        height=height,
+        width=width,
+        supersample=supersample,
+        cutoff=cutoff,
+        backend=backend,
+        # Read here, for the operator of a spec is traced once.
+        capability=None if backend == "xla" else _capability(),
+    )
     _check(centers, conics, colors)
     dtype = jnp.result_type(centers, conics, colors)
     if dtype == jnp.float64 and backend == "triton":
@@ -131,52 +150,62 @@ def _backward(spec: SplatSpec, *operands: jax.Array) -> tuple[jax.Array, ...]:
 
 def _by_platform(spec: SplatSpec, direction: str, portable: Callable, *operands: jax.Array):
     """Calls the backend of the spec; with ``"auto"``, that of the platform that the program is lowered for."""
-    # Importing Triton takes a second, so not where no GPU is in sight.
-    capability = None if spec.backend == "xla" else _capability()
-    for_gpu = spec.backend != "xla" and (capability is not None or jax.default_backend() == "gpu")
+    for_gpu = spec.backend != "xla" and (spec.capability is not None or jax.default_backend() == "gpu")
     if spec.backend == "triton" and not for_gpu:
         platform = jax.default_backend()
         raise ValueError(f"backend: 'triton' needs an NVIDIA GPU, JAX runs on {platform}; allowed here: auto, xla")
+    # Importing Triton takes a second, so not where no GPU is in sight.
     if not for_gpu or any(x.dtype == jnp.float64 for x in operands):
         return portable(*operands)
-    triton = _triton()
-    if isinstance(triton, ImportError):
+    triton = _triton(spec.capability, tuple(x.dtype for x in operands[:3]))
+    if isinstance(triton, str):
         if spec.backend == "triton":
-            raise ImportError(f"backend: 'triton' needs the package jax-triton ({triton}); {_INSTALL}") from triton
-        _warn_of_slow_path(str(triton))
+            raise ImportError(f"backend: 'triton' needs {triton}; {_INSTALL}")
+        _warn_of_slow_path(triton)
         return portable(*operands)
-    kernel = functools.partial(getattr(triton, direction), spec, capability=capability)
+    kernel = functools.partial(getattr(triton, direction), spec)
     if spec.backend == "triton":
         return jax.lax.platform_dependent(*operands, cuda=kernel)
     return jax.lax.platform_dependent(*operands, cuda=kernel, default=portable)
 
 
-_INSTALL = "pip install 'gsdd_jax[cuda]' installs it"
+_INSTALL = "pip install 'gsdd_jax[cuda]' installs versions that work together"
 
 
 def _capability() -> int | None:
     """Returns the compute capability to compile for, or None for that of the GPU at hand."""
-    value = os.environ.get("GSDD_COMPUTE_CAPABILITY", "")
-    if value and not (value.isdecimal() and 75 <= int(value) < 1000):
-        raise ValueError(f"GSDD_COMPUTE_CAPABILITY: expected ten times the capability, as 90; found {value!r}")
-    return int(value) if value else None
+    name, value = "compute_capability", compute_capability.value
+    if value is None:
+        name, value = "GSDD_COMPUTE_CAPABILITY", os.environ.get("GSDD_COMPUTE_CAPABILITY") or None
+    if value is None:
+        return None
+    if str(value) not in map(str, CAPABILITIES):
+        allowed = ", ".join(map(str, CAPABILITIES))
+        raise ValueError(f"{name}: expected ten times the capability of a GPU, one of {allowed}; found {value!r}")
+    return int(value)
 
 
 @functools.cache
-def _triton() -> ModuleType | ImportError:
-    """Returns the module of the GPU kernels, or why it cannot be had."""
+def _triton(capability: int | None, dtypes: tuple[np.dtype, ...]) -> ModuleType | str:
+    """Returns the module of the GPU kernels, or what is missing for them to compile for operands of these dtypes."""
     try:
         # jax-triton refuses to be imported by itself where JAX has no CUDA plugin.
         importlib.import_module("jax_triton")
-        return importlib.import_module("kernels._splat_triton")
-    except ImportError as error:
-        return error
+        module = importlib.import_module("kernels._splat_triton")
+        # Lowered now, for JAX would do so after all choices are made. In a thread of its own, whose JAX knows nothing
+        # of the trace, mesh and settings at hand.
+        with futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(module.try_to_lower, capability, dtypes).result()
+        return module
+    # jax-triton uses parts of JAX and Triton that change without notice: whatever it dies of, XLA works.
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"a jax-triton that works with jax {jax.__version__} and this GPU ({textwrap.shorten(said, 200)})"
 
 
 @functools.cache
-def _warn_of_slow_path(reason: str) -> None:
-    message = f"splat runs through XLA, not its GPU kernels, for want of jax-triton ({reason}); {_INSTALL}"
-    warnings.warn(message, stacklevel=2)
+def _warn_of_slow_path(missing: str) -> None:
+    warnings.warn(f"splat runs through XLA, its GPU kernels need {missing}; {_INSTALL}", stacklevel=2)
 
 
 def _fold_batches(function: Callable) -> Callable:

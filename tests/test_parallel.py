@@ -3,7 +3,6 @@
 Run as a script, this file takes the steps in a process with eight virtual devices and writes down all that they give.
 """
 
-import importlib
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from gsdd_jax.data import HostSampler
 from gsdd_jax.data.sampling import ClassTable, class_index, class_table, sample_classes
 from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, ObjectiveSpec, TrajectorySpec
 from gsdd_jax.parallel import Share
+from kernels import compute_capability
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -163,13 +163,13 @@ def lowered_calls() -> dict[str, int] | str:
         import jax_triton  # noqa: F401
     except ImportError as error:
         return str(error)
-    os.environ["GSDD_COMPUTE_CAPABILITY"] = "90"
-    importlib.import_module("kernels.splat")._operator.cache_clear()
-    jax.clear_caches()
     case, found = CASES["distribution"], {}
     for mesh in (None, parallel.mesh_of(DEVICES)):
         state, key = make_start(case, mesh)
-        lowered = make_step(case, mesh).trace(state, batches(case, mesh)[0], key).lower(lowering_platforms=("cuda",))
+        with compute_capability(90):
+            lowered = (
+                make_step(case, mesh).trace(state, batches(case, mesh)[0], key).lower(lowering_platforms=("cuda",))
+            )
         found["one" if mesh is None else "all"] = lowered.as_text().count("custom_call @triton_kernel_call")
     return found
 

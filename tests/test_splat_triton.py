@@ -6,7 +6,7 @@ What only a GPU can show is in `benchmarks/gpu.py` and in the tests marked `gpu`
 import functools
 import importlib
 import re
-import warnings
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import scenes
 
 import gsdd_jax as gsdd
 from gsdd_jax.gaussians import to_pixels
-from kernels import DEFAULT_CUTOFF, splat
+from kernels import DEFAULT_CUTOFF, compute_capability, splat
 from kernels.spec import SplatSpec
 
 pytest.importorskip("triton", reason="needs Triton: make env installs it")
@@ -243,23 +243,19 @@ def loss(g, **settings):
     return jnp.sum(jnp.tanh(gsdd.render(g, **settings)))
 
 
+def lower(function, *args):
+    """Lowers for CUDA on this machine, and gives the module's text."""
+    # The second name is that of jax-triton 0.4.
+    names = ("triton_kernel_call", "triton_kernel_call_ffi")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    return jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*args).mlir_module()
+
+
 @pytest.fixture
-def lower_for_gpu(monkeypatch):
-    """Returns a function that lowers for CUDA on this machine, and gives the module's text."""
+def lower_for_gpu():
     pytest.importorskip("jax_triton", reason="needs jax-triton and JAX's CUDA plugin", exc_type=ImportError)
-    monkeypatch.setenv("GSDD_COMPUTE_CAPABILITY", "90")
-    cache = importlib.import_module("kernels.splat")._operator
-    cache.cache_clear()
-
-    def lower(function, *args):
-        # The second name is that of jax-triton 0.4.
-        names = ("triton_kernel_call", "triton_kernel_call_ffi")
-        checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
-        exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*args)
-        return exported.mlir_module()
-
-    yield lower
-    cache.cache_clear()
+    with compute_capability(90):
+        yield lower
 
 
 def calls(module_text):
@@ -274,9 +270,12 @@ def test_gradient_of_the_renderer_lowers_for_cuda(lower_for_gpu):
     assert calls(lower_for_gpu(jax.grad(loss), scenes.random(n=2, m=9, size=(32, 32)))) == 2
 
 
+def stack(g):
+    return jax.tree.map(lambda x: jnp.stack([x] * 3), g)
+
+
 def test_vmap_and_remat_lower_for_cuda_as_one_folded_call(lower_for_gpu):
-    g = scenes.random(n=2, m=9, size=(32, 32))
-    stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), g)
+    stacked = stack(scenes.random(n=2, m=9, size=(32, 32)))
     assert calls(lower_for_gpu(jax.vmap(jax.grad(loss)), stacked)) == 2
     text = lower_for_gpu(jax.value_and_grad(jax.remat(lambda g: jnp.sum(jax.vmap(loss)(g)))), stacked)
     assert calls(text) == 2
@@ -311,37 +310,89 @@ def test_forcing_the_kernels_without_a_gpu_is_refused():
         splat(*operands(), height=HEIGHT, width=WIDTH, backend="triton")
 
 
-@pytest.mark.parametrize("value", ["9.0", "sm_90", "9", "-90"])
+@pytest.mark.parametrize("value", ["9.0", "sm_90", "9", "-90", "999"])
 def test_a_bad_capability_is_named(monkeypatch, value):
     monkeypatch.setenv("GSDD_COMPUTE_CAPABILITY", value)
+    draw = functools.partial(splat, *operands(), height=HEIGHT, width=WIDTH)
     with pytest.raises(ValueError, match=f"GSDD_COMPUTE_CAPABILITY: expected ten times .*found '{value}'"):
-        splat(*operands(), height=HEIGHT, width=WIDTH, supersample=3, cutoff=0.0)
+        draw()
+    with compute_capability(value), pytest.raises(ValueError, match=f"^compute_capability: expected .* '{value}'"):
+        draw()
+    assert draw(backend="xla").shape == (2, HEIGHT, WIDTH, 3)
 
 
-@pytest.fixture
-def gpu_without_jax_triton(monkeypatch):
-    module = importlib.import_module("kernels.splat")
-    module._operator.cache_clear()
-    module._warn_of_slow_path.cache_clear()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(module, "_triton", lambda: ImportError("No module named 'jax_triton'"))
-    yield
-    module._operator.cache_clear()
-    module._warn_of_slow_path.cache_clear()
+def test_another_capability_traces_and_compiles_anew(lower_for_gpu, monkeypatch):
+    inputs = operands(n=1, m=3, size=(7, 12))
+    draw = functools.partial(splat, height=7, width=12)
+    jitted = jax.jit(draw)
+
+    def code(function):
+        return re.findall(r'custom_call @triton_kernel_call.*?backend_config = "[^"]*"', lower(function, *inputs))
+
+    hopper = code(jitted)
+    with compute_capability(80):
+        ampere = code(jitted)
+    assert len(hopper) == len(ampere) == 1 and hopper != ampere
+    with compute_capability(None):
+        assert code(jitted) == []
+        # The variable has no such power over `jitted`, but what is traced after its change follows.
+        for value, expected in (("90", hopper), ("80", ampere)):
+            monkeypatch.setenv("GSDD_COMPUTE_CAPABILITY", value)
+            assert code(functools.partial(draw)) == expected
+    assert code(jitted) == hopper
 
 
-def test_a_gpu_without_jax_triton_warns_once_and_takes_the_portable_path(gpu_without_jax_triton):
+MISSING = "No module named 'jax_triton'"
+BROKEN = {
+    MISSING: f"raise ModuleNotFoundError({MISSING!r})",
+    "jax_triton is not to be had": "raise ImportError('jax_triton is not to be had')",
+    "module 'jax' has no attribute 'gone'": "import jax\njax.gone",
+    "triton_call() got an unexpected keyword argument": "def triton_call(*args, kernel): pass",
+    "'int' object is not callable": """
+import jax
+from jax.interpreters import mlir
+broken = jax.extend.core.Primitive("broken")
+broken.multiple_results = True
+broken.def_abstract_eval(lambda *args, out: [jax.core.ShapedArray(x.shape, x.dtype) for x in out])
+mlir.register_lowering(broken, lambda *args, out: (lambda x: x)(1)(2), platform="cuda")
+def triton_call(*args, out_type, **others):
+    return broken.bind(*args, out=out_type)
+""",
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken_jax_triton(request, monkeypatch, tmp_path):
+    """A jax-triton that dies when it is imported, called or lowered, where JAX speaks of a GPU; gives what it says."""
+    (tmp_path / "jax_triton.py").write_text(BROKEN[request.param])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "jax_triton", raising=False)
+    caches = [
+        importlib.import_module("kernels.splat")._triton,
+        importlib.import_module("kernels.splat")._warn_of_slow_path,
+    ]
+    for cache in caches:
+        cache.cache_clear()
+    with compute_capability(89):
+        yield request.param
+    for cache in caches:
+        cache.cache_clear()
+    importlib.import_module("kernels.splat")._operator.cache_clear()
+
+
+def test_where_jax_triton_is_broken_xla_takes_over_with_one_warning(broken_jax_triton):
     inputs = operands()
-    with pytest.warns(UserWarning, match=r"for want of jax-triton \(No module .*pip install 'gsdd_jax\[cuda\]'"):
+    reason = re.escape(broken_jax_triton)
+    with pytest.warns(UserWarning, match=f"through XLA, .* that works with jax .*{reason}.*pip install") as caught:
         images = splat(*inputs, height=HEIGHT, width=WIDTH)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        assert calls(lower(jax.vmap(jax.grad(loss)), stack(scenes.random(n=1, m=3, size=(9, 9))))) == 0
         splat(*inputs, height=HEIGHT, width=WIDTH, supersample=1)
-        assert np.array_equal(images, splat(*inputs, height=HEIGHT, width=WIDTH, backend="xla"))
+    assert len(caught) == 1
+    assert np.array_equal(images, splat(*inputs, height=HEIGHT, width=WIDTH, backend="xla"))
 
 
-def test_forcing_the_kernels_without_jax_triton_names_the_package(gpu_without_jax_triton):
-    with pytest.raises(ImportError, match=r"backend: 'triton' needs the package jax-triton \(No module"):
+def test_insisting_on_the_kernels_where_jax_triton_is_broken_says_why_not(broken_jax_triton):
+    with pytest.raises(ImportError, match=f"backend: 'triton' needs a jax-triton .*{re.escape(broken_jax_triton)}"):
         splat(*operands(), height=HEIGHT, width=WIDTH, backend="triton")
 
 
