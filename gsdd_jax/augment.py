@@ -82,7 +82,7 @@ def dsa(key: jax.Array, images: jax.Array, spec: DsaSpec, *, siamese: bool = Fal
     key_operation, key_parameters = jax.random.split(key)
     shape = () if siamese else images.shape[:1]
     branches = [partial(_OPERATIONS[name], spec=spec, shape=shape) for name in spec.operations]
-    operation = jax.random.randint(key_operation, (), 0, len(branches))
+    operation = jax.random.randint(key_operation, (), 0, len(branches), jnp.int32)
     return lax.switch(operation, branches, key_parameters, images)
 
 
@@ -116,7 +116,7 @@ def crop(images: jax.Array, shift: jax.Array, *, max_shift: tuple[int, int]) -> 
     Returns:
         float [n, h, w, c].
     """
-    shift = jnp.asarray(shift)
+    shift = jnp.asarray(shift, jnp.int32)
     return jax.vmap(partial(_crop_one, max_shift), in_axes=(0, 0 if shift.ndim == 2 else None))(images, shift)
 
 
@@ -124,7 +124,7 @@ def crop(images: jax.Array, shift: jax.Array, *, max_shift: tuple[int, int]) -> 
 def _crop_one(max_shift: tuple[int, int], image: jax.Array, shift: jax.Array) -> jax.Array:
     sy, sx = max_shift
     padded = jnp.pad(image, ((sy, sy), (sx, sx), (0, 0)))
-    return lax.dynamic_slice(padded, (shift[0] + sy, shift[1] + sx, 0), image.shape)
+    return lax.dynamic_slice(padded, (shift[0] + sy, shift[1] + sx, jnp.int32(0)), image.shape)
 
 
 def _crop_one_bwd(max_shift: tuple[int, int], shift: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
@@ -300,7 +300,7 @@ def _draw_color(key: jax.Array, images: jax.Array, *, spec: DsaSpec, shape: tupl
 
 def _draw_crop(key: jax.Array, images: jax.Array, *, spec: DsaSpec, shape: tuple[int, ...]) -> jax.Array:
     bound = np.array(_fraction(images, spec.crop_pad), np.int32)
-    shift = jax.random.randint(key, (*shape, 2), -bound, bound + 1)
+    shift = jax.random.randint(key, (*shape, 2), -bound, bound + 1, jnp.int32)
     return crop(images, shift, max_shift=(int(bound[0]), int(bound[1])))
 
 
@@ -308,11 +308,11 @@ def _draw_cutout(key: jax.Array, images: jax.Array, *, spec: DsaSpec, shape: tup
     size = _fraction(images, spec.cutout)
     # A rectangle of even size has one more centre than there are pixels.
     bound = np.array([length + 1 - side % 2 for length, side in zip(images.shape[1:3], size, strict=True)], np.int32)
-    return cutout(images, jax.random.randint(key, (*shape, 2), 0, bound), size=size)
+    return cutout(images, jax.random.randint(key, (*shape, 2), 0, bound, jnp.int32), size=size)
 
 
 def _draw_flip(key: jax.Array, images: jax.Array, *, spec: DsaSpec, shape: tuple[int, ...]) -> jax.Array:
-    return flip(images, jax.random.uniform(key, shape) < spec.flip)
+    return flip(images, jax.random.uniform(key, shape, jnp.float32) < spec.flip)
 
 
 def _draw_scale(key: jax.Array, images: jax.Array, *, spec: DsaSpec, shape: tuple[int, ...]) -> jax.Array:

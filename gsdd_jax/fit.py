@@ -110,7 +110,7 @@ def select_images(
 def _nearest_to_centres(key: jax.Array, features: np.ndarray, count: int) -> np.ndarray:
     from sklearn.cluster import KMeans  # slow to import, and only this option needs it
 
-    seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+    seed = int(jax.random.randint(key, (), 0, 2**31 - 1, jnp.int32))
     centres = KMeans(count, n_init=1, random_state=seed).fit(features).cluster_centers_
     taken: list[int] = []
     for centre in centres:
@@ -145,13 +145,13 @@ def fit_steps(
 
     def step(_, carry: tuple[FitState, jax.Array]) -> tuple[FitState, jax.Array]:
         state, _ = carry
-        done = state.step / steps
+        done = state.step.astype(jnp.float32) / steps
         grads, error = jax.grad(loss_fn, has_aux=True)(state.params, done)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         params = draft.project(optax.apply_updates(state.params, updates), done)
         return FitState(params, opt_state, state.step + 1), error
 
-    carry = state, jnp.ones(targets.shape[0])
+    carry = state, jnp.ones(targets.shape[0], jnp.float32)
     # XLA on CPU is up to ten times slower with the convolutions of a decoder in a loop.
     state, error = step(0, carry) if isinstance(count, int) and count == 1 else jax.lax.fori_loop(0, count, step, carry)
     return state, psnr_of(error).mean()

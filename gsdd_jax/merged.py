@@ -99,7 +99,9 @@ class MergedSet:
         rows, first, k = [], 0, len(self.class_names)
         for part in self.parts:
             own = len(part.class_names)
-            known = jax.nn.one_hot(part.labels, own) if part.soft_labels is None else part.soft_labels
+            known = (
+                jax.nn.one_hot(part.labels, own, dtype=jnp.float32) if part.soft_labels is None else part.soft_labels
+            )
             rows.append(jnp.pad(known, ((0, 0), (first, k - first - own))))
             first += own
         return jnp.concatenate(rows)

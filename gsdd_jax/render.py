@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gsdd_jax.gaussians import Gaussians, to_pixels
 from kernels import DEFAULT_CUTOFF, splat
@@ -30,8 +31,8 @@ def render(
         backend: ``"auto"``, ``"xla"`` or ``"triton"``; see :func:`kernels.splat`.
 
     Returns:
-        Images ``[n, h, w, c]``, float32, unclamped. Differentiable with respect to every leaf of ``g``. No Gaussians
-        give zeros; a NaN makes the image it belongs to NaN and no other.
+        Images ``[n, h, w, c]``, float32 whatever the leaves are, unclamped. Differentiable with respect to every leaf
+        of ``g``. No Gaussians give zeros; a NaN makes the image it belongs to NaN and no other.
 
     Raises:
         ValueError: A leaf has the wrong shape, or a setting is out of range.
@@ -45,7 +46,8 @@ def render(
     """
     _check(g, size)
     height, width = size or g.size
-    splats = to_pixels(g, size)
+    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if x.dtype == np.float64 else x, g)
+    splats = to_pixels(narrow, size)
     return splat(*splats, height=height, width=width, supersample=supersample, cutoff=cutoff, backend=backend)
 
 

@@ -39,10 +39,10 @@ def uniform(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
     n, h, w, c = images.shape
     key_mean, key_cholesky, key_color = jax.random.split(key, 3)
     return Gaussians(
-        jax.random.uniform(key_mean, (n, num_points, 2), minval=-1.0),
-        jax.random.uniform(key_cholesky, (n, num_points, 3)),
-        jax.random.uniform(key_color, (n, num_points, c)),
-        jnp.ones((n, num_points)),
+        jax.random.uniform(key_mean, (n, num_points, 2), jnp.float32, minval=-1.0),
+        jax.random.uniform(key_cholesky, (n, num_points, 3), jnp.float32),
+        jax.random.uniform(key_color, (n, num_points, c), jnp.float32),
+        jnp.ones((n, num_points), jnp.float32),
         size=(h, w),
     )
 
@@ -53,12 +53,12 @@ def on_edges(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
     index = _edge_pixels(key, images, num_points)
     color = jnp.take_along_axis(images.reshape(n, h * w, c), index[..., None], axis=1)
     spread = EDGE_SPREAD * np.sqrt(h * w / (np.pi * num_points))
-    cholesky = jnp.array([spread, 0.0, spread]) - jnp.array(CHOLESKY_SHIFT)
+    cholesky = jnp.array([spread, 0.0, spread], jnp.float32) - jnp.array(CHOLESKY_SHIFT, jnp.float32)
     return Gaussians(
         _positions(index, h, w),
         jnp.broadcast_to(cholesky, (n, num_points, 3)),
         0.5 * color,
-        jnp.ones((n, num_points)),
+        jnp.ones((n, num_points), jnp.float32),
         size=(h, w),
     )
 
@@ -72,12 +72,12 @@ def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians
     n, h, w, c = images.shape
     y, x = np.meshgrid(np.arange(h) + 0.5, np.arange(w) + 0.5, indexing="ij")
     place = np.stack([x, y], axis=-1).reshape(-1, 2).astype(np.float32)
-    spacing = np.sqrt(h * w / num_points)
+    spacing = float(np.sqrt(h * w / num_points))
     seeds = _edge_pixels(key, images, num_points)
 
     def nearest(features: jax.Array, centres: jax.Array) -> jax.Array:
         distance = jnp.sum(centres**2, axis=1) - 2 * features @ centres.T
-        return jax.nn.one_hot(jnp.argmin(distance, axis=1), num_points)
+        return jax.nn.one_hot(jnp.argmin(distance, axis=1), num_points, dtype=jnp.float32)
 
     def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         image, seed = args
@@ -100,12 +100,12 @@ def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians
         l11 = jnp.sqrt(xx)
         l21 = xy / l11
         l22 = jnp.sqrt(jnp.maximum(yy - l21**2, 0.1))
-        cholesky = jnp.stack([l11, l21, l22], axis=-1) - jnp.array(CHOLESKY_SHIFT)
+        cholesky = jnp.stack([l11, l21, l22], axis=-1) - jnp.array(CHOLESKY_SHIFT, jnp.float32)
         mean = mu / jnp.array([w, h], jnp.float32) * 2 - 1
         return mean, cholesky, least_squares_colors(mean, cholesky, image)
 
     mean, cholesky, color = jax.lax.map(one, (images, seeds))
-    return Gaussians(mean, cholesky, color, jnp.ones((n, num_points)), size=(h, w))
+    return Gaussians(mean, cholesky, color, jnp.ones((n, num_points), jnp.float32), size=(h, w))
 
 
 def least_squares_colors(mean: jax.Array, cholesky: jax.Array, image: jax.Array) -> jax.Array:
@@ -122,10 +122,14 @@ def least_squares_colors(mean: jax.Array, cholesky: jax.Array, image: jax.Array)
     h, w, c = image.shape
     m = mean.shape[0]
     # Each Gaussian paints a channel of its own, so the image with m channels is the design matrix.
-    each = Gaussians(mean[None], cholesky[None], jnp.eye(m)[None], jnp.ones((1, m)), size=(h, w))
+    each = Gaussians(
+        mean[None], cholesky[None], jnp.eye(m, dtype=jnp.float32)[None], jnp.ones((1, m), jnp.float32), size=(h, w)
+    )
     design = render(each)[0].reshape(-1, m)
     gram = design.T @ design
-    return jnp.linalg.solve(gram + RIDGE * jnp.trace(gram) / m * jnp.eye(m), design.T @ image.reshape(-1, c))
+    return jnp.linalg.solve(
+        gram + RIDGE * jnp.trace(gram) / m * jnp.eye(m, dtype=gram.dtype), design.T @ image.reshape(-1, c)
+    )
 
 
 def _edge_pixels(key: jax.Array, images: jax.Array, num_points: int) -> jax.Array:
@@ -142,7 +146,8 @@ def _edge_pixels(key: jax.Array, images: jax.Array, num_points: int) -> jax.Arra
 
 def _positions(index: jax.Array, h: int, w: int) -> jax.Array:
     """Maps flat pixel indices to positions of the pixels' centres in [-1, 1]."""
-    return jnp.stack([(index % w + 0.5) / w, (index // w + 0.5) / h], axis=-1) * 2 - 1
+    half = jnp.float32(0.5)
+    return jnp.stack([(index % w + half) / w, (index // w + half) / h], axis=-1) * 2 - 1
 
 
 START: dict[str, Callable[[jax.Array, jax.Array, int], Gaussians]] = {

@@ -107,7 +107,7 @@ def _on_grid_bwd(bits, residuals, v):
     place, code = (x - low) / step, grid_codes(x, low, step, bits)
     inside = (place >= -0.5) & (place <= top + 0.5)
     others = tuple(range(x.ndim - 1))
-    scale = 1 / np.sqrt(max(x.size // x.shape[-1], 1) * top)
+    scale = float(1 / np.sqrt(max(x.size // x.shape[-1], 1) * top))
     v_low = scale * jnp.sum(jnp.where(inside, 0, v), others)
     v_step = scale * jnp.sum(v * jnp.where(inside, code - place, code), others)
     return jnp.where(inside, v, 0), v_low, v_step

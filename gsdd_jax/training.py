@@ -162,7 +162,7 @@ def lr_factor(step: jax.Array | int, *, spec: EvalSpec, steps: int) -> jax.Array
     Returns:
         float32 scalar in [0, 1].
     """
-    step = jnp.asarray(step)
+    step = jnp.asarray(step, jnp.float32)
     if spec.schedule == "warmup_cosine":
         half = max(steps // 2, 1)
         rise = _WARMUP_START + (1 - _WARMUP_START) * jnp.minimum(step / half, 1.0)
@@ -316,7 +316,7 @@ def _average(average: Any, params: Any, step: jax.Array, *, decay: float, batch:
     """
     k = step * batch // n
     ends = ((step + 1) * batch // n > k) | (step == steps - 1)
-    keep = jnp.where(ends, jnp.minimum(1 - 1 / (1 + k), decay), 1.0)
+    keep = jnp.where(ends, jnp.minimum(1 - 1 / (1 + k.astype(jnp.float32)), decay), 1.0)
     return jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)
 
 

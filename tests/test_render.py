@@ -11,8 +11,8 @@ import pytest
 import scenes
 
 from gsdd_jax import Gaussians, render
-from gsdd_jax.gaussians import MAX_PIXELS
-from kernels import DEFAULT_CUTOFF
+from gsdd_jax.gaussians import MAX_PIXELS, to_pixels
+from kernels import DEFAULT_CUTOFF, splat
 
 LEAVES = ("mean", "cholesky", "color", "opacity")
 # Share of the larger of 1 and the oracle's largest value.
@@ -34,9 +34,14 @@ def weights(g, size=None, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, *(size or g.size), c)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=SETTINGS)
-def value_and_gradient(g, v, *, size=None, supersample=2, cutoff=DEFAULT_CUTOFF):
-    images, vjp = jax.vjp(lambda g: render(g, size, supersample=supersample, cutoff=cutoff), g)
+def draw_in_the_precision_of_the_leaves(g, size=None, **settings):
+    height, width = size or g.size
+    return splat(*to_pixels(g, size), height=height, width=width, **settings)
+
+
+@functools.partial(jax.jit, static_argnames=(*SETTINGS, "draw"))
+def value_and_gradient(g, v, *, size=None, supersample=2, cutoff=DEFAULT_CUTOFF, draw=render):
+    images, vjp = jax.vjp(lambda g: draw(g, size, supersample=supersample, cutoff=cutoff), g)
     return images, vjp(v)[0]
 
 
@@ -126,20 +131,25 @@ def test_other_shapes_sizes_and_supersampling_match_the_oracle(name):
 
 
 @pytest.mark.parametrize("supersample", [2, 3])
-def test_float64_stays_float64_and_matches_the_oracle_to_its_precision(supersample):
+def test_float64_matches_the_oracle_to_its_precision(supersample):
     # At this precision a wrong formula cannot hide behind rounding, not even in the needles.
+    both = functools.partial(value_and_gradient, draw=draw_in_the_precision_of_the_leaves)
     with jax.enable_x64(True):
         for build in scenes.HOSTILE.values():
             g = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), build())
-            assert jax.eval_shape(render, g).dtype == jnp.float64
             settings = {"cutoff": 0.0, "supersample": supersample}
-            assert_matches_oracle(g, settings, FLOAT64_TOLERANCE, FLOAT64_TOLERANCE)
+            assert_matches_oracle(g, settings, FLOAT64_TOLERANCE, FLOAT64_TOLERANCE, both)
 
 
-def test_images_are_float32_by_default():
-    assert jax.eval_shape(render, scenes.random()).dtype == jnp.float32
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), scenes.random())
-    assert jax.eval_shape(render, half).dtype == jnp.float32
+@pytest.mark.parametrize("x64", [False, True])
+def test_images_are_float32_whatever_the_leaves_are(x64):
+    single = scenes.random(n=1, m=2, size=(5, 4))
+    double, half = (jax.tree.map(lambda x, to=to: np.asarray(x).astype(to), single) for to in ("f8", jnp.bfloat16))
+    with jax.enable_x64(x64):
+        images = render(double)
+        assert images.dtype == jax.eval_shape(render, half).dtype == jnp.float32
+        assert np.array_equal(images, render(single))
+        assert jax.grad(lambda g: jnp.sum(render(g)))(double).mean.dtype == (jnp.float64 if x64 else jnp.float32)
 
 
 @pytest.mark.parametrize("cutoff", [DEFAULT_CUTOFF, 0.3])

@@ -22,7 +22,7 @@ def _unchanged(arrays: Any) -> Any:
 
 
 def _no_term(params: Any) -> jax.Array:
-    return jnp.zeros(())
+    return jnp.zeros((), jnp.float32)
 
 
 def _no_gaussians(params: Any) -> Gaussians | None:

@@ -109,7 +109,7 @@ def split(canvases: jax.Array, factor: int) -> jax.Array:
 
 def enlargement(large: int, small: int) -> jax.Array:
     """Returns the matrix ``[large, small]`` of bilinear interpolation along an axis, pixel centres at (i + 1/2)."""
-    return jax.image.resize(jnp.eye(small), (large, small), "bilinear")
+    return jax.image.resize(jnp.eye(small, dtype=jnp.float32), (large, small), "bilinear")
 
 
 def _inverses(length: int, cell: int, factor: int) -> list[jax.Array]:

@@ -130,13 +130,17 @@ def hallucinators(
     """Draws hallucinators: PyTorch's default convolutions, as in HaBa, plus the identity; scale 1, shift 0."""
     h, w, c = image_shape
     inner = (count, h - SIDE + 1, w - SIDE + 1, c)
-    params = {"scale": jnp.ones(inner), "shift": jnp.zeros(inner)}
+    params = {"scale": jnp.ones(inner, jnp.float32), "shift": jnp.zeros(inner, jnp.float32)}
     for place, (name, inputs) in enumerate((("conv", base_channels), ("deconv", c))):
         # PyTorch takes the outputs of a transposed convolution for its inputs; here both are c.
         bound = float(1 / np.sqrt(SIDE**2 * inputs))
-        own = bound * jax.random.uniform(jax.random.fold_in(key, place), (count, SIDE**2 * inputs + 1, c), minval=-1.0)
+        own = bound * jax.random.uniform(
+            jax.random.fold_in(key, place), (count, SIDE**2 * inputs + 1, c), jnp.float32, minval=-1.0
+        )
         kernel = own[:, :-1].reshape(count, SIDE, SIDE, inputs, c)
-        kernel = kernel.at[:, SIDE // 2, SIDE // 2].add(jnp.ones((inputs, c)) if inputs < c else jnp.eye(c))
+        kernel = kernel.at[:, SIDE // 2, SIDE // 2].add(
+            jnp.ones((inputs, c), jnp.float32) if inputs < c else jnp.eye(c, dtype=jnp.float32)
+        )
         params |= {name: kernel, f"{name}_bias": own[:, -1]}
     return params
 

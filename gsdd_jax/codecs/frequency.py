@@ -87,7 +87,9 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
         index = jnp.arange(n) if index is None else jnp.asarray(index)
         coefficients = storage.quantise(params[COEFFICIENTS], spec.dtype)[index]
         places = params[INDEX].astype(jnp.int32)[index // per_class]
-        spectra = jnp.zeros((len(index), h * w, c)).at[jnp.arange(len(index))[:, None], places].set(coefficients)
+        spectra = (
+            jnp.zeros((len(index), h * w, c), jnp.float32).at[jnp.arange(len(index))[:, None], places].set(coefficients)
+        )
         return CENTRE + SPREAD * inverse(spectra.reshape(-1, h, w, c), size or (h, w))
 
     def stored(params):

@@ -101,7 +101,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
     def init(key, images):
         del images
         key_latents, key_decoder = jax.random.split(key)
-        drawn = jax.random.normal(key_latents, (len(latents), n, spec.latent_dim))
+        drawn = jax.random.normal(key_latents, (len(latents), n, spec.latent_dim), jnp.float32)
         return dict(zip(latents, drawn, strict=True)) | draw_decoder(key_decoder, shapes(spec, h, c))
 
     def decode(params, index=None, *, size=None, key=None):
@@ -109,7 +109,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
         codes = params["mean"]
         if key is not None and spec.sample:
             # Noise for all, so that a sample of an image does not depend on which others are asked for.
-            codes += jnp.exp(params["log_variance"] / 2) * jax.random.normal(key, codes.shape)
+            codes += jnp.exp(params["log_variance"] / 2) * jax.random.normal(key, codes.shape, codes.dtype)
         if index is not None and spec.norm == "group":
             codes = codes[index]
         images = decoded(params, codes, spec.norm)
@@ -239,7 +239,7 @@ def draw_decoder(key: jax.Array, arrays: dict[str, tuple[int, ...]]) -> dict[str
     """
     # One draw for all: XLA takes half a second to compile each.
     ends = list(itertools.accumulate(math.prod(shape) for shape in arrays.values()))
-    parts = jnp.split(jax.random.uniform(key, (ends[-1],), minval=-1.0), ends[:-1])
+    parts = jnp.split(jax.random.uniform(key, (ends[-1],), jnp.float32, minval=-1.0), ends[:-1])
     params, bound = {}, 0.0
     for part, (name, shape) in zip(parts, arrays.items(), strict=True):
         if name.startswith(("scale", "shift")):

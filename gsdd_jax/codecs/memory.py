@@ -136,7 +136,7 @@ def best(images: jax.Array, small: tuple[int, int], count: int) -> dict[str, jax
 
 def _xavier(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
     limit = (6 / (fan_in + fan_out)) ** 0.5
-    return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+    return jax.random.uniform(key, shape, jnp.float32, minval=-limit, maxval=limit)
 
 
 def _images_per_class(

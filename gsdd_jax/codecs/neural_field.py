@@ -99,7 +99,7 @@ def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: 
 
 def positions(size: tuple[int, int]) -> jax.Array:
     """Returns the positions ``[h * w, 2]`` of an image's pixels, row first, corner pixels at -1 and 1."""
-    row, column = jnp.meshgrid(*(jnp.linspace(-1.0, 1.0, side) for side in size), indexing="ij")
+    row, column = jnp.meshgrid(*(jnp.linspace(-1.0, 1.0, side, dtype=jnp.float32) for side in size), indexing="ij")
     return jnp.stack([row, column], axis=-1).reshape(-1, 2)
 
 
@@ -146,7 +146,9 @@ def siren(key: jax.Array, n: int, spec: NeuralFieldSpec, channels: int) -> dict[
     params: dict[str, jax.Array] = {}
     for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         bound = 0.5 if layer == 0 else float(np.sqrt(6 / inputs)) / spec.omega
-        own = bound * jax.random.uniform(jax.random.fold_in(key, layer), (n, inputs + 1, outputs), minval=-1.0)
+        own = bound * jax.random.uniform(
+            jax.random.fold_in(key, layer), (n, inputs + 1, outputs), jnp.float32, minval=-1.0
+        )
         params |= {f"weight{layer}": own[:, :-1], f"bias{layer}": own[:, -1]}
     return params
 
@@ -154,9 +156,9 @@ def siren(key: jax.Array, n: int, spec: NeuralFieldSpec, channels: int) -> dict[
 def solve_output(params: dict[str, jax.Array], images: jax.Array, spec: NeuralFieldSpec) -> dict[str, jax.Array]:
     """Replaces the output layers by the ridge regression of the images on the last sine layer."""
     n, h, w, c = images.shape
-    inputs = jnp.concatenate([features(params, (h, w), spec), jnp.ones((n, 1, h * w))], axis=1)
+    inputs = jnp.concatenate([features(params, (h, w), spec), jnp.ones((n, 1, h * w), jnp.float32)], axis=1)
     target = ((images - CENTRE) / SPREAD).reshape(n, h * w, c)
-    gram = inputs @ inputs.mT + RIDGE * h * w * jnp.eye(spec.width + 1)
+    gram = inputs @ inputs.mT + RIDGE * h * w * jnp.eye(spec.width + 1, dtype=jnp.float32)
     solution = jnp.linalg.solve(gram, inputs @ target)
     return params | {f"weight{spec.layers}": solution[:, :-1], f"bias{spec.layers}": solution[:, -1]}
 

@@ -190,7 +190,7 @@ def from_gaussians(g: Gaussians, spec: PackedGaussianSpec) -> PackedGaussians:
     rounding.
     """
     color = g.color * g.opacity[..., None]
-    none = jnp.zeros(3 + color.shape[-1])
+    none = jnp.zeros(3 + color.shape[-1], jnp.float32)
     params = PackedGaussians(g.mean, canonical(g.cholesky), color, low=none, step=none, size=g.size)
     return fit_ranges(clip_positions(params), spec)
 
@@ -215,7 +215,7 @@ def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGauss
     lows, steps = [], []
     for leaf, bits in ((params.cholesky, spec.bits_cholesky), (params.color, spec.bits_color)):
         finite = jnp.where(jnp.isfinite(leaf), leaf, jnp.nan).reshape(-1, leaf.shape[-1])
-        ends = jnp.nanquantile(finite, jnp.array([CLIPPED_SHARE, 1 - CLIPPED_SHARE]), axis=0)
+        ends = jnp.nanquantile(finite, jnp.array([CLIPPED_SHARE, 1 - CLIPPED_SHARE], jnp.float32), axis=0)
         low, high = jnp.nan_to_num(ends)
         low = storage.as_bfloat16(low - BFLOAT16_ULP * jnp.abs(low))
         lows.append(low)
@@ -235,7 +235,7 @@ def quantised(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bo
         for name, (low, step, bits) in _grids(params.low, params.step, spec).items()
     }
     leaves = _in_order(params, leaves, spec)
-    return Gaussians(**leaves, opacity=jnp.ones(params.mean.shape[:-1]), size=params.size)
+    return Gaussians(**leaves, opacity=jnp.ones(params.mean.shape[:-1], jnp.float32), size=params.size)
 
 
 def stored(params: PackedGaussians, spec: PackedGaussianSpec) -> dict[str, jax.Array]:
@@ -359,7 +359,7 @@ def _grids(low: jax.Array, step: jax.Array, spec: PackedGaussianSpec) -> dict[st
     step = storage.as_bfloat16(jnp.maximum(step, finest))
     cell = 2.0 ** (1 - spec.bits_mean)
     return {
-        "mean": (jnp.full(2, 0.5 * cell - 1), jnp.full(2, cell), spec.bits_mean),
+        "mean": (jnp.full(2, 0.5 * cell - 1, jnp.float32), jnp.full(2, cell, jnp.float32), spec.bits_mean),
         "cholesky": (low[:3], step[:3], spec.bits_cholesky),
         "color": (low[3:], step[3:], spec.bits_color),
     }

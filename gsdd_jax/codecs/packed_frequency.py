@@ -66,7 +66,7 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
 
     def init(key, images):
         params = plain.init(key, images)
-        none = jnp.zeros((num_classes, spec.coefficients, c))
+        none = jnp.zeros((num_classes, spec.coefficients, c), jnp.float32)
         return fit_ranges(params | {LOW: none, STEP: none}, spec.bits)
 
     def decode(params, index=None, *, size=None, key=None):

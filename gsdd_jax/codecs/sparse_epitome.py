@@ -196,7 +196,12 @@ def _largest(flat: jax.Array, count: int) -> jax.Array:
 
 def _scatter(values: jax.Array, index: jax.Array, places: int) -> jax.Array:
     return jnp.put_along_axis(
-        jnp.zeros((*values.shape[:2], places)), index, values, axis=-1, inplace=False, mode="promise_in_bounds"
+        jnp.zeros((*values.shape[:2], places), values.dtype),
+        index,
+        values,
+        axis=-1,
+        inplace=False,
+        mode="promise_in_bounds",
     )
 
 
@@ -221,19 +226,19 @@ def speed(key: jax.Array, n: int, patches: int, spec: SparseEpitomeSpec, channel
 
     def xavier(*shape: int) -> jax.Array:
         bound = float(np.sqrt(6 / sum(shape[-2:])))
-        return bound * jax.random.uniform(next(keys), shape, minval=-1.0)
+        return bound * jax.random.uniform(next(keys), shape, jnp.float32, minval=-1.0)
 
     return {
-        "coefficients": DRAWN * jax.random.normal(next(keys), (n, spec.heads, patches, spec.tokens)),
-        "epitome": DRAWN * jax.random.normal(next(keys), (spec.tokens, d)),
+        "coefficients": DRAWN * jax.random.normal(next(keys), (n, spec.heads, patches, spec.tokens), jnp.float32),
+        "epitome": DRAWN * jax.random.normal(next(keys), (spec.tokens, d), jnp.float32),
         "mix": xavier(r, d, d),
-        "mix_bias": jnp.zeros((r, d)),
+        "mix_bias": jnp.zeros((r, d), jnp.float32),
         "mlp": xavier(r, 2, d, d),
-        "mlp_bias": jnp.zeros((r, 2, d)),
-        "norm_scale": jnp.ones((r, 2, d)),
-        "norm_shift": jnp.zeros((r, 2, d)),
+        "mlp_bias": jnp.zeros((r, 2, d), jnp.float32),
+        "norm_scale": jnp.ones((r, 2, d), jnp.float32),
+        "norm_shift": jnp.zeros((r, 2, d), jnp.float32),
         "out": xavier(d, outputs),
-        "out_bias": jnp.zeros(outputs),
+        "out_bias": jnp.zeros(outputs, jnp.float32),
     }
 
 
@@ -264,8 +269,8 @@ def solve_output(params: dict[str, jax.Array], patches: jax.Array, spec: SparseE
     """Replaces the output layer by the ridge regression of all patches on what it sees."""
     seen = features(params | {"coefficients": largest(params["coefficients"], spec.nonzeros)})
     seen = seen.reshape(-1, spec.width)
-    seen = jnp.concatenate([seen, jnp.ones((len(seen), 1))], axis=1)
-    gram = seen.T @ seen + RIDGE * len(seen) * jnp.eye(spec.width + 1)
+    seen = jnp.concatenate([seen, jnp.ones((len(seen), 1), jnp.float32)], axis=1)
+    gram = seen.T @ seen + RIDGE * len(seen) * jnp.eye(spec.width + 1, dtype=jnp.float32)
     solution = jnp.linalg.solve(gram, seen.T @ patches.reshape(len(seen), -1))
     return params | {"out": solution[:-1], "out_bias": solution[-1]}
 

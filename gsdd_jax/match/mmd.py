@@ -141,7 +141,7 @@ def _kernel(x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns the kernel of all pairs, ``[a, b]``."""
     products = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
     squared = jnp.sum(x**2, -1)[:, None] + jnp.sum(y**2, -1) - 2 * products
-    return sum((jnp.exp(-squared / (2 * width**2)) for width in WIDTHS), jnp.zeros(squared.shape))
+    return sum((jnp.exp(-squared / (2 * width**2)) for width in WIDTHS), jnp.zeros(squared.shape, squared.dtype))
 
 
 def _check(x: jax.Array, y: jax.Array, axes: tuple[str, ...]) -> None:

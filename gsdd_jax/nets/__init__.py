@@ -112,7 +112,7 @@ def _build(spec: NetSpec, shape: tuple[int, int, int], num_classes: int) -> Netw
     h, w, c = shape
 
     def init(key: jax.Array) -> Any:
-        return module.init(key, jnp.zeros((1, h, w, c)))["params"]
+        return module.init(key, jnp.zeros((1, h, w, c), jnp.float32))["params"]
 
     def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         if images.shape[1:] != shape:

@@ -35,7 +35,7 @@ def uniform(
     # One draw for all: XLA takes half a second to compile each, and distribution matching compiles this too.
     sizes = {name: (math.prod(shape), 0 if name in unbiased else shape[-1]) for name, shape in kernels.items()}
     ends = np.cumsum([size for pair in sizes.values() for size in pair])
-    parts = iter(jnp.split(jax.random.uniform(key, (int(ends[-1]),), minval=-1, maxval=1), ends[:-1]))
+    parts = iter(jnp.split(jax.random.uniform(key, (int(ends[-1]),), jnp.float32, minval=-1, maxval=1), ends[:-1]))
     layers: dict[str, Any] = {}
     for name, shape in kernels.items():
         bound = 1 / math.sqrt(math.prod(shape[:-1]))
@@ -48,7 +48,7 @@ def uniform(
 
 def unit_norm(channels: int) -> dict[str, jax.Array]:
     """Returns the initial scale and bias of a normalisation."""
-    return {"scale": jnp.ones(channels), "bias": jnp.zeros(channels)}
+    return {"scale": jnp.ones(channels, jnp.float32), "bias": jnp.zeros(channels, jnp.float32)}
 
 
 def instance_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:

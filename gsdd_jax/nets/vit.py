@@ -81,7 +81,7 @@ class ViT(nn.Module):
         kernels["linear"] = (_WIDTH, self.num_classes)
         key_layers, key_tokens = jax.random.split(key)
         params = layers.uniform(key_layers, kernels, unbiased=[name for name in kernels if name.endswith("_qkv")])
-        tokens = jax.random.normal(key_tokens, (2 + (h // form.patch) * (w // form.patch), _WIDTH))
+        tokens = jax.random.normal(key_tokens, (2 + (h // form.patch) * (w // form.patch), _WIDTH), jnp.float32)
         params["tokens"] = {"cls": tokens[0], "position": tokens[1:]}
         if form.norm:
             names = [f"block{index}_norm{half}" for index in range(form.depth) for half in (0, 1)]

@@ -1,0 +1,128 @@
+"""Under JAX_ENABLE_X64 all is computed in float32 as without; traced only, but for one comparison of bits."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_codec_objectives
+import test_codecs
+
+from gsdd_jax import codecs, distill, experts, fit, training, whiten
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.match import DistributionSpec
+from gsdd_jax.nets import NetSpec, build
+
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
+KEY = functools.partial(jax.random.key, 0)
+OBJECTIVES = test_codec_objectives.OBJECTIVES | {"distribution": DistributionSpec(batch_real=4, batch_syn=2)}
+IMAGES = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+LABELS = np.arange(16, dtype=np.int32) % 2
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def traced(function: Callable, *args: Any) -> Any:
+    """Returns the shapes that a function returns, of which none may be wider than 32 bits."""
+    found = jax.eval_shape(function, *args)
+    wide = {jax.tree_util.keystr(p): x.dtype for p, x in jax.tree.leaves_with_path(found) if x.dtype == jnp.float64}
+    assert not wide
+    return found
+
+
+def dtypes(tree: Any) -> list[Any]:
+    return [x.dtype for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", test_codecs.SPECS)
+def test_a_codec_starts_decodes_and_is_fitted_in_float32(name, dtype):
+    codec = test_codecs.make(test_codecs.SPECS[name])
+    images = np.zeros((codec.num_images, *codec.image_shape), dtype)
+    params = traced(codec.init, KEY(), images)
+    if dtype == np.float64:
+        return
+    traced(lambda p: codec.decode(p, np.arange(2), key=KEY()), params)
+    traced(jax.grad(lambda p: codec.regularise(p) + codec.decode(p).sum(), allow_int=True), params)
+    traced(codec.stored, params)
+    state = traced(lambda: fit.init_fit(KEY(), images, codec=codec, steps=5))
+    assert dtypes(traced(lambda s: fit.fit_steps(s, images, codec=codec, steps=5, count=2)[0], state)) == dtypes(state)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_outer_step_keeps_the_dtypes_of_its_state(name):
+    codec = test_codecs.make(test_codecs.SPECS["packed"])
+    network, data = network_and_data(codec, name)
+    step = distill.make_step(
+        codec, OBJECTIVES[name], network=network, augment=DsaSpec(strategy="none"), transform=whiten.apply
+    )
+    images = np.zeros((codec.num_images, *codec.image_shape), np.float32)
+    state = traced(lambda: distill.init_state(codec, codec.init(KEY(), images), OBJECTIVES[name], network))
+    assert dtypes(traced(step, state, data, KEY())[0]) == dtypes(state)
+
+
+def network_and_data(codec: codecs.Codec, name: str) -> tuple[Any, Any]:
+    # Its own data are those of gradient matching.
+    return test_codec_objectives.setting(codec.image_shape, name if name == "trajectory" else "gradient")
+
+
+@pytest.mark.parametrize("name", ["convnet", "alexnet", "vgg11", "resnet18", "vit"])
+def test_networks_have_weights_and_logits_in_float32(name):
+    network = build(NetSpec(name=name), IMAGES.shape[1:], 2)
+    traced(lambda: network.apply(network.init(KEY()), jnp.zeros(IMAGES.shape, jnp.float32))[0])
+    traced(network.init, KEY())
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("schedule", ["step", "cosine", "warmup_cosine"])
+def test_networks_and_experts_are_trained_in_float32(optimiser, schedule):
+    network = build(NetSpec(depth=1, width=2), IMAGES.shape[1:], 2)
+    seen = {"network": network, "augment": DsaSpec(), "transform": whiten.apply}
+    seen |= {"transform_params": whiten.fit("meanstd", IMAGES)}
+    spec = training.EvalSpec(steps=3, batch=4, optimiser=optimiser, schedule=schedule, ema=0.9)
+    for labels in (LABELS, np.eye(2, dtype=np.float32)[LABELS]):
+        train = functools.partial(training.train_network, images=IMAGES, labels=jnp.asarray(labels), spec=spec, **seen)
+        traced(train, KEY())
+    theta = jnp.zeros(network.num_params, jnp.float32)
+    traced(
+        lambda theta: experts.train_epoch(
+            theta, KEY(), 0, jnp.asarray(IMAGES), jnp.asarray(LABELS), 0.1, batch=4, **seen
+        ),
+        theta,
+    )
+
+
+def test_whitening_is_float32():
+    small = IMAGES[:, :4, :4]
+    for kind in ("meanstd", "zca"):
+        whitening = whiten.fit(kind, small)
+        assert set(dtypes(whitening)) == {jnp.dtype(jnp.float32)}
+        traced(lambda x, whitening=whitening: whiten.invert(whitening, whiten.apply(whitening, x)), np.float32(small))
+
+
+def test_a_step_is_that_of_a_run_without_up_to_the_rounding_of_adam():
+    codec = test_codecs.make(test_codecs.SPECS["packed"])
+    images = np.random.default_rng(1).uniform(0, 1, (codec.num_images, *codec.image_shape)).astype(np.float32)
+    network, data = network_and_data(codec, "distribution")
+    settings = {"network": network, "augment": DsaSpec(strategy="none"), "transform": whiten.apply}
+    step = distill.make_step(codec, OBJECTIVES["distribution"], **settings)
+
+    def taken() -> list[np.ndarray]:
+        state = distill.init_state(codec, codec.init(KEY(), images), OBJECTIVES["distribution"], network)
+        after, metrics = jax.device_get(jax.jit(step)(state, data, KEY()))
+        return [metrics["loss"], metrics["grad_norm"], *jax.tree.leaves(after.params)]
+
+    with jax.enable_x64(False):
+        expected = taken()
+    found = taken()
+    assert found[:2] == expected[:2]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
