@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks import record
 from gsdd_jax import codecs
 from gsdd_jax.codecs import neural_field
+from train.errors import exit_cleanly
 
 SEED = 0
 LAYERS, WIDTH, OMEGA = 3, 20, 40.0
@@ -103,4 +104,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

@@ -22,6 +22,7 @@ from benchmarks import record
 from benchmarks.splat import SEED, scene
 from gsdd_jax import SynSet, codecs
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec, packed
+from train.errors import exit_cleanly
 
 # (images, Gaussians per image, pixels per edge): the packed CIFAR-10 set of 12,288 bytes per class, and a part of the
 # one of 196,608 for Imagenette.
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

@@ -28,6 +28,7 @@ from benchmarks import record, siren, timing
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.render import render
 from gsdd_jax.starts import EDGE_SPREAD
+from train.errors import exit_cleanly
 
 SEED = 0
 CHANNELS = 3
@@ -240,4 +241,4 @@ def write(out: Path, results: dict[str, Any], **settings: Any) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_cleanly()(main)())

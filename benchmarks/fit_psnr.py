@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks import record
 from gsdd_jax import codecs, data, fit
 from gsdd_jax.codecs import Codec, GaussianSpec
+from train.errors import exit_cleanly
 
 SEED = 0
 DATA = record.ROOT.parent / "shared" / "data" / "imagenette128" / "1.0.0"
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

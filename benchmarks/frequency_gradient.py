@@ -26,6 +26,7 @@ from benchmarks import record
 from benchmarks.fit_psnr import DATA, SEED
 from gsdd_jax import data
 from gsdd_jax.codecs import frequency
+from train.errors import exit_cleanly
 
 PUBLISHED = 15.69
 # Factors of ten, as in the paper, whose ends are not stated; the loss is the mean square error of each image.
@@ -131,4 +132,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

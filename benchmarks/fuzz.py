@@ -45,6 +45,7 @@ import numpy as np
 import gsdd_jax
 from benchmarks import record
 from gsdd_jax import SynSet, codecs, decode_numpy, exchange, labels, synset
+from train.errors import exit_cleanly
 
 CLASSES, BUDGET, SHAPE = 2, 1152, (6, 8, 3)
 # One of each codec, and of each way in which one is written; the latent codec cannot draw SHAPE.
@@ -474,4 +475,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_cleanly()(main)())

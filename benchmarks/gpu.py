@@ -36,6 +36,7 @@ import numpy as np
 from benchmarks import correctness, figure5, record, table16, timing
 from benchmarks.correctness import SMOKE_SHAPE, Case, scene
 from kernels import splat
+from train.errors import exit_cleanly
 
 SEED = 0
 SECONDS = 460.0
@@ -447,4 +448,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_cleanly()(main)())

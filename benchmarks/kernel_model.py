@@ -23,6 +23,7 @@ from gsdd_jax import fit
 from gsdd_jax.gaussians import to_pixels
 from kernels import DEFAULT_CUTOFF, _splat_triton
 from kernels.spec import SplatSpec
+from train.errors import exit_cleanly
 
 PIXELS = 128
 SPEC = SplatSpec(height=PIXELS, width=PIXELS, supersample=2, cutoff=DEFAULT_CUTOFF)
@@ -198,4 +199,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

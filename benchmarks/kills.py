@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import record
 from train.checkpoint import Checkpoints
+from train.errors import exit_cleanly
 from train.rundir import is_wall_clock, read_metrics
 
 SEED = 0
@@ -192,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_cleanly()(main)())

@@ -30,6 +30,7 @@ from gsdd_jax.experts import ExpertSpec, _Static, expert_keys, train_group
 from gsdd_jax.match import DistributionSpec, GradientSpec, ObjectiveSpec, TrajectorySpec
 from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import NetSpec, Network, build
+from train.errors import exit_cleanly
 
 SEED = 0
 SHAPE, CLASSES = (32, 32, 3), 10
@@ -187,4 +188,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

@@ -26,6 +26,7 @@ from benchmarks import record
 from benchmarks.fit_psnr import SEED, sample
 from gsdd_jax import codecs, fit
 from gsdd_jax.codecs import Codec, GaussianSpec, PackedGaussianSpec, packed
+from train.errors import exit_cleanly
 
 DATA = record.ROOT.parent / "shared" / "data" / "cifar10_jpeg" / "1.0.0"
 # Bits of each coordinate, number of the shape and colour channel. With the order dropped, 8, 7, 6 costs what 8, 6, 6
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

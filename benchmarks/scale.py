@@ -34,6 +34,7 @@ from gsdd_jax.data.sampling import ClassTable
 from gsdd_jax.match import DistributionSpec, GradientSpec, ObjectiveSpec, TrajectorySpec
 from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import NetSpec, Network, build
+from train.errors import exit_cleanly
 
 SEED = 0
 DEVICES = (1, 2, 4, 8)
@@ -393,4 +394,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

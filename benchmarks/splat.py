@@ -24,6 +24,7 @@ from benchmarks import record
 from gsdd_jax.gaussians import Gaussians, to_pixels
 from gsdd_jax.render import render
 from gsdd_jax.starts import on_edges
+from train.errors import exit_cleanly
 
 # (images, Gaussians per image, pixels per edge): the paper's CIFAR-10 set at ipc 1, and a part of its 128-pixel ones.
 SETTINGS = ((300, 22, 32), (16, 170, 128))
@@ -204,4 +205,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

@@ -29,6 +29,7 @@ from PIL import Image
 from benchmarks import record, timing
 from benchmarks.fit_psnr import DATA, codec_of
 from gsdd_jax import fit
+from train.errors import exit_cleanly
 
 SEED = 0
 PER_CLASS = 100
@@ -326,4 +327,4 @@ def write(out: Path, rows: list[dict[str, Any]], **settings: Any) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_cleanly()(main)())

@@ -20,6 +20,7 @@ from benchmarks.record import RESULTS, ROOT
 from gsdd_jax import files
 from train import budget, merge, results, yaml12
 from train.config import EvaluateConfig
+from train.errors import exit_cleanly
 
 DOCUMENTS = (
     ROOT / "README.md",
@@ -672,4 +673,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_cleanly()(main)())

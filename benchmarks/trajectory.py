@@ -29,6 +29,7 @@ from gsdd_jax.experts import _Static, expert_keys, train_group
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener, student_batches, trajectory_loss
 from gsdd_jax.nets import NetSpec, Network, build
 from gsdd_jax.whiten import MEAN_STD, apply, meanstd_of
+from train.errors import exit_cleanly
 
 SEED = 0
 DATA = record.ROOT.parent / "shared" / "data" / "cifar10_jpeg" / "1.0.0"
@@ -301,4 +302,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly()(main)()

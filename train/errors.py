@@ -41,8 +41,9 @@ class DivergedError(UserError):
 def exit_cleanly(*, debug: bool | None = None) -> Iterator[None]:
     """Turns the user's errors into one line on stderr and an exit code; works as a decorator too.
 
-    Handled: `UserError`, missing or forbidden paths, a full disk, `ValueError`, `TypeError`, `OSError` and
-    `ImportError` raised on purpose by this project, and Ctrl-C. Everything else passes through with its traceback.
+    Handled: `UserError`, missing or forbidden paths, a full disk, platforms that JAX cannot start, Ctrl-C, and
+    `ValueError`, `TypeError`, `OSError` and `ImportError` raised on purpose by this project. Everything else passes
+    through with its traceback.
 
     Args:
         debug: True keeps every traceback. None: on when `--debug` is on the command line or GSDD_DEBUG is set to
@@ -75,6 +76,12 @@ def explain(error: BaseException) -> str | None:
         return f"error: {_one_line(str(error.filename))}: {error.strerror.lower()}"
     if isinstance(error, (UserError, FileNotFoundError, PermissionError)):
         return f"error: {_fold(error)}"
+    if _no_platform(error):
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        return (
+            f"error: JAX_PLATFORMS: found {asked!r}, but JAX cannot start that here ({_fold(error)}); allowed: cpu, or "
+            "cuda with an NVIDIA GPU, its driver and the extra gsdd_jax[cuda]"
+        )
     if isinstance(error, _VALIDATION_ERRORS) and _raised_on_purpose(error.__traceback__):
         return f"error: {_fold(error)}"
     return None
@@ -90,6 +97,16 @@ def _disk_full(error: BaseException) -> BaseException | None:
             return link
         link = link.__cause__
     return None
+
+
+def _no_platform(error: BaseException) -> bool:
+    """Tells whether JAX cannot start what JAX_PLATFORMS asks for; of a broken plugin it says nothing itself."""
+    if isinstance(error, AssertionError) and "jax" in sys.modules:
+        try:
+            sys.modules["jax"].devices()
+        except (AssertionError, RuntimeError):
+            return True
+    return isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)
 
 
 def _raised_on_purpose(traceback: TracebackType | None) -> bool:
