@@ -7,7 +7,6 @@ matching reads two rows and nothing else; every row is checked against its CRC-3
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import zlib
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -522,9 +522,8 @@ def _payload_offset(file: Path, shape: tuple[int, int, int]) -> int:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from training into the folder; a killed process releases it."""
-    with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process trains experts there; wait for it to end") from error
-        yield
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0, thread_local=False):
+            yield
+    except filelock.Timeout as error:
+        raise ValueError(f"{folder}: another process trains experts there; wait for it to end") from error

@@ -4,7 +4,7 @@
     environment.json   versions, device, commit and command: one entry per start
     metrics.jsonl      one JSON object per line, each with "phase" and "step"
     checkpoints/       written by `train.checkpoint`
-    .lock              held while a process writes here
+    .lock              held while a process writes here, whose name is in .owner
 
 This file knows paths and bytes, not what a run computes. Every file except metrics.jsonl is replaced atomically, and
 metrics.jsonl can be cut back to a checkpointed step, so that an interrupted and continued run leaves the same lines as
@@ -14,7 +14,6 @@ an uninterrupted one (but for wall-clock fields, see `is_wall_clock`).
 from __future__ import annotations
 
 import datetime
-import fcntl
 import fnmatch
 import importlib.metadata
 import json
@@ -29,6 +28,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 
 from gsdd_jax import files, synset
@@ -58,7 +58,7 @@ class RunDir:
             raise UserError(f"{self.path} is a file; a run directory is needed: choose another path")
         self.path.mkdir(parents=True, exist_ok=True)
         self._metrics: int | None = None
-        self._lock: int | None = self._acquire()
+        self._lock = self._acquire()
         try:
             files.remove_leftovers([self.path, self.checkpoints_path, *(self.path / synset.EXPORT).glob("**")])
             if not self.config_path.exists():
@@ -103,10 +103,10 @@ class RunDir:
 
     def close(self) -> None:
         """Closes the metrics file and releases the lock. A killed process releases it too."""
-        for descriptor in (self._metrics, self._lock):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._metrics = self._lock = None
+        if self._metrics is not None:
+            os.close(self._metrics)
+        self._metrics = None
+        self._lock.release()
 
     def configure(
         self,
@@ -197,23 +197,25 @@ class RunDir:
     def _write_config(self, config: Mapping[str, Any]) -> None:
         files.write_bytes(self.config_path, yaml12.dump(dict(config)).encode())
 
-    def _acquire(self) -> int:
-        path = self.path / ".lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    def _acquire(self) -> filelock.BaseFileLock:
+        # Not in the lock itself, which Windows lets nobody else read.
+        owner = self.path / ".owner"
+        lock = filelock.FileLock(self.path / ".lock", timeout=0, thread_local=False)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
+            lock.acquire()
+        except filelock.Timeout:
+            try:
+                found = owner.read_text(encoding="utf-8", errors="replace").strip()
+            except OSError:
+                found = ""
             raise UserError(
-                f"{self.path} is being written by {owner}: wait until it ends, stop it, or choose another run directory"
+                f"{self.path} is being written by {found or 'another process'}: "
+                "wait until it ends, stop it, or choose another run directory"
             ) from None
         except OSError as error:
-            os.close(descriptor)
-            raise files.named(error, path) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return descriptor
+            raise files.named(error, self.path / ".lock") from error
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        return lock
 
 
 def is_wall_clock(key: str) -> bool:
