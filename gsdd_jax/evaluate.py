@@ -237,7 +237,7 @@ def _accuracy(
         start = jnp.minimum(first, n - batch)
         x = inputs(lax.dynamic_slice_in_dim(images, start, batch), transform, transform_params)
         y = lax.dynamic_slice_in_dim(labels, start, batch)
-        logits = network.apply(params, x)[0]
+        logits = network.outputs(params, x)[0]
         hit = logits.argmax(1) == y
         return jnp.sum(hit & (start + jnp.arange(batch) >= first)), jnp.isfinite(logits).all()
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gsdd_jax import codecs, data, distill, fit, labels, nets, storage, whiten
+from gsdd_jax import codecs, data, distill, fit, labels, nets, storage, synset, whiten
 from gsdd_jax.match import TrajectorySpec
 from train.config import RunConfig
 from train.errors import ConfigError
@@ -132,11 +132,13 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     available = storage.budget_bytes(config.ipc, shape)
     budget: dict[str, Any] = {"image_shape": shape, "num_classes": classes, "bytes_per_class": available}
     codec = labels.make_codec(config.codec, config.labels, **budget)
+    synset.check_codec(codec)
     if config.fit.to == "real":
-        data.require_per_class(dataset, codec.images_per_class, f"codec.{_count_field(codec.spec)}")
+        data.require_per_class(dataset, codec.images_per_class, _count_field(codec.spec))
     data.require_per_class(dataset, 1, "objective.batch_real")
     _check_mmd(config, codec)
     network = nets.build(config.network, shape, classes)
+    network.check(shape, classes)
     if config.baselines.pixel:
         try:
             pixel = labels.make_codec(config.baselines.pixel_codec, config.labels, **budget)
@@ -161,8 +163,8 @@ def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:
 
 
 def _count_field(spec: codecs.CodecSpec) -> str:
-    """Returns the setting of a codec that says how many images per class there are."""
-    return next(name for name in ("gpc", "ipc", "lpc", "images_per_class") if hasattr(spec, name))
+    """Returns the setting of a codec that says how many images per class there are; of others' it is not known."""
+    return next((f"codec.{name}" for name in ("gpc", "ipc", "lpc", "images_per_class") if hasattr(spec, name)), "codec")
 
 
 def _check_start(config: RunConfig) -> None:
@@ -241,7 +243,7 @@ def embed(experiment: Experiment, batch: int = 500) -> np.ndarray:
 
     @jax.jit
     def features(images: jax.Array, whitening: Any) -> jax.Array:
-        return network.apply(params, whiten.apply(whitening, images))[1]
+        return network.outputs(params, whiten.apply(whitening, images))[1]
 
     images = dataset.train_images
     parts = [features(to_float(images[i : i + batch]), experiment.whitening) for i in range(0, len(images), batch)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import labels, nets, storage
-from gsdd_jax.codecs import Codec
+from gsdd_jax.codecs import Codec, GaussianSpec, PackedFrequencySpec, PackedGaussianSpec
 from train.experiment import Experiment
 from train.rundir import RunDir, read_environment, read_metrics
 
@@ -152,7 +152,7 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRo
         payload: Bytes of its whole set without labels.
     """
     per_class = -(-payload // codec.num_classes)
-    if hasattr(codec.spec, "num_points"):
+    if isinstance(codec.spec, GaussianSpec | PackedGaussianSpec):
         return storage.budget_table(
             ipc,
             codec.image_shape,
@@ -165,13 +165,16 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRo
         return []
     available = storage.budget_bytes(ipc, codec.image_shape)
     pixels = available // storage.ITEMSIZE["float32"]
-    layout, precision = codec.layout(), getattr(codec.spec, "dtype", "")
-    if precision:
-        # Neither places nor masks.
-        numbers = sum(leaf.size for leaf in layout.values() if str(leaf.dtype) == precision)
-    else:
+    layout = codec.layout()
+    if isinstance(codec.spec, PackedFrequencySpec):
         precision = f"codes of {codec.spec.bits} bits"
         numbers = 8 * layout["codes"].size // codec.spec.bits
+    else:
+        # Neither places nor masks, where the spec says in what precision its numbers are.
+        arrays = list(layout.values())
+        counted = [leaf for leaf in arrays if str(leaf.dtype) == getattr(codec.spec, "dtype", None)] or arrays
+        precision = ", ".join(dict.fromkeys(str(leaf.dtype) for leaf in counted))
+        numbers = sum(leaf.size for leaf in counted)
     name = f"this run: {codec.images_per_class} images of {codec.name}, {precision}"
     return [
         storage.BudgetRow("pixels, float32", int(ipc), 0, pixels, available, available),
