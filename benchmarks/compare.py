@@ -374,7 +374,7 @@ def accuracies(args: argparse.Namespace) -> None:
         config = dataclasses.replace(config, baselines=alone, name=name)
         fitted = folder / "tune" / ",".join(tried[0])
         experiment = experiments.prepare(config, dataset)
-        result = distill.run(experiment, folder / "run", Progress(quiet=True), fitted=fitted)
+        result = distill.run(experiment, folder / "run", Progress(quiet=True), fitted=[fitted])
         row = {"name": name, "rates": [(r["overrides"], r["loss"]) for r in found], "chosen": chosen}
         row = record.environment() | row | {"result": result}
         record.write(out, [*known_rows(out, settings), row], seed=base.seed, n=base.evaluate.seeds, **settings)

@@ -339,7 +339,7 @@ def check_codec(codec: codecs.Codec) -> None:
     def refused(what: object) -> ValueError:
         return ValueError(f"codec.name: sets of {codec.name!r} could not be read back: {what}")
 
-    if not dataclasses.is_dataclass(codec.spec) or getattr(codec.spec, "name", None) != codec.name:
+    if not dataclasses.is_dataclass(type(codec.spec)) or getattr(codec.spec, "name", None) != codec.name:
         raise refused(f"expected a dataclass with the name {codec.name!r} as its spec, found {codec.spec!r}")
     layout, dtypes = codec.layout(), exchange.CODES.values()
     for name, leaf in layout.items():

@@ -196,7 +196,7 @@ def search(
     for i in best:
         whole = dataclasses.replace(config, baselines=alone)
         name = found[i].name
-        distilled = _row(found[i], whole, dataset, out / "distilled" / name, progress, fitted=out / "fit" / name)
+        distilled = _row(found[i], whole, dataset, out / "distilled" / name, progress, fitted=[out / "fit" / name])
         rows[i]["distilled"] = distilled["accuracy"]
     chosen, kind = (best, "distilled") if best else (list(range(len(found))), "accuracy")
     winner = max(chosen, key=lambda i: rows[i][kind]["mean"])
@@ -225,7 +225,7 @@ def _row(
     out: Path,
     progress: Progress,
     *,
-    fitted: Path | None = None,
+    fitted: Sequence[Path] = (),
 ) -> dict[str, Any]:
     config = dataclasses.replace(config, codec=one.codec, name=f"{config.name}-{one.name}")
     result = distill.run(experiments.prepare(config, dataset), out, progress, fitted=fitted)

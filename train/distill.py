@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +106,7 @@ def run(
     out: Path,
     progress: Progress,
     *,
-    fitted: Path | None = None,
+    fitted: Sequence[Path] = (),
     crew: hosts.Crew | None = None,
 ) -> dict[str, Any]:
     """Carries out or continues an experiment in the run directory ``out`` and returns the result.
@@ -116,7 +115,7 @@ def run(
         experiment: What to run.
         out: The run directory.
         progress: Progress bars.
-        fitted: Another run directory whose fit, of the same codec to the same images, is taken over.
+        fitted: Other run directories, of which the first whose fit is made from the same is taken over.
         crew: The processes of the run, whose leader this one is.
     """
     config, dataset = experiment.config, experiment.dataset
@@ -126,12 +125,6 @@ def run(
             may_change=MAY_CHANGE,
             defaults=configs.defaults(config),
         )
-        if fitted is not None and not continued:
-            copied = rundir.checkpoints_path / "main-fit"
-            # Renamed when it is whole; a run that is killed before fits for itself.
-            fresh = copied.with_suffix(".new")
-            shutil.copytree(fitted / copied.relative_to(rundir.path), fresh)
-            fresh.replace(copied)
         done = rundir.path / "result.json"
         if continued and done.exists():
             # A damaged one is made anew from the stages, which are all kept.
@@ -150,9 +143,9 @@ def run(
 
         codec = experiment.codec
         targets = _targets(experiment)
-        fitted = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main")
+        start = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main", fitted=fitted)
         # Before its arrays are donated to the first outer step.
-        fitted_images = as_stored(codec, fitted)
+        fitted_images = as_stored(codec, start)
         if "fit_only" in wanted:
             images["fit_only"] = fitted_images
         experts = None
@@ -163,7 +156,7 @@ def run(
         arm = functools.partial(
             _distilled, experiment, experts=experts, label=label, run=rundir, progress=progress, crew=crew
         )
-        state, tested = arm(codec, fitted, name="distilled", iterations=config.distill.iterations)
+        state, tested = arm(codec, start, name="distilled", iterations=config.distill.iterations)
         accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
         params, meta = state.params, _meta(experiment, environment)
         if isinstance(state.matcher, distill.SynLr):

@@ -148,19 +148,19 @@ def build(spec: NetSpec, image_shape: tuple[int, int, int], num_classes: int) ->
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}, must be at least 2")
     h, w, c = image_shape
-    return _build(spec, (int(h), int(w), int(c)), int(num_classes))
+    shape = int(h), int(w), int(c)
+    return _of_module(_NETWORKS[spec.name](spec, shape, int(num_classes)), spec.name, shape)
 
 
 @lru_cache(maxsize=64)
-def _build(spec: NetSpec, shape: tuple[int, int, int], num_classes: int) -> Network:
-    module = _NETWORKS[spec.name](spec, shape, num_classes)
+def _of_module(module: linen.Module, name: str, shape: tuple[int, int, int]) -> Network:
     h, w, c = shape
 
     def init(key: jax.Array) -> Any:
         variables = module.init(key, jnp.zeros((1, h, w, c)))
         if others := variables.keys() - {"params"}:
             raise ValueError(
-                f"network.name: {spec.name} keeps {', '.join(sorted(others))} beside its weights, such as running "
+                f"network.name: {name} keeps {', '.join(sorted(others))} beside its weights, such as running "
                 "statistics; expected a network that is a function of weights and images alone"
             )
         return variables["params"]
