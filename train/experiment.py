@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from gsdd_jax import codecs, data, distill, fit, labels, nets, storage, synset, whiten
 from gsdd_jax.match import TrajectorySpec
+from train import testset
 from train.config import RunConfig
 from train.errors import ConfigError
 
@@ -54,6 +56,8 @@ class Experiment(NamedTuple):
     network: nets.Network
     whitening: Any
     whole: Whole | None = None
+    # What `train.testset.check` found.
+    test_set: Mapping[str, Any] = MappingProxyType({})
 
     def key(self, purpose: str, index: int = 0) -> jax.Array:
         """Returns the random key of a purpose; those of other purposes, seeds, indices and subtasks are independent."""
@@ -152,7 +156,8 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     if config.subtasks > 1:
         whole = Whole(every.fingerprint(), _block(config, every), channel_statistics(every))
     whitening = whiten.fit(config.whiten, every.train_images)
-    return Experiment(config, dataset, available, codec, network, whitening, whole)
+    tested = testset.check(config.evaluate, dataset)
+    return Experiment(config, dataset, available, codec, network, whitening, whole, tested)
 
 
 def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:

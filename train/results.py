@@ -11,6 +11,7 @@ import numpy as np
 
 from gsdd_jax import labels, nets, storage
 from gsdd_jax.codecs import Codec, GaussianSpec, PackedFrequencySpec, PackedGaussianSpec
+from train import testset
 from train.experiment import Experiment
 from train.rundir import RunDir, read_environment, read_metrics
 
@@ -84,6 +85,7 @@ def collect(
         "objective": config.objective.name,
         "dataset": dataset.name,
         "num_classes": classes,
+        **experiment.test_set,
         "bytes_per_class": experiment.bytes_per_class,
         "paper_ipc": config.ipc,
         "gpc": codec.images_per_class,
@@ -210,10 +212,13 @@ def table(result: dict[str, Any]) -> str:
     counted = any((result.get(key) or {}).get("training_flops") for key in arms)
     if counted:
         lines[-2:] = [lines[-2] + " TFLOP each |", lines[-1] + "---:|"]
+    uneven = testset.uneven(result) and any("balanced" in (result.get(key) or {}) for key in arms)
+    if uneven:
+        lines[-2:] = [lines[-2] + " mean over classes, % |", lines[-1] + "---:|"]
     for key, label in arms.items():
         entry = result.get(key)
         if entry is None:
-            lines.append(f"| {label} | | | not run | | |{' |' if counted else ''}")
+            lines.append(f"| {label} | | | not run | | |{' |' * (counted + uneven)}")
             continue
         images, size = entry["images_per_class"], f"{entry['bytes_per_class']:,}"
         if entry.get("label_bytes_per_class"):
@@ -222,8 +227,10 @@ def table(result: dict[str, Any]) -> str:
         # One network has no spread to show.
         spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
         accuracy = f"{100 * entry['mean']:.1f}{spread}"
+        if uneven:
+            cost += f" {100 * entry['balanced']:.1f} |" if "balanced" in entry else " |"
         lines.append(f"| {label} | {images} | {size} | {accuracy} | {entry['n']} | {entry['steps']:,} |{cost}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + testset.below(result)
 
 
 def _warning(result: dict[str, Any]) -> list[str]:

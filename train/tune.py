@@ -21,7 +21,7 @@ import numpy as np
 
 from gsdd_jax import data, storage
 from train import config as configs
-from train import distill
+from train import distill, testset
 from train import experiment as experiments
 from train.errors import ConfigError, DivergedError, exit_cleanly
 from train.progress import Progress
@@ -131,6 +131,7 @@ def search(
         "dataset": dataset.name,
         "objective": config.objective.name,
         "bytes_per_class": storage.budget_bytes(config.ipc, dataset.image_shape),
+        **prepared[0].test_set,
         "held_out": len(experiments.own_classes(config, dataset).test_labels),
         "rows": rows,
         "best": max(tested, key=lambda row: row["accuracy"]["mean"])["overrides"],
@@ -167,7 +168,7 @@ def table(result: dict[str, Any]) -> str:
             f"| `{' '.join(row['overrides'])}` | {entry['images_per_class']} | {loss} | "
             f"{100 * entry['mean']:.1f}{spread} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + testset.below(result)
 
 
 if __name__ == "__main__":
