@@ -374,7 +374,7 @@ def accuracies(args: argparse.Namespace) -> None:
         config = dataclasses.replace(config, baselines=alone, name=name)
         fitted = folder / "tune" / ",".join(tried[0])
         experiment = experiments.prepare(config, dataset)
-        result = distill.run(experiment, folder / "run", Progress(quiet=True), fitted=fitted)
+        result = distill.run(experiment, folder / "run", Progress(quiet=True), fitted=[fitted])
         row = {"name": name, "rates": [(r["overrides"], r["loss"]) for r in found], "chosen": chosen}
         row = record.environment() | row | {"result": result}
         record.write(out, [*known_rows(out, settings), row], seed=base.seed, n=base.evaluate.seeds, **settings)
@@ -390,7 +390,7 @@ def tuned(
         The overrides of the rates in the order of trial, the first of which made the fit, and the rows of `tune`.
     """
     rates = {field: getattr(base.codec, field) for field in RATE_FIELDS if hasattr(base.codec, field)}
-    short = [f"distill.iterations={SHORT_ITERATIONS}", "evaluate.seeds=1", "evaluate.steps=1"]
+    short = [f"distill.iterations={SHORT_ITERATIONS}", "evaluate.seeds=1", "evaluate.steps=1", "evaluate.overlap=allow"]
     factors = list(RATES)
     while True:
         scaled = [[f"codec.{field}={rate * factor:.6g}" for field, rate in rates.items()] for factor in factors]

@@ -184,9 +184,11 @@ def make_step(
         the objective's step.
 
     Raises:
-        ValueError: The loops of gradient matching are not filled in, the MMD term has too few images, or the segments
-            cannot be shared out evenly.
+        ValueError: The loops of gradient matching are not filled in, the MMD term has too few images, the segments
+            cannot be shared out evenly, or the network is none for the codec's images and classes.
+        TypeError: The network has weights that cannot be trained.
     """
+    network.check(codec.image_shape, codec.num_classes)
     team = Team(1 if mesh is None else mesh.size)
     if isinstance(objective, TrajectorySpec) and objective.segments % team.size:
         raise ValueError(

@@ -9,10 +9,11 @@ import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gsdd_jax.augment import DsaSpec
@@ -34,23 +35,33 @@ from gsdd_jax.training import (
 
 __all__ = [
     "EvalSpec",
+    "Tested",
     "Transform",
     "accuracy",
     "adam_start",
     "adam_step",
     "choose_lr",
     "evaluate",
+    "evaluate_by_class",
     "lr_factor",
     "sgd_step",
     "stream_batch",
     "stream_start",
     "summarise",
+    "summarise_classes",
     "train_network",
 ]
 
 # Images per pass of a test, and the side above which there are fewer: at 128 px one activation of ResNet18 has 2 GB.
 _TEST_BATCH = 500
 _TEST_SIDE = 128
+
+
+class Tested(NamedTuple):
+    """What a test found of each of ``s`` networks."""
+
+    accuracies: jax.Array  # float32 [s], over all test images; NaN where a network diverged
+    hits: jax.Array  # int32 [s, k], test images of each class that were classified correctly
 
 
 def accuracy(
@@ -85,7 +96,7 @@ def accuracy(
     check_images(images, labels, "")
     if batch < 1:
         raise ValueError(f"batch: {batch}, must be at least 1")
-    return _accuracy(params, images, labels, transform_params, network=network, transform=transform, batch=batch)
+    return _test(params, images, labels, transform_params, network=network, transform=transform, batch=batch).accuracies
 
 
 def evaluate(
@@ -128,6 +139,36 @@ def evaluate(
         ValueError: as `train_network`, for the test set too, or keys that are not [s].
         TypeError: as `train_network`.
     """
+    return evaluate_by_class(
+        keys,
+        images,
+        labels,
+        test_images,
+        test_labels,
+        network=network,
+        spec=spec,
+        augment=augment,
+        transform=transform,
+        transform_params=transform_params,
+        lr=lr,
+    ).accuracies
+
+
+def evaluate_by_class(
+    keys: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    test_images: jax.Array,
+    test_labels: jax.Array,
+    *,
+    network: Network,
+    spec: EvalSpec,
+    augment: DsaSpec,
+    transform: Transform | None = None,
+    transform_params: Any = None,
+    lr: jax.Array | float | None = None,
+) -> Tested:
+    """Does what `evaluate` does, and also says how many test images of each class were classified correctly."""
     check_images(images, labels, "", soft=True)
     check_images(test_images, test_labels, "test_")
     if keys.ndim != 1 or keys.shape[0] < 1:
@@ -141,7 +182,8 @@ def evaluate(
     # A call per group, not one loop in one program: any number of keys runs the same executables. Two of them, so that
     # training sets of all sizes share the test, and validation and test images share the training.
     groups = [keys[first : first + spec.parallel] for first in range(0, keys.shape[0], spec.parallel)]
-    return jnp.concatenate([test(train(group, *data), *held_out) for group in groups])
+    found = [test(train(group, *data), *held_out) for group in groups]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
 
 def choose_lr(
@@ -218,8 +260,28 @@ def summarise(accuracies: Sequence[float] | jax.Array, seeds: Sequence[int]) -> 
     return {"mean": mean, "std": std, "n": len(values), "seeds": [int(seed) for seed in seeds]}
 
 
+def summarise_classes(hits: Sequence[Sequence[int]] | jax.Array, counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
+    """Sums up a test class by class, as plain Python values, ready for JSON.
+
+    Args:
+        hits: [s][k], as in `Tested`.
+        counts: [k], test images of each class.
+
+    Returns:
+        "per_class", the accuracy of each class, mean over the networks, None for a class without test images;
+        "balanced", the mean of those accuracies over the tested classes: of the classes, not of the images.
+    """
+    images = np.asarray(counts)
+    tested = images > 0
+    shares = np.asarray(hits, np.float64).mean(0) / np.maximum(images, 1)
+    return {
+        "per_class": [float(share) if known else None for share, known in zip(shares, tested, strict=True)],
+        "balanced": float(shares[tested].mean()),
+    }
+
+
 @partial(jax.jit, static_argnames=("network", "transform", "batch"))
-def _accuracy(
+def _test(
     params: Any,
     images: jax.Array,
     labels: jax.Array,
@@ -228,7 +290,7 @@ def _accuracy(
     network: Network,
     transform: Transform | None,
     batch: int,
-) -> jax.Array:
+) -> Tested:
     n = images.shape[0]
     batch = min(batch, n)
 
@@ -237,12 +299,14 @@ def _accuracy(
         start = jnp.minimum(first, n - batch)
         x = inputs(lax.dynamic_slice_in_dim(images, start, batch), transform, transform_params)
         y = lax.dynamic_slice_in_dim(labels, start, batch)
-        logits = network.apply(params, x)[0]
+        logits = network.outputs(params, x)[0]
         hit = logits.argmax(1) == y
-        return jnp.sum(hit & (start + jnp.arange(batch) >= first)), jnp.isfinite(logits).all()
+        hit &= start + jnp.arange(batch) >= first
+        of_class = jnp.zeros(logits.shape[1], jnp.int32).at[y].add(hit.astype(jnp.int32))
+        return of_class, jnp.isfinite(logits).all()
 
     hits, finite = lax.map(correct, jnp.arange(0, n, batch))
-    return jnp.where(finite.all(), hits.sum().astype(jnp.float32) / n, jnp.nan)
+    return Tested(jnp.where(finite.all(), hits.sum().astype(jnp.float32) / n, jnp.nan), hits.sum(0))
 
 
 @partial(jax.jit, static_argnames=("network", "spec", "augment", "transform"))
@@ -285,18 +349,10 @@ def _test_group(
     network: Network,
     transform: Transform | None,
     batch: int,
-) -> jax.Array:
-    def one(params: Any) -> jax.Array:
-        return accuracy(
-            params,
-            images,
-            labels,
-            network=network,
-            transform=transform,
-            transform_params=transform_params,
-            batch=batch,
-        )
+) -> Tested:
+    def one(params: Any) -> Tested:
+        return _test(params, images, labels, transform_params, network=network, transform=transform, batch=batch)
 
     if jax.tree.leaves(params)[0].shape[0] > 1:
         return jax.vmap(one)(params)
-    return one(jax.tree.map(lambda leaf: leaf[0], params))[None]
+    return jax.tree.map(lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], params)))

@@ -140,7 +140,7 @@ def train_epoch(
     weight = (jnp.arange(steps * batch) < n).astype(jnp.float32).reshape(steps, batch)
 
     def loss(theta: jax.Array, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
-        logits, _ = network.apply(unflatten(theta), x)
+        logits, _ = network.outputs(unflatten(theta), x)
         return jnp.sum(w * optax.softmax_cross_entropy_with_integer_labels(logits, y)) / w.sum()
 
     def step(theta: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:

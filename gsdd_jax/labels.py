@@ -264,7 +264,7 @@ def label(
     def one(index: jax.Array) -> jax.Array:
         # The last window is filled up with the last image.
         x = inputs(images[jnp.minimum(index, n - 1)], transform, transform_params)
-        logits = lax.map(lambda teacher: network.apply(teacher, x)[0], params)
+        logits = lax.map(lambda teacher: network.outputs(teacher, x)[0], params)
         return jax.nn.softmax(logits / temperature).mean(0)
 
     rows = lax.map(one, windows)

@@ -335,6 +335,54 @@ def _codec(manifest: Manifest, payload: int) -> codecs.Codec:
     return codec
 
 
+def check_codec(codec: codecs.Codec) -> None:
+    """Tells whether sets of a codec can be written and read back; computes nothing.
+
+    A codec from outside is thus refused before there is a set to lose.
+
+    Raises:
+        ValueError: A file cannot hold its arrays or a manifest its settings, or these make another codec.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from gsdd_jax import storage
+
+    def refused(what: object) -> ValueError:
+        return ValueError(f"codec.name: sets of {codec.name!r} could not be read back: {what}")
+
+    if not dataclasses.is_dataclass(type(codec.spec)) or getattr(codec.spec, "name", None) != codec.name:
+        raise refused(f"expected a dataclass with the name {codec.name!r} as its spec, found {codec.spec!r}")
+    layout, dtypes = codec.layout(), exchange.CODES.values()
+    for name, leaf in layout.items():
+        if str(getattr(leaf, "dtype", None)) not in dtypes:
+            raise refused(f"array {name!r}: expected one of {', '.join(dtypes)}, found {leaf}")
+    images = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), jnp.float32)
+    size = codec.nbytes(jax.eval_shape(codec.init, jax.eval_shape(lambda: jax.random.key(0)), images))
+    if size != storage.nbytes(layout):
+        raise refused(f"expected {storage.nbytes(layout)} bytes, as in its layout, found {size} by its nbytes")
+    try:
+        read = _codec(
+            Manifest(
+                codec=json.loads(json.dumps(dataclasses.asdict(codec.spec))),
+                image_shape=codec.image_shape,
+                num_classes=codec.num_classes,
+                images_per_class=codec.images_per_class,
+                bytes_per_class=1,
+                class_names=(),
+                meta={},
+                sizes={},
+                sha256="",
+                labels=None,
+            ),
+            size,
+        )
+    except (TypeError, ValueError) as error:
+        raise refused(error) from error
+    if read.layout() != layout:
+        raise refused(f"expected arrays {layout}, found {read.layout()} from the settings in its spec")
+
+
 def _check_sparse(codec: codecs.Codec, written: dict[str, np.ndarray]) -> None:
     """Refuses what `sparse_epitome`, which wrote its file itself, unpacks unchecked.
 

@@ -330,7 +330,7 @@ def _train(
     key_init, key_stream, key_augment = jax.random.split(key, 3)
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return cross_entropy(network.apply(params, x)[0], y)
+        return cross_entropy(network.outputs(params, x)[0], y)
 
     def step(carry: tuple[Any, Any, jax.Array, Any], t: jax.Array) -> tuple[tuple[Any, Any, jax.Array, Any], None]:
         params, state, order, average = carry

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from command_line import refused
 
-from gsdd_jax import codecs, data
+from gsdd_jax import codecs, data, fit
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
-from train import budget, tune
+from train import budget, distill, stages, tune
 from train import config as configs
+from train import experiment as experiments
 from train.errors import DivergedError
+from train.progress import Progress
+from train.rundir import RunDir, read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -167,9 +170,32 @@ def test_tune_compares_on_held_out_images_and_shares_the_fit(found, toy, tmp_pat
     assert sets[0].read_bytes() != sets[1].read_bytes()
 
 
+def test_a_fit_is_taken_over_by_what_makes_the_same_fit_and_by_nothing_else(toy, tmp_path):
+    dataset = tune.hold_out(data.load(configs.load(toy).data))
+    kmeans = "fit.select=kmeans"
+    # The rate and the iterations leave the fit alone; the rest decides images, start, number of images or steps.
+    changes = [
+        (), ("codec.lr=0.5", "distill.iterations=7"), (kmeans,), (kmeans, "whiten=zca"), (kmeans, "network.width=5"),
+        ("seed=1",), ("fit.steps=3",), ("labels.kind=soft", "labels.dtype=uint8"),
+    ]  # fmt: skip
+    runs, psnr, steps = [], [], []
+    for i, one in enumerate(changes):
+        few = ["codec={name: downscale}", "ipc=2", "baselines.pixel=false"]
+        experiment = experiments.prepare(configs.load(toy, [*few, *one]), dataset)
+        targets, codec = distill._targets(experiment), experiment.codec
+        with RunDir(tmp_path / str(i)) as run:
+            quiet = Progress(quiet=True)
+            params = stages.fit_stage(experiment, codec, targets, run=run, progress=quiet, arm="main", fitted=runs)
+            steps.append(len(read_metrics(run.path)))
+        psnr.append(float(fit.psnr(distill.as_stored(codec, params), targets).mean()))
+        runs.append(run.path)
+    assert [count > 0 for count in steps] == [True, False, *[True] * 6], psnr
+    assert psnr[1] == psnr[0] and len(set(psnr)) == len(changes) - 1, psnr
+
+
 @pytest.mark.parametrize("rates", ["0.001,0.1", "0.1,1"])
 def test_tune_goes_on_after_a_rate_that_diverges(toy, tmp_path, capsys, monkeypatch, rates):
-    def run(experiment, path, progress, fitted=None):
+    def run(experiment, path, progress, fitted=()):
         if experiment.config.codec.lr >= 0.1:
             raise DivergedError("loss not finite in iteration 3")
         path.mkdir(parents=True)

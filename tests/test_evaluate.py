@@ -1,6 +1,7 @@
 """Evaluation against NumPy restatements: optimiser, schedule, stream of batches, accuracy; and its contract."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -16,11 +17,13 @@ from gsdd_jax.evaluate import (
     adam_step,
     choose_lr,
     evaluate,
+    evaluate_by_class,
     lr_factor,
     sgd_step,
     stream_batch,
     stream_start,
     summarise,
+    summarise_classes,
     train_network,
 )
 from gsdd_jax.nets import NetSpec, Network, build
@@ -352,6 +355,29 @@ def test_accuracy_counts_every_image_once_for_any_batch(batch):
     result = accuracy(params, images, labels, network=LINEAR, batch=batch)
     assert result.dtype == jnp.float32 and result.shape == ()
     np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+def test_test_images_are_counted_class_by_class():
+    images, labels = toy(23, size=2)
+    keys = jax.random.split(jax.random.key(1), 3)
+    for parallel in (1, 3):
+        spec = EvalSpec(steps=1, batch=4, parallel=parallel)
+        given = (keys, images[:9], labels[:9], images, labels)
+        settings = {"network": LINEAR, "spec": spec, "augment": NO_DSA, "lr": 0.0}
+        found = evaluate_by_class(*given, **settings)
+        for key, hits in zip(keys, np.asarray(found.hits), strict=True):
+            params = train_network(key, images[:9], labels[:9], **settings)
+            right = labels[(images.reshape(23, -1) / 255 @ np.asarray(params["w"], np.float64)).argmax(1) == labels]
+            assert hits.tolist() == np.bincount(right, minlength=3).tolist()
+        # To the bit what it is without classes, and the share of all images.
+        assert np.asarray(found.accuracies).tobytes() == np.asarray(evaluate(*given, **settings)).tobytes()
+        assert found.accuracies.tolist() == (np.asarray(found.hits).sum(1).astype(np.float32) / np.float32(23)).tolist()
+
+
+def test_classes_are_averaged_alike_and_one_without_test_images_has_no_accuracy():
+    found = summarise_classes(jnp.array([[9, 0, 0], [7, 1, 0]]), [10, 1, 0])
+    assert found == {"per_class": [0.8, 0.5, None], "balanced": 0.65}
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_accuracy_runs_under_jit_and_vmap():

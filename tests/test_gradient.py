@@ -61,7 +61,7 @@ def distance(real, syn):
     """The definition, in float64: one term for each output of each kernel."""
     total = 0.0
     for layer in real["layers"]:
-        if "kernel" in real["layers"][layer]:
+        if "kernel" in real["layers"][layer]:  # no other array of these networks has two axes
             a, b = (np.asarray(g["layers"][layer]["kernel"], np.float64) for g in (real, syn))
             for unit in range(a.shape[-1]):
                 u, v = a[..., unit].ravel(), b[..., unit].ravel()
@@ -69,20 +69,26 @@ def distance(real, syn):
     return total
 
 
-def test_distance_counts_one_cosine_per_output_unit_and_nothing_else():
+def test_distance_counts_one_cosine_per_output_unit_of_every_layer_whatever_its_name():
     rng = np.random.default_rng(0)
-    real = {
-        "a": {"kernel": rng.normal(size=(3, 3, 2, 5)), "bias": rng.normal(size=5)},
-        "scale": rng.normal(size=(4, 4)),
-    }
-    same = jax.tree.map(lambda x: 7 * x, real)
-    opposite = jax.tree.map(lambda x: -x, real)
-    other_rest = real | {"a": {"kernel": real["a"]["kernel"], "bias": -real["a"]["bias"]}, "scale": -real["scale"]}
-    assert abs(float(layerwise_distance(real, same))) < 1e-5
-    np.testing.assert_allclose(layerwise_distance(real, opposite), 2 * 5, rtol=1e-6)
-    assert abs(float(layerwise_distance(real, other_rest))) < 1e-5
-    right = {"kernel": np.array([[1.0, 0.0], [0.0, 2.0]])}
-    np.testing.assert_allclose(layerwise_distance(right, {"kernel": np.array([[0.0, 3.0], [1.0, 3.0]])}), 2 - 0.5**0.5)
+    # By names of others, in a list, and as a plain array; what has one axis does not count.
+    for name, weights in (("kernel", (3, 3, 2, 5)), ("w", (4, 5)), ("embedding", (2, 3, 5)), ("position", (2, 5))):
+        layer = {name: rng.normal(size=weights), "bias": rng.normal(size=5)}
+        real = {"a": layer, "scale": rng.normal(size=4)}
+        opposite = jax.tree.map(lambda x: -x, real)
+        other_rest = {"a": layer | {"bias": -layer["bias"]}, "scale": -real["scale"]}
+        assert abs(float(layerwise_distance(real, jax.tree.map(lambda x: 7 * x, real)))) < 1e-5
+        np.testing.assert_allclose(layerwise_distance(real, opposite), 2 * 5, rtol=1e-6)
+        assert abs(float(layerwise_distance(real, other_rest))) < 1e-5
+        np.testing.assert_allclose(layerwise_distance([layer[name]], [-layer[name]]), 2 * 5, rtol=1e-6)
+        np.testing.assert_allclose(layerwise_distance(layer[name], -layer[name]), 2 * 5, rtol=1e-6)
+    right = {"w": np.array([[1.0, 0.0], [0.0, 2.0]])}
+    np.testing.assert_allclose(layerwise_distance(right, {"w": np.array([[0.0, 3.0], [1.0, 3.0]])}), 2 - 0.5**0.5)
+
+
+def test_nothing_to_match_is_an_error_at_trace_time():
+    with pytest.raises(ValueError, match=r"weights of two or more axes.* found shapes \[\[3\], \[\]\]"):
+        jax.eval_shape(layerwise_distance, *[{"a": jnp.ones(3), "b": jnp.ones(())}] * 2)
 
 
 def test_distance_has_a_finite_derivative_where_a_gradient_vanishes():

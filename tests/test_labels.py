@@ -454,9 +454,9 @@ def answers(monkeypatch):
 
     def fake(keys, images, labels, *_, **settings):
         seen.append(np.asarray(labels))
-        return jnp.full(len(keys), 0.5, jnp.float32)
+        return library.Tested(np.full(len(keys), 0.5, np.float32), np.zeros((len(keys), 10), np.int32))
 
-    monkeypatch.setattr(library, "evaluate", fake)
+    monkeypatch.setattr(library, "evaluate_by_class", fake)
     return seen
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gsdd_jax import data, evaluate, nets, recipes, whiten
 from gsdd_jax.augment import DsaSpec
@@ -22,6 +23,7 @@ from gsdd_jax.merged import MergedSet
 from gsdd_jax.synset import SynSet, fingerprint
 from train import config as configs
 from train import experiment as experiments
+from train import testset
 from train.errors import UserError
 from train.progress import Bar
 from train.rundir import environment, plain, write_json
@@ -64,14 +66,24 @@ class Request(NamedTuple):
         return plain(flat)
 
     def entry(
-        self, values: list[float], spec: EvalSpec, settings: dict[str, Any], *, images: int, seconds: float
+        self,
+        tested: evaluate.Tested,
+        spec: EvalSpec,
+        settings: dict[str, Any],
+        *,
+        bench: Bench,
+        images: int,
+        seconds: float,
     ) -> dict[str, Any]:
         """Sums up tested networks; where one diverged there is no mean."""
+        values = tested.accuracies.tolist()
         seeds = range(self.first_seed, self.first_seed + len(values))
         diverged = [seed for seed, value in zip(seeds, values, strict=True) if not math.isfinite(value)]
         entry = evaluate.summarise(values, seeds)
         if diverged:
             entry |= {"mean": None, "std": None, "diverged": diverged}
+        else:
+            entry |= evaluate.summarise_classes(tested.hits, bench.test_set["test_images_per_class"])
         return entry | {
             "accuracies": [value if math.isfinite(value) else None for value in values],
             "lr": spec.lr,
@@ -91,6 +103,8 @@ class Bench(NamedTuple):
     images: jax.Array
     labels: jax.Array
     test: tuple[jax.Array, jax.Array]
+    # What `train.testset.check` found.
+    test_set: dict[str, Any]
 
 
 def set_up(request: Request) -> Bench:
@@ -114,7 +128,8 @@ def set_up(request: Request) -> Bench:
     test = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
     whitening = whiten.fit(request.config.whiten, every.train_images)
     soft = synset.soft_labels
-    return Bench(dataset, whitening, images, jnp.asarray(synset.labels) if soft is None else soft, test)
+    labels = jnp.asarray(synset.labels) if soft is None else soft
+    return Bench(dataset, whitening, images, labels, test, testset.check(request.config.evaluate, dataset))
 
 
 def _shown(names: tuple[str, ...]) -> str:
@@ -184,6 +199,7 @@ def head(request: Request, bench: Bench) -> dict[str, Any]:
         "bytes_per_class": synset.nbytes / len(synset.class_names),
         "set_sha256": fingerprint(synset.parts),
         "data_sha256": bench.dataset.fingerprint(),
+        **bench.test_set,
         "environment": environment(),
     }
 
@@ -196,15 +212,15 @@ def train_and_test(
     augment: DsaSpec,
     training: Training,
     bar: Bar,
-) -> list[float]:
-    """Returns the accuracy of every seed; a function as training set draws one for each seed."""
+) -> evaluate.Tested:
+    """Trains and tests a network for every seed; a function as training set draws one for each seed."""
     seeds = range(request.first_seed, request.first_seed + spec.seeds)
     together = 1 if callable(training) else spec.parallel
-    values: list[float] = []
+    tested: list[evaluate.Tested] = []
     for first in range(0, len(seeds), together):
         group = seeds[first : first + together]
         images, labels = training(group[0]) if callable(training) else training
-        found = evaluate.evaluate(
+        found = evaluate.evaluate_by_class(
             jnp.stack([request.key("evaluate", seed) for seed in group]),
             images,
             labels,
@@ -215,9 +231,9 @@ def train_and_test(
             transform=whiten.apply,
             transform_params=bench.whitening,
         )
-        values += [float(value) for value in found]
-        bar.advance(len(group), f"accuracy {100 * values[-1]:.1f} %")
-    return values
+        tested.append(found)
+        bar.advance(len(group), f"accuracy {100 * float(found.accuracies[-1]):.1f} %")
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *tested)
 
 
 def diverged(entries: dict[str, dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from gsdd_jax import data, files, labels, storage
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
 from train import config as configs
-from train import distill
+from train import distill, testset
 from train import experiment as experiments
 from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
@@ -197,17 +197,19 @@ def search(
     for i in best:
         whole = dataclasses.replace(config, baselines=alone)
         name = found[i].name
-        distilled = _row(found[i], whole, dataset, out / "distilled" / name, progress, fitted=out / "fit" / name)
+        distilled = _row(found[i], whole, dataset, out / "distilled" / name, progress, fitted=[out / "fit" / name])
         rows[i]["distilled"] = distilled["accuracy"]
     chosen, kind = (best, "distilled") if best else (list(range(len(found))), "accuracy")
     winner = max(chosen, key=lambda i: rows[i][kind]["mean"])
+    own = experiments.own_classes(config, dataset)
     result = {
         "name": config.name,
         "dataset": dataset.name,
         "objective": config.objective.name,
         "iterations": config.distill.iterations,
         "bytes_per_class": storage.budget_bytes(config.ipc, dataset.image_shape),
-        "held_out": len(experiments.own_classes(config, dataset).test_labels),
+        **testset.check(config.evaluate, own),
+        "held_out": len(own.test_labels),
         "evaluate": dataclasses.asdict(config.evaluate),
         "rows": rows,
         "proposal": [f"ipc={config.ipc!r}", *found[winner].overrides],
@@ -226,7 +228,7 @@ def _row(
     out: Path,
     progress: Progress,
     *,
-    fitted: Path | None = None,
+    fitted: Sequence[Path] = (),
 ) -> dict[str, Any]:
     config = dataclasses.replace(config, codec=one.codec, name=f"{config.name}-{one.name}")
     result = distill.run(experiments.prepare(config, dataset), out, progress, fitted=fitted)
@@ -261,7 +263,7 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['bits']} | {row['points']} | {row['images_per_class']} | {row['bytes_per_class']:,} | {psnr} | "
             f"{_percent(row['accuracy'])} |" + (f" {distilled} |" if any_distilled else "")
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + testset.below(result)
 
 
 def picture(result: dict[str, Any]) -> bytes:

@@ -80,6 +80,13 @@ class EvaluateConfig(EvalSpec):
     test_every: Annotated[
         int, Ge(1), Doc("Outer steps between the tests of protocol=paper (GSDD: 500, or 2,000 for DM).")
     ] = 500
+    overlap: Annotated[
+        Literal["refuse", "allow"],
+        Doc(
+            "Where half or more of the test images are training images, pixel for pixel: refuse the run, or allow it; "
+            "any number of them is said below every table."
+        ),
+    ] = "refuse"
     lr_from: Annotated[
         Literal["lr", "syn_lr"],
         Doc("Learning rate: lr, or for sets of trajectory matching the step size they learned (MTT)."),

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -209,7 +208,7 @@ def run(
     out: Path,
     progress: Progress,
     *,
-    fitted: Path | None = None,
+    fitted: Sequence[Path] = (),
     crew: hosts.Crew | None = None,
     extend: bool = False,
 ) -> dict[str, Any]:
@@ -219,7 +218,7 @@ def run(
         experiment: What to run.
         out: The run directory.
         progress: Progress bars.
-        fitted: Another run directory whose fit, of the same codec to the same images, is taken over.
+        fitted: Other run directories, of which the first whose fit is made from the same is taken over.
         crew: The processes of the run, whose leader this one is.
         extend: Whether a run in ``out`` may go on under other settings, see EXTENDABLE.
     """
@@ -230,12 +229,6 @@ def run(
         continued = rundir.configure(
             extend=functools.partial(_extension, experiment, rundir.path) if extend else None, **_settings(experiment)
         )
-        if fitted is not None and not continued:
-            copied = rundir.checkpoints_path / "main-fit"
-            copied.parent.mkdir(exist_ok=True)
-            # A run that is killed before it is whole fits for itself.
-            source = fitted / copied.relative_to(rundir.path)
-            files.write_folder(copied, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
         if continued and (known := _result(rundir.path)) is not None:
             progress.say(f"{out} holds the finished run; nothing to compute")
             return known
@@ -250,9 +243,9 @@ def run(
 
         codec = experiment.codec
         targets = _targets(experiment)
-        fitted = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main")
+        start = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main", fitted=fitted)
         # Before its arrays are donated to the first outer step.
-        fitted_images = as_stored(codec, fitted)
+        fitted_images = as_stored(codec, start)
         if "fit_only" in wanted:
             images["fit_only"] = fitted_images
         experts = None
@@ -263,7 +256,7 @@ def run(
         arm = functools.partial(
             _distilled, experiment, experts=experts, label=label, run=rundir, progress=progress, crew=crew
         )
-        state, tested = arm(codec, fitted, name="distilled", iterations=config.distill.iterations)
+        state, tested = arm(codec, start, name="distilled", iterations=config.distill.iterations)
         accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
         distilled = _set_of(experiment, state.params, state.matcher, now)
         distilled = dataclasses.replace(distilled, soft=label(distilled.images()))

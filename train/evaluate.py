@@ -49,6 +49,7 @@ from typing import Any, get_args, get_type_hints
 from gsdd_jax import nets, recipes
 from gsdd_jax.evaluate import EvalSpec
 from train import config as configs
+from train import testset
 from train.bench import Bench, Request, Results, diverged, head, percent, set_up, train_and_test
 from train.errors import UserError, exit_cleanly
 from train.experiment import WHEREABOUTS
@@ -202,9 +203,9 @@ def test_networks(
         spec, began = request.specs[name], time.perf_counter()
         with progress.phase(f"test {name}", total=spec.seeds) as bar:
             training = bench.images, bench.labels
-            values = train_and_test(request, bench, network, spec, augment, training, bar)
+            tested = train_and_test(request, bench, network, spec, augment, training, bar)
         seconds = time.perf_counter() - began
-        entry = request.entry(values, spec, settings[name], images=len(bench.images), seconds=seconds)
+        entry = request.entry(tested, spec, settings[name], bench=bench, images=len(bench.images), seconds=seconds)
         entries[name] = entry
         results.keep("networks", name, entry)
     finished: dict[str, dict[str, Any]] = {name: entry for name, entry in entries.items() if entry is not None}
@@ -215,10 +216,11 @@ def test_networks(
         {"mean": sum(known) / len(known), "networks": list(others)} if complete else None
     )
     own = finished.get(request.config.network.name)
-    keys = ("mean", "std", "n", "seeds", "accuracies")
-    results.content["accuracy"] = None if own is None else {key: own[key] for key in keys}
+    keys = ("mean", "std", "n", "seeds", "per_class", "balanced", "accuracies")
+    results.content["accuracy"] = None if own is None else {key: own[key] for key in keys if key in own}
     results.save()
-    text = _table(request, finished, results.content["cross_architecture"])
+    uneven = testset.uneven(bench.test_set)
+    text = _table(request, finished, results.content["cross_architecture"], uneven) + testset.below(bench.test_set)
     failed = {name: entry for name, entry in finished.items() if "diverged" in entry}
     if failed:
         if len(networks) > 1:
@@ -227,7 +229,7 @@ def test_networks(
     return text
 
 
-def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str, Any] | None) -> str:
+def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str, Any] | None, uneven: bool) -> str:
     height, width = request.size
     lines = [
         f"{request.run}: networks trained and tested at {height}x{width} px, recipe {request.recipe}",
@@ -237,9 +239,14 @@ def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str
     ]
     for name, entry in entries.items():
         made = " (made the set)" if name == request.maker else ""
-        lines.append(f"| {name}{made} | {percent(entry)} | {entry['n']} | {entry['lr']:g} | {entry['steps']:,} |")
+        balanced = "" if not uneven else f" {100 * entry['balanced']:.1f} |" if "balanced" in entry else " |"
+        cells = f"{percent(entry)} | {entry['n']} | {entry['lr']:g} | {entry['steps']:,} |{balanced}"
+        lines.append(f"| {name}{made} | {cells}")
+    if uneven:
+        lines[2:4] = [lines[2] + " mean over classes, % |", lines[3] + "---:|"]
     if cross is not None and len(cross["networks"]) > 1:
-        lines.append(f"| average of those that did not make the set | {100 * cross['mean']:.1f} | | | |")
+        last = " | | | |" + " |" * uneven
+        lines.append(f"| average of those that did not make the set | {100 * cross['mean']:.1f}{last}")
     return "\n".join(lines) + "\n"
 
 

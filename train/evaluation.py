@@ -51,8 +51,8 @@ def evaluate_stage(
         iteration: Outer steps that the images are from, where a run that is extended has others later.
 
     Returns:
-        ``{"mean", "std", "n", "seeds", "accuracies", "seconds", "images", "steps", "images_seen", "lr"}``, where
-        ``images_seen`` counts those of all steps of one network.
+        ``{"mean", "std", "n", "seeds", "per_class", "balanced", "accuracies", "seconds", "images", "steps",
+        "images_seen", "lr"}``, where ``images_seen`` counts those of all steps of one network.
     """
     config, dataset = experiment.config, experiment.dataset
     spec = evaluation_spec(experiment, arm)
@@ -69,7 +69,7 @@ def evaluate_stage(
         for group in (left[i : i + together] for i in range(0, len(left), together)):
             began = time.perf_counter()
             training = _training_set(experiment, arm, images, labels, group[0])
-            accuracies = evaluate.evaluate(
+            tested = evaluate.evaluate_by_class(
                 jnp.stack([experiment.key("evaluate", seed) for seed in group]),
                 *training,
                 jnp.asarray(dataset.test_images),
@@ -81,7 +81,7 @@ def evaluate_stage(
                 transform_params=experiment.whitening,
                 lr=lr,
             )
-            for seed, accuracy in zip(group, np.asarray(accuracies), strict=True):
+            for seed, accuracy, hits in zip(group, *map(np.asarray, tested), strict=True):
                 if not np.isfinite(accuracy):
                     rate = spec.lr if lr is None else lr
                     raise DivergedError(
@@ -89,6 +89,7 @@ def evaluate_stage(
                         f"kept: python -m train.evaluate --run {run.path} evaluate.lr=... tests it"
                     )
                 entry["accuracies"][str(seed)] = float(accuracy)
+                entry.setdefault("hits", {})[str(seed)] = hits.tolist()
             entry["seconds"] += time.perf_counter() - began
             entry["images"] = len(training[0])
             write_json(path, known)
@@ -96,8 +97,12 @@ def evaluate_stage(
             bar.advance(len(group), f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
     values = [entry["accuracies"][str(seed)] for seed in seeds]
     steps = spec.num_steps(entry["images"])
+    # Networks that were tested before this was counted do not know it.
+    hits = [entry.get("hits", {}).get(str(seed)) for seed in seeds]
+    counts = np.bincount(dataset.test_labels, minlength=dataset.num_classes)
     return {
         **evaluate.summarise(values, seeds),
+        **({} if None in hits else evaluate.summarise_classes(hits, counts)),
         "accuracies": values,
         "seconds": entry["seconds"],
         "images": entry["images"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from gsdd_jax import codecs, data, distill, fit, labels, nets, storage, synset, whiten
 from gsdd_jax.match import GradientSpec, TrajectorySpec
 from gsdd_jax.merged import load
+from train import testset
 from train.config import RunConfig
 from train.errors import ConfigError
 
@@ -65,6 +67,8 @@ class Experiment(NamedTuple):
     whole: Whole | None = None
     # Parameters that stand in for a fit, of `fit.initial_set`.
     start: Any = None
+    # What `train.testset.check` found.
+    test_set: Mapping[str, Any] = MappingProxyType({})
 
     def key(self, purpose: str, index: int = 0) -> jax.Array:
         """Returns the random key of a purpose; those of other purposes, seeds, indices and subtasks are independent."""
@@ -145,11 +149,13 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     available = storage.budget_bytes(config.ipc, shape)
     budget: dict[str, Any] = {"image_shape": shape, "num_classes": classes, "bytes_per_class": available}
     codec = labels.make_codec(config.codec, config.labels, **budget)
+    synset.check_codec(codec)
     if config.fit.to == "real" and not config.fit.initial_set:
-        data.require_per_class(dataset, codec.images_per_class, f"codec.{_count_field(codec.spec)}")
+        data.require_per_class(dataset, codec.images_per_class, _count_field(codec.spec))
     data.require_per_class(dataset, 1, "objective.batch_real")
     _check_mmd(config, codec)
     network = nets.build(config.network, shape, classes)
+    network.check(shape, classes)
     baselines = config.baselines
     if baselines.pixel:
         try:
@@ -175,7 +181,8 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
             )
         fitting = dataclasses.replace(fitting, initial_sha256=digest)
     config = dataclasses.replace(known_loops(config), codec=codec.spec, baselines=baselines, fit=fitting)
-    return Experiment(config, dataset, available, codec, network, whitening, asked, whole, start)
+    tested = testset.check(config.evaluate, dataset)
+    return Experiment(config, dataset, available, codec, network, whitening, asked, whole, start, tested)
 
 
 def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tuple[Any, str]:
@@ -228,8 +235,8 @@ def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:
 
 
 def _count_field(spec: codecs.CodecSpec) -> str:
-    """Returns the setting of a codec that says how many images per class there are."""
-    return next(name for name in ("gpc", "ipc", "lpc", "images_per_class") if hasattr(spec, name))
+    """Returns the setting of a codec that says how many images per class there are; of others' it is not known."""
+    return next((f"codec.{name}" for name in ("gpc", "ipc", "lpc", "images_per_class") if hasattr(spec, name)), "codec")
 
 
 def _check_start(config: RunConfig) -> None:
@@ -303,7 +310,7 @@ def embed(experiment: Experiment, batch: int = 500) -> np.ndarray:
 
     @jax.jit
     def features(images: jax.Array, whitening: Any) -> jax.Array:
-        return network.apply(params, whiten.apply(whitening, images))[1]
+        return network.outputs(params, whiten.apply(whitening, images))[1]
 
     images = dataset.train_images
     parts = [features(to_float(images[i : i + batch]), experiment.whitening) for i in range(0, len(images), batch)]

@@ -35,7 +35,7 @@ from gsdd_jax import data, files, labels, nets, storage, synset, whiten
 from gsdd_jax.merged import MergedSet
 from train import config as configs
 from train import experiment as experiments
-from train import labelling, pictures, report, results
+from train import labelling, pictures, report, results, testset
 from train.distill import MAY_CHANGE
 from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import evaluate_stage
@@ -281,6 +281,7 @@ def _whole(config: configs.RunConfig, merged: MergedSet, fingerprint: str) -> Ex
         nets.build(config.network, shape, dataset.num_classes),
         whiten.fit(config.whiten, dataset.train_images),
         asked,
+        test_set=testset.check(config.evaluate, dataset),
     )
 
 
@@ -361,6 +362,7 @@ def _result(
         "objective": config.objective.name,
         "dataset": dataset.name,
         "num_classes": classes,
+        **experiment.test_set,
         "bytes_per_class": experiment.bytes_per_class,
         "paper_ipc": config.ipc,
         "gpc": per_class,

@@ -15,6 +15,7 @@ import numpy as np
 
 from gsdd_jax import ddranking, evaluate, fit, nets, whiten
 from gsdd_jax.augment import DsaSpec
+from train import testset
 from train.bench import Bench, Draw, Request, Results, Training, diverged, percent, train_and_test
 from train.errors import UserError
 from train.progress import Progress
@@ -86,10 +87,10 @@ def rank(
                     transform_params=bench.whitening,
                 )
                 spec, more = dataclasses.replace(spec, lr=lr), {"held_out_accuracy": table}
-            values = train_and_test(request, bench, network, spec, augment, training, bar)
+            tested = train_and_test(request, bench, network, spec, augment, training, bar)
         count = len(draw(request.first_seed)[0]) if callable(training) else len(training[0])
         seconds = time.perf_counter() - began
-        entry = request.entry(values, spec, settings[arm.name], images=count, seconds=seconds) | more
+        entry = request.entry(tested, spec, settings[arm.name], bench=bench, images=count, seconds=seconds) | more
         entries[arm.name] = entry
         results.keep("ddranking", arm.name, plain(entry))
     finished: dict[str, dict[str, Any]] = {key: entry for key, entry in entries.items() if entry is not None}
@@ -110,7 +111,7 @@ def rank(
         "ior": ddranking.improvement_over_random(syn, random),
     }
     results.save()
-    return _ranking(request, finished, results.content["scores"])
+    return _ranking(request, finished, results.content["scores"]) + testset.below(bench.test_set)
 
 
 def _random_images(request: Request, bench: Bench) -> tuple[tuple[jax.Array, jax.Array], Draw]:

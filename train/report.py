@@ -16,7 +16,7 @@ from typing import Any
 
 from gsdd_jax import files
 from train import pictures as draw
-from train import rundir
+from train import rundir, testset
 
 _MOST_CHARTS = 12
 _CODEC_NAMES = {"gaussian": "Gaussian", "packed_gaussian": "packed Gaussian"}
@@ -154,7 +154,8 @@ def _results(result: Mapping[str, Any]) -> str:
     how = ", ".join(f"{result[k]} {k}" for k in ("codec", "objective") if result.get(k))
     entry = result.get("accuracy") or {}
     written = entry.get("bytes_per_class") or result.get("bytes_per_class")
-    rows = [_row(own, how, entry, written, result.get("gpc"), "own")]
+    uneven = testset.uneven(result)
+    rows = [_row(own, how, entry, written, result.get("gpc"), "own", uneven)]
     for key, (label, note) in _BASELINES.items():
         entry = result.get(key) or {}
         size, images = entry.get("bytes_per_class"), entry.get("images_per_class")
@@ -166,7 +167,7 @@ def _results(result: Mapping[str, Any]) -> str:
             images = images or result.get("paper_ipc")
         elif images is None:
             images = "all"
-        rows.append(_row(label, note, entry, size, images, key.replace("_", "-")))
+        rows.append(_row(label, note, entry, size, images, key.replace("_", "-"), uneven))
     heads = ("Training set", "Test accuracy", "", "Networks", "Bytes per class", "Images per class")
     head = "".join(f'<th scope="col"{"" if i in (0, 2) else _RIGHT}>{h}</th>' for i, h in enumerate(heads))
     caption = "Mean ± standard deviation over freshly initialised networks; the bar spans 0 to 100 %. "
@@ -174,14 +175,15 @@ def _results(result: Mapping[str, Any]) -> str:
     tests = (result.get("accuracy") or {}).get("tests")
     if tests:
         caption += f" Protocol paper: distilled rows are the best of {tests} tests on the test set, biased upwards."
+    caption = " ".join([caption, *testset.notes(result)])
     return (
         '<section>\n<h2>Results</h2>\n<div class="scroll"><table class="results">\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(rows)}</tbody>\n</table></div>\n"
-        f'<p class="note">{caption}</p>\n</section>\n'
+        f'<p class="note">{_e(caption)}</p>\n</section>\n'
     )
 
 
-def _row(label: str, note: str, entry: Mapping[str, Any] | None, size: Any, images: Any, css: str) -> str:
+def _row(label: str, note: str, entry: Mapping[str, Any] | None, size: Any, images: Any, css: str, uneven: bool) -> str:
     mean = _mean(entry)
     first = f'<th scope="row">{_e(label)}<small>{_e(note)}</small></th>'
     if entry is None or mean is None:
@@ -200,7 +202,10 @@ def _row(label: str, note: str, entry: Mapping[str, Any] | None, size: Any, imag
         whisker = f'<i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
     width = 100 * min(max(mean, 0.0), 1.0)
     bar = f'<td class="bar"><div><b style="width:{width:.2f}%"></b>{whisker}</div></td>'
-    value = f'<td class="num value">{_e(_accuracy(entry))}</td>'
+    classes = (
+        f"<small>mean over classes {100 * entry['balanced']:.1f} %</small>" if uneven and "balanced" in entry else ""
+    )
+    value = f'<td class="num value">{_e(_accuracy(entry))}{classes}</td>'
     return (
         f'<tr class="{css}">{first}{value}{bar}<td class="num"{title}>{_e(_number(n))}{cost}</td>'
         f"{_cell(size)}{_cell(images)}</tr>\n"

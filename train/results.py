@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import labels, nets, storage, synset
-from gsdd_jax.codecs import Codec
+from gsdd_jax.codecs import Codec, GaussianSpec, PackedFrequencySpec, PackedGaussianSpec
 from gsdd_jax.merged import MergedSet, load
+from train import testset
 from train.errors import UserError
 from train.experiment import Experiment
 from train.rundir import RunDir, read_command, read_environment, read_history, read_metrics, read_steps
@@ -111,6 +112,7 @@ def collect(
         "objective": config.objective.name,
         "dataset": dataset.name,
         "num_classes": classes,
+        **experiment.test_set,
         "bytes_per_class": experiment.bytes_per_class,
         "paper_ipc": config.ipc,
         "gpc": codec.images_per_class,
@@ -181,7 +183,7 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRo
         payload: Bytes of its whole set without labels.
     """
     per_class = -(-payload // codec.num_classes)
-    if hasattr(codec.spec, "num_points"):
+    if isinstance(codec.spec, GaussianSpec | PackedGaussianSpec):
         return storage.budget_table(
             ipc,
             codec.image_shape,
@@ -194,13 +196,16 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRo
         return []
     available = storage.budget_bytes(ipc, codec.image_shape)
     pixels = available // storage.ITEMSIZE["float32"]
-    layout, precision = codec.layout(), getattr(codec.spec, "dtype", "")
-    if precision:
-        # Neither places nor masks.
-        numbers = sum(leaf.size for leaf in layout.values() if str(leaf.dtype) == precision)
-    else:
+    layout = codec.layout()
+    if isinstance(codec.spec, PackedFrequencySpec):
         precision = f"codes of {codec.spec.bits} bits"
         numbers = 8 * layout["codes"].size // codec.spec.bits
+    else:
+        # Neither places nor masks, where the spec says in what precision its numbers are.
+        arrays = list(layout.values())
+        counted = [leaf for leaf in arrays if str(leaf.dtype) == getattr(codec.spec, "dtype", None)] or arrays
+        precision = ", ".join(dict.fromkeys(str(leaf.dtype) for leaf in counted))
+        numbers = sum(leaf.size for leaf in counted)
     name = f"this run: {codec.images_per_class} images of {codec.name}, {precision}"
     return [
         storage.BudgetRow("pixels, float32", int(ipc), 0, pixels, available, available),
@@ -236,10 +241,13 @@ def table(result: dict[str, Any]) -> str:
     counted = any((result.get(key) or {}).get("training_flops") for key in arms)
     if counted:
         lines[-2:] = [lines[-2] + " TFLOP each |", lines[-1] + "---:|"]
+    uneven = testset.uneven(result) and any("balanced" in (result.get(key) or {}) for key in arms)
+    if uneven:
+        lines[-2:] = [lines[-2] + " mean over classes, % |", lines[-1] + "---:|"]
     for key, label in arms.items():
         entry = result.get(key)
         if entry is None:
-            lines.append(f"| {label} | | | not run | | |{' |' if counted else ''}")
+            lines.append(f"| {label} | | | not run | | |{' |' * (counted + uneven)}")
             continue
         images, size = entry["images_per_class"], f"{entry['bytes_per_class']:,}"
         if entry.get("label_bytes_per_class"):
@@ -248,8 +256,10 @@ def table(result: dict[str, Any]) -> str:
         # One network has no spread to show.
         spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
         accuracy = f"{100 * entry['mean']:.1f}{spread}"
+        if uneven:
+            cost += f" {100 * entry['balanced']:.1f} |" if "balanced" in entry else " |"
         lines.append(f"| {label} | {images} | {size} | {accuracy} | {entry['n']} | {entry['steps']:,} |{cost}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + testset.below(result)
 
 
 def _warning(result: dict[str, Any]) -> list[str]:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
+import json
+import shutil
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gsdd_jax import codecs, distill, fit, parallel, whiten
+from gsdd_jax import codecs, distill, files, fit, parallel, whiten
 from gsdd_jax.data import HostSampler, prefetch
 from gsdd_jax.experts import Experts, IncompleteError, Origin, Segments, train_experts
 from gsdd_jax.match import TrajectorySpec
@@ -32,36 +36,59 @@ from train.evaluation import PeriodicTests
 from train.experiment import Experiment
 from train.hosts import Crew
 from train.progress import Progress
-from train.rundir import RunDir
+from train.rundir import RunDir, write_json
 
 # Added to the seed of a run for the real images of the MMD term, where the host draws them.
 MMD_SEED = 2**63
+# What says, in a run directory, what its fit is made from.
+FIT = "fit.json"
 
 
 def fit_stage(
-    experiment: Experiment, codec: codecs.Codec, targets: jax.Array, *, run: RunDir, progress: Progress, arm: str
+    experiment: Experiment,
+    codec: codecs.Codec,
+    targets: jax.Array,
+    *,
+    run: RunDir,
+    progress: Progress,
+    arm: str,
+    fitted: Sequence[Path] = (),
 ) -> Any:
-    """Fits a codec to its target images, or takes the initial set, and returns the parameters."""
+    """Fits a codec to its target images, or takes the initial set, and returns the parameters.
+
+    Args:
+        experiment: The experiment.
+        codec: What is fitted.
+        targets: ``[n, h, w, c]`` in [0,1].
+        run: The run directory; its fit.json says what the fit is made from.
+        progress: Progress bars.
+        arm: Prefix of the phase.
+        fitted: Other run directories, of which the first whose fit is made from the same is taken over.
+    """
     config, given = experiment.config, experiment.start
     unfitted = config.fit.to == "random" or codec.fitted_by_init or given is not None
     steps = 0 if unfitted else config.fit.steps
-    phase = f"{arm}-fit"
+    phase, key = f"{arm}-fit", experiment.key("start")
+    start: Any = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=max(steps, 1))).lower(key, targets)
+    state = start.out_info
+    advance: Any = jax.jit(
+        lambda state, x: fit.fit_steps(state, x, codec=codec, steps=steps, count=1), donate_argnums=0
+    )
+    programs = [start, *([advance := advance.lower(state, targets)] if steps else [])]
+    if given is None:
+        _take_over(_made_from(programs, key, targets, steps), fitted, phase, run)
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
-        start = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=max(steps, 1)))
-        state = jax.eval_shape(start, experiment.key("start"), targets)
         newest = checkpoints.newest(state)
         if newest is None:
-            state, done, seconds = start(experiment.key("start"), targets), 0, 0.0
+            state, done, seconds = start.compile()(key, targets), 0, 0.0
             if given is not None:
                 state = state._replace(params=jax.tree.map(jnp.copy, given))
         else:
             done, state, meta = newest
             seconds = meta["seconds"]
         run.truncate(phase, done)
-        advance = jax.jit(
-            lambda state, x: fit.fit_steps(state, x, codec=codec, steps=max(steps, 1), count=1),
-            donate_argnums=0,
-        )
+        if done < steps:
+            advance = advance.compile()
         saved = done
         with progress.phase(f"fit {arm}", total=steps, done=done) as bar:
             while done < steps:
@@ -91,6 +118,35 @@ def fit_stage(
         if steps == 0 and newest is None:
             checkpoints.save(0, state, {"seconds": seconds})
     return state.params
+
+
+def _made_from(programs: Sequence[Any], key: jax.Array, targets: jax.Array, steps: int) -> str:
+    """Returns a hash of all that decides a fit: its lowered programs and what they are given.
+
+    The programs hold every setting of a codec that a fit depends on, whatever its name, and none that it does not.
+    """
+    digest = hashlib.sha256(f"{steps} {targets.shape}".encode())
+    for program in programs:
+        digest.update(program.as_text().encode())
+    for array in (jax.random.key_data(key), targets):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _take_over(made_from: str, fitted: Sequence[Path], phase: str, run: RunDir) -> None:
+    """Copies the checkpoints of a fit that is made from the same, unless there is a fit already, and says what from."""
+    own, entry = run.checkpoints_path / phase, {"sha256": made_from}
+    if own.exists():
+        return
+    for other in fitted:
+        found = other / own.relative_to(run.path)
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if json.loads((other / FIT).read_text()) == entry and found.exists():
+                own.parent.mkdir(exist_ok=True)
+                # A run that is killed before it is whole fits for itself.
+                files.write_folder(own, functools.partial(shutil.copytree, found, dirs_exist_ok=True))
+                break
+    write_json(run.path / FIT, entry)
 
 
 def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) -> Experts:

@@ -1,7 +1,8 @@
 """Choose settings without the test set: ``python -m train.tune --config FILE --vary KEY=V1,V2 ... [key=value ...]``.
 
 Every combination of the varied settings is distilled and tested on held-out training images: the last tenth of each
-class, which neither the fit nor the objective sees. Combinations that start from the same fit share it.
+class, which neither the fit nor the objective sees. Combinations with the same fit share
+it: the same program on the same images.
 
 Every combination is a run directory under ``--out``; the same command continues an interrupted search.
 """
@@ -20,7 +21,7 @@ import numpy as np
 
 from gsdd_jax import data, files, storage
 from train import config as configs
-from train import distill
+from train import distill, testset
 from train import experiment as experiments
 from train.errors import ConfigError, DivergedError, exit_cleanly
 from train.progress import Progress
@@ -29,8 +30,6 @@ from train.stopping import on_sigterm
 
 # Of the training images of a class, the share on which settings are compared.
 HELD_OUT = 0.1
-# Settings of a codec that its fit does not depend on.
-NOT_OF_THE_FIT = ("lr", "lr_decoder", "lr_mean", "lr_cholesky", "lr_color", "boundary")
 # The loss of a combination is the mean of so much of its end, since single batches are noisy.
 END = 0.2
 
@@ -102,20 +101,18 @@ def search(
     Raises:
         DivergedError: All of them do.
     """
-    fits: dict[Any, Path] = {}
     rows: list[dict[str, Any]] = []
-    for overrides, config in found:
-        alone = dataclasses.replace(config.baselines, fit_only=False, random_real=False, pixel=False, full_data=False)
-        experiment = experiments.prepare(dataclasses.replace(config, baselines=alone), dataset)
-        path = out / ",".join(overrides).replace("/", "_")
+    # Before the first of them runs, so that what cannot run is refused at once.
+    prepared = [experiments.prepare(_alone(config), dataset) for _, config in found]
+    paths = [out / ",".join(overrides).replace("/", "_") for overrides, _ in found]
+    for i, ((overrides, _), experiment, path) in enumerate(zip(found, prepared, paths, strict=True)):
         try:
-            result = distill.run(experiment, path, progress, fitted=fits.get(_fit_of(experiment.config)))
+            result = distill.run(experiment, path, progress, fitted=paths[:i])
         except DivergedError as error:
             progress.say(f"{' '.join(overrides)}: {error}")
             failed = {"accuracy": None, "psnr": None, "loss": None, "seconds": None, "diverged": str(error)}
             rows.append({"overrides": overrides, **failed})
             continue
-        fits.setdefault(_fit_of(experiment.config), path)
         losses = [entry["loss"] for entry in read_metrics(path) if entry["phase"] == "main-distill"]
         last = losses[-max(1, round(END * len(losses))) :]
         rows.append(
@@ -137,6 +134,7 @@ def search(
         "dataset": dataset.name,
         "objective": config.objective.name,
         "bytes_per_class": storage.budget_bytes(config.ipc, dataset.image_shape),
+        **prepared[0].test_set,
         "held_out": len(experiments.own_classes(config, dataset).test_labels),
         "rows": rows,
         "best": max(tested, key=lambda row: row["accuracy"]["mean"])["overrides"],
@@ -147,10 +145,10 @@ def search(
     return result
 
 
-def _fit_of(config: configs.RunConfig) -> tuple[Any, ...]:
-    """Returns what the fit of a config depends on; the data are the same for all."""
-    codec = {name: value for name, value in vars(config.codec).items() if name not in NOT_OF_THE_FIT}
-    return tuple(sorted(codec.items())), config.fit, config.seed, config.ipc, config.network
+def _alone(config: configs.RunConfig) -> configs.RunConfig:
+    """Returns a config without the baselines."""
+    off = dataclasses.replace(config.baselines, fit_only=False, random_real=False, pixel=False, full_data=False)
+    return dataclasses.replace(config, baselines=off)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -173,7 +171,7 @@ def table(result: dict[str, Any]) -> str:
             f"| `{' '.join(row['overrides'])}` | {entry['images_per_class']} | {loss} | "
             f"{100 * entry['mean']:.1f}{spread} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + testset.below(result)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def distribution_loss(
         normal = transform(transform_params, images)
         # A loop, not vmap: under vmap every class would pay for all six operations.
         augmented = jax.lax.map(lambda x: dsa(x[0], x[1], augment, siamese=True), (keys, normal))
-        _, features = network.apply(phi_params, augmented.reshape(chunk * batch, *images.shape[2:]))
+        _, features = network.outputs(phi_params, augmented.reshape(chunk * batch, *images.shape[2:]))
         return features.reshape(chunk, batch, -1).mean(1)
 
     def chunk_loss(shared: Any, syn: jax.Array, keys: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

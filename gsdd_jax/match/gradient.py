@@ -97,7 +97,7 @@ def gradient_loss(
         augmented = jax.lax.map(lambda x: dsa(x[0], x[1], augment, siamese=True), (keys, normal))
 
         def loss(params: Any, images: jax.Array, label: jax.Array) -> jax.Array:
-            logits, _ = network.apply(params, images)
+            logits, _ = network.outputs(params, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.full(len(images), label)).mean()
 
         return jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, augmented, labels)
@@ -116,8 +116,10 @@ def gradient_loss(
 def layerwise_distance(real: Any, syn: Any) -> jax.Array:
     """Sums ``1 - cos`` over the output units of all layers ("ours" in DC's code).
 
-    A unit's vector holds all weights that lead to it: the last axis of each kernel counts the units. Biases, norm
-    parameters and learned embeddings, whatever is not named ``kernel``, do not count.
+    A layer is an array of two or more axes, whatever its name. Its last axis counts the units, as in Flax and in all
+    networks here, and a unit's vector holds all weights that lead to it; arrays of weights that have their outputs on
+    another axis are compared along it all the same. Arrays of fewer axes do not count: biases and norm parameters, as
+    in DC's code. Learned positions have two axes and count, as there.
 
     Args:
         real: Gradients in the structure of a network's params.
@@ -125,13 +127,20 @@ def layerwise_distance(real: Any, syn: Any) -> jax.Array:
 
     Returns:
         A scalar between 0 and twice the number of units; differentiable, also where a gradient vanishes.
+
+    Raises:
+        ValueError: No array has two axes, so that there is nothing to match.
     """
-    leaves = jax.tree.leaves_with_path(real)
+    pairs = zip(jax.tree.leaves(real), jax.tree.leaves(syn), strict=True)
+    layers = [(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])) for a, b in pairs if a.ndim > 1]
+    if not layers:
+        shapes = [list(leaf.shape) for leaf in jax.tree.leaves(real)]
+        raise ValueError(
+            f"gradient matching compares weights of two or more axes, the last one counting outputs; expected at least "
+            f"one such array, found shapes {shapes}"
+        )
     total = jnp.float32(0)
-    for (path, a), b in zip(leaves, jax.tree.leaves(syn), strict=True):
-        if getattr(path[-1], "key", None) != "kernel":
-            continue
-        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    for a, b in layers:
         total += jnp.sum(1 - jnp.sum(a * b, 0) / (_norm(a) * _norm(b) + EPSILON))
     return total
 
@@ -186,7 +195,7 @@ def train_between(
         index = jax.random.permutation(key_order, n)[place % n]
 
         def loss(params: Any) -> jax.Array:
-            logits, _ = network.apply(params, dsa(key_augment, normal[index], augment))
+            logits, _ = network.outputs(params, dsa(key_augment, normal[index], augment))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
 
         return jax.tree.map(lambda p, g: p - spec.net_lr * g, params, jax.grad(loss)(params)), None

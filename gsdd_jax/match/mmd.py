@@ -121,7 +121,7 @@ def feature_mmd(
 
     def embed(shared: Any, images: jax.Array) -> jax.Array:
         params, transform_params = shared
-        _, features = network.apply(params, transform(transform_params, images))
+        _, features = network.outputs(params, transform(transform_params, images))
         return features.reshape(len(images), -1)
 
     def chunk_loss(shared: Any, syn: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

@@ -176,7 +176,7 @@ def trajectory_loss(
     normal = transform(transform_params, syn)
 
     def cross_entropy(theta: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits, _ = network.apply(unflatten(theta), x)
+        logits, _ = network.outputs(unflatten(theta), x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def step(theta: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 A network is a pair of pure functions. The features next to the logits are what distribution matching compares.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -10,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from annotated_types import Ge, Le
 from flax import linen
 from typing_extensions import Doc
@@ -58,14 +58,59 @@ class Network(NamedTuple):
     """A network as pure functions of its weights.
 
     Attributes:
-        init: key -> params, a nested dict of float32 arrays.
-        apply: (params, images float [n, h, w, c]) -> (logits [n, k], features [n, f]).
+        init: key -> params, a pytree of floating-point arrays, all of them trained; names and nesting are free.
+        apply: (params, images float [n, h, w, c]) -> (logits [n, k], features [n, ...]).
         num_params: how many numbers `params` holds.
     """
 
     init: Callable[[jax.Array], Any]
     apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
     num_params: int
+
+    def outputs(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Calls `apply`, and refuses what is no pair of logits and features before it can be taken for one.
+
+        Raises:
+            ValueError: `apply` returns anything else; known from the shapes, so also while it is traced.
+        """
+        found, n = self.apply(params, images), images.shape[0]
+        pair = isinstance(found, tuple | list) and len(found) == 2
+        shapes = [jnp.shape(part) if isinstance(part, jax.Array) else () for part in found] if pair else [(), ()]
+        if any(shape[:1] != (n,) for shape in shapes) or len(shapes[0]) != 2:
+            shown = jax.tree.map(lambda leaf: list(jnp.shape(leaf)), found)
+            raise ValueError(
+                f"network.apply: expected a pair (logits [n, k], features [n, ...]) for {n} images, found "
+                f"a {type(found).__name__} of shapes {shown}"
+            )
+        logits, features = found
+        return logits, features
+
+    def check(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        """Tells whether this is a network for such images and so many classes; computes nothing.
+
+        Args:
+            image_shape: (h, w, c).
+            num_classes: k.
+
+        Raises:
+            ValueError: Another number of logits or of weights, or outputs that are none.
+            TypeError: Weights that are not floating point, such as counters or random keys.
+        """
+        params = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(
+                    f"network.init: {jax.tree_util.keystr(path)} is {leaf.dtype}; expected floating-point weights "
+                    "only, since all are trained: counters and random keys belong outside"
+                )
+        count = _size(params)
+        if self.num_params != count:
+            raise ValueError(f"network.num_params: expected {count}, as many as init returns; found {self.num_params}")
+        # Two images: a batch of logits is then told from a single row of them.
+        images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+        logits, _ = jax.eval_shape(self.outputs, params, images)
+        if logits.shape[1] != num_classes:
+            raise ValueError(f"network.apply: expected logits of {num_classes} classes, found {logits.shape[1]}")
 
 
 _NETWORKS: dict[str, Callable[[NetSpec, tuple[int, int, int], int], linen.Module]] = {
@@ -103,16 +148,22 @@ def build(spec: NetSpec, image_shape: tuple[int, int, int], num_classes: int) ->
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}, must be at least 2")
     h, w, c = image_shape
-    return _build(spec, (int(h), int(w), int(c)), int(num_classes))
+    shape = int(h), int(w), int(c)
+    return _of_module(_NETWORKS[spec.name](spec, shape, int(num_classes)), spec.name, shape)
 
 
 @lru_cache(maxsize=64)
-def _build(spec: NetSpec, shape: tuple[int, int, int], num_classes: int) -> Network:
-    module = _NETWORKS[spec.name](spec, shape, num_classes)
+def _of_module(module: linen.Module, name: str, shape: tuple[int, int, int]) -> Network:
     h, w, c = shape
 
     def init(key: jax.Array) -> Any:
-        return module.init(key, jnp.zeros((1, h, w, c), jnp.float32))["params"]
+        variables = module.init(key, jnp.zeros((1, h, w, c), jnp.float32))
+        if others := variables.keys() - {"params"}:
+            raise ValueError(
+                f"network.name: {name} keeps {', '.join(sorted(others))} beside its weights, such as running "
+                "statistics; expected a network that is a function of weights and images alone"
+            )
+        return variables["params"]
 
     def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         if images.shape[1:] != shape:
@@ -121,4 +172,8 @@ def _build(spec: NetSpec, shape: tuple[int, int, int], num_classes: int) -> Netw
         return outputs
 
     params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-    return Network(init, apply, sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)))
+    return Network(init, apply, _size(params))
+
+
+def _size(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

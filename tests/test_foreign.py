@@ -1,0 +1,257 @@
+"""Networks and codecs of others: nothing is taken for granted that the interfaces do not ask for."""
+
+import dataclasses
+import math
+from typing import Annotated, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from annotated_types import Gt
+from command_line import ROOT
+from typing_extensions import Doc
+
+import gsdd_jax
+from gsdd_jax import codecs, distill, evaluate, nets, whiten
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.codecs.base import Codec, unpacked_layout
+from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec, distribution_loss, gradient_loss
+from gsdd_jax.nets import Network
+from train import config as configs
+from train import experiment as experiments
+from train import report, results
+from train.rundir import RunDir
+
+pytestmark = pytest.mark.usefixtures("lazy_compiler")
+
+SHAPE, CLASSES = (8, 8, 1), 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlatSpec:
+    """A codec's settings, none of which has a name of ours but the one that the registry asks for."""
+
+    name: Annotated[Literal["flat"], Doc("the parameterisation")] = "flat"
+    rate: Annotated[float, Gt(0), Doc("learning rate")] = 0.05
+
+
+def make(spec, image_shape, num_classes, bytes_per_class, *, images_per_class=2, layout=None):
+    """A quarter of the pixels and a shift, in float32."""
+    h, w, c = image_shape
+    n = num_classes * images_per_class
+
+    def init(key, images):
+        del key
+        return {"small": images[:, ::2, ::2], "shift": jnp.zeros((n, c))}
+
+    def decode(params, index=None, *, size=None, key=None):
+        del key
+        chosen = params if index is None else jax.tree.map(lambda x: x[index], params)
+        images = jax.image.resize(chosen["small"], (len(chosen["small"]), *(size or (h, w)), c), "nearest")
+        return images + chosen["shift"][:, None, None]
+
+    def stored(params):
+        return params
+
+    return Codec(
+        name="flat",
+        spec=spec,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        images_per_class=images_per_class,
+        init=init,
+        decode=decode,
+        stored=stored,
+        loaded=stored,
+        nbytes=lambda params: 4 * sum(math.prod(x.shape) for x in params.values()),
+        layout=layout or (lambda: unpacked_layout(init, stored, image_shape, n)),
+        optimiser=lambda: optax.adam(spec.rate),
+        fitter=lambda steps: optax.adam(0.01),
+    )
+
+
+def small(images):
+    return images.reshape(len(images), -1)
+
+
+def network(apply=None, init=None, classes=CLASSES):
+    """One layer on the pixels, with a list of weights that have no names at all."""
+    pixels = math.prod(SHAPE)
+
+    def draw(key):
+        a, b = jax.random.split(key)
+        return [jax.random.normal(a, (pixels, 5)) / 8, jnp.zeros(5), {"w": jax.random.normal(b, (5, classes))}]
+
+    def outputs(params, images):
+        features = nn.relu(small(images) @ params[0] + params[1])
+        return features @ params[2]["w"], features
+
+    return Network(init or draw, apply or outputs, pixels * 5 + 5 + 5 * classes)
+
+
+NORMAL = whiten.MeanStd(jnp.full(1, 0.3), jnp.full(1, 0.4))
+SETTINGS = {"augment": DsaSpec(strategy="none"), "transform": whiten.apply}
+OBJECTIVES = {
+    "distribution": DistributionSpec(batch_real=4),
+    "gradient": GradientSpec(batch_real=4, outer_loop=2, inner_loop=1),
+    "trajectory": TrajectorySpec(syn_steps=2, expert_epochs=1, max_start_epoch=1),
+}
+
+
+def data_for(objective, net):
+    rng = np.random.default_rng(0)
+    real = distill.device_data(rng.integers(0, 256, (12, *SHAPE), np.uint8), np.arange(12) % CLASSES, CLASSES, NORMAL)
+    if not isinstance(objective, TrajectorySpec):
+        return real
+    start = jnp.asarray(rng.normal(0, 0.2, (1, net.num_params)), jnp.float32)
+    return distill.MmdBatch(distill.ExpertBatch(start, start + 0.02, NORMAL), real, None)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_of_every_objective_moves_a_foreign_codec_by_a_foreign_network(name):
+    codec, net, objective = make(FlatSpec(), SHAPE, CLASSES, 256), network(), OBJECTIVES[name]
+    # With the MMD term beside trajectory matching.
+    mmd = MmdSpec(weight=float(name == "trajectory"), samples=2)
+    step = distill.make_step(codec, objective, network=net, mmd=mmd, **SETTINGS)
+    images = np.random.default_rng(1).uniform(size=(codec.num_images, *SHAPE)).astype(np.float32)
+    state = distill.init_state(codec, codec.init(None, jnp.asarray(images)), objective, net)
+    moved, metrics = jax.jit(step)(state, data_for(objective, net), jax.random.key(0))
+    assert float(metrics["loss"]) > 1e-3 and float(metrics["grad_norm"]) > 1e-4
+    assert all((moved.params[leaf] != state.params[leaf]).any() for leaf in ("small", "shift"))
+
+
+def test_a_foreign_network_is_trained_and_tested():
+    images = np.zeros((6, *SHAPE), np.float32)
+    labels = np.arange(6) % CLASSES
+    images[np.arange(6), labels] = 1
+    found = evaluate.evaluate(
+        jax.random.split(jax.random.key(1), 1), images, labels, images, labels, network=network(),
+        spec=evaluate.EvalSpec(steps=100, lr=0.1), augment=DsaSpec(strategy="none"),
+    )  # fmt: skip
+    assert found.tolist() == [1.0]
+
+
+WRONG = {
+    "logits alone": (lambda p, x: network().apply(p, x)[0], r"found a (ArrayImpl|\w*Tracer)"),
+    "a dict": (lambda p, x: dict(zip("lf", network().apply(p, x), strict=True)), "found a dict"),
+    "features first": (lambda p, x: (small(x)[0], small(x)), "found a tuple of shapes"),
+    "three": (lambda p, x: (*network().apply(p, x), x), "found a tuple of shapes"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_outputs_that_are_no_logits_and_features_are_refused_by_every_user_of_a_network(name):
+    apply, what = WRONG[name]
+    wrong, good = network(apply), network()
+    # Two images, as many as there are outputs: a batch of logits must not be taken for a pair.
+    syn, real = jnp.zeros((CLASSES, 2, *SHAPE)), jnp.zeros((CLASSES, 2, *SHAPE), jnp.uint8)
+    settings = {**SETTINGS, "transform_params": NORMAL, "network": wrong, "class_chunk": 1}
+    images, labels = jnp.zeros((2, *SHAPE)), jnp.arange(2)
+    params = good.init(jax.random.key(0))
+    calls = {
+        "distribution": lambda: distribution_loss(jax.random.key(0), real, syn, **settings),
+        "gradient": lambda: gradient_loss(jax.random.key(0), real, syn, params=params, **settings),
+        "accuracy": lambda: evaluate.accuracy(params, images, labels, network=wrong),
+        "train_network": lambda: evaluate.train_network(
+            jax.random.key(0), images, labels, network=wrong, spec=evaluate.EvalSpec(steps=1), augment=DsaSpec()
+        ),
+        "label": lambda: gsdd_jax.labels.label(jax.tree.map(lambda x: x[None], params), images, network=wrong),
+        "make_step": lambda: distill.make_step(
+            make(FlatSpec(), SHAPE, CLASSES, 256), OBJECTIVES["trajectory"], network=wrong, **SETTINGS
+        ),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=rf"^network.apply: expected a pair \(logits .*{what}"):
+            call()
+
+
+def test_weights_that_cannot_be_trained_and_wrong_counts_are_named():
+    def with_counter(key):
+        return {"net": network().init(key), "norm": {"count": jnp.zeros((), jnp.int32)}}
+
+    counted = network(lambda p, x: network().apply(p["net"], x), with_counter)
+    with pytest.raises(TypeError, match=r"network.init: \['norm'\]\['count'\] is int32; expected floating-point"):
+        counted.check(SHAPE, CLASSES)
+    with pytest.raises(ValueError, match="network.num_params: expected 340, as many as init returns; found 7"):
+        network()._replace(num_params=7).check(SHAPE, CLASSES)
+    with pytest.raises(ValueError, match="expected logits of 4 classes, found 3"):
+        network().check(SHAPE, 4)
+
+
+class WithStatistics(nn.Module):
+    """A module with batch normalisation, whose statistics are no weights."""
+
+    @nn.compact
+    def __call__(self, images):
+        features = nn.BatchNorm(use_running_average=False)(small(images))
+        return nn.Dense(CLASSES)(features), features
+
+
+class Dense(nn.Module):
+    """An ordinary Flax module, as others write it, with an embedding in place of a kernel."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images):
+        table = self.param("embedding", nn.initializers.normal(0.1), (math.prod(images.shape[1:]), 4))
+        features = nn.relu(small(images) @ table)
+        return features @ self.param("w", nn.initializers.normal(0.5), (4, self.classes)), features
+
+
+def test_a_module_with_running_statistics_is_refused_when_it_is_built(monkeypatch):
+    monkeypatch.setitem(nets._NETWORKS, "foreign", lambda spec, shape, classes: WithStatistics())
+    with pytest.raises(ValueError, match=r"network.name: foreign keeps batch_stats beside its weights"):
+        nets.build(nets.NetSpec(name="foreign"), SHAPE, CLASSES)
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """A tiny run of the toys, registered by their names; a config file would need them in the unions of specs too."""
+    monkeypatch.setitem(codecs.SPECS, "flat", FlatSpec)
+    monkeypatch.setitem(nets._NETWORKS, "dense", lambda spec, shape, classes: Dense(classes))
+    few = ["data.per_class=8", "data.test_limit=20", "ipc=2", "baselines.pixel=false"]
+    tiny = configs.load(ROOT / "configs" / "digits.yaml", few, smoke=True)
+    return dataclasses.replace(tiny, codec=FlatSpec(), network=nets.NetSpec(name="dense"))
+
+
+def test_a_set_of_a_foreign_codec_is_saved_read_counted_and_reported(config, tmp_path):
+    experiment = experiments.prepare(config)
+    codec, dataset = experiment.codec, experiment.dataset
+    made = gsdd_jax.SynSet(codec, codec.init(None, jnp.ones((20, *SHAPE))), 512, dataset.class_names)
+    tested = {"images_seen": 4, "mean": 0.5, "std": 0.0, "n": 1, "seconds": 1.0, "steps": 2}
+    with RunDir(tmp_path) as run:
+        sizes = made.save(tmp_path / "export")
+        result = results.collect(
+            experiment, {"distilled": tested}, sizes=sizes, environment=run.record_environment(), run=run, pixel=None,
+            fit_psnr=None,
+        )  # fmt: skip
+    assert (gsdd_jax.load(tmp_path).images() == made.images()).all()
+    # 16 pixels and a shift, four bytes each.
+    assert result["accuracy"]["bytes_per_class"] == 2 * 17 * 4 and result["num_points"] is None
+    assert result["budget"]["this run: 2 images of flat, float32"] == "2 images: 34 floats, 136 bytes"
+    assert "| **flat, distilled** | 2 | 136 | 50.0 | 1 | 2 |" in results.table(result)
+    assert "2 flat images" in report.write(tmp_path, result, {}).read_text()
+
+
+def test_too_few_images_for_a_foreign_codec_are_named(config, monkeypatch):
+    monkeypatch.setattr("test_foreign.make.__kwdefaults__", {"images_per_class": 9, "layout": None})
+    with pytest.raises(ValueError, match="class '0' has 8 training images, codec needs 9"):
+        experiments.prepare(config)
+
+
+@pytest.mark.parametrize(
+    "layout, what",
+    [
+        ({"x": jax.ShapeDtypeStruct((20, 17), jnp.complex64)}, "array 'x': expected one of .*found ShapeDtypeStruct"),
+        ({"x": jax.ShapeDtypeStruct((20, 16), jnp.float32)}, "expected 1280 bytes, as in its layout, found 1360 by"),
+        ({"x": {"y": jax.ShapeDtypeStruct((20, 17), jnp.float32)}}, "array 'x': expected one of"),
+    ],
+)
+def test_a_codec_whose_sets_no_file_could_hold_is_refused_at_the_start(config, monkeypatch, layout, what):
+    monkeypatch.setattr("test_foreign.make.__kwdefaults__", {"images_per_class": 2, "layout": lambda: layout})
+    with pytest.raises(ValueError, match=f"codec.name: sets of 'flat' could not be read back: {what}"):
+        experiments.prepare(config)
