@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gsdd_jax import exchange, packing, synset
+from gsdd_jax import exchange, merged, packing, synset
 from gsdd_jax.exchange import SETTING, SETTINGS, SORTED_POINTS, Array, Manifest, short, whole, widened
 
 # Of `codecs.base`, `gaussians` and `codecs.packed`, which import JAX.
@@ -63,8 +63,26 @@ class Decoder(NamedTuple):
     decode: Callable[[Arrays, Size], np.ndarray]
 
 
+class Stored(NamedTuple):
+    """A set as it is stored, whole or merged, before it is decoded.
+
+    Attributes:
+        parts: Manifest, decoder and arrays of each part; one of a set that is no merged one.
+        labels: ``[n]`` int32.
+        class_names: One per class.
+        soft_labels: ``[n, k]`` float32, or None.
+        meta: Whatever else was recorded.
+    """
+
+    parts: tuple[tuple[Manifest, Decoder, Arrays], ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    soft_labels: np.ndarray | None
+    meta: dict[str, Any]
+
+
 def load(path: synset.Location, size: Size | None = None) -> Images:
-    """Reads and decodes a set.
+    """Reads and decodes a set, whole or merged.
 
     Args:
         path: As for :func:`gsdd_jax.load`.
@@ -74,14 +92,44 @@ def load(path: synset.Location, size: Size | None = None) -> Images:
         FileNotFoundError: There is no set.
         ValueError: It is damaged, or its codec is not decoded without JAX.
     """
-    manifest, decoder, arrays = synset.read(path, decoder_of)
+    stored = read(path)
     # Numbers of any size are drawn as they are, without a warning, as JAX does.
     with np.errstate(over="ignore", invalid="ignore"):
-        images = decoder.decode(arrays, size or manifest.image_shape[:2]).astype(np.float32)
-    labels = np.repeat(np.arange(manifest.num_classes, dtype=np.int32), manifest.images_per_class)
+        images = [
+            part.decode(arrays, size or manifest.image_shape[:2]).astype(np.float32)
+            for manifest, part, arrays in stored.parts
+        ]
+    return Images(np.concatenate(images), stored.labels, stored.class_names, stored.soft_labels)
+
+
+def read(path: synset.Location) -> Stored:
+    """Reads a set and checks it, as :func:`load` does, without decoding its images."""
+    found = merged.read_manifest(path)
+    folders = [path] if found is None else [found[0] / name for name in found[1]["parts"]]
+    parts = tuple(synset.read(folder, decoder_of) for folder in folders)
+    manifests = [manifest for manifest, *_ in parts]
+    sizes = [manifest.num_classes for manifest in manifests]
+    own = [np.repeat(np.arange(each.num_classes, dtype=np.int32), each.images_per_class) for each in manifests]
+    soft = [_soft_labels(*part) for part in parts]
+    if found is None:
+        return Stored(parts, own[0], manifests[0].class_names, soft[0], manifests[0].meta)
+    folder, manifest = found
+    labels, rows = merged.joined(own, sizes), merged.joined_soft(own, soft, sizes)
+    with synset.naming(folder / synset.MANIFEST):
+        names = merged.check_parts([(each.image_shape, each.bytes_per_class, each.class_names) for each in manifests])
+        merged.check_names(names, manifest)
+        if manifest["format"] == merged.FORMATS[1]:
+            merged.check_own_labels(soft)
+    if manifest["format"] == merged.FORMATS[1]:
+        entry, written, classes = synset.read_labels(folder, manifest, len(labels))
+        rows = exchange.soft_labels(written, entry, classes)
+    return Stored(parts, labels, names, rows, manifest["meta"])
+
+
+def _soft_labels(manifest: Manifest, decoder: Decoder, arrays: Arrays) -> np.ndarray | None:
+    del decoder
     entry = manifest.labels
-    soft = None if entry is None else exchange.soft_labels(arrays, entry, manifest.num_classes)
-    return Images(images, labels, manifest.class_names, soft)
+    return None if entry is None else exchange.soft_labels(arrays, entry, manifest.num_classes)
 
 
 def decoder_of(manifest: Manifest, payload: int) -> Decoder:

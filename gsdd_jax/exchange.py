@@ -175,6 +175,14 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
+def constants(meta: Mapping[str, Any], key: str) -> tuple[float, ...] | None:
+    """Returns the numbers that a set recorded, such as ``channel_mean``; None if it recorded anything else."""
+    value = meta.get(key)
+    if not isinstance(value, list) or not all(isinstance(x, int | float) and abs(x) < 1e30 for x in value):
+        return None
+    return tuple(map(float, value))
+
+
 def whole(value: Any, key: str, low: int, high: int) -> int:
     """Returns an integer of a document.
 

@@ -3,22 +3,26 @@
 Every part keeps what its images share, such as a decoder, grids or base images, and what all parts share is the space
 of images alone. Arrays are therefore never joined: the parts stay sets of their own behind the interface of one, which
 is the same for every codec. A single `SynSet` would do for codecs that share nothing, with a second way to keep.
+
+JAX is imported where it is needed, so that `read_manifest` and the joining of labels work without it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import exchange, synset
 from gsdd_jax.synset import SynSet
 
 if TYPE_CHECKING:
+    import jax
+
     from gsdd_jax.labels import SoftLabels
 
 # The first format had no labels of the whole.
@@ -48,23 +52,9 @@ class MergedSet:
 
     def __post_init__(self) -> None:
         """Checks that the parts belong together."""
-        if not self.parts:
-            raise ValueError("parts: expected at least one set, found none")
-        first = self.parts[0]
-        for i, part in enumerate(self.parts):
-            for what, found, expected in (
-                ("images", part.codec.image_shape, first.codec.image_shape),
-                ("bytes_per_class", part.bytes_per_class, first.bytes_per_class),
-            ):
-                if found != expected:
-                    raise ValueError(f"parts: part {i} has {what} {found}, part 0 has {expected}; expected the same")
-        names = self.class_names
-        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if twice is not None:
-            raise ValueError(f"parts: class {twice!r} is there twice; expected every class in one part")
+        names = check_parts([(part.codec.image_shape, part.bytes_per_class, part.class_names) for part in self.parts])
         if self.soft is not None:
-            if any(part.soft is not None for part in self.parts):
-                raise ValueError("soft: parts have soft labels of their own; expected either, found both")
+            check_own_labels([part.soft for part in self.parts])
             written = {name: exchange.Array(str(x.dtype), x.shape) for name, x in self.soft.arrays.items()}
             exchange.compare(written, _described(self.soft).arrays(len(self.labels), len(names)))
 
@@ -81,9 +71,7 @@ class MergedSet:
     @property
     def labels(self) -> np.ndarray:
         """Labels ``[n]`` int32 among the classes of the whole, in ascending order."""
-        sizes = [len(part.class_names) for part in self.parts]
-        first = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
-        return np.concatenate([start + part.labels for start, part in zip(first, self.parts, strict=True)])
+        return joined([part.labels for part in self.parts], self._sizes)
 
     @property
     def soft_labels(self) -> jax.Array | None:
@@ -94,17 +82,15 @@ class MergedSet:
         """
         if self.soft is not None:
             return self.soft.probabilities()
-        if all(part.soft is None for part in self.parts):
-            return None
-        rows, first, k = [], 0, len(self.class_names)
-        for part in self.parts:
-            own = len(part.class_names)
-            known = (
-                jax.nn.one_hot(part.labels, own, dtype=jnp.float32) if part.soft_labels is None else part.soft_labels
-            )
-            rows.append(jnp.pad(known, ((0, 0), (first, k - first - own))))
-            first += own
-        return jnp.concatenate(rows)
+        import jax.numpy as jnp
+
+        own = [None if part.soft is None else np.asarray(part.soft_labels) for part in self.parts]
+        rows = joined_soft([part.labels for part in self.parts], own, self._sizes)
+        return None if rows is None else jnp.asarray(rows)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(part.class_names) for part in self.parts]
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +99,8 @@ class MergedSet:
 
     def images(self, size: tuple[int, int] | None = None) -> jax.Array:
         """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width)."""
+        import jax.numpy as jnp
+
         return jnp.concatenate([part.images(size) for part in self.parts])
 
     def save(self, path: synset.Location) -> dict[str, int]:
@@ -157,38 +145,112 @@ def load(path: synset.Location) -> SynSet | MergedSet:
         FileNotFoundError: There is no manifest, or a part is missing.
         ValueError: The files are damaged, do not belong together, or come from a newer format.
     """
+    import jax.numpy as jnp
+
+    found = read_manifest(path)
+    if found is None:
+        return synset.load(path)
+    folder, manifest = found
+    parts = tuple(synset.load(folder / name) for name in manifest["parts"])
+    soft = None
+    if manifest["format"] == FORMATS[1]:
+        images, bits = sum(part.codec.num_images for part in parts), jnp.bfloat16
+        soft = synset.soft_of(*synset.read_labels(folder, manifest, images, bfloat16=lambda array: array.view(bits)))
+    with synset.naming(folder / synset.MANIFEST):
+        merged = MergedSet(parts, manifest["meta"], soft)
+        check_names(merged.class_names, manifest)
+    return merged
+
+
+def read_manifest(path: synset.Location) -> tuple[Path, dict[str, Any]] | None:
+    """Reads the manifest of a merged set; needs no JAX.
+
+    Returns:
+        The directory and the manifest, whose parts are there, or None where the set is no merged one: `synset.read`
+        says what is wrong if it is none at all.
+
+    Raises:
+        FileNotFoundError: There is no manifest, or a part is missing.
+        ValueError: The manifest is damaged.
+    """
     folder = synset.folder_of(path)
     file = folder / synset.MANIFEST
     try:
-        with file.open("rb") as stream:
+        with synset.opened(file) as (stream, _):
             manifest = exchange.parse_json(stream.read(exchange.MANIFEST_BYTES + 1), exchange.MANIFEST_BYTES)
-        merged = manifest["format"] in FORMATS
+        if manifest["format"] not in FORMATS:
+            return None
     except (KeyError, TypeError, ValueError, OSError):
-        merged = False
-    if not merged:
-        # Says what is wrong as well.
-        return synset.load(folder)
+        return None
     try:
-        names, classes, meta = (manifest[key] for key in ("parts", "class_names", "meta"))
-        synset.check_names(names, "parts")
+        synset.check_names(manifest["parts"], "parts")
+        for key, kind in (("class_names", list), ("meta", dict)):
+            if type(manifest[key]) is not kind:
+                raise TypeError(f"{key}: expected a {kind.__name__}, found {exchange.short(manifest[key])}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
-    for name in names:
+    for name in manifest["parts"]:
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder / name}: missing, although {synset.MANIFEST} names it")
-    parts = tuple(synset.load(folder / name) for name in names)
-    soft = None
-    if manifest["format"] == FORMATS[1]:
-        soft = synset.read_labels(folder, manifest, sum(part.codec.num_images for part in parts))
-    try:
-        found = MergedSet(parts, meta, soft)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if list(found.class_names) != classes:
-        raise ValueError(
-            f"{file}: class_names: expected those of the parts, {list(found.class_names)}; found {classes}"
-        )
-    return found
+    return folder, manifest
+
+
+def check_parts(parts: Sequence[tuple[tuple[int, ...], int, Sequence[str]]]) -> tuple[str, ...]:
+    """Checks that parts, given as (image shape, bytes per class, class names), belong together.
+
+    Returns:
+        The names of all classes.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if not parts:
+        raise ValueError("parts: expected at least one set, found none")
+    for i, part in enumerate(parts):
+        for what, found, expected in zip(("images", "bytes_per_class"), part, parts[0], strict=False):
+            if found != expected:
+                raise ValueError(f"parts: part {i} has {what} {found}, part 0 has {expected}; expected the same")
+    names = tuple(name for *_, own in parts for name in own)
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise ValueError(f"parts: class {twice!r} is there twice; expected every class in one part")
+    return names
+
+
+def check_own_labels(own: Sequence[Any]) -> None:
+    """Raises where there are soft labels of the whole and of parts, None for parts without."""
+    if any(one is not None for one in own):
+        raise ValueError("soft: parts have soft labels of their own; expected either, found both")
+
+
+def check_names(found: Sequence[str], manifest: dict[str, Any]) -> None:
+    """Raises where the manifest of the whole names other classes than its parts."""
+    if list(found) != manifest["class_names"]:
+        raise ValueError(f"class_names: expected those of the parts, {list(found)}; found {manifest['class_names']}")
+
+
+def joined(labels: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+    """Returns labels ``[n]`` among the classes of the whole, given those of the parts and their numbers of classes."""
+    first = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+    return np.concatenate([start + own for start, own in zip(first, labels, strict=True)])
+
+
+def joined_soft(
+    labels: Sequence[np.ndarray], soft: Sequence[np.ndarray | None], sizes: Sequence[int]
+) -> np.ndarray | None:
+    """Returns soft labels ``[n, k]`` float32 among the classes of the whole, or None where no part has any.
+
+    See `MergedSet.soft_labels`.
+    """
+    if all(own is None for own in soft):
+        return None
+    rows, first = [], 0
+    for hard, own, size in zip(labels, soft, sizes, strict=True):
+        whole = np.zeros((len(hard), sum(sizes)), np.float32)
+        whole[:, first : first + size] = np.eye(size, dtype=np.float32)[hard] if own is None else own
+        rows.append(whole)
+        first += size
+    return np.concatenate(rows)
 
 
 def _described(soft: SoftLabels) -> exchange.Labels:

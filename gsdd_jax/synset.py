@@ -10,6 +10,7 @@ JAX is imported where it is needed, so that `read` works without it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -110,7 +111,8 @@ class SynSet:
         """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width)."""
         import jax
 
-        return jax.jit(lambda params: self.codec.decode(params, size=size))(self.params)
+        # Compiled once for each size: JAX knows the codec's function again, as it would not know a new lambda.
+        return jax.jit(self.codec.decode, static_argnames="size")(self.params, size=size and tuple(size))
 
     def save(self, path: Location) -> dict[str, int]:
         """Writes the set into the directory ``path``.
@@ -193,16 +195,13 @@ def load(path: Location) -> SynSet:
     import jax
     import jax.numpy as jnp
 
-    from gsdd_jax.labels import LabelSpec, SoftLabels
-
     manifest, codec, written = read(path, _codec, bfloat16=lambda bits: bits.view(jnp.bfloat16))
     soft, entry = None, manifest.labels
     with naming(folder_of(path) / ARRAYS):
         if entry is not None:
             rows = {name: written.pop(name) for name in entry.arrays(manifest.num_images, manifest.num_classes)}
             exchange.soft_labels(rows, entry, manifest.num_classes)
-            spec = LabelSpec(kind="soft", dtype=entry.dtype, top_k=entry.top_k)  # type: ignore[arg-type]
-            soft = SoftLabels(spec, manifest.num_classes, rows)
+            soft = soft_of(entry, rows, manifest.num_classes)
         _check_sparse(codec, written)
         stored = codec.unpack(written)
     params = codec.loaded(jax.tree.map(jnp.asarray, stored))
@@ -321,9 +320,7 @@ def _codec(manifest: Manifest, payload: int) -> codecs.Codec:
         exchange.whole(spec.num_points, "codec.num_points", 1, exchange.SORTED_POINTS)
     room = -(-(2 * payload + exchange.SLACK) // manifest.num_classes)
     try:
-        codec = codecs.make(
-            spec, image_shape=manifest.image_shape, num_classes=manifest.num_classes, bytes_per_class=room
-        )
+        codec = _made(spec, repr(spec), manifest.image_shape, manifest.num_classes, room)
     except ValueError as error:
         raise ValueError(f"codec: the {payload} bytes of {ARRAYS} are no such set ({error})") from error
     for field in dataclasses.fields(spec):
@@ -383,6 +380,18 @@ def check_codec(codec: codecs.Codec) -> None:
         raise refused(f"expected arrays {layout}, found {read.layout()} from the settings in its spec")
 
 
+@functools.lru_cache(maxsize=32)
+def _made(spec: codecs.CodecSpec, shown: str, image_shape: tuple[int, ...], classes: int, room: int) -> codecs.Codec:
+    """Makes a codec, the same one for the same settings: what JAX has compiled for one set then serves the next.
+
+    Settings that are equal but do not look the same, such as 1 and 1.0, are written differently and stay apart.
+    """
+    from gsdd_jax import codecs
+
+    del shown
+    return codecs.make(spec, image_shape=image_shape, num_classes=classes, bytes_per_class=room)
+
+
 def _check_sparse(codec: codecs.Codec, written: dict[str, np.ndarray]) -> None:
     """Refuses what `sparse_epitome`, which wrote its file itself, unpacks unchecked.
 
@@ -418,22 +427,36 @@ def write_labels(path: Location, soft: SoftLabels) -> tuple[dict[str, Any], int]
     return {"labels": soft.entry, "labels_file": name, "labels_sha256": digest}, len(data)
 
 
-def read_labels(folder: Path, manifest: dict[str, Any], num_images: int) -> SoftLabels:
-    """Reads the labels of a merged set.
+def soft_of(entry: exchange.Labels, rows: dict[str, np.ndarray], num_classes: int) -> SoftLabels:
+    """Makes soft labels of what was read; bfloat16 ones in that type."""
+    from gsdd_jax.labels import LabelSpec, SoftLabels
+
+    spec = LabelSpec(kind="soft", dtype=entry.dtype, top_k=entry.top_k)  # type: ignore[arg-type]
+    return SoftLabels(spec, num_classes, rows)
+
+
+def read_labels(
+    folder: Path,
+    manifest: dict[str, Any],
+    num_images: int,
+    *,
+    bfloat16: Callable[[np.ndarray], np.ndarray] = exchange.widened,
+) -> tuple[exchange.Labels, dict[str, np.ndarray], int]:
+    """Reads and checks the labels of a merged set; needs no JAX.
 
     Args:
         folder: Its directory.
         manifest: Its manifest.
         num_images: Of all parts.
+        bfloat16: As for :func:`read`.
+
+    Returns:
+        How they are written, the arrays, and the number of classes.
 
     Raises:
         FileNotFoundError: Their file is missing.
         ValueError: The manifest or the file is damaged, or they do not belong together.
     """
-    import jax.numpy as jnp
-
-    from gsdd_jax.labels import LabelSpec, SoftLabels
-
     with naming(folder / MANIFEST):
         try:
             classes = len(manifest["class_names"])
@@ -451,10 +474,9 @@ def read_labels(folder: Path, manifest: dict[str, Any], num_images: int) -> Soft
         header = exchange.read_header(stream, size)
         exchange.compare(header.arrays, entry.arrays(num_images, classes))
         arrays = exchange.read_arrays(stream, header, {}, digest)
-        wide = {key: x.view(jnp.bfloat16) if header.arrays[key].dtype == "bfloat16" else x for key, x in arrays.items()}
-        exchange.soft_labels(wide, entry, classes)
-    spec = LabelSpec(kind="soft", dtype=entry.dtype, top_k=entry.top_k)  # type: ignore[arg-type]
-    return SoftLabels(spec, classes, wide)
+        rows = {key: bfloat16(x) if header.arrays[key].dtype == "bfloat16" else x for key, x in arrays.items()}
+        exchange.soft_labels(rows, entry, classes)
+    return entry, rows, classes
 
 
 def check_names(names: Any, key: str) -> None:

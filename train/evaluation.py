@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -241,4 +242,9 @@ class PeriodicTests:
 
 def as_stored(codec: codecs.Codec, params: Any) -> jax.Array:
     """Returns the images as they come back from disk."""
-    return jax.jit(lambda p: codec.decode(codec.loaded(codec.stored(p))))(params)
+    return _through_disk(params, codec.stored, codec.loaded, codec.decode)
+
+
+@partial(jax.jit, static_argnames=("stored", "loaded", "decode"))
+def _through_disk(params: Any, stored: Any, loaded: Any, decode: Any) -> jax.Array:
+    return decode(loaded(stored(params)))

@@ -4,15 +4,22 @@
 
     png          ``<number>_<class>/<number>.png``, as torchvision's ImageFolder and other readers of folders expect it.
                  The number puts classes in the order of their labels; what a file system may not take becomes ``_``.
-    npz          ``images.npz``: ``images [n, h, w, c]`` float32, ``labels``, ``class_names``, ``whiten``, and
-                 ``channel_mean`` and ``channel_std`` where the run recorded them; no pickles, ``allow_pickle=False``.
+                 Soft labels are ``soft_labels.npy [n, k]``, whose row i belongs to the image with the number i.
+    npz          ``images.npz``: ``images [n, h, w, c]`` float32, ``labels``, ``class_names``, ``whiten``, and, where
+                 there are some, ``soft_labels [n, k]`` float32, ``channel_mean``, ``channel_std``, ``syn_lr``; of a run
+                 with ``whiten: zca`` also ``zca_mean [h, w, c]`` and ``zca_matrix [d, d]``, d = h*w*c, fitted again to
+                 the run's data, of which it needs to read them. No pickles, ``allow_pickle=False``.
     tfds         a version directory of TensorFlow Datasets in array_record files, for ``tfds.builder_from_directory``
-                 and ``data.source=tfds``; one split, ``train``.
-    huggingface  an ``imagefolder`` of Hugging Face ``datasets``: ``train/*.png``, ``train/metadata.jsonl`` and a card.
+                 and ``data.source=tfds``; one split, ``train``; features ``image``, ``label``, ``soft_label``.
+    huggingface  ``data/train-*.parquet`` for ``load_dataset`` of Hugging Face ``datasets``, and a card; columns
+                 ``image``, ``label`` (a ClassLabel with the names of the classes), ``soft_label``.
     set          the set itself, two files that `gsdd_jax.load` reads; ``--size`` changes nothing.
 
+All have a ``metadata.json``: the names of the classes as they are, what the set recorded (whitening, statistics of the
+channels, learned rate), and how the run trained its test networks.
+
 Images are those of the codec before any whitening, around [0,1]. PNGs, hence all forms but ``npz``, have 8 bits: values
-are clipped to [0,1] and rounded, and what was clipped is reported.
+are clipped to [0,1] and rounded. What a form lacks that the accuracies of the run needed is said in one line.
 
 The target must not exist or be empty. It appears under its name when all of it is written.
 """
@@ -20,6 +27,7 @@ The target must not exist or be empty. It appears under its name when all of it 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -32,23 +40,40 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from gsdd_jax import MergedSet, SynSet, exchange, files
+from gsdd_jax import MergedSet, SynSet, data, exchange, files, synset, whiten
+from train import config as configs
 from train import results
-from train.errors import UserError, exit_cleanly
+from train.errors import UserError, exit_cleanly, explain
 
 # In letters; file systems take 255 bytes, and a letter has at most four.
 NAME_LENGTH = 50
 # Forms that hold any value.
 UNCLIPPED = ("set", "npz")
 TFDS_NAME, TFDS_VERSION = "distilled", "1.0.0"
+# TFDS shows a file of this name as ``builder.info.metadata``.
+METADATA = "metadata.json"
 
 
 class Export(NamedTuple):
-    """What is written: a set, its images ``[n, h, w, c]``, and the same as 8-bit PNGs where they are needed."""
+    """What is written.
+
+    Attributes:
+        synset: The set.
+        images: ``[n, h, w, c]`` float32.
+        pngs: The same with 8 bits, where they are needed.
+        soft_labels: ``[n, k]`` float32, or None.
+        zca: The whitening of the run, where it is known and needed.
+        metadata: What is written beside the images.
+        left_out: What is not written although the accuracies of the run needed it, and why.
+    """
 
     synset: SynSet | MergedSet
     images: np.ndarray
     pngs: list[bytes]
+    soft_labels: np.ndarray | None
+    zca: whiten.Zca | None
+    metadata: dict[str, Any]
+    left_out: dict[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,15 +85,109 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = _size(args.size) if args.size else None
         out = Path(args.out)
         check_target(out)
-        synset = _source(Path(args.run), checkpoint=args.checkpoint)
-        images = np.asarray(synset.images(size), np.float32)
-        clipped = f"{100 * np.mean((images < 0) | (images > 1)):.2f} % of all values were outside [0,1]"
-        export = Export(synset, images, [] if args.to in UNCLIPPED else pngs_of(images))
-        files.write_folder(out, lambda folder: FORMS[args.to](export, folder))
-        h, w, c = images.shape[1:]
+        export = export_of(Path(args.run), args.to, size, checkpoint=args.checkpoint)
+        files.write_folder(out, lambda folder: _write(export, FORMS[args.to], folder))
+        n, h, w, c = export.images.shape
+        clipped = f"{100 * np.mean((export.images < 0) | (export.images > 1)):.2f} % of all values were outside [0,1]"
         told = f"{clipped} and stay so" if args.to in UNCLIPPED else f"{clipped} and were clipped"
-        print(f"{out}: {len(images)} images of {h}x{w}x{c} in {len(synset.class_names)} classes; {told}")
+        print(f"{out}: {n} images of {h}x{w}x{c} in {len(export.synset.class_names)} classes; {told}")
+        if export.left_out:
+            parts = ", ".join(f"{what} ({why})" for what, why in export.left_out.items())
+            print(f"left out, although the accuracies of the run needed it: {parts}")
     return 0
+
+
+def export_of(run: Path, to: str, size: tuple[int, int] | None, *, checkpoint: bool = False) -> Export:
+    """Reads and draws a set, and gathers what else its accuracies needed, as far as it is known."""
+    made = _source(run, checkpoint=checkpoint)
+    images = np.asarray(made.images(size), np.float32)
+    soft = None if made.soft_labels is None else np.asarray(made.soft_labels)
+    kind, zca, training = made.meta.get("whiten"), None, None
+    # What, and why; reasons may name the user's own folders, which need not go into what is published.
+    left_out = (
+        {} if to in UNCLIPPED else {"the values as decoded": "clipped to [0,1] and rounded to 8 bits; npz has them"}
+    )
+    try:
+        config = config_of(run)
+        training = {name: dataclasses.asdict(getattr(config, name)) for name in ("network", "augment", "evaluate")}
+    except Exception as error:
+        left_out["how test networks were trained"] = _reason(error)
+    if kind == "zca" and to != "npz":
+        left_out["the ZCA matrix"] = "npz has it"
+    elif kind == "zca":
+        try:
+            zca = _zca(run, made, images.shape[1:])
+        except Exception as error:
+            left_out["the ZCA matrix"] = _reason(error)
+    elif kind == "meanstd" and not all(exchange.constants(made.meta, key) for key in ("channel_mean", "channel_std")):
+        left_out["the statistics of the channels"] = "the set does not hold them"
+    metadata = {
+        "class_names": made.class_names,
+        "set": made.meta,
+        "training": training,
+        "soft_labels": soft is not None,
+        "left_out": list(left_out),
+    }
+    return Export(made, images, [] if to in UNCLIPPED else pngs_of(images), soft, zca, metadata, left_out)
+
+
+def config_of(run: Path) -> configs.RunConfig:
+    """Returns the config of a run, given its directory or the export in it.
+
+    Raises:
+        UserError: It is of no run, or that of another version.
+    """
+    file = _run_folder(run) / "config.yaml"
+    if not file.exists():
+        raise UserError("no config.yaml of a run beside the set")
+    return configs.load(file)
+
+
+def _run_folder(run: Path) -> Path:
+    folder = run.resolve()
+    return folder.parent if folder.name == synset.EXPORT else folder
+
+
+def _zca(run: Path, made: SynSet | MergedSet, shape: tuple[int, ...]) -> whiten.Zca:
+    """Fits the whitening of a run again to its data."""
+    native = made.parts[0].codec.image_shape
+    if shape != native:
+        raise UserError(f"it is of images of {'x'.join(map(str, native))}")
+    dataset = data.load(config_of(run).data)
+    # Subtasks are whitened as the whole is.
+    origin = made.meta.get("subtask")
+    expected = origin.get("dataset_sha256") if isinstance(origin, dict) else None
+    # Runs of before say it here alone.
+    result = _run_folder(run) / "result.json"
+    if expected is None and result.exists():
+        try:
+            expected = json.loads(result.read_text(encoding="utf-8"))["data_sha256"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{result} is damaged: which data the run had is not known") from error
+    found = dataset.fingerprint()
+    if expected not in (None, found):
+        raise UserError(f"the data of the run have the SHA-256 {expected[:12]}, those that are there {found[:12]}")
+    fitted = whiten.fit("zca", dataset.train_images)
+    assert isinstance(fitted, whiten.Zca)
+    return fitted
+
+
+def _reason(error: Exception) -> str:
+    """Returns why something could not be had; a defect of the program is raised again."""
+    message = explain(error)
+    if message is None:
+        raise error
+    return message.removeprefix("error: ")
+
+
+def _write(export: Export, form: Callable[[Export, Path], None], folder: Path) -> None:
+    form(export, folder)
+    (folder / METADATA).write_bytes(_utf8(json.dumps(export.metadata, ensure_ascii=False, indent=2)))
+
+
+def _utf8(text: str) -> bytes:
+    """Encodes text that a set may have recorded; halves of letters, which UTF-8 has not, as JSON escapes them."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,27 +269,29 @@ def write_png(export: Export, folder: Path) -> None:
     digits = len(str(len(export.pngs) - 1))
     for i, (png, label) in enumerate(zip(export.pngs, export.synset.labels, strict=True)):
         (folders[label] / f"{i:0{digits}d}.png").write_bytes(png)
+    if export.soft_labels is not None:
+        np.save(folder / "soft_labels.npy", export.soft_labels, allow_pickle=False)
 
 
 def write_npz(export: Export, folder: Path) -> None:
     """Writes arrays, the values as they are decoded."""
-    meta = export.synset.meta
-    recorded = {key: _numbers(meta.get(key)) for key in ("channel_mean", "channel_std")}
+    meta, zca = export.synset.meta, export.zca
+    optional = {
+        "soft_labels": export.soft_labels,
+        "channel_mean": exchange.constants(meta, "channel_mean"),
+        "channel_std": exchange.constants(meta, "channel_std"),
+        "syn_lr": meta.get("syn_lr") if isinstance(meta.get("syn_lr"), int | float) else None,
+        "zca_mean": None if zca is None else zca.mean,
+        "zca_matrix": None if zca is None else zca.matrix,
+    }
     arrays: dict[str, Any] = {
         "images": export.images,
         "labels": export.synset.labels,
         "class_names": np.array(export.synset.class_names),
         "whiten": np.array(str(meta.get("whiten", ""))),
     }
-    arrays |= {key: value for key, value in recorded.items() if value is not None}
+    arrays |= {key: np.asarray(value, np.float32) for key, value in optional.items() if value is not None}
     np.savez(folder / "images.npz", **arrays)
-
-
-def _numbers(value: Any) -> np.ndarray | None:
-    """Returns what a set recorded, which may be anything, as numbers if it is a list of them."""
-    if not isinstance(value, list) or not all(isinstance(x, int | float) and abs(x) < 1e30 for x in value):
-        return None
-    return np.array(value, np.float32)
 
 
 def write_tfds(export: Export, folder: Path) -> None:
@@ -180,16 +301,19 @@ def write_tfds(export: Export, folder: Path) -> None:
     except ImportError as error:
         raise UserError("--to: tfds needs array_record: pip install gsdd_jax[data]") from error
     names = [" ".join(name.split()) for name in export.synset.class_names]
-    if len(set(names)) < len(names):
-        raise UserError("--to: tfds needs classes of different names, and two of the set's are the same")
-    records = [_example(png, int(i)) for png, i in zip(export.pngs, export.synset.labels, strict=True)]
+    _check_distinct(names, "tfds")
+    soft = export.soft_labels
+    records = [
+        _example(png, int(label), None if soft is None else soft[i])
+        for i, (png, label) in enumerate(zip(export.pngs, export.synset.labels, strict=True))
+    ]
     # One record per chunk, for reading in any order; readers look the records up by number.
     writer = ArrayRecordWriter(str(folder / f"{TFDS_NAME}-train.array_record-00000-of-00001"), "group_size:1")
     for record in records:
         writer.write(record)
     writer.close()
     prefix = "tensorflow_datasets.core.features."
-    features = {
+    features: dict[str, Any] = {
         "image": {
             "pythonClassName": f"{prefix}image_feature.Image",
             "image": {
@@ -203,6 +327,11 @@ def write_tfds(export: Export, folder: Path) -> None:
             "classLabel": {"numClasses": str(len(names))},
         },
     }
+    if soft is not None:
+        features["soft_label"] = {
+            "pythonClassName": f"{prefix}tensor_feature.Tensor",
+            "tensor": {"dtype": "float32", "encoding": "none", "shape": {"dimensions": [str(len(names))]}},
+        }
     split = {
         "name": "train",
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
@@ -224,8 +353,15 @@ def write_tfds(export: Export, folder: Path) -> None:
     (folder / "label.labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
-def _example(image: bytes, label: int) -> bytes:
-    """Returns a ``tf.train.Example`` of an image and its label, in the wire format of protocol buffers."""
+def _check_distinct(names: Sequence[str], form: str) -> None:
+    if len({*names, ""}) <= len(names):
+        raise UserError(
+            f"--to: {form} needs classes of different names, and two of the set's are the same or one is empty"
+        )
+
+
+def _example(image: bytes, label: int, soft_label: np.ndarray | None = None) -> bytes:
+    """Returns a ``tf.train.Example`` of an image and its labels, in the wire format of protocol buffers."""
 
     def varint(value: int) -> bytes:
         return bytes([value & 127 | 128]) + varint(value >> 7) if value >= 128 else bytes([value])
@@ -234,30 +370,49 @@ def _example(image: bytes, label: int) -> bytes:
         # 2: content of a given length.
         return varint(number << 3 | 2) + varint(len(content)) + content
 
-    # Feature: 1 is a list of bytes, 3 one of integers; a map is a list of pairs of key (1) and value (2).
+    # Feature: 1 is a list of bytes, 2 one of floats, 3 one of integers; a map is a list of pairs of key (1) and value
+    # (2).
     entries = {"image": field(1, field(1, image)), "label": field(3, field(1, varint(label)))}
+    if soft_label is not None:
+        entries["soft_label"] = field(2, field(1, soft_label.astype("<f4").tobytes()))
     pairs = [field(1, field(1, key.encode()) + field(2, value)) for key, value in entries.items()]
     return field(1, b"".join(pairs))
 
 
 def write_huggingface(export: Export, folder: Path) -> None:
-    """Writes PNGs, a line about each, and a card with the names of the classes."""
-    train = folder / "train"
-    train.mkdir()
+    """Writes a Parquet file whose schema says what `datasets` makes of its columns, and a card."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError("--to: huggingface needs pyarrow: pip install gsdd_jax[data]") from error
+    names, soft = export.synset.class_names, export.soft_labels
+    _check_distinct(names, "huggingface")
     digits = len(str(len(export.pngs) - 1))
-    lines = []
-    for i, (png, label) in enumerate(zip(export.pngs, export.synset.labels, strict=True)):
-        name = f"{i:0{digits}d}.png"
-        (train / name).write_bytes(png)
-        lines.append(json.dumps({"file_name": name, "label": int(label)}))
-    (train / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "README.md").write_text(_card(export), encoding="utf-8")
+    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    columns = {
+        "image": pyarrow.array(
+            [{"bytes": png, "path": f"{i:0{digits}d}.png"} for i, png in enumerate(export.pngs)], image
+        ),
+        "label": pyarrow.array(export.synset.labels, pyarrow.int64()),
+    }
+    features: dict[str, Any] = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+    if soft is not None:
+        columns["soft_label"] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(soft.reshape(-1)), len(names))
+        value = {"dtype": "float32", "_type": "Value"}
+        # Not a List, as it is called from `datasets` 4 on: these read the older name as well.
+        features["soft_label"] = {"feature": value, "length": len(names), "_type": "Sequence"}
+    table = pyarrow.table(columns).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    (folder / "data").mkdir()
+    parquet.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
+    (folder / "README.md").write_bytes(_utf8(_card(export)))
 
 
 def _card(export: Export) -> str:
-    """Returns the card: its head is YAML, of which quoted JSON is a part."""
     n, h, w, c = export.images.shape
-    names = [f"          '{i}': {json.dumps(name)}" for i, name in enumerate(export.synset.class_names)]
+    soft = "" if export.soft_labels is None else " `soft_label` holds the probabilities that they were made for."
     return "\n".join(
         [
             "---",
@@ -265,34 +420,27 @@ def _card(export: Export) -> str:
             "tags: [dataset-distillation]",
             "configs:",
             "- config_name: default",
-            "  data_files: [{split: train, path: train/*}]",
-            "dataset_info:",
-            "  features:",
-            "  - name: image",
-            "    dtype: image",
-            "  - name: label",
-            "    dtype:",
-            "      class_label:",
-            "        names:",
-            *names,
+            "  data_files: [{split: train, path: data/train-*}]",
             "---",
             "",
             "# A distilled set",
             "",
-            f"{n} images of {h}x{w}x{c}. {_sentence(export.synset)} They are synthetic: made for training networks.",
+            f"{n} images of {h}x{w}x{c}. {_sentence(export.synset)} They are synthetic: made for training networks."
+            + soft,
             "",
-            "Pixels were clipped to 8 bits; the codec of the set itself draws values beyond black and white.",
+            "Pixels were clipped to [0,1] and rounded to 8 bits, unlike in the tests of the set: its codec draws "
+            f"values beyond black and white. `{METADATA}` says what else these tests needed.",
             "",
         ]
     )
 
 
-def _sentence(synset: SynSet | MergedSet) -> str:
+def _sentence(made: SynSet | MergedSet) -> str:
     """Says where a set comes from; what the set itself says about that is put in quotes, in one line."""
-    dataset = synset.meta.get("dataset")
-    source = f"from {json.dumps(dataset[:NAME_LENGTH])} " if isinstance(dataset, str) else ""
-    each = math.ceil(synset.nbytes / len(synset.class_names))
-    return f"Distilled {source}by gsdd_jax into {each} bytes per class (codec {synset.parts[0].codec.name})."
+    dataset = made.meta.get("dataset")
+    source = f"from {json.dumps(dataset[:NAME_LENGTH], ensure_ascii=False)} " if isinstance(dataset, str) else ""
+    each = math.ceil(made.nbytes / len(made.class_names))
+    return f"Distilled {source}by gsdd_jax into {each} bytes per class (codec {made.parts[0].codec.name})."
 
 
 def write_set(export: Export, folder: Path) -> None:
