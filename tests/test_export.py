@@ -1,5 +1,7 @@
 """train.export and train.import_gsdd: what other programs read, what is refused."""
 
+import dataclasses
+import io
 import json
 import pickle
 import sys
@@ -8,13 +10,16 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import ROOT
 from PIL import Image
 
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, render
+from gsdd_jax import MergedSet, SynSet, codecs, data, labels, render, whiten
 from gsdd_jax.data import folder as image_folder
 from gsdd_jax.data import tfds as tfds_source
-from train import export, import_gsdd
+from train import config as configs
+from train import export, import_gsdd, yaml12
+from train.rundir import plain
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
 
@@ -64,8 +69,14 @@ def eight_bits(images) -> np.ndarray:
 def test_png_folders_hold_the_clipped_images_in_the_order_of_the_labels(run, tmp_path, capsys):
     assert start(export, "--run", run, "--to", "png", "--out", tmp_path / "out" / ".." / "png") == 0
     said = capsys.readouterr().out
-    assert said.endswith("6 images of 5x4x3 in 3 classes; 10.00 % of all values were outside [0,1] and were clipped\n")
-    folders = sorted((tmp_path / "png").iterdir())
+    first, second = said.splitlines()
+    assert first.endswith("6 images of 5x4x3 in 3 classes; 10.00 % of all values were outside [0,1] and were clipped")
+    assert second == (
+        "left out, although the accuracies of the run needed it: the values as decoded (clipped to [0,1] and rounded "
+        "to 8 bits; npz has them), how test networks were trained (no config.yaml of a run beside the set), the "
+        "statistics of the channels (the set does not hold them)"
+    )
+    folders = sorted(path for path in (tmp_path / "png").iterdir() if path.is_dir())
     assert [path.name for path in folders] == ["0_cat_.._x", "1_naïve_犬", "2_con"]
     expected = eight_bits(pixel_set().params["images"])
     files = [file for folder in folders for file in sorted(folder.iterdir())]
@@ -127,19 +138,108 @@ def test_tfds_directory_is_read_by_tfds_and_by_our_own_reader(run, tmp_path):
     np.testing.assert_array_equal(images, expected)
 
 
-def test_huggingface_folder_has_a_line_per_image_and_a_card(run, tmp_path):
-    yaml = pytest.importorskip("yaml")
+def test_huggingface_folder_is_a_table_that_says_what_its_columns_are(run, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
     assert start(export, "--run", run, "--to", "huggingface", "--out", tmp_path / "hub") == 0
-    train = tmp_path / "hub" / "train"
-    lines = [json.loads(line) for line in (train / "metadata.jsonl").read_text().splitlines()]
-    assert lines == [{"file_name": f"{i}.png", "label": i // 2} for i in range(6)]
-    expected = eight_bits(pixel_set().params["images"])
-    for line, image in zip(lines, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.open(train / line["file_name"])), image)
+    table = parquet.read_table(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["label"] == {"_type": "ClassLabel", "names": list(NAMES)} and features["image"]["_type"] == "Image"
+    rows = table.to_pylist()
+    assert [row["label"] for row in rows] == [0, 0, 1, 1, 2, 2] and set(rows[0]) == {"image", "label"}
+    for row, image in zip(rows, eight_bits(pixel_set().params["images"]), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))), image)
     head, text = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8").split("---\n")[1:]
-    features = yaml.safe_load(head)["dataset_info"]["features"]
-    assert features[1]["dtype"]["class_label"]["names"] == dict(zip("012", NAMES, strict=True))
+    assert pytest.importorskip("yaml").safe_load(head)["configs"][0]["data_files"][0]["path"] == "data/train-*"
     assert 'Distilled from "toy" by gsdd_jax into 480 bytes per class (codec pixel).' in text
+
+
+def soft_set(kind: str) -> SynSet | MergedSet:
+    """A set whose soft labels are those of the whole, of one part of two, or of no parts."""
+    made = pixel_set(names=tuple("abcde"))
+    rows = labels.pack(np.random.default_rng(1).dirichlet(np.ones(5), 10), labels.LabelSpec(kind="soft"))
+    if kind == "whole":
+        return dataclasses.replace(made, bytes_per_class=made.bytes_per_class + 40, soft=rows)
+    first, second = pixel_set(names=("a", "b")), pixel_set(names=("c", "d", "e"))
+    if kind == "merged":
+        return MergedSet((first, second), META, rows)
+    own = labels.pack(np.random.default_rng(1).dirichlet(np.ones(2), 4), labels.LabelSpec(kind="soft"))
+    size = first.bytes_per_class + 16
+    first = dataclasses.replace(first, bytes_per_class=size, soft=own)
+    return MergedSet((first, dataclasses.replace(second, bytes_per_class=size)), META)
+
+
+@pytest.mark.parametrize("kind", ["whole", "merged", "part"])
+def test_every_form_has_the_soft_labels(kind, tmp_path, monkeypatch):
+    made = soft_set(kind)
+    made.save(tmp_path / "set")
+    expected = np.asarray(made.soft_labels)
+    assert expected.shape == (10, 5) and (kind != "part" or not expected[:4, 2:].any())
+    monkeypatch.chdir(tmp_path)
+    for form in export.FORMS:
+        assert start(export, "--run", "set", "--to", form, "--out", form) == 0
+        assert json.loads((tmp_path / form / "metadata.json").read_text(encoding="utf-8"))["soft_labels"] is True
+    with np.load("npz/images.npz", allow_pickle=False) as found:
+        assert found["soft_labels"].dtype == np.float32
+        np.testing.assert_array_equal(found["soft_labels"], expected)
+    np.testing.assert_array_equal(np.load("png/soft_labels.npy", allow_pickle=False), expected)
+    table = pytest.importorskip("pyarrow.parquet").read_table("huggingface/data/train-00000-of-00001.parquet")
+    np.testing.assert_array_equal(np.float32(table["soft_label"].to_pylist()), expected)
+    records = pytest.importorskip("tensorflow_datasets").builder_from_directory("tfds").as_data_source(split="train")
+    np.testing.assert_array_equal([record["soft_label"] for record in records], expected)
+
+
+@pytest.fixture
+def zca_run(tmp_path):
+    """A run directory with whiten: zca, as far as an export looks at it, and its data."""
+    rng = np.random.default_rng(2)
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 256, (5, 4, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    source = f"data={{source: folder, path: {tmp_path / 'data'}}}"
+    config = configs.load(ROOT / "configs" / "digits.yaml", [source, "whiten=zca"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml12.dump(plain(dataclasses.asdict(config))))
+    dataset = data.load(config.data)
+    (tmp_path / "run" / "result.json").write_text(json.dumps({"data_sha256": dataset.fingerprint()}))
+    meta = META | {"whiten": "zca", "syn_lr": 0.125}
+    pixel_set(names=("a", "b"), meta=meta).save(tmp_path / "run" / "export")
+    return tmp_path / "run", dataset
+
+
+def test_npz_of_a_whitened_run_maps_images_into_its_space(zca_run, tmp_path, capsys):
+    run, dataset = zca_run
+    assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / "npz") == 0
+    assert "left out" not in capsys.readouterr().out
+    with np.load(tmp_path / "npz" / "images.npz", allow_pickle=False) as found:
+        own = (found["images"] - found["zca_mean"]).reshape(4, -1) @ found["zca_matrix"]
+        assert float(found["syn_lr"]) == 0.125
+        expected = whiten.apply(whiten.fit("zca", dataset.train_images), jnp.asarray(found["images"]))
+    np.testing.assert_allclose(own.reshape(expected.shape), expected, atol=1e-5)
+    metadata = json.loads((tmp_path / "npz" / "metadata.json").read_text(encoding="utf-8"))
+    assert metadata["training"]["network"]["name"] == "convnet" and metadata["set"]["whiten"] == "zca"
+
+
+def test_matrix_that_cannot_be_had_is_left_out_in_one_line(zca_run, tmp_path, capsys):
+    run, dataset = zca_run
+    said = []
+    for name, arguments in (("size", ["--size", "8"]), ("other", []), ("absent", [])):
+        if name == "other":
+            (run / "result.json").write_text(json.dumps({"data_sha256": "f" * 64}))
+        elif name == "absent":
+            (tmp_path / "data").rename(tmp_path / "moved")
+        assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / name, *arguments) == 0
+        with np.load(tmp_path / name / "images.npz", allow_pickle=False) as found:
+            assert "zca_matrix" not in found
+        said.append(capsys.readouterr().out.splitlines()[1])
+    start_of_line = "left out, although the accuracies of the run needed it: the ZCA matrix ("
+    assert said[0] == f"{start_of_line}it is of images of 5x4x3)"
+    digest = dataset.fingerprint()[:12]
+    expected = f"the data of the run have the SHA-256 ffffffffffff, those that are there {digest}"
+    assert said[1] == f"{start_of_line}{expected})"
+    assert said[2].startswith(start_of_line) and str(tmp_path / "data") in said[2]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +266,7 @@ def test_failure_leaves_nothing(run, tmp_path, monkeypatch):
 def test_an_empty_target_is_taken(run, tmp_path):
     (tmp_path / "out").mkdir()
     assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / "out") == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["images.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images.npz", "metadata.json"]
 
 
 # What is refused
@@ -203,6 +303,8 @@ def test_target_that_holds_something_is_left_alone(run, tmp_path, capsys):
     [
         ("png", pixel_set(shape=(5, 4, 2)), "a PNG has 1 or 3 channels, the images have 2; expected npz"),
         ("tfds", pixel_set(names=("a b", "a  b")), "tfds needs classes of different names, and two of the set's are"),
+        ("tfds", pixel_set(names=("a", " ")), "or one is empty"),
+        ("huggingface", pixel_set(names=("a", "a")), "huggingface needs classes of different names, and two of"),
     ],
 )
 def test_set_that_a_form_cannot_hold_is_refused(tmp_path, capsys, to, made, message):
