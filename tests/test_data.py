@@ -612,15 +612,17 @@ def test_fingerprint_sees_pixels_labels_names_and_shape() -> None:
     ("change", "error", "message"),
     [
         (
-            lambda d: d._replace(train_images=d.train_images / 255),
+            lambda d: d._replace(train_images=d.train_images.astype(int)),
             TypeError,
-            "train_images must be uint8, found float64",
+            "train_images: found int64",
         ),
         (
-            lambda d: d._replace(test_images=d.test_images[0]),
+            lambda d: d._replace(train_images=d.train_images + 255.0),
             ValueError,
-            r"test_images must have shape \[n, h, w, 1 or 3\]",
+            r"train_images: found float64 from 255 to 255 of shape .* floating point \(0 to 1\)",
         ),
+        (lambda d: d._replace(test_images=d.test_images[0]), ValueError, r"test_images: .*expected \[n, h, w, c\]"),
+        (lambda d: d._replace(test_images=d.test_images[..., :2]), ValueError, "test_images must have 1 or 3 channels"),
         (lambda d: d._replace(train_labels=d.train_labels * 1.0), TypeError, "train_labels must be integers"),
         (lambda d: d._replace(train_labels=d.train_labels[:1]), ValueError, r"train_labels must have shape \[2\]"),
         (
@@ -806,8 +808,9 @@ def test_host_sampler_refuses_bad_input() -> None:
     images = np.zeros((12, 2, 2, 3), np.uint8)
     good = {"num_classes": 3, "batch": 1, "seed": 0}
     for arguments, error, message in (
-        ((images / 255, _LABELS, good), TypeError, "images must be uint8, found float64"),
-        ((images[0], _LABELS, good), ValueError, r"shape \[n, h, w, c\]"),
+        ((images.astype(np.int32), _LABELS, good), TypeError, "images: found int32"),
+        ((images - 1.0, _LABELS, good), ValueError, "images: found float64 from -1 to -1 of shape"),
+        ((images[0], _LABELS, good), ValueError, r"expected \[n, h, w, c\]"),
         ((images, _LABELS[:3], good), ValueError, "12 images but 3 labels"),
         ((images, _LABELS, good | {"batch": 0}), ValueError, "batch must be at least 1"),
         ((images, _LABELS, good | {"seed": -1}), ValueError, "seed must be in 0 to"),
@@ -818,10 +821,22 @@ def test_host_sampler_refuses_bad_input() -> None:
     with pytest.raises(ValueError, match="step must be at least 0, found -1"):
         _host().batch(-1)
     mixed = [{"image": np.zeros((2, 2 + (i == 4), 3), np.uint8)} for i in range(12)]
-    with pytest.raises(ValueError, match=r"image 4 has shape \[2, 3, 3\], image 0 has \[2, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"image 4 is uint8 \[2, 3, 3\], image 0 is uint8 \[2, 2, 3\]"):
         _host(7, source=mixed).batch(0)
-    with pytest.raises(TypeError, match="image 0 must be uint8, found float64"):
-        _host(7, source=[{"image": np.zeros((2, 2, 3))}] * 12).batch(0)
+    with pytest.raises(TypeError, match="image 0: found int64 of shape"):
+        _host(7, source=[{"image": np.zeros((2, 2, 3), int)}] * 12).batch(0)
+
+
+@pytest.mark.parametrize("of_records", [False, True])
+def test_host_sampler_draws_the_same_images_in_floating_point(of_records: bool) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (12, 2, 2, 3), dtype=np.uint8)
+
+    def batch(images: np.ndarray) -> np.ndarray:
+        return _host(source=[{"image": image} for image in images] if of_records else images).batch(3)
+
+    floats = batch(images / 255)
+    assert floats.dtype == np.float32
+    np.testing.assert_array_equal(floats, (batch(images) / 255).astype(np.float32))
 
 
 def _prefetch_threads() -> int:

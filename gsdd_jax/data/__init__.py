@@ -10,6 +10,7 @@ import numpy as np
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from gsdd_jax import pixels
 from gsdd_jax.data import digits, folder, subsets, tfds
 from gsdd_jax.data.host import HostSampler, prefetch
 from gsdd_jax.data.sampling import ClassTable, class_table, sample_classes
@@ -91,9 +92,9 @@ class Dataset(NamedTuple):
 
     Attributes:
         name: For reports.
-        train_images: uint8 [N, h, w, c].
+        train_images: [N, h, w, c], uint8 as `load` gives them, or float32 in [0,1].
         train_labels: int32 [N] in [0, k).
-        test_images: uint8 [M, h, w, c].
+        test_images: [M, h, w, c], in the same form.
         test_labels: int32 [M].
         class_names: k names in label order.
     """
@@ -234,10 +235,12 @@ def _relabel(opened: _Opened, labels: np.ndarray, split: Split) -> np.ndarray:
 
 
 def check(dataset: Dataset) -> Dataset:
-    """Returns the data set unchanged if it is well-formed; for data sets made by hand as well as by `load`.
+    """Returns the data set if it is well-formed; for data sets made by hand as well as by `load`.
+
+    Nothing is changed but the precision of images in floating point, to float32.
 
     Raises:
-        TypeError: Images are not uint8, labels are not integers.
+        TypeError: Images are neither uint8 nor floating point, labels are not integers.
         ValueError: Wrong shapes or lengths, label out of range, a class without training images, an empty split,
             duplicate names.
     """
@@ -247,10 +250,11 @@ def check(dataset: Dataset) -> Dataset:
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
     ):
-        if images.dtype != np.uint8:
-            raise TypeError(f"{part}_images must be uint8, found {images.dtype}")
-        if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-            raise ValueError(f"{part}_images must have shape [n, h, w, 1 or 3] with n >= 1, found {list(images.shape)}")
+        images = pixels.check(images, f"{part}_images")
+        if images.shape[-1] not in (1, 3):
+            raise ValueError(f"{part}_images must have 1 or 3 channels, found shape {list(images.shape)}")
+        if images is not getattr(dataset, f"{part}_images"):
+            dataset = dataset._replace(**{f"{part}_images": images})
         if not np.issubdtype(labels.dtype, np.integer):
             raise TypeError(f"{part}_labels must be integers, found {labels.dtype}")
         if labels.shape != images.shape[:1]:
