@@ -106,7 +106,7 @@ def gradient_loss(
     def of_chunk(
         shared: Any, syn: jax.Array, keys: jax.Array, labels: jax.Array, weight: jax.Array, real: jax.Array
     ) -> jax.Array:
-        wanted = jax.lax.stop_gradient(gradients(shared, pixels.as_float(real, "real"), keys, labels))
+        wanted = jax.lax.stop_gradient(gradients(shared, pixels.as_float(real, "real").astype(syn.dtype), keys, labels))
         return jnp.sum(weight * jax.vmap(layerwise_distance)(wanted, gradients(shared, syn, keys, labels)))
 
     keys = split(share.take(jax.random.split(key, share.total)))
