@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from gsdd_jax import parallel
+from gsdd_jax import parallel, pixels
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
 from gsdd_jax.data.sampling import ClassTable, class_index, class_table, sample_classes
@@ -47,7 +47,7 @@ class State(NamedTuple):
 class DeviceData(NamedTuple):
     """A training set that stays on the device; of several devices, each has the images of its classes."""
 
-    images: jax.Array  # uint8 [N, h, w, c]
+    images: jax.Array  # [N, h, w, c], uint8 or float32 in [0,1]
     table: ClassTable
     transform_params: Any
 
@@ -55,7 +55,7 @@ class DeviceData(NamedTuple):
 class HostBatch(NamedTuple):
     """Real images drawn by the host, for sets that do not fit the device."""
 
-    images: jax.Array  # uint8 [k, batch_real, h, w, c]
+    images: jax.Array  # [k, batch_real, h, w, c], uint8 or float32 in [0,1]
     transform_params: Any
 
 
@@ -82,12 +82,19 @@ def device_data(
     """Puts a training set on the device, or each class on that device of a mesh whose share it is.
 
     Args:
-        images: uint8 ``[n, h, w, c]``, also in a process that has only some of the devices.
+        images: Real ones ``[n, h, w, c]``, uint8 or floating point in [0,1], also in a process that has only some of
+            the devices.
         labels: Integers ``[n]``.
         num_classes: k.
         transform_params: Of the normalisation.
         mesh: The devices, where there are several.
+
+    Raises:
+        ValueError, TypeError: Images that are none, see `pixels.check`, or labels that do not fit, see `class_table`.
     """
+    images = pixels.check(images)
+    if len(images) != len(labels):
+        raise ValueError(f"labels: found {len(labels)} of them for {len(images)} images; expected one per image")
     if mesh is None:
         return DeviceData(jnp.asarray(images), class_table(labels, num_classes), transform_params)
     index, count = class_index(labels, num_classes)

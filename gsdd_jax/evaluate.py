@@ -78,7 +78,8 @@ def accuracy(
 
     Args:
         params: weights of the network.
-        images: [n, h, w, c], uint8 (divided by 255) or float.
+        images: [n, h, w, c], uint8 or floating point; with a `transform` real ones in [0,1], without one whatever the
+            network sees.
         labels: int [n].
         network: the network.
         transform: as in `train_network`.
@@ -93,7 +94,7 @@ def accuracy(
         ValueError: as `train_network`, or a batch below 1.
         TypeError: as `train_network`.
     """
-    check_images(images, labels, "")
+    check_images(images, labels, "", real=transform is not None)
     if batch < 1:
         raise ValueError(f"batch: {batch}, must be at least 1")
     return _test(params, images, labels, transform_params, network=network, transform=transform, batch=batch).accuracies
@@ -123,7 +124,7 @@ def evaluate(
         keys: [s] PRNG keys, one per network; for instance `jax.random.split(key, spec.seeds)`.
         images: training images, as in `train_network`.
         labels: int [n], or soft ones, float [n, k].
-        test_images: [n', h, w, c], uint8 or float.
+        test_images: [n', h, w, c], as the images of `accuracy`.
         test_labels: int [n'].
         network: as in `train_network`, like all up to `lr`.
         spec: as there; its `seeds` has no effect, the number of keys counts.
@@ -170,7 +171,7 @@ def evaluate_by_class(
 ) -> Tested:
     """Does what `evaluate` does, and also says how many test images of each class were classified correctly."""
     check_images(images, labels, "", soft=True)
-    check_images(test_images, test_labels, "test_")
+    check_images(test_images, test_labels, "test_", real=transform is not None)
     if keys.ndim != 1 or keys.shape[0] < 1:
         raise ValueError(f"keys: shape {keys.shape}, must be [s] with s at least 1")
     height, width = test_images.shape[1:3]

@@ -25,11 +25,12 @@ from annotated_types import Ge, Gt, Le
 from jax import lax
 from typing_extensions import Doc
 
-from gsdd_jax import files
+from gsdd_jax import files, pixels
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match.distribution import Transform
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import NetSpec, Network, build
+from gsdd_jax.training import inputs
 
 FORMAT = "gsdd_jax experts 1"
 MANIFEST = "manifest.json"
@@ -145,9 +146,7 @@ def train_epoch(
 
     def step(theta: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         index, w = order[t], weight[t]
-        x = images[index]
-        x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
-        x = x if transform is None else transform(transform_params, x)
+        x = inputs(images[index], transform, transform_params)
         x = dsa(jax.random.fold_in(key_augment, t), x, augment)
         value, grads = jax.value_and_grad(loss)(theta, x, labels[index], w)
         return theta - lr * grads, value * w.sum()
@@ -219,6 +218,7 @@ def train_experts(
             there; or an expert diverged. As `Experts.open`, too.
         OSError: The disk is full or not writable; finished groups stay.
     """
+    images = pixels.check(images, real=transform is not None)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     network = origin.build()

@@ -12,6 +12,7 @@ import optax
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from gsdd_jax import pixels
 from gsdd_jax.codecs import Codec
 from gsdd_jax.codecs.base import Draft
 
@@ -120,7 +121,7 @@ def _nearest_to_centres(key: jax.Array, features: np.ndarray, count: int) -> np.
 
 
 def init_fit(key: jax.Array, targets: jax.Array, *, codec: Codec, steps: int) -> FitState:
-    """Returns the state before the first step, at the codec's start for ``targets [n, h, w, c]`` in [0,1]."""
+    """Returns the state before the first step, at the codec's start for images ``targets [n, h, w, c]``."""
     params = codec.init(key, targets)
     return FitState(params, codec.fitter(steps).init(params), jnp.zeros((), jnp.int32))
 
@@ -136,6 +137,7 @@ def fit_steps(
     Returns:
         The new state, and the mean over images of the PSNR in dB before the last of the steps, unclamped.
     """
+    targets = pixels.as_float(targets, "targets")
     optimiser = codec.fitter(steps)
     draft = codec.draft or Draft(lambda params, done: codec.decode(params), lambda params, done: codec.project(params))
 
@@ -163,11 +165,13 @@ def psnr_of(error: jax.Array) -> jax.Array:
 
 
 def psnr(images: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns each image's PSNR in dB, ``[n]``, for images ``[n, h, w, c]`` in [0,1]; nothing is clamped."""
-    return psnr_of(jnp.mean((images - targets) ** 2, axis=(1, 2, 3)))
+    """Returns each image's PSNR in dB, ``[n]``, for two arrays of images ``[n, h, w, c]``; nothing is clamped."""
+    difference = pixels.as_float(images) - pixels.as_float(targets, "targets")
+    return psnr_of(jnp.mean(difference**2, axis=(1, 2, 3)))
 
 
-def solid_targets(images_uint8: np.ndarray, count: int) -> jax.Array:
+def solid_targets(images: np.ndarray, count: int) -> jax.Array:
     """Returns ``count`` copies of the training set's mean colour as images: the target of the solid-colour warm-up."""
-    mean = images_uint8.reshape(-1, images_uint8.shape[-1]).mean(0) / 255
-    return jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (count, *images_uint8.shape[1:]))
+    images = pixels.check(images)
+    mean = images.reshape(-1, images.shape[-1]).mean(0, dtype=np.float64) / pixels.white(images)
+    return jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (count, *images.shape[1:]))

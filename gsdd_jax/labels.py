@@ -31,7 +31,7 @@ from annotated_types import Ge, Gt
 from jax import lax
 from typing_extensions import Doc
 
-from gsdd_jax import codecs, exchange, storage
+from gsdd_jax import codecs, exchange, pixels, storage
 from gsdd_jax.exchange import LABEL_INDICES, LABELS
 from gsdd_jax.nets import Network
 from gsdd_jax.training import Transform, inputs
@@ -242,7 +242,7 @@ def label(
 
     Args:
         params: Weights of the teachers, stacked: each array with a leading axis ``s``.
-        images: ``[n, h, w, c]``, uint8 (divided by 255) or float.
+        images: ``[n, h, w, c]``, uint8 or floating point in [0,1].
         network: The teachers' network.
         temperature: > 0.
         transform: As in ``gsdd_jax.training.train_network``.
@@ -253,10 +253,9 @@ def label(
         ``[n, k]`` float32.
 
     Raises:
-        ValueError: No images, or images that are not ``[n, h, w, c]``.
+        ValueError, TypeError: Images that are none, see `pixels.check`; values are not looked at.
     """
-    if images.ndim != 4 or images.shape[0] < 1:
-        raise ValueError(f"images: shape {images.shape}, must be [n, h, w, c] with n at least 1")
+    pixels.check(images, real=False)
     n = images.shape[0]
     batch = min(batch, n)
     windows = jnp.arange(-(-n // batch) * batch).reshape(-1, batch)

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Lt
 from jax import lax
 from typing_extensions import Doc
 
+from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.nets import Network
 
@@ -109,7 +110,7 @@ def train_network(
 
     Args:
         key: decides the weights, the batches and the augmentations; consumed.
-        images: [n, h, w, c], uint8 (divided by 255 batch by batch) or float.
+        images: [n, h, w, c], uint8 (divided by 255 batch by batch) or floating point as `pixels.check` says.
         labels: int [n], in 0..k-1, or soft ones, float [n, k]; augmentation leaves them as they are.
         network: what to train.
         spec: how.
@@ -123,7 +124,7 @@ def train_network(
         The weights, as `network.init` shapes them.
 
     Raises:
-        ValueError: no images, images that are not [n, h, w, c], or labels of another shape.
+        ValueError: images that are none, see `pixels.check`, or labels of another shape.
         TypeError: images that are neither uint8 nor floating point, or labels [n] that are not integers.
     """
     check_images(images, labels, "", soft=True)
@@ -262,19 +263,16 @@ def rate_of(lr: jax.Array | float | None, spec: EvalSpec) -> jax.Array:
 
 def inputs(images: jax.Array, transform: Transform | None, transform_params: Any) -> jax.Array:
     """Returns what a network sees of images: floats, transformed."""
-    x = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+    x = pixels.as_float(images)
     return x if transform is None else transform(transform_params, x)
 
 
-def check_images(images: jax.Array, labels: jax.Array, which: str, *, soft: bool = False) -> None:
+def check_images(images: jax.Array, labels: jax.Array, which: str, *, soft: bool = False, real: bool = False) -> None:
     """Raises if images and labels are not what `train_network` says; `which` goes before their names.
 
-    Labels [n, k] pass only where soft ones are allowed.
+    Labels [n, k] pass only where soft ones are allowed; `real` as in `pixels.check`.
     """
-    if images.ndim != 4 or images.shape[0] < 1:
-        raise ValueError(f"{which}images: shape {images.shape}, must be [n, h, w, c] with n at least 1")
-    if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f"{which}images: {images.dtype}, must be uint8 or floating point")
+    pixels.check(images, f"{which}images", real=real)
     if soft and labels.ndim == 2 and labels.shape[0] == images.shape[0]:
         if not jnp.issubdtype(labels.dtype, jnp.floating):
             raise TypeError(f"{which}labels: {labels.dtype}, must be floating point where there is a row per image")

@@ -11,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsdd_jax import pixels
+
 Kind = Literal["zca", "meanstd", "none"]
 KINDS: tuple[Kind, ...] = ("zca", "meanstd", "none")
 MAX_ZCA_DIMS = 12_288
 # (u - 128)^2 <= 2^14, so sums over 2^10 images stay within the 2^24 integers that float32 holds exactly: the products
 # run at float32 speed and the covariance is exact.
 _EXACT_ROWS = 1024
+# What rounding to grey levels adds: the std of a uniform variable as wide as one of them.
+_ROUNDING = 1 / (255 * 12**0.5)
 
 
 class Identity(NamedTuple):
@@ -78,24 +82,24 @@ def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Whitening:
     their mean (FRePo scales it: a different whitening). Deviations: the covariance sums are exact and the
     eigendecomposition is float64 (the reference takes an SVD in float32); the pixels are flattened as h, w, c instead
     of c, h, w, which permutes rows and columns only. "meanstd" takes per-channel mean and std (biased, as for a
-    population) pooled over all pixels of all images.
+    population) pooled over all pixels of all images. The std of a channel that is constant but for the rounding to grey
+    levels is 1, as in scikit-learn's StandardScaler: such a channel is centred, and nothing divides by 0.
 
     Args:
         kind: "zca", "meanstd" or "none".
-        images: uint8 [n, h, w, c], the whole training set; n >= 2.
+        images: [n, h, w, c], uint8 or floating point in [0,1], the whole training set; n >= 2.
         eps: Added to the eigenvalues, in units of squared [0,1] pixels; > 0; only "zca" uses it.
 
     Raises:
-        TypeError: Images are not uint8.
-        ValueError: Unknown kind, wrong shape, too few images, too many dimensions for "zca", a constant channel for
-            "meanstd".
+        TypeError: Images are neither uint8 nor floating point.
+        ValueError: Unknown kind, images that are none, see `pixels.check`, too few of them, too many dimensions for
+            "zca".
     """
     if kind not in KINDS:
         raise ValueError(f"whiten: unknown kind {kind!r}; allowed: {', '.join(KINDS)}")
-    if images.dtype != np.uint8:
-        raise TypeError(f"images must be uint8, found {images.dtype}")
-    if images.ndim != 4 or len(images) < 2:
-        raise ValueError(f"images must have shape [n, h, w, c] with n >= 2, found {list(images.shape)}")
+    images = np.asarray(pixels.check(images))
+    if len(images) < 2:
+        raise ValueError(f"images: a whitening needs at least 2 of them, found {len(images)}")
     if kind == "none":
         return Identity()
     return _fit_meanstd(images) if kind == "meanstd" else _fit_zca(images, eps)
@@ -115,18 +119,19 @@ def meanstd_of(mean: Sequence[float], std: Sequence[float]) -> MeanStd:
 
 
 def _fit_meanstd(images: np.ndarray) -> MeanStd:
-    # Grey levels are counted, so the sums are exact; in chunks, because bincount widens its input eightfold.
-    histogram = np.zeros((images.shape[-1], 256))
-    for start in range(0, len(images), _EXACT_ROWS):
-        for channel, row in enumerate(histogram):
-            row += np.bincount(images[start : start + _EXACT_ROWS, ..., channel].reshape(-1), minlength=256)
-    value = np.arange(256) / 255
-    weight = histogram / histogram.sum(1, keepdims=True)
-    mean = weight @ value
-    std = np.sqrt((weight * (value - mean[:, None]) ** 2).sum(1))
-    if std.min() == 0:
-        raise ValueError(f"channel {int(std.argmin())} is constant in all images: its std is 0; use whiten: none")
-    return meanstd_of(mean.tolist(), std.tolist())
+    if images.dtype != np.uint8:
+        mean, std = images.mean((0, 1, 2), dtype=np.float64), images.std((0, 1, 2), dtype=np.float64)
+    else:
+        # Grey levels are counted, so the sums are exact; in chunks, because bincount widens its input eightfold.
+        histogram = np.zeros((images.shape[-1], 256))
+        for start in range(0, len(images), _EXACT_ROWS):
+            for channel, row in enumerate(histogram):
+                row += np.bincount(images[start : start + _EXACT_ROWS, ..., channel].reshape(-1), minlength=256)
+        value = np.arange(256) / 255
+        weight = histogram / histogram.sum(1, keepdims=True)
+        mean = weight @ value
+        std = np.sqrt((weight * (value - mean[:, None]) ** 2).sum(1))
+    return meanstd_of(mean.tolist(), np.where(std < _ROUNDING, 1.0, std).tolist())
 
 
 def _fit_zca(images: np.ndarray, eps: float) -> Zca:
@@ -151,12 +156,13 @@ def _fit_zca(images: np.ndarray, eps: float) -> Zca:
 
 
 def _moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and unbiased covariance [d, d] of uint8 rows / 255, in float64."""
+    """Mean [d] and unbiased covariance [d, d] of rows in [0,1] or of uint8 rows / 255, in float64."""
     n, dims = rows.shape
     total = np.zeros(dims)
     square = np.zeros((dims, dims))
     for start in range(0, n, _EXACT_ROWS):
-        chunk = rows[start : start + _EXACT_ROWS].astype(np.float32) - 128
+        chunk = rows[start : start + _EXACT_ROWS]
+        chunk = chunk.astype(np.float32) - 128 if rows.dtype == np.uint8 else chunk.astype(np.float64) * 255 - 128
         total += chunk.sum(0, dtype=np.float64)
         square += chunk.T @ chunk
     square -= np.outer(total, total / n)
@@ -175,16 +181,17 @@ def apply(whitening: Whitening, images: jax.Array) -> jax.Array:
 
     Args:
         whitening: From `fit` or `meanstd_of`.
-        images: Float [..., h, w, c] in [0,1].
+        images: [..., h, w, c], floating point around [0,1] or uint8.
 
     Returns:
-        The same shape, whitened.
+        The same shape, whitened; float32.
 
     Raises:
-        TypeError: Images are not floating point (uint8 must be divided by 255 first).
+        TypeError: Images are neither.
         ValueError: The shape does not fit the whitening.
     """
-    _check_images(whitening, images)
+    images = pixels.as_float(images)
+    _check_shape(whitening, images)
     match whitening:
         case Identity():
             return images
@@ -208,7 +215,9 @@ def invert(whitening: Whitening, images: jax.Array) -> jax.Array:
         TypeError: Images are not floating point.
         ValueError: The shape does not fit the whitening.
     """
-    _check_images(whitening, images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"images: whitened ones are floating point, found {images.dtype}")
+    _check_shape(whitening, images)
     match whitening:
         case Identity():
             return images
@@ -224,9 +233,7 @@ def _multiply(images: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.matmul(flat, matrix, precision=jax.lax.Precision.HIGHEST).reshape(images.shape)
 
 
-def _check_images(whitening: Whitening, images: jax.Array) -> None:
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f"images must be floating point in [0,1], found {images.dtype}; divide uint8 by 255 first")
+def _check_shape(whitening: Whitening, images: jax.Array) -> None:
     if isinstance(whitening, MeanStd) and images.shape[-1:] != whitening.mean.shape:
         raise ValueError(f"images must have {whitening.mean.shape[0]} channels last, found shape {list(images.shape)}")
     if isinstance(whitening, Zca) and images.shape[-3:] != whitening.mean.shape:

@@ -1,8 +1,12 @@
 """Readers, subsets, sampling and host batches. Sets are made by the tests; real data is used where it is present."""
 
+import dataclasses
 import io
 import json
+import re
+import struct
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +20,7 @@ from PIL import Image
 
 from gsdd_jax import data
 from gsdd_jax.data import Dataset, DataSpec, HostSampler, class_table, load, prefetch, sample_classes
-from gsdd_jax.data.source import converter
+from gsdd_jax.data.decode import Converter
 from gsdd_jax.data.subsets import SUBSETS, resolve
 
 # --- sets made by the tests ---------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def test_label_pass_stops_as_soon_as_every_class_is_full() -> None:
             served.append(start)
             yield np.arange(start, start + 4) % 4
 
-    split = data.source.Split("toy", 100, labels, lambda indices, convert: iter(()))
+    split = data.source.Split("toy", 100, labels, lambda indices, convert: iter(()), str)
     indices, found = data.source.choose(split, kept=(2, 0), per_class=2)
     assert indices.tolist() == [0, 2, 4, 6]
     assert found.tolist() == [0, 2, 0, 2]
@@ -207,14 +211,14 @@ def test_crop_keeps_the_aspect_ratio_and_squash_does_not() -> None:
     # 8 rows x 16 columns: left quarter red, middle half green, right quarter blue.
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, :4, 0], pixels[:, 4:12, 1], pixels[:, 12:, 2] = 255, 255, 255
-    crop = converter(resolution=8, resize="crop", channels=3)(Image.fromarray(pixels))
+    crop = Converter(resolution=8, resize="crop", channels=3)(Image.fromarray(pixels))
     np.testing.assert_array_equal(crop, pixels[:, 4:12])
-    squash = converter(resolution=8, resize="squash", channels=3)(Image.fromarray(pixels))
+    squash = Converter(resolution=8, resize="squash", channels=3)(Image.fromarray(pixels))
     assert squash.shape == (8, 8, 3)
     assert squash[4, 0].argmax() == 0
     assert squash[4, 4].argmax() == 1
     assert squash[4, 7].argmax() == 2
-    tall = converter(resolution=8, resize="crop", channels=3)(Image.fromarray(pixels.transpose(1, 0, 2)))
+    tall = Converter(resolution=8, resize="crop", channels=3)(Image.fromarray(pixels.transpose(1, 0, 2)))
     np.testing.assert_array_equal(tall, pixels.transpose(1, 0, 2)[4:12])
 
 
@@ -222,23 +226,18 @@ def test_shrinking_is_antialiased() -> None:
     # A checkerboard of single pixels averages to grey; without a low-pass filter it stays black or white.
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     for resize in ("crop", "squash"):
-        small = converter(resolution=16, resize=resize, channels=1)(Image.fromarray(board))
+        small = Converter(resolution=16, resize=resize, channels=1)(Image.fromarray(board))
         assert small.shape == (16, 16, 1)
         assert np.abs(small[2:-2, 2:-2].astype(int) - 127).max() < 12
 
 
 def test_channels_convert_by_luma_and_by_replication() -> None:
     red = Image.fromarray(np.full((2, 2, 3), (255, 0, 0), np.uint8))
-    grey = converter(resolution=0, resize="crop", channels=1)(red)
+    grey = Converter(resolution=0, resize="crop", channels=1)(red)
     assert grey.shape == (2, 2, 1)
     assert grey[0, 0, 0] == 76  # 0.299 * 255
-    back = converter(resolution=0, resize="crop", channels=3)(Image.fromarray(grey[..., 0]))
+    back = Converter(resolution=0, resize="crop", channels=3)(Image.fromarray(grey[..., 0]))
     np.testing.assert_array_equal(back, np.full((2, 2, 3), 76))
-
-
-def test_sixteen_bit_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="mode 'I;16' is not 8 bits"):
-        converter(resolution=0, resize="crop", channels=1)(Image.fromarray(np.zeros((2, 2), np.uint16)))
 
 
 # --- folder -------------------------------------------------------------------------------------------------
@@ -246,7 +245,6 @@ def test_sixteen_bit_images_are_refused() -> None:
 
 def test_folder_reads_sorted_classes_and_exact_pixels(tmp_path: Path) -> None:
     root = _write_folder(tmp_path / "set", {"train": {"dog": 2, "cat": 1}, "validation": {"cat": 1}})
-    (tmp_path / "set" / "train" / "dog" / "notes.txt").write_text("not an image")
     (tmp_path / "set" / "train" / "dog" / "._000.png").write_bytes(b"left by a file manager")
     (tmp_path / "set" / "train" / "dog" / "Z.PNG").write_bytes(_png(_pixels(7)))
     found = load(DataSpec(source="folder", path=root))
@@ -276,27 +274,335 @@ def test_folder_is_one_channel_only_if_all_images_are(tmp_path: Path) -> None:
     assert load(DataSpec(source="folder", path=root)).image_shape == (4, 4, 3)
 
 
+# What an image file may be: a format that Pillow writes, with options.
+_FORMATS = {"tif": {}, "ppm": {}, "gif": {}, "bmp": {}, "webp": {"lossless": True}, "TIFF": {}, "JPG": {"quality": 100}}
+
+
+def _folder(root: Path, files: dict[str, Image.Image | bytes], **options: object) -> DataSpec:
+    """Writes images by their paths below train/, and a test image of each class."""
+    for name, content in files.items():
+        file = root / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (root / "test" / name.split("/")[0]).mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content) if isinstance(content, bytes) else content.save(file)
+    for folder in (root / "test").iterdir():
+        (folder / "t.png").write_bytes(_png(_pixels(0)))
+    return DataSpec(source="folder", path=str(root), **options)  # type: ignore[arg-type]
+
+
+def test_folder_reads_what_lies_deeper_and_every_format(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 4), (200, 30, 90))
+    spec = _folder(tmp_path, {"a/1.png": _png(_pixels(1)), "a/sub/x/2.png": _png(_pixels(2)), "a/zz.png": image})
+    for suffix, options in _FORMATS.items():
+        image.save(tmp_path / "train" / "a" / f"zz{suffix}.{suffix}", **options)
+    images = load(spec).train_images
+    np.testing.assert_array_equal(images[0], _pixels(1))
+    np.testing.assert_array_equal(images[1], _pixels(2))
+    assert len(images) == 3 + len(_FORMATS)
+    np.testing.assert_allclose(images[2:].astype(int), np.broadcast_to([200, 30, 90], images[2:].shape), atol=3)
+
+
+def test_folder_visits_what_links_lead_back_to_once(tmp_path: Path) -> None:
+    spec = _folder(tmp_path, {"a/sub/1.png": _png(_pixels(1)), "b/1.png": _png(_pixels(2))})
+    (tmp_path / "train" / "a" / "sub" / "loop").symlink_to(tmp_path / "train" / "a")
+    (tmp_path / "train" / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.png").write_bytes(_png(_pixels(3)))
+    (tmp_path / "train" / "a" / "zlink").symlink_to(tmp_path / "elsewhere")
+    found = load(spec)
+    assert found.train_labels.tolist() == [0, 0, 1]
+    np.testing.assert_array_equal(found.train_images[:2], [_pixels(1), _pixels(3)])
+
+
+def test_files_that_are_no_images_are_counted_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    spec = _folder(tmp_path, {"a/1.png": _png(_pixels(1))})
+    for hidden in (".DS_Store", "._1.png", "Thumbs.db", "desktop.ini", "__MACOSX/1.png", ".ipynb_checkpoints/1.png"):
+        for folder in (tmp_path / "train", tmp_path / "train" / "a"):
+            (folder / hidden).parent.mkdir(exist_ok=True)
+            (folder / hidden).write_bytes(b"no image")
+    assert len(load(spec).train_images) == 1
+    for name in ("train/a/boxes.txt", "train/a/deep/more.txt", "train/beside.png", "test/a/x.npy"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.warns(
+        data.DataNotice, match=r"passed over 4 files .*\(2 \.txt, 1 \.png, 1 \.npy\), such as train.a.boxes"
+    ):
+        assert len(load(spec).train_images) == 1
+
+
+def _glyph(mode: str, *, opaque: bool = False) -> Image.Image:
+    """Black on nothing: a square of ink in the middle, transparent around it."""
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[1:3, 1:3, 3] = 255
+    if opaque:
+        pixels[..., :3], pixels[..., 3] = _pixels(5), 255
+    image = Image.fromarray(pixels)
+    if mode != "P":
+        return image.convert(mode)
+    palette = Image.fromarray(np.uint8(pixels[..., 3] > 0)).convert("P")
+    palette.putpalette([0, 0, 0] * 2)
+    palette.info["transparency"] = 0
+    return palette
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("background", ["white", "#ff0000"])
+def test_transparent_pixels_show_the_background(tmp_path: Path, mode: str, background: str) -> None:
+    image = _glyph(mode)
+    file = tmp_path / "train" / "a" / "0.png"
+    spec = _folder(tmp_path, {"a/0.png": b""}, background=background, channels=3)
+    image.save(file, transparency=0) if mode == "P" else image.save(file)
+    with pytest.warns(data.DataNotice, match=f"1 of 2 images have transparent pixels, composited on {background} "):
+        found = load(spec).train_images[0]
+    expected = np.zeros((4, 4, 3), np.uint8)
+    expected[...] = [255, 0, 0] if background == "#ff0000" else 255
+    expected[1:3, 1:3] = 0
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_glyph_of_the_colour_of_the_background_is_told(tmp_path: Path) -> None:
+    spec = _folder(tmp_path, {"a/0.png": _glyph("RGBA")}, background="black")
+    with pytest.warns(data.DataNotice, match="composited on black .*; 1 of them are of one colour then"):
+        load(spec)
+
+
+def test_half_transparent_pixels_mix(tmp_path: Path) -> None:
+    spec = _folder(tmp_path, {"a/0.png": Image.new("RGBA", (4, 4), (255, 0, 0, 51))}, background="black")
+    with pytest.warns(data.DataNotice):
+        np.testing.assert_array_equal(load(spec).train_images[0, 0, 0], [51, 0, 0])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_opaque_alpha_is_dropped_without_a_word(tmp_path: Path, mode: str) -> None:
+    image = _glyph(mode, opaque=True)
+    spec = _folder(tmp_path, {"a/0.png": image})
+    np.testing.assert_array_equal(load(spec).train_images[0], np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "tif", "webp"])
+def test_exif_orientation_is_applied(tmp_path: Path, form: str) -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[:, 2:] = 255
+    upright = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    spec = _folder(tmp_path, {"a/1.png": upright})
+    options = {"quality": 100} if form == "jpg" else {"lossless": True} if form == "webp" else {}
+    upright.rotate(90).save(tmp_path / "train" / "a" / f"0.{form}", exif=exif, **options)
+    found = load(spec).train_images.astype(int)
+    assert np.abs(found[0] - found[1]).max() < 30
+
+
+def _chunk_png(depth: int, colour: int, samples: int) -> bytes:
+    """A PNG of 4x4 pixels of any depth, by hand."""
+    rows = (b"\0" + bytes(range(4 * samples * depth // 8))) * 4
+    head = struct.pack(">IIBBBBB", 4, 4, depth, colour, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def _frames(form: str) -> bytes:
+    stream = io.BytesIO()
+    first, second = (Image.fromarray(_pixels(seed)) for seed in (1, 2))
+    first.save(stream, form, save_all=True, append_images=[second])
+    return stream.getvalue()
+
+
+def _tiff(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "TIFF")
+    return stream.getvalue()
+
+
+UNREADABLE = {
+    "grey16.png": (_chunk_png(16, 0, 1), "mode 'I;16' of more than 8 bits"),
+    "rgb16.png": (_chunk_png(16, 2, 3), "mode 'RGB' of more than 8 bits"),
+    "rgb16.ppm": (b"P6 4 4 65535\n" + bytes(96), "mode 'RGB' of more than 8 bits"),
+    "float.tif": (_tiff(np.ones((4, 4), np.float32)), "mode 'F' of more than 8 bits"),
+    "int.tif": (_tiff(np.ones((4, 4), np.int32)), "mode 'I' of more than 8 bits"),
+    "moving.gif": (_frames("GIF"), "2 frames or pages"),
+    "moving.png": (_frames("PNG"), "2 frames or pages"),
+    "moving.webp": (_frames("WEBP"), "2 frames or pages"),
+    "pages.tif": (_frames("TIFF"), "2 frames or pages"),
+    "text.jpg": (b"<html>not found</html>", "no image that Pillow knows"),
+    "empty.png": (b"", "no image that Pillow knows"),
+    "half.png": (_png(_pixels(0, (64, 64, 3)))[:200], "."),
+}
+
+
+def test_unreadable_images_are_all_named_or_left_out(tmp_path: Path) -> None:
+    spec = _folder(
+        tmp_path, {"a/0.png": _png(_pixels(0)), **{f"a/{name}": bad for name, (bad, _) in UNREADABLE.items()}}
+    )
+    (tmp_path / "train" / "a" / "link.png").symlink_to(tmp_path / "absent.png")
+    with pytest.raises(
+        OSError, match=f"{len(UNREADABLE) + 1} of {len(UNREADABLE) + 3} images cannot be read"
+    ) as caught:
+        load(spec)
+    for name, (_, reason) in UNREADABLE.items():
+        assert re.search(rf"{re.escape(name)} \([^()]*{reason}", str(caught.value)), (name, str(caught.value))
+    assert "link.png (a link to a file that is not there)" in str(caught.value)
+    assert str(caught.value).endswith("; data.unreadable=skip goes on without")
+    with pytest.warns(data.DataNotice, match=f"left out {len(UNREADABLE) + 1} of .*grey16"):
+        left = load(dataclasses.replace(spec, unreadable="skip"))
+    np.testing.assert_array_equal(left.train_images, [_pixels(0)])
+    with pytest.raises(OSError, match=r"cannot read .*empty\.png \(no image that Pillow knows\)"):
+        data.records(spec)[0][1]
+    with pytest.raises(ValueError, match=r"data\.unreadable: .*expected error, found 'skip'"):
+        data.records(dataclasses.replace(spec, unreadable="skip"))
+
+
+def test_large_images_are_named_before_they_are_decoded(tmp_path: Path) -> None:
+    big = struct.pack(">IIBBBBB", 20000, 10000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + big + struct.pack(">I", zlib.crc32(b"IHDR" + big))
+    # Without its pixels: they are not looked at.
+    png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    spec = _folder(tmp_path, {"a/big.png": png, "a/small.png": _png(_pixels(0))}, resolution=4)
+    with pytest.raises(
+        OSError, match=r"big\.png \(20000x10000 = 200000000 pixels, data\.max_pixels allows 178956970\)"
+    ):
+        load(spec)
+    with pytest.raises(OSError, match=r"big\.png .*, .*small\.png \(4x4 = 16 pixels, data\.max_pixels allows 15\)"):
+        load(dataclasses.replace(spec, max_pixels=15))
+    assert Image.MAX_IMAGE_PIXELS == 89478485
+    (tmp_path / "train" / "a" / "big.png").unlink()
+    Image.MAX_IMAGE_PIXELS, before = 5, Image.MAX_IMAGE_PIXELS
+    try:
+        assert len(load(spec).train_images) == 1
+        assert Image.MAX_IMAGE_PIXELS == 5
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def test_colour_spaces_are_converted(tmp_path: Path) -> None:
+    lab = Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (136, 208, 195)])  # L 53, a 80, b 67: red
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    spec = _folder(tmp_path, {"a/lab.tif": lab, "a/cmyk.tif": cmyk, "a/bit.png": Image.new("1", (4, 4), 1)})
+    bit, ink, red = load(spec).train_images[:, 0, 0].astype(int)
+    assert bit.tolist() == [255] * 3 and ink.tolist() == [255, 0, 0]
+    assert np.abs(red - [255, 0, 0]).max() < 12
+
+
+# --- other splits and classes -------------------------------------------------------------------------------
+
+
+def test_folder_without_test_is_split_by_class(tmp_path: Path) -> None:
+    for name, number in (("a", 10), ("b", 4), ("c", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(number):
+            (tmp_path / name / f"{i}.png").write_bytes(_png(_pixels(100 * ord(name) + i)))
+    spec = DataSpec(source="folder", path=str(tmp_path), test_fraction=0.2)
+    found = load(spec)
+    assert np.bincount(found.train_labels).tolist() == [8, 3, 1] and np.bincount(found.test_labels).tolist() == [2, 1]
+    both = [image.tobytes() for image in (*found.train_images, *found.test_images)]
+    assert len(set(both)) == 15
+    assert load(spec).fingerprint() == found.fingerprint() != load(dataclasses.replace(spec, test_seed=1)).fingerprint()
+    # Choosing classes afterwards moves no image between the splits; a folder train/ is the same thing.
+    of_two = load(dataclasses.replace(spec, classes=("b", "a")))
+    np.testing.assert_array_equal(
+        of_two.test_images[of_two.test_labels == 1], found.test_images[found.test_labels == 0]
+    )
+    (tmp_path / "train").mkdir()
+    for name in "abc":
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    assert load(spec).fingerprint() == found.fingerprint()
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"data\.test_fraction: .* has a test folder \(val\); expected 0"):
+        load(spec)
+
+
+def test_tfds_without_test_is_split_by_class(tmp_path: Path) -> None:
+    path = _write_tfds(tmp_path / "1.0.0", {"train": _records(20, 2)}, ["x", "y"])
+    found = load(DataSpec(source="tfds", path=path, test_fraction=0.3))
+    assert np.bincount(found.train_labels).tolist() == [7, 7] and np.bincount(found.test_labels).tolist() == [3, 3]
+    images = {_pixels(i).tobytes(): i % 2 for i in range(20)}
+    for image, label in zip(found.test_images, found.test_labels, strict=True):
+        assert images.pop(image.tobytes()) == label
+    assert all(image.tobytes() in images for image in found.train_images)
+
+
+def test_classes_are_taken_in_the_order_given(tmp_path: Path) -> None:
+    digits, two = load(DataSpec()), load(DataSpec(classes=("8", "3")))
+    assert two.class_names == ("8", "3") and two.name == "digits/2 classes"
+    np.testing.assert_array_equal(
+        two.train_images[two.train_labels == 0], digits.train_images[digits.train_labels == 8]
+    )
+    np.testing.assert_array_equal(two.test_images[two.test_labels == 1], digits.test_images[digits.test_labels == 3])
+    back = load(DataSpec(classes=tuple("9876543210")))
+    np.testing.assert_array_equal(back.train_labels, 9 - digits.train_labels)
+    root = _write_folder(tmp_path, {"train": {"cat": 1, "dog": 1, "wolf": 1}, "test": {"dog": 1}})
+    assert load(DataSpec(source="folder", path=root, classes=("wolf", "dog"))).test_labels.tolist() == [1]
+    with pytest.raises(
+        ValueError, match=r"data\.classes: .* has no class 'dogs'; expected .* 3 classes, such as 'dog'$"
+    ):
+        load(DataSpec(source="folder", path=root, classes=("cat", "dogs")))
+
+
+_FLAT = {
+    "tiny": "val_0.JPEG\tb\t0\t32\t44\t62\nval_1.JPEG\ta\t0\t0\t1\t2\nval_2.JPEG\tb\t0\t0\t1\t2\n",
+    "numbers": "val/val_0.JPEG 1\nval_1.JPEG 0\nval_2.JPEG 1\n",
+    "table": "ImageId,PredictionString\nval_0,b 85 1 499 272 \nval_1,a 1 2 3 4 a 5 6 7 8 \n\nval_2,b 1 2 3 4\n",
+}
+
+
+def _flat(root: Path) -> DataSpec:
+    path = _write_folder(root, {"train": {"a": 1, "b": 1}})
+    (root / "val" / "images").mkdir(parents=True)
+    for i in range(3):
+        (root / "val" / "images" / f"val_{i}.JPEG").write_bytes(_png(_pixels(50 + i)))
+    return DataSpec(source="folder", path=path, test_labels="val/list.txt")
+
+
+@pytest.mark.parametrize("form", _FLAT)
+def test_flat_test_folder_is_read_by_its_list(tmp_path: Path, form: str) -> None:
+    spec = _flat(tmp_path)
+    (tmp_path / "val" / "list.txt").write_text(_FLAT[form])
+    found = load(spec)
+    assert found.test_labels.tolist() == [0, 1, 1]
+    np.testing.assert_array_equal(found.test_images, [_pixels(51), _pixels(50), _pixels(52)])
+    with pytest.raises(
+        ValueError, match=r"none of the class folders of .*train but 3 images; data\.test_labels .*val.list"
+    ):
+        load(dataclasses.replace(spec, test_labels=""))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("val_0.JPEG a\nval_1.JPEG b\n", r"list\.txt has no label for 1 images, such as .*val_2\.JPEG"),
+        ("val_0.JPEG a\nval_9.JPEG b\n", r"line 2: 'val_9\.JPEG' names 0 images"),
+        ("val_0.JPEG a\nval_1.JPEG 2\n", r"line 2: '2' is no label; expected a class .* or a number from 0 to 1"),
+        ("val_0.JPEG a\nval_0.JPEG b\n", r"line 2: a second label for 'val_0\.JPEG'"),
+    ],
+)
+def test_list_that_does_not_fit_the_images_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    spec = _flat(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"data\.test_labels: no such file: .*val.list\.txt"):
+        load(spec)
+    (tmp_path / "val" / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(spec)
+
+
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     root = _write_folder(tmp_path, {"train": {"a": 3}, "test": {"a": 1}})
     target = tmp_path / "train" / "a" / "001.png"
     whole = target.read_bytes()
     for broken in (b"", b"no image at all", whole[: len(whole) // 2]):
         target.write_bytes(broken)
-        with pytest.raises(OSError, match=r"cannot read image .*train.a.001\.png"):
+        with pytest.raises(
+            OSError, match=r"1 of 4 images cannot be read: .*train.a.001\.png \(.+\); data\.unreadable=skip"
+        ):
             load(DataSpec(source="folder", path=root))
-
-
-def test_sixteen_bit_file_is_named(tmp_path: Path) -> None:
-    root = _write_folder(tmp_path, {"train": {"a": 1}, "test": {"a": 1}})
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "train" / "a" / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png: image mode 'I;16'"):
-        load(DataSpec(source="folder", path=root))
 
 
 def test_mixed_sizes_need_a_resolution(tmp_path: Path) -> None:
     root = _write_folder(tmp_path, {"train": {"a": 2}, "test": {"a": 1}})
     (tmp_path / "train" / "a" / "wide.png").write_bytes(_png(_pixels(0, (4, 6, 3))))
-    with pytest.raises(ValueError, match=r"image 2 is 4x6, image 0 is 4x4; .*need data\.resolution"):
+    with pytest.raises(
+        ValueError, match=r"train.a.wide\.png is 4x6, .*train.a.000\.png is 4x4; .*need data\.resolution"
+    ):
         load(DataSpec(source="folder", path=root))
     assert load(DataSpec(source="folder", path=root, resolution=5)).image_shape == (5, 5, 3)
     (tmp_path / "train" / "a" / "wide.png").rename(tmp_path / "test" / "a" / "000.png")
@@ -313,7 +619,7 @@ def test_mixed_sizes_need_a_resolution(tmp_path: Path) -> None:
         (
             {"train": {"a": 1, "b": 0}, "test": {"a": 1}},
             ValueError,
-            r"train.b has no images; allowed extensions: \.bmp",
+            r"train.b has no images; expected files that Pillow reads, such as \*\.png",
         ),
         ({"train": {}, "test": {"a": 1}}, FileNotFoundError, "data.train_split: no such folder: .*train; found test"),
         ({"train": {"a": 1}}, FileNotFoundError, r"no test folder \(test, val, validation\)"),
@@ -394,7 +700,7 @@ def test_tfds_subset_decodes_only_its_own_images(tmp_path: Path) -> None:
     assert sorted(found.train_labels.tolist()) == sorted(2 * list(range(10)))
     for image, label in zip(found.test_images, found.test_labels, strict=True):
         np.testing.assert_array_equal(image, _pixels(names.index(wnids[label])))
-    with pytest.raises(OSError, match=r"cannot decode image 0 of split 'train' of .*1\.0\.0"):
+    with pytest.raises(OSError, match=r"image 0 of split 'train' of .*1\.0\.0 \(no image that Pillow knows\)"):
         load(DataSpec(source="tfds", path=path))
 
 
@@ -575,6 +881,19 @@ def test_subset_that_is_not_there_is_explained() -> None:
             r"data\.name must be empty with data\.source 'digits', found 'cifar10'",
         ),
         ({"subset": "imagewoof"}, r"data\.subset must be empty"),
+        ({"test_fraction": 0.1}, r"data\.test_fraction must be empty"),
+        ({"test_labels": "val.txt"}, r"data\.test_labels needs data\.source 'folder', found 'digits'"),
+        ({"classes": ("3", "8", "3")}, r"data\.classes: expected distinct names, found '3' twice"),
+        (
+            {"source": "folder", "path": "x", "subset": "imagewoof", "classes": ("a",)},
+            r"data\.classes: expected none beside",
+        ),
+        (
+            {"source": "folder", "path": "x", "test_fraction": 0.1, "test_split": "val"},
+            r"data\.test_split: expected none beside data\.test_fraction 0\.1, found 'val'",
+        ),
+        ({"background": "blak"}, r"data\.background: expected a colour .*found 'blak'"),
+        ({"background": "#00000080"}, r"data\.background: expected a colour"),
     ],
 )
 def test_spec_checks_fields_against_each_other(fields: dict, message: str) -> None:
@@ -612,15 +931,17 @@ def test_fingerprint_sees_pixels_labels_names_and_shape() -> None:
     ("change", "error", "message"),
     [
         (
-            lambda d: d._replace(train_images=d.train_images / 255),
+            lambda d: d._replace(train_images=d.train_images.astype(int)),
             TypeError,
-            "train_images must be uint8, found float64",
+            "train_images: found int64",
         ),
         (
-            lambda d: d._replace(test_images=d.test_images[0]),
+            lambda d: d._replace(train_images=d.train_images + 255.0),
             ValueError,
-            r"test_images must have shape \[n, h, w, 1 or 3\]",
+            r"train_images: found float64 from 255 to 255 of shape .* floating point \(0 to 1\)",
         ),
+        (lambda d: d._replace(test_images=d.test_images[0]), ValueError, r"test_images: .*expected \[n, h, w, c\]"),
+        (lambda d: d._replace(test_images=d.test_images[..., :2]), ValueError, "test_images must have 1 or 3 channels"),
         (lambda d: d._replace(train_labels=d.train_labels * 1.0), TypeError, "train_labels must be integers"),
         (lambda d: d._replace(train_labels=d.train_labels[:1]), ValueError, r"train_labels must have shape \[2\]"),
         (
@@ -806,8 +1127,9 @@ def test_host_sampler_refuses_bad_input() -> None:
     images = np.zeros((12, 2, 2, 3), np.uint8)
     good = {"num_classes": 3, "batch": 1, "seed": 0}
     for arguments, error, message in (
-        ((images / 255, _LABELS, good), TypeError, "images must be uint8, found float64"),
-        ((images[0], _LABELS, good), ValueError, r"shape \[n, h, w, c\]"),
+        ((images.astype(np.int32), _LABELS, good), TypeError, "images: found int32"),
+        ((images - 1.0, _LABELS, good), ValueError, "images: found float64 from -1 to -1 of shape"),
+        ((images[0], _LABELS, good), ValueError, r"expected \[n, h, w, c\]"),
         ((images, _LABELS[:3], good), ValueError, "12 images but 3 labels"),
         ((images, _LABELS, good | {"batch": 0}), ValueError, "batch must be at least 1"),
         ((images, _LABELS, good | {"seed": -1}), ValueError, "seed must be in 0 to"),
@@ -818,10 +1140,22 @@ def test_host_sampler_refuses_bad_input() -> None:
     with pytest.raises(ValueError, match="step must be at least 0, found -1"):
         _host().batch(-1)
     mixed = [{"image": np.zeros((2, 2 + (i == 4), 3), np.uint8)} for i in range(12)]
-    with pytest.raises(ValueError, match=r"image 4 has shape \[2, 3, 3\], image 0 has \[2, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"image 4 is uint8 \[2, 3, 3\], image 0 is uint8 \[2, 2, 3\]"):
         _host(7, source=mixed).batch(0)
-    with pytest.raises(TypeError, match="image 0 must be uint8, found float64"):
-        _host(7, source=[{"image": np.zeros((2, 2, 3))}] * 12).batch(0)
+    with pytest.raises(TypeError, match="image 0: found int64 of shape"):
+        _host(7, source=[{"image": np.zeros((2, 2, 3), int)}] * 12).batch(0)
+
+
+@pytest.mark.parametrize("of_records", [False, True])
+def test_host_sampler_draws_the_same_images_in_floating_point(of_records: bool) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (12, 2, 2, 3), dtype=np.uint8)
+
+    def batch(images: np.ndarray) -> np.ndarray:
+        return _host(source=[{"image": image} for image in images] if of_records else images).batch(3)
+
+    floats = batch(images / 255)
+    assert floats.dtype == np.float32
+    np.testing.assert_array_equal(floats, (batch(images) / 255).astype(np.float32))
 
 
 def _prefetch_threads() -> int:

@@ -479,9 +479,9 @@ IMAGES, LABELS = toy(4)
 @pytest.mark.parametrize(
     ("images", "labels", "error", "message"),
     [
-        (IMAGES[0], LABELS, ValueError, r"images: shape \(4, 4, 3\), must be \[n, h, w, c\]"),
-        (IMAGES[:0], LABELS[:0], ValueError, r"images: shape \(0, 4, 4, 3\), must be .* n at least 1"),
-        (IMAGES.astype(np.int32), LABELS, TypeError, "images: int32, must be uint8 or floating point"),
+        (IMAGES[0], LABELS, ValueError, r"images: found uint8 of shape \[4, 4, 3\]; expected \[n, h, w, c\]"),
+        (IMAGES[:0], LABELS[:0], ValueError, r"images: found uint8 of shape \[0, 4, 4, 3\]; expected .*none of them 0"),
+        (IMAGES.astype(np.int32), LABELS, TypeError, "images: found int32 of shape .*uint8 .* or floating point"),
         (IMAGES, LABELS[:3], ValueError, r"labels: shape \(3,\), must be \(4,\), one per image"),
         (IMAGES, LABELS.astype(np.float32), TypeError, "labels: float32, must be integers"),
     ],

@@ -9,9 +9,13 @@ import dis
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
+
+from gsdd_jax.data import DataNotice
 
 OWN_PACKAGES = ("gsdd_jax", "kernels", "train")
 DEBUG_VARIABLE = "GSDD_DEBUG"
@@ -43,7 +47,7 @@ def exit_cleanly(*, debug: bool | None = None) -> Iterator[None]:
 
     Handled: `UserError`, missing or forbidden paths, a full disk, platforms that JAX cannot start, Ctrl-C, and
     `ValueError`, `TypeError`, `OSError` and `ImportError` raised on purpose by this project. Everything else passes
-    through with its traceback.
+    through with its traceback. Notices of data are lines on stderr, too.
 
     Args:
         debug: True keeps every traceback. None: on when `--debug` is on the command line or GSDD_DEBUG is set to
@@ -52,14 +56,32 @@ def exit_cleanly(*, debug: bool | None = None) -> Iterator[None]:
     Raises:
         SystemExit: 2 after an error of the user, 130 after Ctrl-C.
     """
-    try:
+    with _notices():
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            message = explain(error)
+            if message is None or (_debug_wanted() if debug is None else debug):
+                raise
+            print(message, file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_USER_ERROR) from None
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Shows what the library says of the data as one line on stderr each, whatever the filters of warnings are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataNotice)
+        show = warnings.showwarning
+
+        def one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, DataNotice):
+                print(f"note: {_one_line(str(message))}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = one_line
         yield
-    except (Exception, KeyboardInterrupt) as error:
-        message = explain(error)
-        if message is None or (_debug_wanted() if debug is None else debug):
-            raise
-        print(message, file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_USER_ERROR) from None
 
 
 def explain(error: BaseException) -> str | None:

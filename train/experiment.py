@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gsdd_jax import codecs, data, distill, fit, labels, nets, storage, synset, whiten
+from gsdd_jax import codecs, data, distill, fit, labels, nets, pixels, storage, synset, whiten
 from gsdd_jax.match import GradientSpec, TrajectorySpec
 from gsdd_jax.merged import load
 from train import testset
@@ -228,7 +228,7 @@ def known_data(config: RunConfig, dataset: data.Dataset) -> RunConfig:
 
 
 def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:
-    """Returns mean and spread of every channel of the training images."""
+    """Returns mean and std of every channel of the training images; that of a constant one is 1, see `whiten.fit`."""
     channels = whiten.fit("meanstd", dataset.train_images)
     assert isinstance(channels, whiten.MeanStd)
     return channels
@@ -295,12 +295,7 @@ def real_images(experiment: Experiment, codec: codecs.Codec, *, purpose: str, ho
         num_classes=dataset.num_classes,
         features=features,
     )
-    return to_float(dataset.train_images[chosen])
-
-
-def to_float(images: np.ndarray) -> jax.Array:
-    """Maps uint8 images to float32 in [0,1]."""
-    return jax.numpy.asarray(images, jax.numpy.float32) / 255
+    return pixels.as_float(dataset.train_images[chosen])
 
 
 def embed(experiment: Experiment, batch: int = 500) -> np.ndarray:
@@ -313,7 +308,9 @@ def embed(experiment: Experiment, batch: int = 500) -> np.ndarray:
         return network.outputs(params, whiten.apply(whitening, images))[1]
 
     images = dataset.train_images
-    parts = [features(to_float(images[i : i + batch]), experiment.whitening) for i in range(0, len(images), batch)]
+    parts = [
+        features(pixels.as_float(images[i : i + batch]), experiment.whitening) for i in range(0, len(images), batch)
+    ]
     return np.concatenate([np.asarray(part) for part in parts])
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+import jax
+
+from gsdd_jax import pixels
 from gsdd_jax.codecs.base import Codec
 from gsdd_jax.codecs.downscale import DownscaleSpec
 from gsdd_jax.codecs.factor import FactorSpec
@@ -76,4 +79,9 @@ def make(spec: CodecSpec, *, image_shape: Sequence[int], num_classes: int, bytes
     if spec.name not in SPECS:
         raise ValueError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
     file = sys.modules[SPECS[spec.name].__module__]
-    return file.make(spec, tuple(image_shape), num_classes, bytes_per_class)
+    codec = file.make(spec, tuple(image_shape), num_classes, bytes_per_class)
+
+    def init(key: jax.Array, images: Any) -> Any:
+        return codec.init(key, pixels.as_float(pixels.check(images, real=False)))
+
+    return codec._replace(init=init)

@@ -53,8 +53,8 @@ class Codec(NamedTuple):
         image_shape: Native (h, w, c).
         num_classes: ``k``.
         images_per_class: Images that ``decode`` gives per class.
-        init: ``(key, images [n,h,w,c] in [0,1]) -> params``: a starting point for fitting these images; float32
-            masters.
+        init: ``(key, images [n,h,w,c]) -> params``: a starting point for fitting these images, which are float32 in
+            [0,1] where they arrive; float32 masters.
         decode: ``(params, index=None, *, size=None, key=None) -> [len(index), h, w, c]``: images around [0,1]; all of
             them without ``index``; at another (height, width) where the parameterisation knows how. ``key`` is for
             codecs that decode at random.

@@ -1,25 +1,31 @@
 """Data sets: one reader per source, one `Dataset` of uint8 arrays as the result, class-balanced sampling."""
 
+import difflib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from annotated_types import Ge
+from annotated_types import Ge, Lt
+from PIL import ImageColor
 from typing_extensions import Doc
 
+from gsdd_jax import pixels
 from gsdd_jax.data import digits, folder, subsets, tfds
+from gsdd_jax.data.decode import MAX_PIXELS, Converter, Resize
 from gsdd_jax.data.host import HostSampler, prefetch
 from gsdd_jax.data.sampling import ClassTable, class_table, sample_classes
-from gsdd_jax.data.source import Convert, Records, Resize, Source, Split, assemble, choose, converter
+from gsdd_jax.data.source import Records, Source, Split, assemble, choose
 from gsdd_jax.data.subsets import Subset
 
 __all__ = [
     "SOURCES",
     "ClassTable",
+    "DataNotice",
     "DataSpec",
     "Dataset",
     "HostSampler",
@@ -36,6 +42,14 @@ __all__ = [
 ]
 
 
+# Unreadable images that a message names; further ones are counted.
+_NAMED = 20
+
+
+class DataNotice(UserWarning):
+    """What a user should know of data that were read, in one line: what was passed over, left out or composited."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Which images to read, and how to bring them to one size."""
@@ -43,7 +57,8 @@ class DataSpec:
     source: Annotated[
         Literal["digits", "tfds", "folder"],
         Doc(
-            "digits = scikit-learn's 8x8 digits; tfds = a prepared TFDS set; folder = root/{train,test}/<class>/*.png."
+            "digits = scikit-learn's 8x8 digits; tfds = a prepared TFDS set; folder = root/{train,test}/<class>/*.png, "
+            "at any depth and in any format that Pillow reads."
         ),
     ] = "digits"
     name: Annotated[
@@ -56,6 +71,13 @@ class DataSpec:
     test_split: Annotated[
         str, Doc("Test split or folder; empty = test or validation, whichever is there with labels.")
     ] = ""
+    test_labels: Annotated[
+        str, Doc('File in the root of an image folder, a line "image label" for each image of a flat test folder.')
+    ] = ""
+    test_fraction: Annotated[
+        float, Ge(0), Lt(1), Doc("Share of each class's training images to test on instead, without a test split.")
+    ] = 0.0
+    test_seed: Annotated[int, Ge(0), Lt(2**32), Doc("Which images data.test_fraction draws, apart from `seed`.")] = 0
     resolution: Annotated[
         int, Ge(0), Doc("Side in pixels; images are resized with antialiasing (Lanczos); 0 = native size.")
     ] = 0
@@ -67,7 +89,19 @@ class DataSpec:
         ),
     ] = "crop"
     channels: Annotated[Literal[0, 1, 3], Doc("1 = grey, 3 = RGB, 0 = as stored.")] = 0
+    background: Annotated[str, Doc('Colour under transparent pixels: a name of CSS such as black, or "#rrggbb".')] = (
+        "white"
+    )
+    unreadable: Annotated[
+        Literal["error", "skip"],
+        Doc(
+            "What to do about images that are damaged, too large, animated or of more than 8 bits per channel: name "
+            "them all and stop, or name them and go on without."
+        ),
+    ] = "error"
+    max_pixels: Annotated[int, Ge(1), Doc("Most pixels of an image as it is stored (Pillow's limit).")] = MAX_PIXELS
     subset: Annotated[Subset, Doc("Ten classes of ImageNet-1k in the order of the MTT code; empty = all.")] = ""
+    classes: Annotated[tuple[str, ...], Doc("Names of the classes to take, in this order; empty = all.")] = ()
     per_class: Annotated[int, Ge(0), Doc("Only the first n training images of each class (smoke runs); 0 = all.")] = 0
     test_limit: Annotated[int, Ge(0), Doc("At most so many test images, spread evenly over the classes; 0 = all.")] = 0
     sha256: Annotated[
@@ -90,8 +124,31 @@ class DataSpec:
             raise ValueError("data.source 'tfds' needs data.name (such as cifar10) or data.path (.../1.0.0)")
         if self.source == "folder" and not self.path:
             raise ValueError("data.source 'folder' needs data.path, the folder that holds train/ and test/")
+        if self.subset and self.classes:
+            raise ValueError(
+                f"data.classes: expected none beside data.subset {self.subset!r}, found {len(self.classes)}"
+            )
+        if len(set(self.classes)) != len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ValueError(f"data.classes: expected distinct names, found {twice!r} twice")
+        for field in ("test_split", "test_labels"):
+            if self.test_fraction and getattr(self, field):
+                raise ValueError(
+                    f"data.{field}: expected none beside data.test_fraction {self.test_fraction:g}, found "
+                    f"{getattr(self, field)!r}"
+                )
+        if self.test_labels and self.source != "folder":
+            raise ValueError(f"data.test_labels needs data.source 'folder', found {self.source!r}")
+        try:
+            opaque = len(ImageColor.getrgb(self.background)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise ValueError(
+                f'data.background: expected a colour such as white or "#rrggbb", found {self.background!r}'
+            )
         if self.source == "digits":
-            for field in ("name", "path", "train_split", "test_split", "subset"):
+            for field in ("name", "path", "train_split", "test_split", "test_fraction", "subset"):
                 if getattr(self, field):
                     found = getattr(self, field)
                     raise ValueError(f"data.{field} must be empty with data.source 'digits', found {found!r}")
@@ -102,9 +159,9 @@ class Dataset(NamedTuple):
 
     Attributes:
         name: For reports.
-        train_images: uint8 [N, h, w, c].
+        train_images: [N, h, w, c], uint8 as `load` gives them, or float32 in [0,1].
         train_labels: int32 [N] in [0, k).
-        test_images: uint8 [M, h, w, c].
+        test_images: [M, h, w, c], in the same form.
         test_labels: int32 [M].
         class_names: k names in label order.
     """
@@ -144,11 +201,25 @@ def _open_digits(spec: DataSpec) -> Source:
 
 
 def _open_tfds(spec: DataSpec) -> Source:
-    return tfds.open_tfds(name=spec.name, path=spec.path, train_split=spec.train_split, test_split=spec.test_split)
+    return tfds.open_tfds(
+        name=spec.name,
+        path=spec.path,
+        train_split=spec.train_split,
+        test_split=spec.test_split,
+        test_fraction=spec.test_fraction,
+        test_seed=spec.test_seed,
+    )
 
 
 def _open_folder(spec: DataSpec) -> Source:
-    source = folder.open_folder(spec.path, train_split=spec.train_split, test_split=spec.test_split)
+    source = folder.open_folder(
+        spec.path,
+        train_split=spec.train_split,
+        test_split=spec.test_split,
+        test_labels=spec.test_labels,
+        test_fraction=spec.test_fraction,
+        test_seed=spec.test_seed,
+    )
     return source._replace(name=spec.name or source.name)
 
 
@@ -162,7 +233,7 @@ class _Opened(NamedTuple):
     name: str
     kept: tuple[int, ...]
     class_names: tuple[str, ...]
-    convert: Convert
+    convert: Converter
 
 
 def _open(spec: DataSpec) -> _Opened:
@@ -173,15 +244,38 @@ def _open(spec: DataSpec) -> _Opened:
     if spec.subset:
         kept, names = subsets.resolve(spec.subset, source.class_names)
         name = f"{source.name}/{spec.subset}"
-    convert = converter(resolution=spec.resolution, resize=spec.resize, channels=spec.channels or source.channels)
+    if spec.classes:
+        kept, names = _positions(spec.classes, source), spec.classes
+        name = f"{source.name}/{len(names)} classes"
+    if source.notice:
+        warnings.warn(f"{name}: {source.notice}", DataNotice, stacklevel=3)
+    convert = Converter(
+        resolution=spec.resolution,
+        resize=spec.resize,
+        channels=spec.channels or source.channels,
+        background=spec.background,
+        max_pixels=spec.max_pixels,
+    )
     return _Opened(source=source, name=name, kept=kept, class_names=names, convert=convert)
+
+
+def _positions(classes: tuple[str, ...], source: Source) -> tuple[int, ...]:
+    unknown = [name for name in classes if name not in source.class_names]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], source.class_names, n=3) or source.class_names[:3]
+        raise ValueError(
+            f"data.classes: {source.name} has no class {unknown[0]!r}; expected names of its {len(source.class_names)} "
+            f"classes, such as {', '.join(map(repr, near))}"
+        )
+    return tuple(source.class_names.index(name) for name in classes)
 
 
 def load(spec: DataSpec) -> Dataset:
     """Reads a data set into memory.
 
-    Images of classes that were not asked for are never decoded: with `subset`, `per_class` or `test_limit` a first pass
-    reads labels only (TFDS records are still read from disk once, which is what bounds a subset of imagenet2012).
+    Images of classes that were not asked for are never decoded: with `subset`, `classes`, `per_class` or `test_limit` a
+    first pass reads labels only (TFDS records are still read from disk once, which is what bounds a subset of
+    imagenet2012).
 
     Args:
         spec: What to read.
@@ -192,14 +286,34 @@ def load(spec: DataSpec) -> Dataset:
     Raises:
         ImportError: The source needs a package that is not installed.
         FileNotFoundError: A file or folder does not exist, or a TFDS data set is not prepared.
-        OSError: A file is damaged or truncated.
+        OSError: Images cannot be read; all of them are counted, and the first named.
         ValueError: Unknown choice, missing classes, images of several sizes without a resolution, a class without
             images; or the data are not those of `spec.sha256`.
+
+    Warns:
+        DataNotice: Files were passed over, images left out or composited on the background.
     """
     opened = _open(spec)
-    train_images, train_labels = _read(opened, opened.source.train, chosen=bool(spec.subset), per_class=spec.per_class)
-    test_images, test_labels = _read(opened, opened.source.test, chosen=bool(spec.subset), limit=spec.test_limit)
-    found = check(Dataset(opened.name, train_images, train_labels, test_images, test_labels, opened.class_names))
+    train, train_labels, damaged = _read(opened, opened.source.train, per_class=spec.per_class)
+    test, test_labels, also = _read(opened, opened.source.test, limit=spec.test_limit)
+    unreadable, total = damaged + also, len(train) + len(test) + len(damaged) + len(also)
+    if unreadable:
+        more = f" and {len(unreadable) - _NAMED} more" if len(unreadable) > _NAMED else ""
+        which = f"{len(unreadable)} of {total} images cannot be read: {', '.join(unreadable[:_NAMED])}{more}"
+        if spec.unreadable == "error" or not (len(train) and len(test)):
+            way_out = "data.unreadable=skip goes on without" if len(train) and len(test) else "none is left of a split"
+            raise OSError(f"{opened.name}: {which}; {way_out}")
+        warnings.warn(f"{opened.name}: left out {which}", DataNotice, stacklevel=2)
+    composited = opened.convert.composited
+    if composited:
+        plain = f"; {sum(composited)} of them are of one colour then" if any(composited) else ""
+        warnings.warn(
+            f"{opened.name}: {len(composited)} of {total} images have transparent pixels, composited on "
+            f"{spec.background} (data.background){plain}",
+            DataNotice,
+            stacklevel=2,
+        )
+    found = check(Dataset(opened.name, train, train_labels, test, test_labels, opened.class_names))
     if spec.sha256:
         require_content(found.fingerprint(), spec.sha256, "data.sha256 names", "data.sha256='' to take these")
     return found
@@ -231,16 +345,21 @@ def records(spec: DataSpec) -> tuple[Records, np.ndarray, tuple[str, ...]]:
     """Opens the training images of a data set that is too large for memory, for `HostSampler`.
 
     Args:
-        spec: What to read; `per_class` and `subset` apply. Resolution 0 works only if all images have one size.
+        spec: What to read; `per_class`, `subset` and `classes` apply. Resolution 0 works only if all images have one
+            size. What cannot be read is an error when it is asked for.
 
     Returns:
         `(records, labels, class_names)`: a random-access sequence of `{"image": uint8 [h, w, c], "label": int}` that
         decodes on access, int32 [n] labels, k names.
 
     Raises:
-        ValueError: As for `load`, except that image sizes are only seen on access.
+        ValueError: As for `load`, except that image sizes are only seen on access; or `unreadable` is "skip".
         OSError: As for `load`.
     """
+    if spec.unreadable == "skip":
+        raise ValueError(
+            "data.unreadable: images that are read on access cannot be left out; expected error, found 'skip'"
+        )
     opened = _open(spec)
     split = opened.source.train
     indices, labels = choose(split, kept=opened.kept, per_class=spec.per_class)
@@ -250,15 +369,15 @@ def records(spec: DataSpec) -> tuple[Records, np.ndarray, tuple[str, ...]]:
 
 
 def _read(
-    opened: _Opened, split: Split, *, chosen: bool, per_class: int = 0, limit: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    if chosen or per_class or limit:
+    opened: _Opened, split: Split, *, per_class: int = 0, limit: int = 0
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    if len(opened.kept) < len(opened.source.class_names) or per_class or limit:
         indices, _ = choose(split, kept=opened.kept, per_class=per_class, limit=limit)
     else:
         # Everything is wanted: one pass that decodes is cheaper than a pass over the labels and another one.
         indices = np.arange(split.size)
-    images, labels = assemble(split, indices, opened.convert)
-    return images, _relabel(opened, labels, split)
+    images, labels, unreadable = assemble(split, indices, opened.convert)
+    return images, _relabel(opened, labels, split), unreadable
 
 
 def _relabel(opened: _Opened, labels: np.ndarray, split: Split) -> np.ndarray:
@@ -270,10 +389,12 @@ def _relabel(opened: _Opened, labels: np.ndarray, split: Split) -> np.ndarray:
 
 
 def check(dataset: Dataset) -> Dataset:
-    """Returns the data set unchanged if it is well-formed; for data sets made by hand as well as by `load`.
+    """Returns the data set if it is well-formed; for data sets made by hand as well as by `load`.
+
+    Nothing is changed but the precision of images in floating point, to float32.
 
     Raises:
-        TypeError: Images are not uint8, labels are not integers.
+        TypeError: Images are neither uint8 nor floating point, labels are not integers.
         ValueError: Wrong shapes or lengths, label out of range, a class without training images, an empty split,
             duplicate names.
     """
@@ -283,10 +404,11 @@ def check(dataset: Dataset) -> Dataset:
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
     ):
-        if images.dtype != np.uint8:
-            raise TypeError(f"{part}_images must be uint8, found {images.dtype}")
-        if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-            raise ValueError(f"{part}_images must have shape [n, h, w, 1 or 3] with n >= 1, found {list(images.shape)}")
+        images = pixels.check(images, f"{part}_images")
+        if images.shape[-1] not in (1, 3):
+            raise ValueError(f"{part}_images must have 1 or 3 channels, found shape {list(images.shape)}")
+        if images is not getattr(dataset, f"{part}_images"):
+            dataset = dataset._replace(**{f"{part}_images": images})
         if not np.issubdtype(labels.dtype, np.integer):
             raise TypeError(f"{part}_labels must be integers, found {labels.dtype}")
         if labels.shape != images.shape[:1]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from gsdd_jax.data.source import Convert, Source, Split
+from gsdd_jax.data.decode import Converter
+from gsdd_jax.data.source import Source, Split, draw
 
 TEST_IMAGES = 500
 _SPLIT_SEED = 0
@@ -38,17 +39,13 @@ def _stratified_choice(labels: np.ndarray, total: int) -> np.ndarray:
     share = total * count / count.sum()
     take = np.floor(share).astype(int)
     take[np.argsort(take - share, kind="stable")[: total - take.sum()]] += 1
-    # The split must not move: NumPy's policy freezes the streams of RandomState, but not those of default_rng.
-    random = np.random.RandomState(_SPLIT_SEED)
-    chosen = np.zeros(len(labels), bool)
-    for label, number in enumerate(take):
-        chosen[random.permutation(np.flatnonzero(labels == label))[:number]] = True
-    return chosen
+    return draw(labels, take, _SPLIT_SEED)
 
 
 def _array_split(where: str, images: np.ndarray, labels: np.ndarray) -> Split:
-    def read(indices: np.ndarray, convert: Convert) -> Iterator[tuple[int, np.ndarray]]:
+    def read(indices: np.ndarray, convert: Converter) -> Iterator[tuple[int, np.ndarray]]:
         for index in indices:
             yield int(labels[index]), convert(Image.fromarray(images[index]))
 
-    return Split(where=where, size=len(labels), labels=lambda: [labels], read=read)
+    name = f"image {{}} of the {where}".format
+    return Split(where=where, size=len(labels), labels=lambda: [labels], read=read, name=name)

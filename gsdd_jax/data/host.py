@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gsdd_jax import pixels
 from gsdd_jax.data.sampling import class_index
 
 
@@ -38,8 +39,9 @@ class HostSampler:
         """Prepares the class table; reads no image.
 
         Args:
-            source: uint8 [n, h, w, c], or any `__len__`/`__getitem__` sequence of `{"image": uint8 [h, w, c], ...}`
-                (`__getitems__` is used where there is one). Must be safe to read from one other thread.
+            source: [n, h, w, c], uint8 or floating point in [0,1], or any `__len__`/`__getitem__` sequence of records
+                `{"image": [h, w, c] in the same form, ...}` (`__getitems__` is used where there is one). Must be safe
+                to read from one other thread.
             labels: Integers [n] in [0, num_classes).
             num_classes: k.
             batch: Images per class and step, at least 1.
@@ -48,14 +50,12 @@ class HostSampler:
                 None.
 
         Raises:
-            TypeError: An array source is not uint8; labels are not integers.
-            ValueError: Lengths differ, batch or seed out of range, a class without images, a label out of range.
+            TypeError: An array source is neither uint8 nor floating point; labels are not integers.
+            ValueError: Images that are none, see `pixels.check`, lengths differ, batch or seed out of range, a class
+                without images, a label out of range.
         """
         if isinstance(source, np.ndarray):
-            if source.dtype != np.uint8:
-                raise TypeError(f"images must be uint8, found {source.dtype}")
-            if source.ndim != 4:
-                raise ValueError(f"images must have shape [n, h, w, c], found {list(source.shape)}")
+            source = pixels.check(source)
         if len(source) != len(labels):
             raise ValueError(f"{len(source)} images but {len(labels)} labels")
         if batch < 1:
@@ -87,11 +87,12 @@ class HostSampler:
         return np.take_along_axis(self._index, np.take_along_axis(order, turn, axis=1), axis=1)
 
     def batch(self, step: int) -> np.ndarray:
-        """Returns uint8 [k, batch, h, w, c], the images of a step, or those of its `classes`.
+        """Returns [k, batch, h, w, c], the images of a step, or those of its `classes`; uint8, or float32 in [0,1].
 
         Raises:
-            TypeError: A record's image is not uint8.
-            ValueError: The images of the batch differ in shape, or `step` is negative.
+            TypeError: A record's image is neither uint8 nor floating point.
+            ValueError: A record's image is none, see `pixels.check`, the images of the batch differ in shape or form,
+                or `step` is negative.
         """
         chosen = self.indices(step)[self._classes]
         flat = chosen.reshape(-1)
@@ -104,13 +105,15 @@ def _stack(source: Sequence[Any], flat: np.ndarray) -> np.ndarray:
     distinct, back = np.unique(flat, return_inverse=True)
     wanted = distinct.tolist()
     records = source.__getitems__(wanted) if hasattr(source, "__getitems__") else [source[i] for i in wanted]
-    images = [np.asarray(record["image"]) for record in records]
+    images = [
+        np.asarray(pixels.check(record["image"], f"image {place}", rank=3))
+        for place, record in zip(wanted, records, strict=True)
+    ]
     for place, image in zip(wanted, images, strict=True):
-        if image.dtype != np.uint8:
-            raise TypeError(f"image {place} must be uint8, found {image.dtype}")
-        if image.shape != images[0].shape:
+        if (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
             raise ValueError(
-                f"image {place} has shape {list(image.shape)}, image {wanted[0]} has {list(images[0].shape)}"
+                f"image {place} is {image.dtype} {list(image.shape)}, image {wanted[0]} is {images[0].dtype} "
+                f"{list(images[0].shape)}"
             )
     return np.stack(images)[back]
 

@@ -1,26 +1,21 @@
 """What every reader hands over, and the one path from there to a uint8 array.
 
 A reader (digits, tfds, folder) only knows how to list labels and how to decode given records. Choosing records,
-resizing, counting channels and stacking happen here, once for all sources. Nothing in this file knows a file format.
+splitting and stacking happen here, once for all sources; `gsdd_jax.data.decode` turns a file into pixels.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image
 
-Convert = Callable[[Image.Image], np.ndarray]
-Resize = Literal["crop", "squash"]
+from gsdd_jax.data.decode import Converter, Unreadable
+
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-
-# Modes that hold at most 8 bits per channel; "I;16", "I" and "F" would be clipped silently by a conversion.
-_EIGHT_BIT = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
-_GREY = frozenset({"1", "L", "LA", "La"})
 
 
 class Split(NamedTuple):
@@ -30,37 +25,43 @@ class Split(NamedTuple):
         where: Name for error messages: the split, and its file or folder.
         size: Number of records.
         labels: Yields the labels in stored order, in chunks, without decoding an image; may be abandoned early.
-        read: `read(indices, convert)` yields `(label, pixels)` for those records in that order; `convert` runs in the
-            decoding threads, so that full-size images never pile up.
+        read: `read(indices, convert)` yields `(label, pixels or Unreadable)` for those records in that order; `convert`
+            runs in the decoding threads, so that full-size images never pile up.
+        name: `name(index)` names a record for messages: its file, or its number in the split.
     """
 
     where: str
     size: int
     labels: Callable[[], Iterable[np.ndarray]]
-    read: Callable[[np.ndarray, Convert], Iterator[tuple[int, np.ndarray]]]
+    read: Callable[[np.ndarray, Converter], Iterator[tuple[int, np.ndarray | Unreadable]]]
+    name: Callable[[int], str]
 
 
 class Source(NamedTuple):
-    """A training and a test split with their class names; `channels` (1 or 3) is what the images have by nature."""
+    """A training and a test split with their class names.
+
+    `channels` (1 or 3) is what the images have by nature; `notice` says what a reader passed over.
+    """
 
     name: str
     class_names: tuple[str, ...]
     channels: int
     train: Split
     test: Split
+    notice: str = ""
 
 
 class Records:
     """Chosen records of a split as a random-access sequence of `{"image", "label"}`, decoded when asked for."""
 
-    def __init__(self, split: Split, indices: np.ndarray, labels: np.ndarray, convert: Convert) -> None:
+    def __init__(self, split: Split, indices: np.ndarray, labels: np.ndarray, convert: Converter) -> None:
         """Keeps what is needed to decode later.
 
         Args:
             split: The split to read from.
             indices: int64 [n], positions of the chosen records in the split.
             labels: int32 [n], the labels to report (after reordering of classes).
-            convert: Turns a PIL image into uint8 [h, w, c].
+            convert: Turns an image into uint8 [h, w, c].
         """
         self._split, self._indices, self._labels, self._convert = split, indices, labels, convert
 
@@ -73,53 +74,19 @@ class Records:
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """Decodes several records, on all cores."""
+        """Decodes several records, on all cores.
+
+        Raises:
+            OSError: An image cannot be read.
+        """
         at = np.asarray(positions, np.int64)
-        images = (pixels for _, pixels in self._split.read(self._indices[at], self._convert))
-        return [{"image": image, "label": int(label)} for image, label in zip(images, self._labels[at], strict=True)]
-
-
-def converter(*, resolution: int, resize: Resize, channels: int) -> Convert:
-    """Makes the function that turns a decoded PIL image into uint8 [h, w, c].
-
-    Args:
-        resolution: 0 = keep the size; otherwise the side of the square result in pixels.
-        resize: "crop" = short side to `resolution`, then centre crop; "squash" = both sides to `resolution`. Both use
-            PIL's antialiased Lanczos filter.
-        channels: 1 (luma, ITU-R 601) or 3 (RGB; grey is replicated, alpha is dropped).
-    """
-    mode = {1: "L", 3: "RGB"}[channels]
-
-    def convert(image: Image.Image) -> np.ndarray:
-        if image.mode not in _EIGHT_BIT:
-            raise ValueError(f"image mode {image.mode!r} is not 8 bits per channel (uint8); convert the files first")
-        if image.mode != mode:
-            image = image.convert(mode)
-        if resolution and image.size != (resolution, resolution):
-            image = _squash(image, resolution) if resize == "squash" else _short_side_and_crop(image, resolution)
-        pixels = np.asarray(image)
-        return pixels[..., None] if channels == 1 else pixels
-
-    return convert
-
-
-def _squash(image: Image.Image, side: int) -> Image.Image:
-    return image.resize((side, side), Image.Resampling.LANCZOS)
-
-
-def _short_side_and_crop(image: Image.Image, side: int) -> Image.Image:
-    width, height = image.size
-    scale = side / min(width, height)
-    width, height = max(side, round(width * scale)), max(side, round(height * scale))
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Whether the file stores one channel (with or without alpha)."""
-    return image.mode in _GREY
+        decoded = self._split.read(self._indices[at], self._convert)
+        records = []
+        for index, label, (_, pixels) in zip(self._indices[at], self._labels[at], decoded, strict=True):
+            if isinstance(pixels, Unreadable):
+                raise OSError(f"cannot read {self._split.name(index)} ({pixels.reason})")
+            records.append({"image": pixels, "label": int(label)})
+        return records
 
 
 def choose(split: Split, *, kept: Sequence[int], per_class: int = 0, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -165,11 +132,12 @@ def _rank_within_class(labels: np.ndarray) -> np.ndarray:
     return rank
 
 
-def assemble(split: Split, indices: np.ndarray, convert: Convert) -> tuple[np.ndarray, np.ndarray]:
+def assemble(split: Split, indices: np.ndarray, convert: Converter) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Decodes records into one array.
 
     Returns:
-        `(images, labels)`: uint8 [n, h, w, c] and int32 [n] *source* labels.
+        `(images, labels, unreadable)`: uint8 [n, h, w, c] and int32 [n] *source* labels of those that can be read, and
+        the names of the others, each with the reason. `images` has no side where none can be read.
 
     Raises:
         ValueError: The images differ in size, or there are none.
@@ -178,17 +146,62 @@ def assemble(split: Split, indices: np.ndarray, convert: Convert) -> tuple[np.nd
         raise ValueError(f"{split.where} has no image of the chosen classes")
     labels = np.empty(len(indices), np.int32)
     images: np.ndarray | None = None
-    for place, (label, pixels) in enumerate(split.read(indices, convert)):
+    first, read, unreadable = 0, 0, []
+    for index, (label, pixels) in zip(indices, split.read(indices, convert), strict=True):
+        if isinstance(pixels, Unreadable):
+            unreadable.append(f"{split.name(index)} ({pixels.reason})")
+            continue
         if images is None:
-            images = np.empty((len(indices), *pixels.shape), np.uint8)
+            images, first = np.empty((len(indices), *pixels.shape), np.uint8), index
         if pixels.shape != images.shape[1:]:
             raise ValueError(
-                f"{split.where}: image {indices[place]} is {_size(pixels)}, image {indices[0]} is {_size(images[0])}; "
+                f"{split.where}: {split.name(index)} is {_size(pixels)}, {split.name(first)} is {_size(images[0])}; "
                 "images of several sizes need data.resolution > 0"
             )
-        images[place], labels[place] = pixels, label
-    assert images is not None
-    return images, labels
+        images[read], labels[read] = pixels, label
+        read += 1
+    images = np.empty((0, 0, 0, convert.channels), np.uint8) if images is None else images
+    return images[:read], labels[:read], unreadable
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Splits off test images: of each class its share, rounded, but at least one and never all.
+
+    Which ones depends on the seed and on the labels in stored order, and on nothing else.
+
+    Args:
+        split: All images.
+        fraction: Share of the test images, in (0, 1).
+        seed: Of the draw.
+
+    Returns:
+        Training and test split.
+    """
+    labels = np.concatenate([np.asarray(chunk, np.int32) for chunk in split.labels()] or [np.zeros(0, np.int32)])
+    count = np.bincount(labels[labels >= 0])
+    test = draw(labels, [min(max(1, round(fraction * n)), n - 1) if n else 0 for n in count.tolist()], seed)
+
+    def part(chosen: np.ndarray, what: str) -> Split:
+        rows = np.flatnonzero(chosen)
+        return Split(
+            where=f"{what} images of {split.where}",
+            size=len(rows),
+            labels=lambda: [labels[rows]],
+            read=lambda indices, convert: split.read(rows[indices], convert),
+            name=lambda index: split.name(rows[index]),
+        )
+
+    return part(~test, "training"), part(test, "test")
+
+
+def draw(labels: np.ndarray, numbers: Sequence[int], seed: int) -> np.ndarray:
+    """Draws so many records of each class, by a seeded generator; bool [n], true for the drawn ones."""
+    # The split must not move: NumPy's policy freezes the streams of RandomState, but not those of default_rng.
+    random = np.random.RandomState(seed)
+    chosen = np.zeros(len(labels), bool)
+    for label, number in enumerate(numbers):
+        chosen[random.permutation(np.flatnonzero(labels == label))[:number]] = True
+    return chosen
 
 
 def _size(pixels: np.ndarray) -> str:

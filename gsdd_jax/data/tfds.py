@@ -10,16 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from gsdd_jax.data.source import Convert, Source, Split, parallel
+from gsdd_jax.data.decode import Converter, Unreadable
+from gsdd_jax.data.source import Source, Split, hold_out, parallel
 
 TEST_SPLITS = ("test", "validation", "val")
 # Records per call into the reader: about 60 MB of ImageNet JPEGs, 0.5 MB of CIFAR.
 _CHUNK = 512
 
 
-def open_tfds(*, name: str = "", path: str | Path = "", train_split: str = "", test_split: str = "") -> Source:
+def open_tfds(
+    *,
+    name: str = "",
+    path: str | Path = "",
+    train_split: str = "",
+    test_split: str = "",
+    test_fraction: float = 0.0,
+    test_seed: int = 0,
+) -> Source:
     """Opens a prepared TFDS data set; decodes nothing yet.
 
     Args:
@@ -29,6 +37,8 @@ def open_tfds(*, name: str = "", path: str | Path = "", train_split: str = "", t
         train_split: TFDS split or slice ("train[:90%]"); "" = "train".
         test_split: Likewise; "" = the first of "test", "validation", "val" that carries labels (the test split of
             imagenet2012 does not).
+        test_fraction: Share of each class of the training split to take as test images instead; 0 = none.
+        test_seed: Seed of that split.
 
     Raises:
         ImportError: tensorflow_datasets is not installed.
@@ -42,7 +52,10 @@ def open_tfds(*, name: str = "", path: str | Path = "", train_split: str = "", t
     channels = _check_features(library, features, builder.data_path)
     class_names = tuple(features["label"].names)
     train = _open_split(library, builder, train_split or "train", "data.train_split")
-    test = _open_split(library, builder, test_split or _find_test(library, builder), "data.test_split")
+    if test_fraction:
+        train, test = hold_out(train, test_fraction, test_seed)
+    else:
+        test = _open_split(library, builder, test_split or _find_test(library, builder), "data.test_split")
     return Source(name=name or builder.name, class_names=class_names, channels=channels, train=train, test=test)
 
 
@@ -156,25 +169,17 @@ def _open_split(library: Any, builder: Any, name: str, key: str, *, chunk: int =
             batch = fetch(list(range(start, min(size, start + chunk))))
             yield np.array([record["label"] for record in batch], np.int32)
 
-    def read(indices: np.ndarray, convert: Convert) -> Iterator[tuple[int, np.ndarray]]:
-        def decode(item: tuple[int, dict[str, Any]]) -> tuple[int, np.ndarray]:
-            index, record = item
-            try:
-                with Image.open(io.BytesIO(record["image"])) as image:
-                    return int(record["label"]), convert(image)
-            except (OSError, SyntaxError) as error:
-                raise OSError(f"cannot decode image {index} of {where}: {_line(error)}") from error
-            except ValueError as error:
-                raise ValueError(f"image {index} of {where}: {error}") from error
+    def read(indices: np.ndarray, convert: Converter) -> Iterator[tuple[int, np.ndarray | Unreadable]]:
+        def decode(record: dict[str, Any]) -> tuple[int, np.ndarray | Unreadable]:
+            return int(record["label"]), convert.read(io.BytesIO(record["image"]))
 
-        def items() -> Iterator[tuple[int, dict[str, Any]]]:
+        def items() -> Iterator[dict[str, Any]]:
             for start in range(0, len(indices), chunk):
-                batch = indices[start : start + chunk].tolist()
-                yield from zip(batch, fetch(batch), strict=True)
+                yield from fetch(indices[start : start + chunk].tolist())
 
         return parallel(decode, items())
 
-    return Split(where=where, size=size, labels=labels, read=read)
+    return Split(where=where, size=size, labels=labels, read=read, name=lambda index: f"image {index} of {where}")
 
 
 def _line(error: Exception) -> str:

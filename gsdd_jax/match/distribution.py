@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.nets import Network
@@ -51,7 +52,7 @@ def distribution_loss(
 
     Args:
         key: Decides the network and the augmentations; consumed.
-        real: ``[k, b, h, w, c]`` uint8 images.
+        real: ``[k, b, h, w, c]`` images, uint8 or in [0,1].
         syn: ``[k, g, h, w, c]`` float images in [0,1].
         network: The architecture of ``phi``.
         augment: DSA settings.
@@ -86,5 +87,5 @@ def distribution_loss(
 
     keys = split(share.take(jax.random.split(key_augment, share.total)))
     real_chunks = split(real)
-    targets = jax.lax.map(lambda x: embed(shared, x[0], x[1].astype(jnp.float32) / 255), (keys, real_chunks))
+    targets = jax.lax.map(lambda x: embed(shared, x[0], pixels.as_float(x[1], "real")), (keys, real_chunks))
     return sum_of_chunks(chunk_loss, split(syn), (keys, jax.lax.stop_gradient(targets), weight), shared)

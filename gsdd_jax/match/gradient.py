@@ -11,6 +11,7 @@ import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
+from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.match.distribution import Transform
@@ -72,7 +73,7 @@ def gradient_loss(
 
     Args:
         key: Decides the augmentations; consumed.
-        real: ``[k, b, h, w, c]`` uint8 images.
+        real: ``[k, b, h, w, c]`` images, uint8 or in [0,1].
         syn: ``[k, g, h, w, c]`` float images in [0,1].
         params: Weights of the network; constants here.
         network: Its architecture.
@@ -105,7 +106,7 @@ def gradient_loss(
     def of_chunk(
         shared: Any, syn: jax.Array, keys: jax.Array, labels: jax.Array, weight: jax.Array, real: jax.Array
     ) -> jax.Array:
-        wanted = jax.lax.stop_gradient(gradients(shared, real.astype(syn.dtype) / 255, keys, labels))
+        wanted = jax.lax.stop_gradient(gradients(shared, pixels.as_float(real, "real").astype(syn.dtype), keys, labels))
         return jnp.sum(weight * jax.vmap(layerwise_distance)(wanted, gradients(shared, syn, keys, labels)))
 
     keys = split(share.take(jax.random.split(key, share.total)))

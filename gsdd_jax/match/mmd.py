@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from gsdd_jax import pixels
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.match.distribution import Transform
 from gsdd_jax.nets import Network
@@ -102,7 +103,7 @@ def feature_mmd(
     Images are not augmented, as in D3.
 
     Args:
-        real: ``[k, a, h, w, c]`` uint8 images; a >= 2.
+        real: ``[k, a, h, w, c]`` images, uint8 or in [0,1]; a >= 2.
         syn: ``[k, b, h, w, c]`` float images in [0,1]; b >= 2.
         params: Of the network; D3: of an expert after its last epoch.
         network: Its architecture.
@@ -127,7 +128,7 @@ def feature_mmd(
     def chunk_loss(shared: Any, syn: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
         return weight[0] * mmd(target, embed(shared, syn[0]))
 
-    targets = jax.lax.map(lambda x: embed(shared, x.astype(jnp.float32) / 255), real)
+    targets = jax.lax.map(lambda x: embed(shared, pixels.as_float(x, "real")), real)
     return sum_of_chunks(chunk_loss, split(syn), (jax.lax.stop_gradient(targets), weight), shared)
 
 
