@@ -279,6 +279,7 @@ def test_an_empty_target_is_taken(run, tmp_path):
         (["--to", "npz", "--size", "big"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found 'big'"),
         (["--to", "npz", "--size", "0"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found '0'"),
         (["--to", "npz", "--size", "9000x2"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH"),
+        (["--to", "set", "--size", "8"], "--size: a set is drawn at any size later; leave it out, found '8'"),
         (["--to", "npz", "--run", "absent"], "absent: no distilled set here"),
         (["--to", "npz", "--out", "absent/out"], "--out: no such directory: absent"),
     ],

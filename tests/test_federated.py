@@ -751,7 +751,7 @@ def test_labels_of_the_whole_have_to_fit_the_budget(toy):
 
 def test_other_data_than_those_of_the_subtasks_are_refused(subtasks, tmp_path, capsys):
     line = refused(capsys, merging(*subtasks, "data.per_class=7", "--out", tmp_path / "merged"))
-    assert "data: digits is not what the subtasks were made from" in line
+    assert "data: other images, labels or class names than the subtasks were made from: SHA-256" in line
 
 
 def test_tests_of_one_merge_do_not_stand_for_another(subtasks, copies, whole, tmp_path, capsys):

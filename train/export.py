@@ -13,13 +13,13 @@
                  and ``data.source=tfds``; one split, ``train``; features ``image``, ``label``, ``soft_label``.
     huggingface  ``data/train-*.parquet`` for ``load_dataset`` of Hugging Face ``datasets``, and a card; columns
                  ``image``, ``label`` (a ClassLabel with the names of the classes), ``soft_label``.
-    set          the set itself, two files that `gsdd_jax.load` reads; ``--size`` changes nothing.
+    set          the set itself, which `gsdd_jax.load` reads, such as that of a checkpoint (``--checkpoint``).
 
 All have a ``metadata.json``: the names of the classes as they are, what the set recorded (whitening, statistics of the
 channels, learned rate), and how the run trained its test networks.
 
-Images are those of the codec before any whitening, around [0,1]. PNGs, hence all forms but ``npz``, have 8 bits: values
-are clipped to [0,1] and rounded. What a form lacks that the accuracies of the run needed is said in one line.
+Images are those of the codec before any whitening, around [0,1]. PNGs, hence all forms but ``npz`` and ``set``, have 8
+bits: values are clipped to [0,1] and rounded. What a form lacks that the accuracies of the run needed is said in one line.
 
 The target must not exist or be empty. It appears under its name when all of it is written.
 """
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.to not in FORMS:
             raise UserError(f"--to: unknown form {args.to!r}; allowed: {', '.join(FORMS)}")
         size = _size(args.size) if args.size else None
+        if size and args.to == "set":
+            raise UserError(f"--size: a set is drawn at any size later; leave it out, found {args.size!r}")
         out = Path(args.out)
         check_target(out)
         export = export_of(Path(args.run), args.to, size, checkpoint=args.checkpoint)

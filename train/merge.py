@@ -270,8 +270,11 @@ def _check_labels(config: configs.RunConfig, merged: MergedSet) -> None:
 
 def _whole(config: configs.RunConfig, merged: MergedSet, fingerprint: str) -> Experiment:
     """Reads all classes, and builds what networks are tested with; there is no codec of the whole."""
-    asked, config = config, dataclasses.replace(config, data=dataclasses.replace(config.data, sha256=fingerprint))
-    dataset = data.load(config.data)
+    dataset = data.load(dataclasses.replace(config.data, sha256=""))
+    data.require_content(
+        dataset.fingerprint(), fingerprint, "the subtasks were made from", "merge subtasks that were made from these"
+    )
+    asked, config = config, experiments.known_data(config, dataset)
     shape = dataset.image_shape
     return Experiment(
         config,

@@ -330,9 +330,8 @@ def read_steps(path: str | os.PathLike[str]) -> dict[str, int]:
 
 def read_command(path: str | os.PathLike[str]) -> str | None:
     """Returns the command that goes on with the run in `path`, that of its last start, if it is known."""
-    starts = read_environment(path)
-    command = starts[-1].get("command", "") if starts else ""
-    return command if "train.distill" in command else None
+    commands = [start.get("command", "") for start in reversed(read_environment(path))]
+    return next((command for command in commands if "train.distill" in command), None)
 
 
 def read_environment(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
