@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -326,7 +327,10 @@ def without(*names: str) -> list[str]:
     [
         (without("--process"), "--coordinator: expected all of .*; --process missing"),
         (without("--coordinator", "--processes"), "--process: expected all of .*; --coordinator, --processes missing"),
-        ([*FLAGS, "--coordinator", "node"], "--coordinator: expected HOST:PORT, found 'node'"),
+        ([*FLAGS, "--coordinator", "node"], "--coordinator: expected HOST:PORT .*, found 'node'"),
+        ([*FLAGS, "--coordinator", "node:x"], "--coordinator: expected HOST:PORT with a port .*, found 'node:x'"),
+        ([*FLAGS, "--coordinator", "node:70000"], "with a port from 1 to 65535, found 'node:70000'"),
+        ([*FLAGS, "--coordinator", ":1234"], "--coordinator: expected HOST:PORT .*, found ':1234'"),
         ([*FLAGS, "--process", "3"], "--process: expected 0 to --processes - 1, found 3 of 3"),
         ([*FLAGS, "--process", "-1"], "--process: expected 0 to --processes - 1, found -1 of 3"),
         ([*FLAGS, "--processes", "0"], "--process: expected 0 to --processes - 1, found 2 of 0"),
@@ -342,3 +346,55 @@ def test_a_variable_that_is_no_number_is_named(flags, monkeypatch, value):
     monkeypatch.setenv("JAX_NUM_PROCESSES", value)
     with pytest.raises(ConfigError, match=f"JAX_NUM_PROCESSES: expected a number, found '{value}'"):
         flags("--coordinator", "node:1234", "--process", "0")
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Calls the roll of processes ``(index, count)`` that have little time; gives what each of them ends with."""
+    for name, seconds in {"REACH": 0.5, "GATHER": 0.5, "POLL": 0.1}.items():
+        monkeypatch.setattr(hosts, name, seconds)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def one(index: int, count: int) -> str:
+        try:
+            return hosts._call_the_roll(address, count, index) or ""
+        except ConfigError as error:
+            return str(error).replace(address, "HOST:PORT")
+
+    def together(*processes: tuple[int, int]) -> list[str]:
+        with futures.ThreadPoolExecutor(len(processes)) as threads:
+            return list(threads.map(one, *zip(*processes, strict=True)))
+
+    return together
+
+
+def test_processes_that_are_all_there_go_on(call):
+    assert call((2, 3), (0, 3), (1, 3)) == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        ([(0, 4), (2, 4)], "--processes: of 4, process 1, 3 did not come within 0.5 s"),
+        ([(0, 4), (2, 4), (2, 4)], "--process: 2 was given to two processes; each needs its own, from 0 to 3"),
+        ([(0, 3), (1, 2)], "--processes: found 2 in process 1 and 3 in process 0"),
+        ([(1, 2)], "--coordinator: process 0 does not answer at HOST:PORT within 0.5 s (Connection refused); start it"),
+    ],
+)
+def test_all_processes_say_what_keeps_them_apart(call, processes, message):
+    said = call(*processes)
+    # One of two with the same number may be told nothing by process 0, which has left.
+    assert said[0].startswith(message) and all(text.startswith((message, "--coordinator")) for text in said)
+
+
+def test_a_coordinator_without_an_address_is_named(monkeypatch):
+    monkeypatch.setattr(hosts, "REACH", 0)
+    with pytest.raises(ConfigError, match="process 0 does not answer at no.such.host.invalid:1234 within 0 s"):
+        hosts._call_the_roll("no.such.host.invalid:1234", 2, 1)
+
+
+def test_a_port_that_another_program_has_is_named(monkeypatch):
+    with socket.create_server(("", 0)) as taken, pytest.raises(ConfigError, match="--coordinator: cannot listen at"):
+        hosts._call_the_roll(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0)

@@ -5,8 +5,9 @@ others follow: they hold their share of the data, wait for what the leader annou
 What is announced goes through the key-value store of `jax.distributed`, which the leader's process serves; arrays go
 through collectives.
 
-JAX aborts a process when another one has died, in a way that Python cannot catch. So each process of a run in several
-is the child of one that only waits, and says in one line what happened and what to do.
+JAX aborts a process when another one has died or did not come, in a way that Python cannot catch. So each process of a
+run in several is the child of one that only waits, and says in one line what happened and what to do. Before they start
+their children, these call the roll.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +38,8 @@ from train.rundir import differences
 EXIT_LOST = 3
 # Seconds without a sign of life after which a process counts as dead.
 HEARTBEAT = 30
+# Seconds in which process 0 must answer the others, and in which all must have come to it.
+REACH, GATHER = 60, 300
 # Seconds between two looks at what other processes want, and the longest wait for a message before the next try.
 POLL = 1.0
 # Seconds in which all processes come to where they need each other: one may be compiling or reading data.
@@ -138,7 +142,7 @@ def joined(args: argparse.Namespace) -> Iterator[Crew]:
         args: Parsed flags of `add_arguments`.
 
     Raises:
-        ConfigError: The flags are incomplete or out of range.
+        ConfigError: The flags are incomplete or out of range, process 0 cannot be reached, or others did not come.
         SystemExit: In the process that only waits: with the code of the one that works.
     """
     settings = _settings(args)
@@ -146,6 +150,8 @@ def joined(args: argparse.Namespace) -> Iterator[Crew]:
         yield Crew()
         return
     if CHILD not in os.environ:
+        if settings:
+            _call_the_roll(**settings)
         raise SystemExit(_wait_for_child())
     _listen_to_parent(int(os.environ[CHILD]))
     try:
@@ -189,8 +195,9 @@ def _settings(args: argparse.Namespace) -> dict[str, Any] | None:
         absent = ", ".join(f"--{name}" for name in given if name not in known)
         raise ConfigError(f"--{known[0]}: expected all of --coordinator, --processes and --process; {absent} missing")
     coordinator, count, index = given.values()
-    if ":" not in coordinator:
-        raise ConfigError(f"--coordinator: expected HOST:PORT, found {coordinator!r}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"--coordinator: expected HOST:PORT with a port from 1 to 65535, found {coordinator!r}")
     if count < 1 or not 0 <= index < count:
         raise ConfigError(f"--process: expected 0 to --processes - 1, found {index} of {count}")
     if count == 1:
@@ -202,6 +209,76 @@ def _number(variable: str, text: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"{variable}: expected a number, found {text!r}")
     return int(text)
+
+
+def _call_the_roll(coordinator_address: str, num_processes: int, process_id: int) -> None:
+    """Waits until all processes are there, at the port where JAX will then listen.
+
+    Raises:
+        ConfigError: They do not find each other, or two of them do not fit together.
+        Stopped: This process was asked to end.
+    """
+    host, _, port = coordinator_address.rpartition(":")
+    if process_id:
+        error = _answer_the_roll((host.strip("[]"), int(port)), num_processes, process_id)
+    else:
+        try:
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            server = socket.create_server(("", int(port)), family=family, dualstack_ipv6=both)
+        except OSError as busy:
+            raise ConfigError(f"--coordinator: cannot listen at {coordinator_address}: {busy.strerror}") from busy
+        with server:
+            error = _hear_the_roll(server, num_processes)
+    if error:
+        raise ConfigError(error)
+
+
+def _hear_the_roll(server: socket.socket, count: int) -> str:
+    """Returns what is wrong, or nothing once all are there, and tells the others the same."""
+    server.settimeout(POLL)
+    deadline, error, there = time.monotonic() + GATHER, "", dict[int, socket.socket]()
+    with contextlib.ExitStack() as open_sockets:
+        while len(there) < count - 1 and not error:
+            stopping.raise_if_requested()
+            if time.monotonic() > deadline:
+                absent = ", ".join(str(i) for i in range(1, count) if i not in there)
+                error = f"--processes: of {count}, process {absent} did not come within {GATHER} s; start all of them"
+            with contextlib.suppress(OSError, ValueError):
+                other = open_sockets.enter_context(server.accept()[0])
+                other.settimeout(POLL)
+                index, of = json.loads(other.recv(1024))
+                if of != count:
+                    error = f"--processes: found {of} in process {index} and {count} in process 0; start all alike"
+                elif index in there:
+                    error = f"--process: {index} was given to two processes; each needs its own, from 0 to {count - 1}"
+                there[index] = other
+        for other in there.values():
+            with contextlib.suppress(OSError):
+                other.sendall(json.dumps(error).encode())
+                # The first to close a connection keeps its port busy.
+                other.recv(1)
+    return error
+
+
+def _answer_the_roll(address: tuple[str, int], count: int, index: int) -> str:
+    """Returns what process 0 says is wrong, or nothing once all are there."""
+    deadline = time.monotonic() + REACH
+    while True:
+        stopping.raise_if_requested()
+        try:
+            with socket.create_connection(address, timeout=POLL) as leader:
+                leader.sendall(json.dumps([index, count]).encode())
+                leader.settimeout(GATHER + REACH)
+                return json.loads(leader.recv(1024))
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline:
+                where, why = ":".join(map(str, address)), getattr(error, "strerror", None) or error
+                raise ConfigError(
+                    f"--coordinator: process 0 does not answer at {where} within {REACH} s ({why}); "
+                    "start it too, and name the machine where it runs"
+                ) from error
+        time.sleep(POLL / 2)
 
 
 def _store() -> Any:
