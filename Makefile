@@ -8,6 +8,12 @@ OUT ?= runs/digits
 # Two processes: compilation, which most tests wait for, uses one core. Files stay whole, for their shared fixtures.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
+# Python:resolution of uv, for "make versions": lowest-direct is every lower bound of setup.cfg.
+VERSIONS ?= 3.11:lowest-direct 3.12:highest 3.13:highest
+# A few tests from every room.
+VERSIONS_TESTS ?= tests/test_precision.py tests/test_splat.py tests/test_storage.py tests/test_checkpoint.py \
+  tests/test_rundir.py tests/test_exchange.py tests/test_parallel.py tests/test_errors.py tests/test_cli.py::test_demo_succeeds_and_prints_its_table
+
 VENV_PYTHON := $(VENV)/bin/python
 # Touched last, so an interrupted installation is taken up again; a change of the metadata installs again.
 STAMP := $(VENV)/.installed-dev
@@ -15,7 +21,7 @@ STAMP := $(VENV)/.installed-dev
 LOWERING := $(VENV)/.installed-lowering
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types pytest format wheel clean distclean
+.PHONY: help env demo test lint types pytest versions format wheel clean distclean
 
 help:
 	@echo "make demo       distil the digits dataset on the CPU into $(OUT)"
@@ -23,6 +29,7 @@ help:
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make types      mypy"
 	@echo "make pytest     the test suite alone; PYTEST_ARGS='-k render' passes arguments on"
+	@echo "make versions   a short suite on the oldest and newest packages, on each Python that is there"
 	@echo "make format     rewrite the sources in the house format"
 	@echo "make wheel      build the wheel into dist/"
 	@echo "make clean      remove caches and build outputs; distclean removes $(VENV) as well"
@@ -64,6 +71,19 @@ types: $(STAMP)
 
 pytest: $(LOWERING)
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+versions: $(STAMP)
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	@set -e; for pair in $(VERSIONS); do \
+	  python=$${pair%:*}; resolution=$${pair#*:}; there=$(VENV)/versions/$$python-$$resolution; \
+	  if ! $(VENV)/bin/uv python find --quiet --no-python-downloads "$$python" >/dev/null 2>&1; then \
+	    echo "skipped: no Python $$python on this machine"; continue; \
+	  fi; \
+	  echo "Python $$python, $$resolution:"; \
+	  $(VENV)/bin/uv venv --quiet --clear --no-python-downloads --python "$$python" "$$there"; \
+	  $(VENV)/bin/uv pip install --quiet --python "$$there" --resolution "$$resolution" --editable '.[dev]'; \
+	  "$$there/bin/python" -m pytest $(PYTEST_ARGS) --quiet $(VERSIONS_TESTS); \
+	done
 
 format: $(STAMP)
 	$(VENV_PYTHON) -m ruff check --fix .

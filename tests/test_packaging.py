@@ -103,12 +103,20 @@ def test_metadata_name_the_versions_that_work(metadata):
     assert metadata["metadata"]["license"] == "Apache-2.0"
     assert metadata["options"]["python_requires"] == ">=3.11"
     jax = next(item for item in requirements(metadata["options"]["install_requires"]) if item.name == "jax")
-    assert [jax.specifier.contains(version) for version in ("0.10.1", "0.10.2", "0.11.2", "0.12.0")] == [
-        False,
-        True,
-        True,
-        False,
-    ]
+    versions = ("0.10.1", "0.10.2", "0.11.2", "0.12.0.1")
+    assert [jax.specifier.contains(version) for version in versions] == [False, True, True, True]
+
+
+def test_the_gpu_kernels_alone_keep_jax_where_jax_triton_works(extras):
+    for name in ("cuda", "lowering"):
+        jax = next(item for item in extras[name] if item.name == "jax")
+        assert jax.specifier.contains("0.11.2") and not jax.specifier.contains("0.12.0.1"), name
+
+
+def test_what_is_tried_by_make_versions_is_what_the_classifiers_name(metadata):
+    tried = re.findall(r"\b(3\.\d+):", re.search(r"^VERSIONS .*", (ROOT / "Makefile").read_text(), re.M)[0])
+    named = re.findall(r"Python :: (3\.\d+)$", metadata["metadata"]["classifiers"], re.M)
+    assert tried == named
 
 
 def test_tools_are_pinned_exactly(extras):
