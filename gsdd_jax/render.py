@@ -8,6 +8,7 @@ import numpy as np
 
 from gsdd_jax.gaussians import Gaussians, to_pixels
 from kernels import DEFAULT_CUTOFF, splat
+from kernels.spec import integer
 
 
 def render(
@@ -44,20 +45,25 @@ def render(
         >>> render(g).shape, render(g, size=(32, 48)).shape
         ((1, 8, 8, 3), (1, 32, 48, 3))
     """
-    _check(g, size)
-    height, width = size or g.size
+    _check(g)
+    height, width = size = _pixels(g.size, "size of the Gaussians") if size is None else _pixels(size, "size")
     narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if x.dtype == np.float64 else x, g)
     splats = to_pixels(narrow, size)
     return splat(*splats, height=height, width=width, supersample=supersample, cutoff=cutoff, backend=backend)
 
 
-def _check(g: Gaussians, size: tuple[int, int] | None) -> None:
+def _check(g: Gaussians) -> None:
     lead = jnp.shape(g.mean)[:2]
     expected = {"mean": (*lead, 2), "cholesky": (*lead, 3), "color": (*lead, jnp.shape(g.color)[-1]), "opacity": lead}
     for name, shape in expected.items():
         found = jnp.shape(getattr(g, name))
         if len(lead) != 2 or found != shape:
             raise ValueError(f"{name}: expected shape {list(shape)} for [n, m] = {list(lead)}, found {list(found)}")
-    for name, value in (("size of the Gaussians", g.size), ("size", size or g.size)):
-        if len(value) != 2 or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in value):
-            raise ValueError(f"{name}: expected (height, width), two integers >= 1; found {value!r}")
+
+
+def _pixels(size: tuple[int, int], name: str) -> tuple[int, int]:
+    try:
+        height, width = (integer(side, name) for side in size)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected (height, width), two integers >= 1; found {size!r}") from None
+    return height, width

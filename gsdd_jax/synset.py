@@ -150,7 +150,7 @@ class SynSet:
             "image_shape": list(self.codec.image_shape),
             "num_classes": self.codec.num_classes,
             "images_per_class": self.codec.images_per_class,
-            "bytes_per_class": self.bytes_per_class,
+            "bytes_per_class": int(self.bytes_per_class),
             "class_names": list(self.class_names),
             **({} if self.soft is None else {"labels": self.soft.entry}),
             "sizes": sizes,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+from typing import SupportsIndex
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,13 +32,24 @@ class SplatSpec:
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "supersample"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, found {value!r}")
+            object.__setattr__(self, name, integer(getattr(self, name), name))
         if not (isinstance(self.cutoff, int | float) and math.isfinite(self.cutoff) and 0 <= self.cutoff < 1):
             raise ValueError(f"cutoff: expected a number in [0, 1), found {self.cutoff!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {self.backend!r}")
+
+
+def integer(value: SupportsIndex, name: str) -> int:
+    """Returns a count as Python's own integer, whichever kind it is of, NumPy's too.
+
+    Raises:
+        ValueError: It is none, or below 1.
+    """
+    # Neither is a count, though both pass for one.
+    found = None if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__") else operator.index(value)
+    if found is None or found < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, found {value!r}")
+    return found
 
 
 BACKENDS = ("auto", "xla", "triton")

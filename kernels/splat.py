@@ -77,7 +77,7 @@ def splat(
 
     Raises:
         ValueError: A shape or a setting is off, or ``backend="triton"`` without a GPU; the message names it.
-        TypeError: An operand is not floating point.
+        TypeError: An operand is not floating point, or a second derivative is asked for.
         ImportError: ``backend="triton"`` without jax-triton, or with one that does not work with this JAX or GPU.
     """
     spec = SplatSpec(
@@ -123,12 +123,32 @@ def _operator(spec: SplatSpec) -> Callable[..., jax.Array]:
     forward = _fold_batches(jax.jit(functools.partial(_forward, spec)))
     backward = _fold_batches(jax.jit(functools.partial(_backward, spec)))
 
+    # The rule for first derivatives is what second ones would differentiate.
+    rule = _once(forward), _once(backward)
+
     @jax.custom_vjp
     def operator(centers, conics, colors):
         return forward(centers, conics, colors)
 
-    operator.defvjp(lambda *inputs: (forward(*inputs), inputs), lambda inputs, v_image: backward(*inputs, v_image))
+    operator.defvjp(lambda *inputs: (rule[0](*inputs), inputs), lambda inputs, v_image: rule[1](*inputs, v_image))
     return operator
+
+
+def _once(function: Callable) -> Callable:
+    """Lets a function be called and batched, but not differentiated.
+
+    JAX would take the loops of a backend apart, which ends in words about linearization, or in no memory left.
+    """
+    guarded = jax.custom_jvp(function)
+
+    @guarded.defjvp
+    def _refuse(primals: tuple, tangents: tuple) -> tuple:
+        raise TypeError(
+            "splat: only first derivatives pass through the renderer, in reverse mode (grad, vjp, jacrev); second "
+            "ones, such as hessian or grad of grad, do not"
+        )
+
+    return guarded
 
 
 def _forward(spec: SplatSpec, *operands: jax.Array) -> jax.Array:

@@ -314,6 +314,13 @@ def test_a_leaf_of_the_wrong_shape_is_named(leaf, shape, message):
         render(Gaussians(**leaves, size=g.size))
 
 
+@pytest.mark.parametrize("size", [(np.int64(8), np.int32(6)), np.array([8, 6]), [8, 6]])
+def test_a_size_may_be_of_any_kind_of_integer(size):
+    g = scenes.random(n=1, m=2)
+    native = Gaussians(g.mean, g.cholesky, g.color, g.opacity, size=(np.int64(8), np.int64(6)))
+    assert render(g, size).shape == render(native).shape == (1, 8, 6, 3)
+
+
 @pytest.mark.parametrize("size", [(8,), (8, 0), (8, 9.0), (8, -1), (True, 8), (8, 8, 3)])
 def test_a_bad_size_is_named(size):
     g = scenes.random(n=1, m=2)

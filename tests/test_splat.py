@@ -281,3 +281,25 @@ def test_a_bad_setting_is_named(setting, value, message):
     settings = {"height": HEIGHT, "width": WIDTH} | {setting: value}
     with pytest.raises(ValueError, match=message):
         splat(*operands(), **settings)
+
+
+SECOND = {
+    "hessian": lambda f, x: jax.hessian(f)(x),
+    "jitted hessian": lambda f, x: jax.jit(jax.hessian(f))(x),
+    "grad of grad": lambda f, x: jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(x),
+    "jacrev of jacrev": lambda f, x: jax.jacrev(jax.jacrev(f))(x),
+    "jvp of grad": lambda f, x: jax.jvp(jax.grad(f), (x,), (x,)),
+    "grad of a batch of grads": lambda f, x: jax.grad(lambda x: jnp.sum(jax.vmap(jax.grad(f))(x[None]) ** 2))(x),
+    "grad of grad with remat": lambda f, x: jax.grad(lambda x: jnp.sum(jax.grad(jax.checkpoint(f))(x) ** 2))(x),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_derivative_is_refused_in_words(name):
+    centers, conics, colors = jnp.ones((1, 2, 2)), jnp.ones((1, 2, 3)), jnp.ones((1, 2, 1))
+
+    def f(centers):
+        return jnp.sum(splat(centers, conics, colors, height=2, width=3) ** 2)
+
+    with pytest.raises(TypeError, match="^splat: only first derivatives pass through the renderer, in reverse mode"):
+        SECOND[name](f, centers)

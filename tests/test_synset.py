@@ -570,3 +570,13 @@ def test_files_of_two_sets_do_not_pass_for_one(folder, tmp_path_factory):
     (folder / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
     with pytest.raises(ValueError, match=r"synset.safetensors: cholesky: expected nothing"):
         gsdd_jax.load(folder)
+
+
+def test_numbers_of_numpy_make_the_same_set(tmp_path):
+    plain, counted = GaussianSpec(gpc=2, num_points=3), GaussianSpec(gpc=np.int64(2), num_points=np.int32(3))
+    for name, spec, kind in (("plain", plain, int), ("numpy", counted, np.int64)):
+        codec = codecs.make(spec, image_shape=np.array(SHAPE), num_classes=kind(CLASSES), bytes_per_class=kind(BUDGET))
+        params = codec.init(jax.random.key(0), jnp.full((4, *SHAPE), 0.5))
+        SynSet(codec, params, kind(BUDGET), NAMES).save(tmp_path / name)
+    assert (tmp_path / "plain" / synset.MANIFEST).read_bytes() == (tmp_path / "numpy" / synset.MANIFEST).read_bytes()
+    assert gsdd_jax.load(tmp_path / "numpy").images((np.int64(3), np.int32(4))).shape == (4, 3, 4, 3)

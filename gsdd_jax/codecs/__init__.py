@@ -6,11 +6,13 @@ A new one is a file here, with a spec whose ``name`` is a ``Literal`` and a func
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 import jax
+import numpy as np
 
 from gsdd_jax import pixels
 from gsdd_jax.codecs.base import Codec
@@ -26,6 +28,7 @@ from gsdd_jax.codecs.packed_frequency import PackedFrequencySpec
 from gsdd_jax.codecs.pixel import PixelSpec
 from gsdd_jax.codecs.sparse_epitome import SparseEpitomeSpec
 from gsdd_jax.codecs.spectral import SpectralSpec
+from kernels.spec import integer
 
 __all__ = [
     "SPECS",
@@ -79,7 +82,11 @@ def make(spec: CodecSpec, *, image_shape: Sequence[int], num_classes: int, bytes
     if spec.name not in SPECS:
         raise ValueError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
     file = sys.modules[SPECS[spec.name].__module__]
-    codec = file.make(spec, tuple(image_shape), num_classes, bytes_per_class)
+    # Plain numbers, as a manifest holds them, also of those who count with NumPy.
+    plain = {name: value.item() for name, value in vars(spec).items() if isinstance(value, np.generic)}
+    shape = tuple(integer(side, "image_shape") for side in image_shape)
+    classes, spec = integer(num_classes, "num_classes"), dataclasses.replace(spec, **plain)
+    codec = file.make(spec, shape, classes, int(bytes_per_class))
 
     def init(key: jax.Array, images: Any) -> Any:
         return codec.init(key, pixels.as_float(pixels.check(images, real=False)))
