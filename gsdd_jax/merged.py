@@ -184,6 +184,8 @@ def read_manifest(path: synset.Location) -> tuple[Path, dict[str, Any]] | None:
         return None
     try:
         synset.check_names(manifest["parts"], "parts")
+        if not manifest["parts"]:
+            raise TypeError("parts: expected at least one set, found none")
         for key, kind in (("class_names", list), ("meta", dict)):
             if type(manifest[key]) is not kind:
                 raise TypeError(f"{key}: expected a {kind.__name__}, found {exchange.short(manifest[key])}")

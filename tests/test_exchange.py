@@ -1,6 +1,7 @@
 """Sets of anyone: read without JAX, refused without harm; the export to other programs is in test_export."""
 
 import ast
+import dataclasses
 import json
 import pickle
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 import gsdd_jax
 from benchmarks import fuzz
-from gsdd_jax import SynSet, codecs, decode_numpy, synset
+from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, labels, synset
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
 
@@ -173,6 +174,7 @@ def test_torch_dataset_gives_channels_first_and_labels_and_decodes_once(stand_in
     monkeypatch.setattr(decode_numpy, "load", lambda *arguments: loads.append(arguments) or load(*arguments))
     found = DistilledSet(folder, (9, 5))
     assert isinstance(found, stand_in) and len(found) == 4 and found.class_names == ("cat", "naïve 犬") and not loads
+    assert found.mean == (0.5, 0.25, 0.125) and found.std is None
     again = pickle.loads(pickle.dumps(found))
     for dataset in (found, again):
         for i in (0, 3, -1):
@@ -181,8 +183,100 @@ def test_torch_dataset_gives_channels_first_and_labels_and_decodes_once(stand_in
             np.testing.assert_array_equal(image.array, images[i].transpose(2, 0, 1))
             assert label == [0, 0, 1, 1][i]
     assert len(loads) == 2
-    with pytest.raises(IndexError):
-        found[4]
+    for beyond in (4, -5):
+        with pytest.raises(IndexError):
+            found[beyond]
+    assert len(list(found)) == 4 and found[np.int64(3)][1] == 1
+    with pytest.raises(TypeError):
+        found[0:2]
+
+
+@pytest.mark.parametrize("place", [GAUSSIAN, PACKED, PIXEL])
+def test_torch_dataset_hands_out_copies(stand_in, place, tmp_path):
+    from gsdd_jax.torch_dataset import DistilledSet
+
+    expected = decode_numpy.load(saved(place, tmp_path / "set"))
+    found, seen = DistilledSet(tmp_path / "set"), []
+
+    def spoil(tensor):
+        if isinstance(tensor, int):
+            return tensor
+        seen.append(tensor.array.copy())
+        tensor.array[...] = 7
+        return tensor
+
+    for _ in range(3):
+        found.transform = found.target_transform = spoil
+        found[1]
+        found.labels[...] = 1
+        if found.soft_labels is not None:
+            found.soft_labels[...] = 0
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    soft = expected.soft_labels
+    assert len(seen) == (3 if soft is None else 6)
+    for i, array in enumerate(seen):
+        image = expected.images[1].transpose(2, 0, 1)
+        np.testing.assert_array_equal(array, image if soft is None or i % 2 == 0 else soft[1])
+    images, rows = decode_numpy.load(tmp_path / "set"), decode_numpy.read(tmp_path / "set").soft_labels
+    images.images[...] = 7
+    np.testing.assert_array_equal(decode_numpy.load(tmp_path / "set").images, expected.images)
+    assert rows is None or not np.shares_memory(rows, decode_numpy.read(tmp_path / "set").soft_labels)
+
+
+def merged_set(kind: str, folder: Path) -> MergedSet:
+    """Parts of different codecs, with soft labels of the whole, of a part, or without any."""
+    first, second = fuzz.original(GAUSSIAN)[1], dataclasses.replace(fuzz.original(FREQUENCY)[1], class_names=("x", "y"))
+    soft = None
+    if kind == "whole":
+        rows = np.random.default_rng(3).dirichlet(np.ones(4), len(first.labels) + len(second.labels))
+        soft = labels.pack(rows, labels.LabelSpec(kind="soft", dtype="bfloat16", top_k=2))
+    elif kind == "part":
+        rows = labels.pack(np.random.default_rng(3).dirichlet(np.ones(2), len(first.labels)), labels.LabelSpec())
+        first = dataclasses.replace(first, soft=rows)
+    made = MergedSet((first, second), {"channel_mean": [0.5, 0.25, 1], "channel_std": [1.0, 2.0, 0.5]}, soft)
+    made.save(folder)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["none", "whole", "part"])
+@pytest.mark.parametrize("size", [None, (9, 5)])
+def test_merged_set_is_read_without_jax_as_with_it(stand_in, kind, size, tmp_path):
+    from gsdd_jax.torch_dataset import DistilledSet
+
+    made = merged_set(kind, tmp_path)
+    found, dataset = decode_numpy.load(tmp_path, size), DistilledSet(tmp_path, size)
+    np.testing.assert_allclose(found.images, made.images(size), atol=1e-5)
+    assert found.labels.tolist() == made.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert found.class_names == dataset.class_names == made.class_names
+    assert (dataset.mean, dataset.std) == ((0.5, 0.25, 1.0), (1.0, 2.0, 0.5)) and len(dataset) == 10
+    image, label = dataset[7]
+    np.testing.assert_array_equal(image.array, found.images[7].transpose(2, 0, 1))
+    if kind == "none":
+        assert found.soft_labels is made.soft_labels is None and label == 3
+    else:
+        np.testing.assert_array_equal(found.soft_labels, gsdd_jax.load(tmp_path).soft_labels)
+        np.testing.assert_array_equal(label.array, found.soft_labels[7])
+
+
+@pytest.mark.parametrize("load", [gsdd_jax.load, decode_numpy.load])
+def test_damaged_merged_set_is_refused_with_and_without_jax(load, tmp_path):
+    merged_set("whole", tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    part = manifest["parts"][0]
+    for change, message in (
+        ({"class_names": ["a", "b", "x", "y"]}, "manifest.json: class_names: expected those of the parts"),
+        ({"meta": 5}, "damaged manifest .TypeError: meta: expected a dict, found 5"),
+        ({"parts": []}, "damaged manifest .TypeError: parts: expected at least one set, found none"),
+        ({"parts": [part, part]}, "(parts: class 'cat' is there twice|label_indices: expected)"),
+        ({"parts": ["../x"]}, "damaged manifest .TypeError: parts: '../x' is no name"),
+        ({"labels_sha256": "0" * 64}, "sha256: the manifest expects 000"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"parts": [part, "absent"]}))
+    with pytest.raises(FileNotFoundError, match="absent: missing, although manifest.json names it"):
+        load(tmp_path)
 
 
 def test_torch_dataset_refuses_a_damaged_set_before_training_starts(stand_in, tmp_path):

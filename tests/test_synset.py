@@ -16,7 +16,7 @@ import pytest
 from safetensors.flax import load_file, save_file
 
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, decode_numpy, synset
+from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, synset
 from gsdd_jax.codecs import (
     DownscaleSpec,
     FactorSpec,
@@ -32,6 +32,7 @@ from gsdd_jax.codecs import (
     SpectralSpec,
 )
 from gsdd_jax.exchange import KEYS, short
+from train.evaluation import as_stored
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
 
@@ -153,6 +154,44 @@ def test_images_at_another_size_survive_the_file(saved):
     large = gsdd_jax.load(folder).images((12, 10))
     assert large.shape == (made.codec.num_images, 12, 10, 3)
     np.testing.assert_array_equal(large, made.images((12, 10)))
+
+
+def compilations(caplog, function) -> int:
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        jax.block_until_ready(function())
+    return sum("Finished XLA compilation" in record.getMessage() for record in caplog.records)
+
+
+def test_images_are_compiled_once_for_each_size(folder, caplog):
+    made = gsdd_jax.load(folder)
+    # Another set of the same settings has the same codec.
+    images = make("gaussian").images().shape, gsdd_jax.load(folder).images().shape
+    assert images[0] == images[1]
+    assert compilations(caplog, made.images) == 0
+    assert compilations(caplog, lambda: made.images((7, 9))) == 1
+    for again in (made, gsdd_jax.load(folder), dataclasses.replace(made, bytes_per_class=2000)):
+        assert (
+            compilations(caplog, lambda again=again: (again.images(), again.images((7, 9)), again.images([7, 9]))) == 0
+        )
+
+
+def test_images_as_stored_and_those_of_parts_are_compiled_once(tmp_path, caplog):
+    made = make("packed")
+    assert compilations(caplog, lambda: as_stored(made.codec, made.params)) > 0
+    assert compilations(caplog, lambda: as_stored(made.codec, made.params)) == 0
+    other = dataclasses.replace(make("pixel"), class_names=("c", "d"))
+    MergedSet((make("pixel"), other)).save(tmp_path)
+    merged = gsdd_jax.load(tmp_path)
+    assert compilations(caplog, merged.images) <= 2
+    assert compilations(caplog, lambda: (merged.images(), gsdd_jax.load(tmp_path).images())) == 0
+
+
+def test_settings_that_are_equal_but_written_differently_stay_apart(folder, tmp_path):
+    for lr in (2, 2.0):
+        edit(folder, lambda m, lr=lr: m["codec"].update(lr=lr))
+        gsdd_jax.load(folder).save(tmp_path / str(lr))
+        assert type(json.loads((tmp_path / str(lr) / "manifest.json").read_text())["codec"]["lr"]) is type(lr)
 
 
 def test_run_directory_is_read_by_its_export(tmp_path):
