@@ -21,7 +21,7 @@ STAMP := $(VENV)/.installed-dev
 LOWERING := $(VENV)/.installed-lowering
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types pytest versions format wheel clean distclean
+.PHONY: help env demo test lint types pytest versions readers format wheel clean distclean
 
 help:
 	@echo "make demo       distil the digits dataset on the CPU into $(OUT)"
@@ -30,6 +30,7 @@ help:
 	@echo "make types      mypy"
 	@echo "make pytest     the test suite alone; PYTEST_ARGS='-k render' passes arguments on"
 	@echo "make versions   a short suite on the oldest and newest packages, on each Python that is there"
+	@echo "make readers    exports, read by datasets, torchvision, PyTorch and TFDS; installs gigabytes"
 	@echo "make format     rewrite the sources in the house format"
 	@echo "make wheel      build the wheel into dist/"
 	@echo "make clean      remove caches and build outputs; distclean removes $(VENV) as well"
@@ -84,6 +85,10 @@ versions: $(STAMP)
 	  $(VENV)/bin/uv pip install --quiet --python "$$there" --resolution "$$resolution" --editable '.[dev]'; \
 	  "$$there/bin/python" -m pytest $(PYTEST_ARGS) --quiet $(VERSIONS_TESTS); \
 	done
+
+readers: $(STAMP)
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[readers]'
+	$(VENV_PYTHON) -m pytest tests/test_readers.py
 
 format: $(STAMP)
 	$(VENV_PYTHON) -m ruff check --fix .

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,7 +161,7 @@ def load(path: synset.Location) -> SynSet | MergedSet:
     return merged
 
 
-def read_manifest(path: synset.Location) -> tuple[Path, dict[str, Any]] | None:
+def read_manifest(path: synset.Location) -> tuple[synset.Path, dict[str, Any]] | None:
     """Reads the manifest of a merged set; needs no JAX.
 
     Returns:

@@ -19,7 +19,8 @@ All have a ``metadata.json``: the names of the classes as they are, what the set
 channels, learned rate), and how the run trained its test networks.
 
 Images are those of the codec before any whitening, around [0,1]. PNGs, hence all forms but ``npz`` and ``set``, have 8
-bits: values are clipped to [0,1] and rounded. What a form lacks that the accuracies of the run needed is said in one line.
+bits: values are clipped to [0,1] and rounded. What a form lacks that the accuracies of the run needed is said in one
+line.
 
 The target must not exist or be empty. It appears under its name when all of it is written.
 """
