@@ -183,13 +183,13 @@ def read_manifest(path: synset.Location) -> tuple[synset.Path, dict[str, Any]] |
         return None
     try:
         synset.check_names(manifest["parts"], "parts")
-        if not manifest["parts"]:
-            raise TypeError("parts: expected at least one set, found none")
         for key, kind in (("class_names", list), ("meta", dict)):
             if type(manifest[key]) is not kind:
                 raise TypeError(f"{key}: expected a {kind.__name__}, found {exchange.short(manifest[key])}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
+    if not manifest["parts"]:
+        raise ValueError(f"{file}: parts: expected at least one set, found none")
     for name in manifest["parts"]:
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder / name}: missing, although {synset.MANIFEST} names it")
