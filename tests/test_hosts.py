@@ -348,6 +348,13 @@ def test_a_variable_that_is_no_number_is_named(flags, monkeypatch, value):
         flags("--coordinator", "node:1234", "--process", "0")
 
 
+def test_several_processes_are_refused_where_signals_and_pipes_are_others(parse, monkeypatch):
+    args = parse(FLAGS)
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(ConfigError, match="--processes: runs in several processes need Linux"), hosts.joined(args):
+        pytest.fail("joined")
+
+
 @pytest.fixture
 def call(monkeypatch):
     """Calls the roll of processes ``(index, count)`` that have little time; gives what each of them ends with."""

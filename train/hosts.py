@@ -149,6 +149,8 @@ def joined(args: argparse.Namespace) -> Iterator[Crew]:
     if settings is None:
         yield Crew()
         return
+    if os.name != "posix":
+        raise ConfigError("--processes: runs in several processes need Linux; start it without, in one")
     if CHILD not in os.environ:
         if settings:
             _call_the_roll(**settings)
