@@ -2,12 +2,14 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 from importlib.machinery import ModuleSpec
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from gsdd_jax.data import DataNotice
 from train.errors import UserError, exit_cleanly, explain
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -222,3 +224,11 @@ def test_process_prints_no_traceback_and_exits_with_2():
         [sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: ipc: bad\n")
+
+
+def test_notices_of_data_are_one_line_and_no_error(capsys):
+    with exit_cleanly(debug=False):
+        warnings.warn("passed over\n2 files", DataNotice, stacklevel=1)
+    assert capsys.readouterr().err == "note: passed over 2 files\n"
+    with pytest.raises(UserWarning, match="another"), exit_cleanly(debug=False):
+        warnings.warn("another", UserWarning, stacklevel=1)

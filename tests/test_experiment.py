@@ -9,7 +9,7 @@ from gsdd_jax import data
 from gsdd_jax.codecs import PixelSpec
 from gsdd_jax.fit import FitSpec
 from train import config as configs
-from train import evaluation, results, stages, tune
+from train import distill, evaluation, results, stages, tune
 from train import experiment as experiments
 from train.errors import ConfigError, UserError
 from train.progress import Progress
@@ -124,3 +124,36 @@ def test_damaged_evaluation_is_named_with_the_way_out(tmp_path):
         (run.path / "evaluation.json").write_text("{half")
         with pytest.raises(UserError, match=r"evaluation.json is damaged .*: delete it and run the same command again"):
             evaluation.evaluate_stage(experiment, "random_real", None, run=run, progress=Progress(quiet=True))
+
+
+def toy(classes: int, blue: int = 7) -> data.Dataset:
+    """Images of 8x8 whose last channel is constant."""
+    images = np.random.default_rng(0).integers(0, 256, (6 * classes, 8, 8, 3), dtype=np.uint8)
+    images[..., 2] = blue
+    names = tuple("abcdefghij"[:classes])
+    return data.Dataset(
+        "toy", images, np.arange(len(images)) % classes, images, np.arange(len(images)) % classes, names
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "zca", "meanstd"])
+def test_constant_channel_leaves_normalisation_constants_that_divide(kind):
+    experiment = experiments.prepare(digits(f"whiten={kind}", "baselines.pixel=false"), toy(2))
+    meta = distill._meta(experiment, {"versions": {}, "commit": ""})
+    images = experiment.dataset.train_images[..., :2] / 255
+    np.testing.assert_allclose(meta["channel_std"], [*images.std((0, 1, 2)), 1], rtol=1e-5)
+    np.testing.assert_allclose(meta["channel_mean"], [*images.mean((0, 1, 2)), 7 / 255], rtol=1e-5)
+
+
+def test_one_class_is_refused_with_its_name():
+    with pytest.raises(ConfigError, match="data: toy has one class, 'a'; expected at least 2"):
+        experiments.prepare(digits(), toy(1))
+
+
+@pytest.mark.parametrize("subtask", [0, 1])
+def test_subtask_of_one_class_is_refused_at_the_start_of_any(subtask):
+    with pytest.raises(
+        ConfigError,
+        match="subtasks: the 3 classes of toy in 2 subtasks leave subtask 0 with one class, 'a'; .*at most 1",
+    ):
+        experiments.prepare(digits("subtasks=2", f"subtask={subtask}"), toy(3))

@@ -115,8 +115,12 @@ def own_classes(config: RunConfig, dataset: data.Dataset) -> data.Dataset:
     """Returns the part of a dataset that a run is about: a subtask's block of classes, or all of it.
 
     Raises:
-        ConfigError: More subtasks than classes.
+        ConfigError: It or another subtask has fewer than two classes.
     """
+    if dataset.num_classes < 2:
+        raise ConfigError(
+            f"data: {dataset.name} has one class, {dataset.class_names[0]!r}; expected at least 2 to tell apart"
+        )
     if config.subtasks == 1:
         return dataset
     return data.take_classes(dataset, _block(config, dataset))
@@ -124,9 +128,17 @@ def own_classes(config: RunConfig, dataset: data.Dataset) -> data.Dataset:
 
 def _block(config: RunConfig, dataset: data.Dataset) -> range:
     try:
-        return data.class_blocks(dataset.num_classes, config.subtasks)[config.subtask]
+        blocks = data.class_blocks(dataset.num_classes, config.subtasks)
     except ValueError as error:
         raise ConfigError(f"{error} ({dataset.name})") from None
+    alone = [subtask for subtask, block in enumerate(blocks) if len(block) < 2]
+    if alone:
+        name, most = dataset.class_names[blocks[alone[0]].start], dataset.num_classes // 2
+        raise ConfigError(
+            f"subtasks: expected at most {most} for the {dataset.num_classes} classes of {dataset.name}, found "
+            f"{config.subtasks}: subtask {alone[0]} would have one class, {name!r}, each needs at least 2"
+        )
+    return blocks[config.subtask]
 
 
 def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experiment:
