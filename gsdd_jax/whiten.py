@@ -184,13 +184,14 @@ def apply(whitening: Whitening, images: jax.Array) -> jax.Array:
         images: [..., h, w, c], floating point around [0,1] or uint8.
 
     Returns:
-        The same shape, whitened; float32.
+        The same shape, whitened.
 
     Raises:
         TypeError: Images are neither.
         ValueError: The shape does not fit the whitening.
     """
-    images = pixels.as_float(images)
+    # Floating point keeps its precision: gradients are checked in float64.
+    images = images if jnp.issubdtype(images.dtype, jnp.floating) else pixels.as_float(images)
     _check_shape(whitening, images)
     match whitening:
         case Identity():
