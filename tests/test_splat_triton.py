@@ -350,8 +350,9 @@ BROKEN = {
     "triton_call() got an unexpected keyword argument": "def triton_call(*args, kernel): pass",
     "'int' object is not callable": """
 import jax
+from jax.extend.core import Primitive
 from jax.interpreters import mlir
-broken = jax.extend.core.Primitive("broken")
+broken = Primitive("broken")
 broken.multiple_results = True
 broken.def_abstract_eval(lambda *args, out: [jax.core.ShapedArray(x.shape, x.dtype) for x in out])
 mlir.register_lowering(broken, lambda *args, out: (lambda x: x)(1)(2), platform="cuda")
