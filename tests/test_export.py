@@ -17,6 +17,7 @@ import gsdd_jax
 from gsdd_jax import MergedSet, SynSet, codecs, data, labels, render, whiten
 from gsdd_jax.data import folder as image_folder
 from gsdd_jax.data import tfds as tfds_source
+from gsdd_jax.data.decode import Converter
 from train import config as configs
 from train import export, import_gsdd, yaml12
 from train.rundir import plain
@@ -134,7 +135,8 @@ def test_tfds_directory_is_read_by_tfds_and_by_our_own_reader(run, tmp_path):
         np.testing.assert_array_equal(records[i]["image"], expected[i])
     source = tfds_source.open_tfds(path=path, test_split="train")
     assert (source.train.size, source.channels, source.class_names) == (6, 3, NAMES)
-    images = [pixels for _, pixels in source.train.read(np.arange(6), np.asarray)]
+    convert = Converter(resolution=0, resize="crop", channels=3)
+    images = [pixels for _, pixels in source.train.read(np.arange(6), convert)]
     np.testing.assert_array_equal(images, expected)
 
 
@@ -171,12 +173,12 @@ def soft_set(kind: str) -> SynSet | MergedSet:
 @pytest.mark.parametrize("kind", ["whole", "merged", "part"])
 def test_every_form_has_the_soft_labels(kind, tmp_path, monkeypatch):
     made = soft_set(kind)
-    made.save(tmp_path / "set")
+    made.save(tmp_path / "made")
     expected = np.asarray(made.soft_labels)
     assert expected.shape == (10, 5) and (kind != "part" or not expected[:4, 2:].any())
     monkeypatch.chdir(tmp_path)
     for form in export.FORMS:
-        assert start(export, "--run", "set", "--to", form, "--out", form) == 0
+        assert start(export, "--run", "made", "--to", form, "--out", form) == 0
         assert json.loads((tmp_path / form / "metadata.json").read_text(encoding="utf-8"))["soft_labels"] is True
     with np.load("npz/images.npz", allow_pickle=False) as found:
         assert found["soft_labels"].dtype == np.float32
