@@ -9,7 +9,8 @@ The exit code is 1 if a check failed; its numbers are in the file, and the phase
 
 ``--smoke`` runs all of it at tiny sizes. Without a GPU the XLA path then stands in for the kernels; the files say so.
 
-Beyond jax[cuda13], flax, optax and orbax-checkpoint: ``pip install jax-triton annotated-types safetensors pillow``.
+Beyond jax[cuda13], flax, optax and orbax-checkpoint it takes
+``pip install jax-triton annotated-types safetensors pillow filelock``.
 The images of Table 16 take tensorflow-datasets and array-record to read, or one file that was packed where these are:
 
     python -m benchmarks.table16 --pack images.npz

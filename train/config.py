@@ -20,6 +20,7 @@ from gsdd_jax.match import DistributionSpec, MmdSpec, ObjectiveSpec
 from gsdd_jax.nets import NetSpec
 from train import yaml12
 from train.errors import ConfigError
+from train.rundir import HISTORY
 from train.schema import TAG, Place, Tagged, build, describe, has_tag, plain
 
 __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
@@ -27,8 +28,6 @@ __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 T = TypeVar("T")
 
 SMOKE = "smoke"
-# What a run directory adds to its config: how the run was extended. No setting.
-HISTORY = "history"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,10 @@ import jax
 
 from gsdd_jax import files, synset
 from train import yaml12
-from train.config import HISTORY
 from train.errors import ConfigError, UserError
+
+# What a run directory adds to its config: how the run was extended. No setting.
+HISTORY = "history"
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "triton", "jax-triton")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
