@@ -174,7 +174,9 @@ def curves(
     if kind not in ("svg", "png"):
         raise ValueError(f"kind is {kind!r}: allowed are 'svg' and 'png'")
     grey = "#{:02x}{:02x}{:02x}".format(*_GREY)
-    figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+    figure = Figure(figsize=(5.2, 2.7))
+    # Room for seven digits and a sign. To fit margins to the labels would take as long again as to draw.
+    figure.subplots_adjust(left=0.19 if ylabel else 0.15, right=0.96, bottom=0.19 if xlabel else 0.12, top=0.92)
     axes = figure.add_subplot()
     for index, (name, (x, y)) in enumerate(series.items()):
         if len(x) != len(y):
