@@ -307,14 +307,12 @@ def accuracy(toy: Path, folder: Path, monkeypatch, *overrides: str) -> None:
 
 def test_accuracies_are_written_resumed_and_shown(toy, tmp_path, monkeypatch, capsys):
     out = tmp_path / "accuracy.json"
+    # Each row takes four runs, and two rows are as good as three.
+    monkeypatch.delitem(compare.ACCURACY, "downscale, bfloat16")
     accuracy(toy, tmp_path, monkeypatch, "evaluate.seeds=2")
     found = json.loads(out.read_text())
     assert found["settings"] == {"config": str(toy), "overrides": ["evaluate.seeds=2"]}
-    assert [row["name"] for row in found["results"]] == [
-        "downscale, float32",
-        "downscale, bfloat16",
-        "downscale, uint8",
-    ]
+    assert [row["name"] for row in found["results"]] == ["downscale, float32", "downscale, uint8"]
     for row in found["results"]:
         result = row["result"]
         assert [overrides for overrides, _ in row["rates"][:2]] == [["codec.lr=0.003"], ["codec.lr=0.03"]]
@@ -326,7 +324,7 @@ def test_accuracies_are_written_resumed_and_shown(toy, tmp_path, monkeypatch, ca
         assert result["accuracy"]["n"] == 2 and result["protocol"]["evaluate"]["seeds"] == 2
         assert all(result[name] is None for name in ("pixel", "full_data", "random_real", "fit_only"))
     images = [row["result"]["accuracy"]["images_per_class"] for row in found["results"]]
-    assert images == [4, 8, 16]
+    assert images == [4, 16]
 
     unchanged(lambda: accuracy(toy, tmp_path, monkeypatch, "evaluate.seeds=2"), out, *tmp_path.rglob("result.json"))
     last = drop_last_row(out)
@@ -346,7 +344,7 @@ def test_accuracies_are_written_resumed_and_shown(toy, tmp_path, monkeypatch, ca
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     shown = tables._compare_accuracy("accuracy_cifar10")
     assert "digits, 256 bytes per class, distribution matching, test accuracy in % of 2 networks" in shown
-    assert shown.count("\n| downscale, ") == 3
+    assert shown.count("\n| downscale, ") == 2
 
 
 def test_a_setting_that_there_is_not_is_one_line(toy, tmp_path, monkeypatch, capsys):
