@@ -142,25 +142,26 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 def _refuse_other_run(experiment: Experiment, path: Path, *, extend: bool) -> dict[str, tuple[Any, Any]]:
     """Refuses to go on with a run of other settings or data, or to hand out its result; returns what extends it."""
-    settings = _settings(experiment)
+    settings, held = _settings(experiment), read_config(path).get("data")
+    there = held.get("sha256") if isinstance(held, dict) else None
     # Settings first: another choice of images is better named than its hash.
-    free = (*MAY_CHANGE, "data.sha256")
-    _, changes = compare(path, extend=extend, **{**settings, "may_change": free})
-    known = [(experiment.config.data.sha256, read_config(path).get("data"), "sha256")]
+    settings["config"]["data"]["sha256"] = there or experiment.config.data.sha256
+    _, changes = compare(path, extend=extend, **settings)
+    tested = (_result(path) or {}).get("data_sha256")
     # Configs of before do not name their data.
-    known.append((experiment.dataset.fingerprint(), _result(path), "data_sha256"))
-    for found, there, key in known:
-        if isinstance(there, dict) and there.get(key):
-            data.require_content(found, there[key], f"the run in {path} was made from", "choose another run directory")
+    for found, expected in ((experiment.config.data.sha256, there), (experiment.dataset.fingerprint(), tested)):
+        if expected:
+            data.require_content(found, expected, f"the run in {path} was made from", "choose another run directory")
     return changes
 
 
 def _result(path: Path) -> dict[str, Any] | None:
     """Reads the result of a run; None where there is none, or a damaged one, to be made anew from the stages."""
     try:
-        return json.loads((path / "result.json").read_text())
+        result = json.loads((path / "result.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
+    return result if isinstance(result, dict) else None
 
 
 def _extension(experiment: Experiment, path: Path, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
