@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def load() -> Any:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module._call = run
+        _patch_once(sys.modules["triton.runtime.interpreter"])
         return module
     finally:
         if before is None:
@@ -43,6 +45,21 @@ def load() -> Any:
         for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
             del sys.modules[name]
         sys.modules.update(compiled)
+
+
+def _patch_once(interpreter: Any) -> None:
+    """Leaves the language of the copy patched: the interpreter patches it anew at every call of a device function."""
+    patch, kept = interpreter._patch_lang, SimpleNamespace(restore=lambda: None)
+    patched = []
+
+    def patch_lang(function: Any) -> SimpleNamespace:
+        # By the modules that the function sees, which are those that are patched.
+        if not any(function.__globals__ is seen for seen in patched):
+            patched.append(function.__globals__)
+            patch(function)
+        return kept
+
+    interpreter._patch_lang = patch_lang
 
 
 class Tensor:
