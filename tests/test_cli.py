@@ -521,6 +521,8 @@ def test_data_are_known_by_their_content_wherever_they_are(toy, digits_on_disk, 
     assert evaluate.main(["--run", str(out), "--quiet", "data.sha256=''"]) == 0
 
 
+# Kills inside the process are above, and processes are killed in test_hosts.py too.
+@pytest.mark.slow
 def test_sigkill_in_the_distillation_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
     out = tmp_path / "run"
     kill_while_distilling(toy, out, 3, quick_compilation)
