@@ -138,7 +138,9 @@ def toy(classes: int, blue: int = 7) -> data.Dataset:
 
 @pytest.mark.parametrize("kind", ["none", "zca", "meanstd"])
 def test_constant_channel_leaves_normalisation_constants_that_divide(kind):
-    experiment = experiments.prepare(digits(f"whiten={kind}", "baselines.pixel=false"), toy(2))
+    experiment = experiments.prepare(
+        digits(f"whiten={kind}", "baselines.pixel=false", "evaluate.overlap=allow"), toy(2)
+    )
     meta = distill._meta(experiment, {"versions": {}, "commit": ""})
     images = experiment.dataset.train_images[..., :2] / 255
     np.testing.assert_allclose(meta["channel_std"], [*images.std((0, 1, 2)), 1], rtol=1e-5)
