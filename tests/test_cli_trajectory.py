@@ -84,6 +84,8 @@ def test_evaluation_may_use_the_learned_step_size(toy, whole, tmp_path):
     assert result["fit_only"]["lr"] == 0.1 and result["pixel"]["lr"] not in (0.1, result["accuracy"]["lr"])
 
 
+# Kills inside the process are in test_cli.py, and processes are killed in test_hosts.py too.
+@pytest.mark.slow
 def test_sigkill_while_matching_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
     out = tmp_path / "run"
     kill_while_distilling(toy, out, 3, quick_compilation)
