@@ -106,6 +106,34 @@ def evaluate(
     labels: jax.Array,
     test_images: jax.Array,
     test_labels: jax.Array,
+    **settings: Any,
+) -> jax.Array:
+    """Trains one network per key and tests each once, after its last step.
+
+    Args:
+        keys: [s] PRNG keys; they and all else as in `evaluate_by_class`.
+        images: training images.
+        labels: int [n], or soft ones, float [n, k].
+        test_images: [n', h, w, c].
+        test_labels: int [n'].
+        **settings: the others, by name.
+
+    Returns:
+        float32 [s], test accuracies in [0, 1]; NaN for a network that diverged.
+
+    Raises:
+        ValueError: as `evaluate_by_class`.
+        TypeError: as `evaluate_by_class`.
+    """
+    return evaluate_by_class(keys, images, labels, test_images, test_labels, **settings).accuracies
+
+
+def evaluate_by_class(
+    keys: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    test_images: jax.Array,
+    test_labels: jax.Array,
     *,
     network: Network,
     spec: EvalSpec,
@@ -113,8 +141,8 @@ def evaluate(
     transform: Transform | None = None,
     transform_params: Any = None,
     lr: jax.Array | float | None = None,
-) -> jax.Array:
-    """Trains one network per key and tests each once, after its last step.
+) -> Tested:
+    """Trains one network per key and tests each once, after its last step, class by class.
 
     Networks are trained one after the other or, `spec.parallel` at a time, under one `vmap`. The results agree up to
     rounding. On CPU nothing is gained by more than one (ConvNetD3, 32 px: 140 against 129 images per CPU second).
@@ -134,42 +162,12 @@ def evaluate(
         lr: as there.
 
     Returns:
-        float32 [s], test accuracies in [0, 1]; NaN for a network that diverged.
+        Accuracies in [0, 1], and how many test images of each class were classified correctly.
 
     Raises:
         ValueError: as `train_network`, for the test set too, or keys that are not [s].
         TypeError: as `train_network`.
     """
-    return evaluate_by_class(
-        keys,
-        images,
-        labels,
-        test_images,
-        test_labels,
-        network=network,
-        spec=spec,
-        augment=augment,
-        transform=transform,
-        transform_params=transform_params,
-        lr=lr,
-    ).accuracies
-
-
-def evaluate_by_class(
-    keys: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-    test_images: jax.Array,
-    test_labels: jax.Array,
-    *,
-    network: Network,
-    spec: EvalSpec,
-    augment: DsaSpec,
-    transform: Transform | None = None,
-    transform_params: Any = None,
-    lr: jax.Array | float | None = None,
-) -> Tested:
-    """Does what `evaluate` does, and also says how many test images of each class were classified correctly."""
     check_images(images, labels, "", soft=True)
     check_images(test_images, test_labels, "test_", real=transform is not None)
     if keys.ndim != 1 or keys.shape[0] < 1:

@@ -147,11 +147,12 @@ def _refuse_other_run(experiment: Experiment, path: Path, *, extend: bool) -> di
     # Settings first: another choice of images is better named than its hash.
     settings["config"]["data"]["sha256"] = there or experiment.config.data.sha256
     _, changes = compare(path, extend=extend, **settings)
-    tested = (_result(path) or {}).get("data_sha256")
-    # Configs of before do not name their data.
-    for found, expected in ((experiment.config.data.sha256, there), (experiment.dataset.fingerprint(), tested)):
-        if expected:
-            data.require_content(found, expected, f"the run in {path} was made from", "choose another run directory")
+    where = f"the run in {path} was made from", "choose another run directory"
+    if there:
+        data.require_content(experiment.config.data.sha256, there, *where)
+    # Configs of before do not name their data, but results do.
+    if tested := (_result(path) or {}).get("data_sha256"):
+        data.require_content(experiment.dataset.fingerprint(), tested, *where)
     return changes
 
 

@@ -1,4 +1,4 @@
-"""Data sets: one reader per source, one `Dataset` of uint8 arrays as the result, class-balanced sampling."""
+"""Data sets: one reader per source, one `Dataset` as the result, class-balanced sampling."""
 
 import difflib
 import hashlib
