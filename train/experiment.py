@@ -199,7 +199,10 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
 
 def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tuple[Any, str]:
     """Reads the parameters of a set for a codec, and the fingerprint of the set."""
-    found = load(path)
+    try:
+        found = load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"fit.initial_set: {error}") from error
     if not isinstance(found, synset.SynSet):
         raise ConfigError(
             f"fit.initial_set: {path} is a merged set; expected that of one run, such as one of its parts"
