@@ -24,7 +24,7 @@ LOWERING := $(VENV)/.installed-lowering
 .PHONY: help env demo test lint types pytest versions readers format wheel clean distclean
 
 help:
-	@echo "make demo       distil the digits dataset on the CPU into $(OUT)"
+	@echo "make demo       distill the digits dataset on the CPU into $(OUT)"
 	@echo "make test       lint, types and the whole test suite"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make types      mypy"

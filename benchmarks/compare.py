@@ -1,4 +1,4 @@
-"""Every codec at equal bytes, in one table: how well it fits images, and what networks learn from what it distils.
+"""Every codec at equal bytes, in one table: how well it fits images, and what networks learn from what it distills.
 
     python -m benchmarks.compare fit [--data DIR] [--images 100] [--only NAME ...] [--start uniform]
     python -m benchmarks.compare accuracy [--only NAME ...] [--out FILE] [key=value ...]
@@ -9,7 +9,7 @@ codec has several ways to spend its bytes, and for its learning rates, the best 
 no step can better is reported as it is. All start from the images, as well as they can; ``--start uniform`` makes rows
 of those that can also start as their authors' code does, which looks at no image.
 
-``accuracy`` distils CIFAR-10 at 12,288 bytes per class by distribution matching, each codec in float32 and in smaller
+``accuracy`` distills CIFAR-10 at 12,288 bytes per class by distribution matching, each codec in float32 and in smaller
 precisions, from the same kind of fit to real images. Rates are chosen by the loss of short runs on the training set;
 what is compared is the same run for all, in sizes for two CPU cores. Run directories are kept, so that an interrupted
 comparison goes on where it was.
@@ -101,7 +101,7 @@ def ways(dtype: str, n: int, side: int) -> Iterator[Way]:
     one: dict[str, Any] = {"images_per_class": n, "dtype": dtype}
     yield Way("gaussian", lambda m: GaussianSpec(gpc=n, num_points=m, dtype=dtype), 2000)  # type: ignore[arg-type]
     if dtype != "float32":
-        # A quarter of a pixel for positions; more Gaussians need finer shapes and colours.
+        # A quarter of a pixel for positions; more Gaussians need finer shapes and colors.
         mean = 8 if side <= 32 else 10
         for rest in ((7, 6), (8, 7)):
             widths = {"bits_mean": mean, "bits_cholesky": rest[0], "bits_color": rest[1]}
@@ -309,12 +309,12 @@ def fits(args: argparse.Namespace) -> None:
 # The codecs of the comparison of accuracies: float32 as published where that fits, then smaller precisions. Numbers
 # that are left open are filled by the budget.
 ACCURACY = {
-    "pixel, float32": "{name: pixel, optimiser: adam, lr: 0.01}",
-    "pixel, bfloat16": "{name: pixel, dtype: bfloat16, optimiser: adam, lr: 0.01}",
-    "pixel, uint8": "{name: pixel, dtype: uint8, optimiser: adam, lr: 0.01}",
-    "downscale, float32": "{name: downscale, factor: 2, optimiser: adam, lr: 0.01}",
-    "downscale, bfloat16": "{name: downscale, factor: 2, dtype: bfloat16, optimiser: adam, lr: 0.01}",
-    "downscale, uint8": "{name: downscale, factor: 2, dtype: uint8, optimiser: adam, lr: 0.01}",
+    "pixel, float32": "{name: pixel, optimizer: adam, lr: 0.01}",
+    "pixel, bfloat16": "{name: pixel, dtype: bfloat16, optimizer: adam, lr: 0.01}",
+    "pixel, uint8": "{name: pixel, dtype: uint8, optimizer: adam, lr: 0.01}",
+    "downscale, float32": "{name: downscale, factor: 2, optimizer: adam, lr: 0.01}",
+    "downscale, bfloat16": "{name: downscale, factor: 2, dtype: bfloat16, optimizer: adam, lr: 0.01}",
+    "downscale, uint8": "{name: downscale, factor: 2, dtype: uint8, optimizer: adam, lr: 0.01}",
     "frequency, float32": "{name: frequency, coefficients: 63}",
     "frequency, bfloat16": "{name: frequency, coefficients: 63, dtype: bfloat16}",
     "packed_frequency": "{name: packed_frequency, coefficients: 63, bits: 6}",
@@ -336,10 +336,10 @@ ACCURACY = {
         "{name: spectral, matrices: 5, rank_height: 10, rank_width: 10, rank_channels: 2, dtype: bfloat16}"
     ),
     "latent, float32": (
-        "{name: latent, decoder: small, width: 32, latent_dim: 16, optimiser: adam, lr: 0.01, lr_decoder: 0.001}"
+        "{name: latent, decoder: small, width: 32, latent_dim: 16, optimizer: adam, lr: 0.01, lr_decoder: 0.001}"
     ),
     "latent, bfloat16": (
-        "{name: latent, decoder: small, width: 32, latent_dim: 16, dtype: bfloat16, optimiser: adam, lr: 0.01, "
+        "{name: latent, decoder: small, width: 32, latent_dim: 16, dtype: bfloat16, optimizer: adam, lr: 0.01, "
         "lr_decoder: 0.001}"
     ),
     "gaussian, float32": "{name: gaussian, gpc: 15, num_points: 22, dtype: float32, lr: 0.003}",
@@ -384,7 +384,7 @@ def accuracies(args: argparse.Namespace) -> None:
 def tuned(
     base: configs.RunConfig, overrides: list[str], dataset: data.Dataset, out: Path
 ) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """Distils shortly at each rate, and further out while the best is at an end.
+    """Distills shortly at each rate, and further out while the best is at an end.
 
     Returns:
         The overrides of the rates in the order of trial, the first of which made the fit, and the rows of `tune`.

@@ -32,7 +32,7 @@ from train.errors import exit_cleanly
 
 SEED = 0
 CHANNELS = 3
-# Numbers of one Gaussian: 2 of the mean, 3 of the shape, 3 of the colour, opacity.
+# Numbers of one Gaussian: 2 of the mean, 3 of the shape, 3 of the color, opacity.
 NUMBERS = 9
 # Widths of the SIRENs by their floats per image; the Gaussians are as many as these floats hold. The most important
 # budget first: it is Table 5's.

@@ -4,9 +4,9 @@
 
 GSDD's Table 5 gives FreD 15.69 dB at 963 floats per image, 321 in each channel. As the DCT is linear and its rows are
 orthogonal, the best coefficients are those of the images themselves, and the error of any others is known without
-drawing a pixel. So every optimiser and rate can be tried: from standard normal numbers, with one mask per class, in the
-orthonormal basis and in the unnormalised one of the authors' code, whose coefficients are up to four times the image's
-side larger, on images in [0, 1] and on those normalised to mean 0 of each channel and deviation 1 of all.
+drawing a pixel. So every optimizer and rate can be tried: from standard normal numbers, with one mask per class, in the
+orthonormal basis and in the unnormalized one of the authors' code, whose coefficients are up to four times the image's
+side larger, on images in [0, 1] and on those normalized to mean 0 of each channel and deviation 1 of all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RATES = {"adam": [10.0**i for i in range(-3, 5)], "sgd": [10.0**i for i in range
 MOMENTUM = 0.5
 
 
-def unnormalised(places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def unnormalized(places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Returns how much larger coefficients at ``places`` are if the DCT-II is 2 * sum(x * cos) along each axis."""
     h, w = size
     y, x = np.divmod(places, w)
@@ -42,7 +42,7 @@ def unnormalised(places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def errors(
-    target: jax.Array, missing: jax.Array, scale: jax.Array, *, optimiser: str, rate: float, steps: int, pixels: int
+    target: jax.Array, missing: jax.Array, scale: jax.Array, *, optimizer: str, rate: float, steps: int, pixels: int
 ) -> jax.Array:
     """Fits coefficients by gradient descent on the mean square error of each image.
 
@@ -50,15 +50,15 @@ def errors(
         target: Orthonormal coefficients of the images, ``[n, coefficients, c]``.
         missing: Squares of the coefficients that are not kept, summed for each image: ``[n]``.
         scale: Trained numbers per orthonormal coefficient, ``[n, coefficients]``.
-        optimiser: ``adam``, or ``sgd`` with FreD's momentum.
+        optimizer: ``adam``, or ``sgd`` with FreD's momentum.
         rate: Of learning.
-        steps: Of the optimiser.
+        steps: Of the optimizer.
         pixels: Numbers of an image.
 
     Returns:
         The mean square errors ``[n]`` at the end.
     """
-    method = optax.adam(rate) if optimiser == "adam" else optax.sgd(rate, momentum=MOMENTUM)
+    method = optax.adam(rate) if optimizer == "adam" else optax.sgd(rate, momentum=MOMENTUM)
     start = jax.random.normal(jax.random.key(SEED), target.shape)
 
     def error(params: jax.Array) -> jax.Array:
@@ -78,9 +78,9 @@ def rows(images: jax.Array, labels: np.ndarray, *, coefficients: int, steps: int
     """Returns PSNR in dB, the mean over ``images`` ``[n, h, w, c]`` in [0, 1], for each way to fit them."""
     n, h, w, c = images.shape
     found = []
-    for normalised in (False, True):
-        mean = images.mean((0, 1, 2)) if normalised else jnp.zeros(c)
-        deviation = images.std() if normalised else jnp.ones(())
+    for normalized in (False, True):
+        mean = images.mean((0, 1, 2)) if normalized else jnp.zeros(c)
+        deviation = images.std() if normalized else jnp.ones(())
         spectra = frequency.forward((images - mean) / deviation).reshape(n, h * w, c)
         groups = jnp.stack([spectra[labels == label] for label in np.unique(labels)])
         index = frequency.largest(groups, (h, w), coefficients, "variance")
@@ -94,17 +94,17 @@ def rows(images: jax.Array, labels: np.ndarray, *, coefficients: int, steps: int
             return float(jnp.mean(-10 * jnp.log10(error * deviation**2)))
 
         best = psnr(missing / (h * w * c))
-        for basis in ("orthonormal", "unnormalised"):
-            larger = unnormalised(np.asarray(places), (h, w)) if basis == "unnormalised" else np.ones(places.shape)
-            for optimiser, rates in RATES.items():
+        for basis in ("orthonormal", "unnormalized"):
+            larger = unnormalized(np.asarray(places), (h, w)) if basis == "unnormalized" else np.ones(places.shape)
+            for optimizer, rates in RATES.items():
                 run = jax.jit(
-                    lambda target, missing, scale, rate, optimiser=optimiser: errors(
-                        target, missing, scale, optimiser=optimiser, rate=rate, steps=steps, pixels=h * w * c
+                    lambda target, missing, scale, rate, optimizer=optimizer: errors(
+                        target, missing, scale, optimizer=optimizer, rate=rate, steps=steps, pixels=h * w * c
                     )
                 )
                 scale = jnp.asarray(larger, jnp.float32)
                 curve = {f"{rate:g}": psnr(run(target, missing, scale, rate)) for rate in rates}
-                row = {"normalised": normalised, "basis": basis, "optimiser": optimiser}
+                row = {"normalized": normalized, "basis": basis, "optimizer": optimizer}
                 # JSON has no NaN; a rate that diverges has no PSNR.
                 finite = {rate: value if np.isfinite(value) else None for rate, value in curve.items()}
                 found.append(row | {"closed_form": best, "psnr": finite})

@@ -178,7 +178,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def change_value(rng: np.random.Generator, document: Any) -> None:
-    """Replaces values, numbers often by a neighbour."""
+    """Replaces values, numbers often by a neighbor."""
     for _ in range(rng.integers(1, 4)):
         every = list(places(document))
         container, key = every[rng.integers(len(every))]

@@ -40,7 +40,7 @@ OUT = record.RESULTS / "kernel_model.json"
 
 
 def fitted(path: Path, points: int, count: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fits ``count`` images and returns their centres and conics in pixels."""
+    """Fits ``count`` images and returns their centers and conics in pixels."""
     images, _ = fit_psnr.sample(path, count)
     codec = fit_psnr.codec_of(images, points, "clusters")
     state = fit.init_fit(jax.random.key(SEED), images, codec=codec, steps=steps)

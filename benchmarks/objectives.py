@@ -75,7 +75,7 @@ SIZES = {
 
 
 def whitening() -> whiten.MeanStd:
-    """Returns some normalisation."""
+    """Returns some normalization."""
     return whiten.MeanStd(jnp.full(SHAPE[-1], 0.5), jnp.full(SHAPE[-1], 0.25))
 
 
@@ -156,7 +156,7 @@ def measure(name: str, *, run: bool) -> dict[str, Any]:
     """Measures one of the sizes; without ``run`` only the memory of its steps."""
     size = SIZES[name]
     network = build(NetSpec(depth=3, width=size.width), SHAPE, CLASSES)
-    pixel = codecs.PixelSpec(optimiser="adam", lr=0.01)
+    pixel = codecs.PixelSpec(optimizer="adam", lr=0.01)
     steps = []
     for spec in size.objectives:
         for codec_spec in (codecs.GaussianSpec(gpc=GPC, num_points=POINTS), pixel):

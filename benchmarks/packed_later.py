@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Distils both ways, tests their sets and writes the record.
+    """Distills both ways, tests their sets and writes the record.
 
     Raises:
         ConfigError: The codec of the config is no packed one.

@@ -29,7 +29,7 @@ from gsdd_jax.codecs import Codec, GaussianSpec, PackedGaussianSpec, packed
 from train.errors import exit_cleanly
 
 DATA = record.ROOT.parent / "shared" / "data" / "cifar10_jpeg" / "1.0.0"
-# Bits of each coordinate, number of the shape and colour channel. With the order dropped, 8, 7, 6 costs what 8, 6, 6
+# Bits of each coordinate, number of the shape and color channel. With the order dropped, 8, 7, 6 costs what 8, 6, 6
 # does with the order kept, for images of 22 Gaussians.
 LAYOUTS = ("8+6+6", "7+6+5", "8+7+6")
 # The ways to train through the rounding.
@@ -119,20 +119,20 @@ def rows(images: jax.Array, points: int, steps: int, layouts: Sequence[tuple[int
         for method, how in TRAINED.items():
             codec = codec_of(dataclasses.replace(spec, **how), images)  # type: ignore[arg-type]
             add(method, layout, codec, *fitted(codec, images, steps))
-    for place, name in enumerate(("position", "shape", "colour")):
+    for place, name in enumerate(("position", "shape", "color")):
         for bits in ALONE:
             widths = [FINE] * 3
             widths[place] = bits
             spec = layout_spec((widths[0], widths[1], widths[2]), images, points)
             codec = codec_of(spec, images)
-            quantised = packed.from_gaussians(params, spec)
+            quantized = packed.from_gaussians(params, spec)
             row = {"method": f"only {name} rounded", "points": points, "steps": steps, "layout": widths}
-            found.append(row | quality(codec, quantised, images) | {"seconds": seconds})
+            found.append(row | quality(codec, quantized, images) | {"seconds": seconds})
     return found
 
 
 def layout_spec(layout: tuple[int, int, int], images: jax.Array, points: int) -> PackedGaussianSpec:
-    """Returns the packed codec of these images with so many bits of position, shape and colour."""
+    """Returns the packed codec of these images with so many bits of position, shape and color."""
     mean, cholesky, color = layout
     return PackedGaussianSpec(
         gpc=len(images), num_points=points, bits_mean=mean, bits_cholesky=cholesky, bits_color=color

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from benchmarks import figure5
 from train.errors import exit_cleanly
 
-# Okabe and Ito's colours, which all kinds of colour vision tell apart.
+# Okabe and Ito's colors, which all kinds of color vision tell apart.
 SERIES = {
     "gsdd": ("Gaussians, kernels", "#0072B2"),
     "gsdd_xla": ("Gaussians, XLA", "#56B4E9"),
@@ -75,14 +75,14 @@ def draw(rows: Sequence[dict[str, Any]], head: dict[str, Any]) -> Figure:
     )
     for across, (key, label, chosen) in zip(panels, sweeps, strict=True):
         for column, panel in enumerate(across):
-            for series, (_, colour) in SERIES.items():
+            for series, (_, color) in SERIES.items():
                 for floats in budgets:
                     own = [row for row in chosen if row["series"] == series and row["floats"] == floats]
                     points = sorted((row[key], y) for row in own if (y := value(row, column)) is not None)
                     panel.plot(
                         [x for x, _ in points],
                         [y for _, y in points],
-                        color=colour,
+                        color=color,
                         marker=MARKERS.get(floats, "o"),
                         markersize=5 if floats == main_budget else 3.5,
                         linewidth=2.0 if floats == main_budget else 0.9,

@@ -41,7 +41,7 @@ DEVICES = (1, 2, 4, 8)
 CHANNELS = 3
 # XLA's libraries for the CPU take whole networks as one operation, whose inner arrays no account of memory shows.
 XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_experimental_ynn_fusion_type="
-# Of the objectives' sums: scalars beside the gradient of the parameters. Loss and regulariser; for trajectory matching
+# Of the objectives' sums: scalars beside the gradient of the parameters. Loss and regularizer; for trajectory matching
 # also the loss of the student, its first bad step and the gradient of its step size.
 SCALARS = {"distribution": 2, "gradient": 2, "trajectory": 5}
 ITEMSIZE = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
@@ -131,7 +131,7 @@ def temporaries(size: Size, devices: int, constants: dict[str, float]) -> float:
 
     These are the real images drawn, ``images`` arrays of the size of the synthetic ones, and ``maps`` copies of the
     feature maps of the synthetic images of a chunk. Real images have no backward pass; with more than about twice as
-    many of them as synthetic ones their maps count instead, which is not modelled.
+    many of them as synthetic ones their maps count instead, which is not modeled.
     """
     own = own_classes(size, devices)
     kept = own * size.image * (size.real + constants["images"] * 4 * size.gpc)
@@ -159,7 +159,7 @@ def collective_bytes(program: str) -> dict[str, int]:
 
 
 def whitening() -> whiten.MeanStd:
-    """Returns some normalisation."""
+    """Returns some normalization."""
     return whiten.MeanStd(jnp.full(CHANNELS, 0.5), jnp.full(CHANNELS, 0.25))
 
 
@@ -304,7 +304,7 @@ def plan(flops: dict[int, dict[str, float]], constants: dict[str, float]) -> lis
     Returns:
         A row for each resolution, budget and number of devices; bytes are those of one device. Time is the operations
         of the networks at `REACHED` of `PEAK_FLOPS`, and the sum of the gradients, one after the other. Not in it are
-        rendering, augmentation, the optimiser, and all waiting for memory.
+        rendering, augmentation, the optimizer, and all waiting for memory.
     """
     rows = []
     for (pixels, ipc), size in PLANNED.items():

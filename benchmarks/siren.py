@@ -1,8 +1,8 @@
 """DDiF's decoder: one small SIREN per image, all images of a batch at once.
 
-A network maps a pixel's position to its colour: ``h_1 = sin(w0 (W u + b))``, ``h_l = sin(w (W h + b))``, ``W h + b``.
+A network maps a pixel's position to its color: ``h_1 = sin(w0 (W u + b))``, ``h_l = sin(w (W h + b))``, ``W h + b``.
 The authors run the networks of a batch one after the other in Python; here the images are an axis of every product, so
-that a comparison measures the parameterisation and not the loop.
+that a comparison measures the parameterization and not the loop.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ REPEATS = 15
 SEED = 0
 # Share of the larger of 1 and the largest value; both run in float32, in different orders of summation.
 TOLERANCES = {"forward": 1e-5, "backward": 1e-4, "forward+backward": 1e-4}
-# One grey level of an 8-bit display is 1/255: the default cutoff must stay below half of it.
+# One gray level of an 8-bit display is 1/255: the default cutoff must stay below half of it.
 CUTOFF_TOLERANCE = 1 / 512
 OUT = record.RESULTS / "splat.json"
 

@@ -40,7 +40,7 @@ STEPS = 1000
 PAPER_SECONDS = {21: (7.13, 10.45), 170: (6.99, 12.87), 682: (9.54, 19.09), 2730: (21.79, 41.53)}
 # For the device that `timing.TARGET_DEVICE` names.
 TARGET_SECONDS = {170: 3.0, 2730: 10.0}
-# Up to here clusters are quick to find. Their least-squares colours draw an image of as many channels as there are
+# Up to here clusters are quick to find. Their least-squares colors draw an image of as many channels as there are
 # Gaussians: some 30 ms per image at 2,730, ten times what the fit itself takes.
 MOST_CLUSTERS = 1000
 # PSNR is reported so many times along the way.

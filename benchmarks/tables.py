@@ -282,7 +282,7 @@ def _packed(name: str) -> str:
     steps = sorted({row["steps"] for row in rows})
     heads = [f"{method}, {count} steps" for count in steps for method in methods]
     lines = [
-        "| bits of position, shape, colour | bits per Gaussian | " + " | ".join(heads) + " |",
+        "| bits of position, shape, color | bits per Gaussian | " + " | ".join(heads) + " |",
         "|---|---:|" + "---:|" * len(heads),
     ]
     blank = " |" * (len(methods) - 1)
@@ -325,7 +325,7 @@ def _sensitivity(_: str) -> str:
         "| rounded | " + " | ".join(f"{bits} bits" for bits in ALONE) + " |",
         "|---|" + "---:|" * len(ALONE),
     ]
-    for name in ("position", "shape", "colour"):
+    for name in ("position", "shape", "color"):
         psnr = [row["psnr"] for row in rows if row["method"] == f"only {name} rounded"]
         lines.append(f"| {name} | " + " | ".join(f"{exact - one:.2f}" for one in psnr) + " |")
     return "\n".join(lines) + "\n"
@@ -397,7 +397,7 @@ def _frequency_gradient(name: str) -> str:
         f"({'x'.join(map(str, settings['size']))}), {settings['coefficients']} coefficients of each channel after "
         f"{settings['steps']:,} steps at the best rate of a grid of factors of ten that ends at so much:",
         "",
-        f"| images | basis | optimiser | {' | '.join(f'{end:,}' for end in ends)} | of all | closed form |",
+        f"| images | basis | optimizer | {' | '.join(f'{end:,}' for end in ends)} | of all | closed form |",
         "|---|---|---|" + "---:|" * (len(ends) + 2),
     ]
     for row in record["results"]:
@@ -405,7 +405,7 @@ def _frequency_gradient(name: str) -> str:
         best = max(found, key=lambda rate: found[rate])
         cells = [f"{max(psnr for rate, psnr in found.items() if rate <= end):.2f}" for end in ends]
         lines.append(
-            f"| {'normalised' if row['normalised'] else 'in [0, 1]'} | {row['basis']} | {row['optimiser']} "
+            f"| {'normalized' if row['normalized'] else 'in [0, 1]'} | {row['basis']} | {row['optimizer']} "
             f"| {' | '.join(cells)} | {found[best]:.2f} at {best:g} | {row['closed_form']:.2f} |"
         )
     return "\n".join(lines) + f"\n\n{_commands([record])}"

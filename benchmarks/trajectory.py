@@ -166,7 +166,7 @@ def per_step(temporary: dict[str, dict[str, int]]) -> dict[str, float]:
 
 
 def whitening() -> Any:
-    """Returns the field's normalisation of CIFAR-10."""
+    """Returns the field's normalization of CIFAR-10."""
     return meanstd_of(MEAN_STD["cifar10"].mean, MEAN_STD["cifar10"].std)
 
 

@@ -1,7 +1,7 @@
 """Dataset distillation with sparse 2-D Gaussians (GSDD) in JAX.
 
 Glossary: *real* / *syn* (synthetic) images; *ipc*, a budget in float32 pixel images per class; *gpc*, Gaussian images
-per class; *codec*, a parameterisation of images; *budget*, bytes per class; *expert* / *student*, networks trained on
+per class; *codec*, a parameterization of images; *budget*, bytes per class; *expert* / *student*, networks trained on
 real / synthetic images; *syn_lr*, the learned step size of a student.
 
 Dimension letters: ``n`` images, ``m`` Gaussians per image, ``h w c`` pixels, ``k`` classes, ``t`` inner steps, ``p``

@@ -32,7 +32,7 @@ class DsaSpec:
         str, Doc("Operations joined by '_', each equally likely, or 'none'; DSA leaves out flip for digits.")
     ] = FULL_STRATEGY
     align_corners: Annotated[
-        bool, Doc("Where rotation puts -1 and 1: pixel centres (MTT, GLaD) or edges (DC, DM); equal on square images.")
+        bool, Doc("Where rotation puts -1 and 1: pixel centers (MTT, GLaD) or edges (DC, DM); equal on square images.")
     ] = True
     brightness: Annotated[float, Ge(0), Doc("Shift is uniform in +- half of it (DSA: 1).")] = 1.0
     saturation: Annotated[float, Ge(0), Doc("Factor is uniform in [0, it] (DSA: 2).")] = 2.0
@@ -87,7 +87,7 @@ def dsa(key: jax.Array, images: jax.Array, spec: DsaSpec, *, siamese: bool = Fal
 
 
 def color(images: jax.Array, brightness: jax.Array, saturation: jax.Array, contrast: jax.Array) -> jax.Array:
-    """Shifts brightness, then scales saturation about the pixel's grey, then contrast about the image's mean.
+    """Shifts brightness, then scales saturation about the pixel's gray, then contrast about the image's mean.
 
     Args:
         images: float [n, h, w, c].
@@ -99,8 +99,8 @@ def color(images: jax.Array, brightness: jax.Array, saturation: jax.Array, contr
         float [n, h, w, c], not clipped.
     """
     x = images + _per_image(brightness)
-    grey = x.mean(3, keepdims=True)
-    x = grey + (x - grey) * _per_image(saturation)
+    gray = x.mean(3, keepdims=True)
+    x = gray + (x - gray) * _per_image(saturation)
     mean = x.mean((1, 2, 3), keepdims=True)
     return mean + (x - mean) * _per_image(contrast)
 
@@ -135,18 +135,18 @@ def _crop_one_bwd(max_shift: tuple[int, int], shift: jax.Array, g: jax.Array) ->
 _crop_one.defvjp(lambda max_shift, image, shift: (_crop_one(max_shift, image, shift), shift), _crop_one_bwd)
 
 
-def cutout(images: jax.Array, centre: jax.Array, *, size: tuple[int, int]) -> jax.Array:
+def cutout(images: jax.Array, center: jax.Array, *, size: tuple[int, int]) -> jax.Array:
     """Erases (sets to 0) a rectangle; what of it lies outside of the image is lost, as in the authors' code.
 
     Args:
         images: float [n, h, w, c].
-        centre: int32 [n, 2] or [2], (y, x); the rectangle starts at `centre - size // 2`.
+        center: int32 [n, 2] or [2], (y, x); the rectangle starts at `center - size // 2`.
         size: its (height, width), pixels.
 
     Returns:
         float [n, h, w, c].
     """
-    start = jnp.asarray(centre)[..., None] - np.array(size)[:, None] // 2  # [n, 2, 1] or [2, 1]
+    start = jnp.asarray(center)[..., None] - np.array(size)[:, None] // 2  # [n, 2, 1] or [2, 1]
     inside = []
     for axis, length in enumerate(images.shape[1:3]):
         offset = jnp.arange(length) - start[..., axis, :]
@@ -169,9 +169,9 @@ def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
 
 
 def scale(images: jax.Array, factor: jax.Array) -> jax.Array:
-    """Scales the sampling grid about the image's centre, bilinear, 0 outside: a factor under 1 zooms in.
+    """Scales the sampling grid about the image's center, bilinear, 0 outside: a factor under 1 zooms in.
 
-    `align_corners` has no say here: with either value, pixel i reads at `centre + factor * (i - centre)`.
+    `align_corners` has no say here: with either value, pixel i reads at `center + factor * (i - center)`.
 
     Args:
         images: float [n, h, w, c].
@@ -182,15 +182,15 @@ def scale(images: jax.Array, factor: jax.Array) -> jax.Array:
     """
     weights = []
     for axis, length in enumerate(images.shape[1:3]):
-        centre = (length - 1) / 2
+        center = (length - 1) / 2
         pixel = jnp.arange(length, dtype=images.dtype)
-        position = centre + jnp.asarray(factor)[..., axis, None] * (pixel - centre)
+        position = center + jnp.asarray(factor)[..., axis, None] * (pixel - center)
         weights.append(jnp.maximum(0, 1 - jnp.abs(position[..., :, None] - pixel)))
     return _separable(images, weights[0], weights[1])
 
 
 def rotate(images: jax.Array, theta: jax.Array, *, align_corners: bool = True) -> jax.Array:
-    """Rotates about the image's centre, bilinear, 0 outside.
+    """Rotates about the image's center, bilinear, 0 outside.
 
     The rotation acts on coordinates that span -1 to 1 on both axes, as in the authors' code, so that images which are
     not square are sheared too. On square images `align_corners` changes nothing: its unit cancels.
@@ -198,7 +198,7 @@ def rotate(images: jax.Array, theta: jax.Array, *, align_corners: bool = True) -
     Args:
         images: float [n, h, w, c].
         theta: radians, [n] or a scalar. Not differentiable: its cotangent is zero.
-        align_corners: -1 and 1 are the centres of the outermost pixels, rather than their outer edges.
+        align_corners: -1 and 1 are the centers of the outermost pixels, rather than their outer edges.
 
     Returns:
         float [n, h, w, c].
@@ -230,8 +230,8 @@ def _rotate_one_bwd(aspect: float, theta: jax.Array, g: jax.Array) -> tuple[jax.
     h, w, _ = g.shape
     turn = partial(_turn, theta, aspect, (h, w))
     y, x = _grid(h, w)
-    centre_y, centre_x = _turn(-theta, aspect, (h, w), y, x)
-    low_y, low_x = jnp.floor(centre_y), jnp.floor(centre_x)
+    center_y, center_x = _turn(-theta, aspect, (h, w), y, x)
+    low_y, low_x = jnp.floor(center_y), jnp.floor(center_x)
     reach = math.ceil(math.hypot(1, max(aspect, 1 / aspect)))
     total = jnp.zeros_like(g)
     for dy in range(1 - reach, reach + 1):
@@ -306,7 +306,7 @@ def _draw_crop(key: jax.Array, images: jax.Array, *, spec: DsaSpec, shape: tuple
 
 def _draw_cutout(key: jax.Array, images: jax.Array, *, spec: DsaSpec, shape: tuple[int, ...]) -> jax.Array:
     size = _fraction(images, spec.cutout)
-    # A rectangle of even size has one more centre than there are pixels.
+    # A rectangle of even size has one more center than there are pixels.
     bound = np.array([length + 1 - side % 2 for length, side in zip(images.shape[1:3], size, strict=True)], np.int32)
     return cutout(images, jax.random.randint(key, (*shape, 2), 0, bound, jnp.int32), size=size)
 

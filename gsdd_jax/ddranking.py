@@ -67,7 +67,7 @@ def label_robust_score(*, full: float, syn_hard: float, syn: float, random: floa
     """
     weight = _fraction("weight", weight)
     gain, loss = improvement_over_random(syn, random), hard_label_recovery(full, syn_hard)
-    return _normalised(weight * gain - (1 - weight) * loss)
+    return _normalized(weight * gain - (1 - weight) * loss)
 
 
 def augmentation_robust_score(
@@ -94,10 +94,10 @@ def augmentation_robust_score(
     """
     weight = _fraction("weight", weight)
     plain = improvement_over_random(syn_plain, random_plain)
-    return _normalised(weight * improvement_over_random(syn, random) + (1 - weight) * plain)
+    return _normalized(weight * improvement_over_random(syn, random) + (1 - weight) * plain)
 
 
-def _normalised(exponent: float) -> float:
+def _normalized(exponent: float) -> float:
     return (math.exp(exponent) - _LOWEST) / (_HIGHEST - _LOWEST)
 
 

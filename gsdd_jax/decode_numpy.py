@@ -3,7 +3,7 @@
 An independent implementation of what the codecs decode, for one purpose, looking at finished sets: no gradients, no
 subsets of a set. It agrees with them to 1e-5 of the range of an image, where numbers are of that range. An exception
 of Gaussians: a sample at which one of them falls to the very ``cutoff`` may count it in one and not in the other, which
-moves a pixel by at most ``cutoff`` times its colour.
+moves a pixel by at most ``cutoff`` times its color.
 
 Codecs that would need a page and more of their own are not here; a program with JAX exports their images instead.
 
@@ -24,7 +24,7 @@ from gsdd_jax import exchange, merged, packing, synset
 from gsdd_jax.exchange import SETTING, SETTINGS, SORTED_POINTS, Array, Manifest, short, whole, widened
 
 # Of `codecs.base`, `gaussians` and `codecs.packed`, which import JAX.
-CENTRE, SPREAD = 0.5, 0.25
+CENTER, SPREAD = 0.5, 0.25
 CHOLESKY_SHIFT, PREFILTER, MAX_PIXELS = (0.5, 0.0, 0.5), 1 / 12, 1e6
 FINEST_STEP = 2.0**-16
 PADDING = 0.5
@@ -258,7 +258,7 @@ def _splat(
     mean, cholesky, colors = (np.asarray(x, np.float64) for x in (mean, cholesky, colors))
     height, width = size
     limit = MAX_PIXELS
-    centres = np.clip(0.5 * np.array([width, height]) * (mean + 1), -limit, limit)
+    centers = np.clip(0.5 * np.array([width, height]) * (mean + 1), -limit, limit)
     grow = np.array([width / native[1], height / native[0], height / native[0]])
     l11, l21, l22 = np.moveaxis(np.clip((cholesky + np.array(CHOLESKY_SHIFT)) * grow, -limit, limit), -1, 0)
     variance_y = l21**2 + l22**2 + PREFILTER
@@ -266,15 +266,15 @@ def _splat(
     r, s = -(l11 * l21 / variance_y) * p, 1 / np.sqrt(variance_y)
     reach = np.sqrt(-2 * np.log(cutoff)) if cutoff else np.inf
     half = np.stack([reach * np.sqrt(1 + (r / s) ** 2) / p, reach / s], axis=-1)
-    broken = ~(np.isfinite(centres).all((1, 2)) & np.isfinite(p + r + s).all(1) & ~np.isnan(colors).any((1, 2)))
+    broken = ~(np.isfinite(centers).all((1, 2)) & np.isfinite(p + r + s).all(1) & ~np.isnan(colors).any((1, 2)))
     images = np.zeros((len(mean), *size, colors.shape[-1]))
     offsets = (np.arange(supersample) + 0.5) / supersample
-    first = np.clip(np.floor(np.nan_to_num(centres - half)), 0, [width, height]).astype(int)
-    last = np.clip(np.ceil(np.nan_to_num(centres + half)), 0, [width, height]).astype(int)
+    first = np.clip(np.floor(np.nan_to_num(centers - half)), 0, [width, height]).astype(int)
+    last = np.clip(np.ceil(np.nan_to_num(centers + half)), 0, [width, height]).astype(int)
     for i, j in zip(*np.nonzero((first < last).all(-1) & ~broken[:, None]), strict=True):
         (x0, y0), (x1, y1) = first[i, j], last[i, j]
-        dx = (np.arange(x0, x1)[:, None] + offsets).reshape(-1) - centres[i, j, 0]
-        dy = (np.arange(y0, y1)[:, None] + offsets).reshape(-1)[:, None] - centres[i, j, 1]
+        dx = (np.arange(x0, x1)[:, None] + offsets).reshape(-1) - centers[i, j, 0]
+        dy = (np.arange(y0, y1)[:, None] + offsets).reshape(-1)[:, None] - centers[i, j, 1]
         weight = np.exp(-0.5 * ((p[i, j] * dx + r[i, j] * dy) ** 2 + (s[i, j] * dy) ** 2))
         weight[weight < cutoff] = 0
         weight = weight.reshape(y1 - y0, supersample, x1 - x0, supersample).mean((1, 3))
@@ -330,7 +330,7 @@ def resized(images: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _interpolation(after: int, before: int) -> np.ndarray:
-    """Returns the matrix ``[after, before]`` of linear interpolation, pixel centres at (i + 1/2)."""
+    """Returns the matrix ``[after, before]`` of linear interpolation, pixel centers at (i + 1/2)."""
     place = (np.arange(after) + 0.5) * before / after - 0.5
     weights = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(before)) / max(before / after, 1))
     return weights / weights.sum(1, keepdims=True)
@@ -397,7 +397,7 @@ def _drawn(coefficients: np.ndarray, arrays: Arrays, manifest: Manifest, size: S
     np.put_along_axis(flat, found[..., None], coefficients, axis=1)
     rows, columns = (_cosines(side, length) for side, length in zip((h, w), size, strict=True))
     spectra = flat.reshape(n, h, w, c)
-    return CENTRE + SPREAD * np.einsum("yh,nyxc,xw->nhwc", rows, spectra, columns, optimize=True)
+    return CENTER + SPREAD * np.einsum("yh,nyxc,xw->nhwc", rows, spectra, columns, optimize=True)
 
 
 def _cosines(frequencies: int, positions: int) -> np.ndarray:
@@ -416,7 +416,7 @@ def _memory(manifest: Manifest) -> Decoder:
 
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
         combined = np.tensordot(arrays["coefficients"].astype(np.float64), arrays["bases"].astype(np.float64), (1, 0))
-        return CENTRE + SPREAD * resized(combined, size)
+        return CENTER + SPREAD * resized(combined, size)
 
     return Decoder(lambda: layout, decode)
 
@@ -437,7 +437,7 @@ def _spectral(manifest: Manifest) -> Decoder:
         images = np.einsum(
             "tpqr,jhp,jwq,jcr->tjhwc", wide["tensors"], wide["rows"], wide["columns"], wide["channels"], optimize=True
         )
-        return resized(CENTRE + SPREAD * images.reshape(n, h, w, c), size)
+        return resized(CENTER + SPREAD * images.reshape(n, h, w, c), size)
 
     return Decoder(lambda: layout, decode)
 
@@ -465,7 +465,7 @@ def _factor(manifest: Manifest) -> Decoder:
             inner = own["scale"] * (_conv(wide["base"], own["conv"]) + own["conv_bias"]) + own["shift"]
             padded = np.pad(inner, ((0, 0), (2, 2), (2, 2), (0, 0)))
             images.append(_conv(padded, own["deconv"][::-1, ::-1]) + own["deconv_bias"])
-        return resized(CENTRE + SPREAD * np.stack(images, axis=1).reshape(-1, h, w, c), size)
+        return resized(CENTER + SPREAD * np.stack(images, axis=1).reshape(-1, h, w, c), size)
 
     return Decoder(lambda: {name: Array(dtype, shape) for name, shape in shapes.items()}, decode)
 

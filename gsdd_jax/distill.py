@@ -29,7 +29,7 @@ from gsdd_jax.match import (
 from gsdd_jax.match.distribution import Transform
 from gsdd_jax.match.gradient import train_between
 from gsdd_jax.match.mmd import LEAST_SAMPLES
-from gsdd_jax.match.trajectory import flattener, floor_syn_lr, syn_lr_optimiser
+from gsdd_jax.match.trajectory import flattener, floor_syn_lr, syn_lr_optimizer
 from gsdd_jax.nets import Network
 from gsdd_jax.parallel import Share, Team
 
@@ -86,7 +86,7 @@ def device_data(
             the devices.
         labels: Integers ``[n]``.
         num_classes: k.
-        transform_params: Of the normalisation.
+        transform_params: Of the normalization.
         mesh: The devices, where there are several.
 
     Raises:
@@ -150,8 +150,8 @@ def init_state(codec: Codec, params: Any, objective: ObjectiveSpec, network: Net
         matcher = jax.tree.map(jnp.zeros_like, jax.eval_shape(network.init, jax.random.key(0)))
     if isinstance(objective, TrajectorySpec):
         syn_lr = jnp.float32(objective.syn_lr)
-        matcher = SynLr(syn_lr, syn_lr_optimiser(objective).init(syn_lr))
-    return State(params, codec.optimiser().init(params), jnp.zeros((), jnp.int32), matcher)
+        matcher = SynLr(syn_lr, syn_lr_optimizer(objective).init(syn_lr))
+    return State(params, codec.optimizer().init(params), jnp.zeros((), jnp.int32), matcher)
 
 
 def _network_lives_on(objective: ObjectiveSpec) -> bool:
@@ -172,11 +172,11 @@ def make_step(
     """Builds the outer step; pure, to be jitted with its state donated.
 
     Args:
-        codec: The parameterisation; its ``decode``, ``regularise``, ``project`` and ``optimiser`` are used.
+        codec: The parameterization; its ``decode``, ``regularize``, ``project`` and ``optimizer`` are used.
         objective: What to match; gradient matching with its loops filled in, see ``GradientSpec.for_ipc``.
         network: The architecture that matches.
         augment: DSA settings.
-        transform: Normalisation; its arrays travel in the data, so that they are not baked into the executable.
+        transform: Normalization; its arrays travel in the data, so that they are not baked into the executable.
         schedule: Factor of the codec's updates, by outer steps taken; 1 throughout if None, as in the references.
         mmd: The MMD term; none if None or of weight 0.
         mesh: Devices that take the step together, from ``parallel.mesh_of``: they share out classes, or the segments of
@@ -186,7 +186,7 @@ def make_step(
         ``step(state, data, key)``, with ``ExpertBatch`` for trajectory matching and real images for the others, in an
         ``MmdBatch`` if there is an MMD term. The randomness of step ``i`` is ``fold_in(key, i)``, so an interrupted run
         that resumes from a state repeats the same bits. Metrics are device scalars: ``loss`` (the objective's own),
-        ``regulariser``, ``grad_norm``, and ``param_norm`` after the step; for trajectory matching also those of
+        ``regularizer``, ``grad_norm``, and ``param_norm`` after the step; for trajectory matching also those of
         ``trajectory_loss`` and the ``syn_lr`` after the step; with the term ``mmd``, not weighted. Norms are those of
         the objective's step.
 
@@ -215,11 +215,11 @@ def make_step(
 
 
 def _then(step: Step, codec: Codec, term: Term, schedule: optax.Schedule | None, team: Team) -> Step:
-    """Adds an optimiser step on a term to a step."""
+    """Adds an optimizer step on a term to a step."""
 
     def then(state: State, data: Data, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         after, metrics = step(state, data, key)
-        # One optimiser takes both steps, as in D3; its schedule counts iterations.
+        # One optimizer takes both steps, as in D3; its schedule counts iterations.
         moved = after._replace(step=state.step)
         key_step = jax.random.fold_in(key, state.step)
         grads, value = team.sum(jax.grad(term, has_aux=True)(moved.params, data, key_step))
@@ -302,9 +302,9 @@ def _total(
     key_step: jax.Array,
     team: Team,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Adds the codec's regulariser and, if there is one, the MMD term to a loss; devices then add up what they have."""
-    regulariser = team.part(codec.regularise(params))
-    total, metrics = loss + regulariser, {"loss": loss, "regulariser": regulariser, **metrics}
+    """Adds the codec's regularizer and, if there is one, the MMD term to a loss; devices then add up what they have."""
+    regularizer = team.part(codec.regularize(params))
+    total, metrics = loss + regularizer, {"loss": loss, "regularizer": regularizer, **metrics}
     if term is None:
         return total, metrics
     extra, value = term(params, data, key_step)
@@ -382,8 +382,8 @@ def _some_of_each_class(key: jax.Array, share: Share, g: int, count: int) -> jax
 def _updated(
     codec: Codec, state: State, grads: Any, schedule: optax.Schedule | None
 ) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """Returns parameters and optimiser state after a gradient, and the norms to log."""
-    updates, opt_state = codec.optimiser().update(grads, state.opt_state, state.params)
+    """Returns parameters and optimizer state after a gradient, and the norms to log."""
+    updates, opt_state = codec.optimizer().update(grads, state.opt_state, state.params)
     if schedule is not None:
         updates = optax.tree.scale(schedule(state.step), updates)
     params = codec.project(optax.apply_updates(state.params, updates))
@@ -436,7 +436,7 @@ def _trajectory_step(
         first = team.least(jnp.where(bad_step < 0, late, bad_step))
         metrics |= {"bad_step": jnp.where(first == late, -1, first)}
         params, opt_state, norms = _updated(codec, state, grads, schedule)
-        update, lr_state = syn_lr_optimiser(objective).update(lr_grad, old.opt_state)
+        update, lr_state = syn_lr_optimizer(objective).update(lr_grad, old.opt_state)
         syn_lr = SynLr(floor_syn_lr(old.value + update), lr_state)
         return State(params, opt_state, state.step + 1, syn_lr), metrics | norms | {"syn_lr": syn_lr.value}
 

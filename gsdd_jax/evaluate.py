@@ -47,8 +47,8 @@ __all__ = [
     "sgd_step",
     "stream_batch",
     "stream_start",
-    "summarise",
-    "summarise_classes",
+    "summarize",
+    "summarize_classes",
     "train_network",
 ]
 
@@ -233,7 +233,7 @@ def choose_lr(
     return max(sound, key=lambda lr: table[lr]), table
 
 
-def summarise(accuracies: Sequence[float] | jax.Array, seeds: Sequence[int]) -> dict[str, Any]:
+def summarize(accuracies: Sequence[float] | jax.Array, seeds: Sequence[int]) -> dict[str, Any]:
     """Sums up accuracies as plain Python values, ready for JSON.
 
     Args:
@@ -259,7 +259,7 @@ def summarise(accuracies: Sequence[float] | jax.Array, seeds: Sequence[int]) -> 
     return {"mean": mean, "std": std, "n": len(values), "seeds": [int(seed) for seed in seeds]}
 
 
-def summarise_classes(hits: Sequence[Sequence[int]] | jax.Array, counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
+def summarize_classes(hits: Sequence[Sequence[int]] | jax.Array, counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
     """Sums up a test class by class, as plain Python values, ready for JSON.
 
     Args:

@@ -1,7 +1,7 @@
 """Expert trajectories: the weights of networks trained on real images, epoch by epoch; trained, stored, read.
 
 A folder of experts holds `manifest.json` and one array `[expert, epoch, p]` per group of experts, as a `.npy` file of
-little-endian float32. Epoch 0 is the initialisation. A group is written beside its final name and appears in the
+little-endian float32. Epoch 0 is the initialization. A group is written beside its final name and appears in the
 manifest once it is whole, so a killed training continues with the first group that is missing. A step of trajectory
 matching reads two rows and nothing else; every row is checked against its CRC-32.
 """
@@ -90,7 +90,7 @@ class _Static(NamedTuple):
 
 
 def expert_keys(seed: int, experts: range) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys of the initialisation and of the training of some experts, `[g]` each."""
+    """Returns the keys of the initialization and of the training of some experts, `[g]` each."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(experts))
     keys = jax.vmap(jax.random.split)(keys)
     return keys[:, 0], keys[:, 1]

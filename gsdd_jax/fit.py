@@ -1,4 +1,4 @@
-"""Initialisation: fit a codec to real images, to a solid colour, or not at all (GSDD, Eq. 8 and appendix B.3)."""
+"""Initialization: fit a codec to real images, to a solid color, or not at all (GSDD, Eq. 8 and appendix B.3)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from gsdd_jax.codecs.base import Draft
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitSpec:
-    """Settings of the initialisation."""
+    """Settings of the initialization."""
 
     to: Annotated[
         Literal["real", "solid", "random"],
         Doc(
-            "real: real images; solid: warm-up on the mean colour of the set; random: the start as drawn, not fitted. "
+            "real: real images; solid: warm-up on the mean color of the set; random: the start as drawn, not fitted. "
             "The last two need a codec.start that looks at no image, such as uniform."
         ),
     ] = "real"
     select: Annotated[
         Literal["random", "first", "kmeans"],
-        Doc("Real images of a class: drawn at random, its first, or the nearest to k-means centres of features."),
+        Doc("Real images of a class: drawn at random, its first, or the nearest to k-means centers of features."),
     ] = "random"
     steps: Annotated[int, Ge(0), Doc("Adam steps on the mean squared error")] = 1000
     initial_set: Annotated[
@@ -78,7 +78,7 @@ def select_images(
         labels: ``[N]`` labels of the training images.
         per_class: Images to choose per class.
         how: ``random`` (without replacement), ``first``, or ``kmeans``: the distinct images nearest to the class's
-            k-means centres.
+            k-means centers.
         num_classes: ``k``.
         features: ``[N, f]`` embeddings, for ``kmeans``.
 
@@ -102,20 +102,20 @@ def select_images(
         elif how == "kmeans":
             if features is None:
                 raise ValueError("fit.select: kmeans needs features, found none")
-            chosen.append(own[_nearest_to_centres(key_class, features[own], per_class)])
+            chosen.append(own[_nearest_to_centers(key_class, features[own], per_class)])
         else:
             raise ValueError(f"fit.select: expected one of random, first, kmeans; found {how!r}")
     return np.concatenate(chosen)
 
 
-def _nearest_to_centres(key: jax.Array, features: np.ndarray, count: int) -> np.ndarray:
+def _nearest_to_centers(key: jax.Array, features: np.ndarray, count: int) -> np.ndarray:
     from sklearn.cluster import KMeans  # slow to import, and only this option needs it
 
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1, jnp.int32))
-    centres = KMeans(count, n_init=1, random_state=seed).fit(features).cluster_centers_
+    centers = KMeans(count, n_init=1, random_state=seed).fit(features).cluster_centers_
     taken: list[int] = []
-    for centre in centres:
-        order = np.argsort(((features - centre) ** 2).sum(1))
+    for center in centers:
+        order = np.argsort(((features - center) ** 2).sum(1))
         taken.append(next(int(i) for i in order if int(i) not in taken))
     return np.array(taken)
 
@@ -138,7 +138,7 @@ def fit_steps(
         The new state, and the mean over images of the PSNR in dB before the last of the steps, unclamped.
     """
     targets = pixels.as_float(targets, "targets")
-    optimiser = codec.fitter(steps)
+    optimizer = codec.fitter(steps)
     draft = codec.draft or Draft(lambda params, done: codec.decode(params), lambda params, done: codec.project(params))
 
     def loss_fn(params: Any, done: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,7 +149,7 @@ def fit_steps(
         state, _ = carry
         done = state.step.astype(jnp.float32) / steps
         grads, error = jax.grad(loss_fn, has_aux=True)(state.params, done)
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = draft.project(optax.apply_updates(state.params, updates), done)
         return FitState(params, opt_state, state.step + 1), error
 
@@ -171,7 +171,7 @@ def psnr(images: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def solid_targets(images: np.ndarray, count: int) -> jax.Array:
-    """Returns ``count`` copies of the training set's mean colour as images: the target of the solid-colour warm-up."""
+    """Returns ``count`` copies of the training set's mean color as images: the target of the solid-color warm-up."""
     images = pixels.check(images)
     mean = images.reshape(-1, images.shape[-1]).mean(0, dtype=np.float64) / pixels.white(images)
     return jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (count, *images.shape[1:]))

@@ -23,11 +23,11 @@ class Gaussians:
     """Parameters of ``n`` images with ``m`` Gaussians each; all leaves are unconstrained float arrays.
 
     Attributes:
-        mean: ``[n, m, 2]`` centres (x, y); [-1, 1] spans the image.
+        mean: ``[n, m, 2]`` centers (x, y); [-1, 1] spans the image.
         cholesky: ``[n, m, 3]`` entries (l11, l21, l22) of L minus ``CHOLESKY_SHIFT``, in pixels of the native size;
             the covariance is ``L @ L.T``.
-        color: ``[n, m, c]`` colours; any sign and size.
-        opacity: ``[n, m]`` factors of the colours; any sign and size.
+        color: ``[n, m, c]`` colors; any sign and size.
+        opacity: ``[n, m]`` factors of the colors; any sign and size.
         size: Native (height, width) in pixels; static.
     """
 
@@ -72,7 +72,7 @@ def to_pixels(g: Gaussians, size: tuple[int, int] | None = None) -> Splats:
         size: (height, width) to map to; the native size by default.
 
     Returns:
-        Centres, conics and premultiplied colours. Differentiable with respect to every leaf; L beyond ``MAX_PIXELS``
+        Centers, conics and premultiplied colors. Differentiable with respect to every leaf; L beyond ``MAX_PIXELS``
         is limited to it.
     """
     height, width = size or g.size

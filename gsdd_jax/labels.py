@@ -182,7 +182,7 @@ def make_codec(
     :func:`gsdd_jax.codecs.make`.
 
     Args:
-        spec: Which parameterisation and its settings.
+        spec: Which parameterization and its settings.
         labels: The labels.
         image_shape: (h, w, c).
         num_classes: ``k``.

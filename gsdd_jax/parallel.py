@@ -1,7 +1,7 @@
 """The outer step on several devices.
 
 Distribution matching, gradient matching and the MMD term are sums over classes, and trajectory matching is a mean over
-segments of experts: these are what devices share out. Parameters and optimiser are held by every device, gradients are
+segments of experts: these are what devices share out. Parameters and optimizer are held by every device, gradients are
 added up between them, and every device takes the same step. A step moves as many bytes as that sum does, which is small
 where a set is, and images never.
 

@@ -41,7 +41,7 @@ def check(images: Any, name: str = "images", *, real: bool = True, rank: int = 4
         images: ``[n, h, w, c]``, n >= 1; of NumPy or JAX.
         name: Of the argument, for the message.
         real: They are photographs or the like, in [0,1] up to `SLACK`. Otherwise they may be decoded ones, which leave
-            [0,1], or normalised ones: then only whole numbers are refused, the values of uint8 in floating point.
+            [0,1], or normalized ones: then only whole numbers are refused, the values of uint8 in floating point.
         rank: 3 for a single image ``[h, w, c]``.
 
     Raises:

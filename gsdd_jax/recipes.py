@@ -48,7 +48,7 @@ def recipe_for(recipe: Recipe, network: str, run: EvalSpec) -> EvalSpec:
         raise ValueError(f"network: {network!r}, recipe {recipe} is for one of {', '.join(_GLAD_LR)}")
     if recipe == "gsdd":
         lr = _GSDD_LR.get(network, _GSDD_LR_REMAINING)
-        return dataclasses.replace(run, optimiser="adam", lr=lr, schedule="cosine", warmup_steps=0, seeds=3)
+        return dataclasses.replace(run, optimizer="adam", lr=lr, schedule="cosine", warmup_steps=0, seeds=3)
     if recipe == "glad":
         return EvalSpec(
             epochs=1000,

@@ -1,7 +1,7 @@
 """Starting points of Gaussian image fitting, from the image itself or at random.
 
 The authors start from uniform noise and fit 50,000 steps. A start that already knows where the image is busy and what
-colours it has reaches the same error in far fewer steps (benchmarks/results/fit_psnr.json).
+colors it has reaches the same error in far fewer steps (benchmarks/results/fit_psnr.json).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ EDGE_SHARE = 0.5
 EDGE_SPREAD = 0.6
 # Lloyd iterations of ``by_clusters``; not tuned.
 CLUSTER_STEPS = 10
-# Weight of colour (0..1) against position: a difference of 1/4 counts as much as one mean spacing of clusters.
+# Weight of color (0..1) against position: a difference of 1/4 counts as much as one mean spacing of clusters.
 CLUSTER_COLOR = 4.0
-# A cluster's Gaussian is this much wider than the cluster, so that neighbours overlap and leave no dark seams; 1 and 2
+# A cluster's Gaussian is this much wider than the cluster, so that neighbors overlap and leave no dark seams; 1 and 2
 # fit worse (6 images of 128 px, 107 Gaussians, 300 steps: 23.29 and 22.97 against 23.37 dB).
 CLUSTER_SPREAD = 1.5
-# Ridge of the least-squares colours, relative to the mean diagonal: keeps colours of overlapping Gaussians small.
+# Ridge of the least-squares colors, relative to the mean diagonal: keeps colors of overlapping Gaussians small.
 RIDGE = 1e-3
 
 
 def uniform(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
-    """The authors' start: positions U(-1,1), raw Cholesky entries and colours U(0,1), opacity 1.
+    """The authors' start: positions U(-1,1), raw Cholesky entries and colors U(0,1), opacity 1.
 
     Only the shape of ``images`` matters.
     """
@@ -48,7 +48,7 @@ def uniform(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
 
 
 def on_edges(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
-    """Round Gaussians at pixels drawn in proportion to the gradient magnitude, with half of their pixel's colour."""
+    """Round Gaussians at pixels drawn in proportion to the gradient magnitude, with half of their pixel's color."""
     n, h, w, c = images.shape
     index = _edge_pixels(key, images, num_points)
     color = jnp.take_along_axis(images.reshape(n, h * w, c), index[..., None], axis=1)
@@ -64,9 +64,9 @@ def on_edges(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
 
 
 def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
-    """One Gaussian per cluster of pixels in (position, colour), with the cluster's covariance.
+    """One Gaussian per cluster of pixels in (position, color), with the cluster's covariance.
 
-    k-means over pixels as in superpixels, seeded as in :func:`on_edges`; colours then solve the ridge regression of
+    k-means over pixels as in superpixels, seeded as in :func:`on_edges`; colors then solve the ridge regression of
     the image on the rendered Gaussians, in which the image is linear.
     """
     n, h, w, c = images.shape
@@ -75,24 +75,24 @@ def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians
     spacing = float(np.sqrt(h * w / num_points))
     seeds = _edge_pixels(key, images, num_points)
 
-    def nearest(features: jax.Array, centres: jax.Array) -> jax.Array:
-        distance = jnp.sum(centres**2, axis=1) - 2 * features @ centres.T
+    def nearest(features: jax.Array, centers: jax.Array) -> jax.Array:
+        distance = jnp.sum(centers**2, axis=1) - 2 * features @ centers.T
         return jax.nn.one_hot(jnp.argmin(distance, axis=1), num_points, dtype=jnp.float32)
 
     def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         image, seed = args
         features = jnp.concatenate([place / spacing, CLUSTER_COLOR * image.reshape(-1, c)], axis=-1)
 
-        def lloyd(_, centres: jax.Array) -> jax.Array:
-            member = nearest(features, centres)
+        def lloyd(_, centers: jax.Array) -> jax.Array:
+            member = nearest(features, centers)
             count = member.sum(0)[:, None]
-            return jnp.where(count > 0, member.T @ features / jnp.maximum(count, 1), centres)
+            return jnp.where(count > 0, member.T @ features / jnp.maximum(count, 1), centers)
 
-        centres = jax.lax.fori_loop(0, CLUSTER_STEPS, lloyd, features[seed])
-        member = nearest(features, centres)
+        centers = jax.lax.fori_loop(0, CLUSTER_STEPS, lloyd, features[seed])
+        member = nearest(features, centers)
         count = jnp.maximum(member.sum(0)[:, None], 1)
-        # An empty cluster keeps its centre and gets the smallest allowed shape.
-        mu = jnp.where(member.sum(0)[:, None] > 0, member.T @ place / count, centres[:, :2] * spacing)
+        # An empty cluster keeps its center and gets the smallest allowed shape.
+        mu = jnp.where(member.sum(0)[:, None] > 0, member.T @ place / count, centers[:, :2] * spacing)
         offset = place[:, None] - mu
         second = jnp.stack([offset[..., 0] ** 2, offset[..., 0] * offset[..., 1], offset[..., 1] ** 2], axis=-1)
         covariance = CLUSTER_SPREAD**2 * jnp.einsum("pm,pmi->mi", member, second) / count
@@ -109,7 +109,7 @@ def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians
 
 
 def least_squares_colors(mean: jax.Array, cholesky: jax.Array, image: jax.Array) -> jax.Array:
-    """Solves for the colours that draw an image best, given the geometry.
+    """Solves for the colors that draw an image best, given the geometry.
 
     Args:
         mean: ``[m, 2]``.
@@ -117,7 +117,7 @@ def least_squares_colors(mean: jax.Array, cholesky: jax.Array, image: jax.Array)
         image: ``[h, w, c]``.
 
     Returns:
-        ``[m, c]`` colours at opacity 1: ridge regression of the image on the ``m`` rendered Gaussians.
+        ``[m, c]`` colors at opacity 1: ridge regression of the image on the ``m`` rendered Gaussians.
     """
     h, w, c = image.shape
     m = mean.shape[0]
@@ -145,7 +145,7 @@ def _edge_pixels(key: jax.Array, images: jax.Array, num_points: int) -> jax.Arra
 
 
 def _positions(index: jax.Array, h: int, w: int) -> jax.Array:
-    """Maps flat pixel indices to positions of the pixels' centres in [-1, 1]."""
+    """Maps flat pixel indices to positions of the pixels' centers in [-1, 1]."""
     half = jnp.float32(0.5)
     return jnp.stack([(index % w + half) / w, (index // w + half) / h], axis=-1) * 2 - 1
 

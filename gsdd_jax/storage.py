@@ -19,7 +19,7 @@ PIXEL_ITEMSIZE = ITEMSIZE | {"uint8": 1}
 # The values of a byte: multiples of 1/85 from -1 to 2, since distilled pixels leave [0, 1].
 BYTE_LOW, BYTE_HIGH, BYTE_PER_UNIT = -1.0, 2.0, 85.0
 BYTE_STEP = np.float32(1 / BYTE_PER_UNIT)
-# Numbers of one Gaussian besides its colour: mean 2, cholesky 3, opacity 1 (GSDD, section 3.1: 9 with three channels).
+# Numbers of one Gaussian besides its color: mean 2, cholesky 3, opacity 1 (GSDD, section 3.1: 9 with three channels).
 GEOMETRY_NUMBERS = 6
 
 
@@ -88,7 +88,7 @@ def on_grid(x: jax.Array, low: jax.Array, step: jax.Array, bits: int) -> jax.Arr
     Args:
         x: ``[..., c]`` float32.
         low: ``[c]`` value of code 0.
-        step: ``[c]`` distance of neighbours, > 0.
+        step: ``[c]`` distance of neighbors, > 0.
         bits: 1 to 16.
 
     Returns:
@@ -116,7 +116,7 @@ def _on_grid_bwd(bits, residuals, v):
 on_grid.defvjp(_on_grid_fwd, _on_grid_bwd)
 
 
-def quantise(x: jax.Array, dtype: str) -> jax.Array:
+def quantize(x: jax.Array, dtype: str) -> jax.Array:
     """Rounds to a stored precision, a key of ``PIXEL_ITEMSIZE``, with a straight-through gradient."""
     if dtype == "uint8":
         return as_uint8(x)
@@ -129,7 +129,7 @@ def budget_bytes(ipc: float, image_shape: Sequence[int]) -> int:
 
 
 def gaussian_numbers(channels: int, *, opacity: bool = True) -> int:
-    """Returns the stored numbers per Gaussian: 9 for three channels, 8 where opacity is folded into colour."""
+    """Returns the stored numbers per Gaussian: 9 for three channels, 8 where opacity is folded into color."""
     return GEOMETRY_NUMBERS + channels - (not opacity)
 
 
@@ -209,7 +209,7 @@ def nbytes(stored: object) -> int:
 
 
 def cast(tree: T, dtype: str) -> T:
-    """Casts every array of a pytree to its stored dtype; bit-equal to what :func:`quantise` shows the forward pass.
+    """Casts every array of a pytree to its stored dtype; bit-equal to what :func:`quantize` shows the forward pass.
 
     Bytes are codes, that of a NaN is 0.
     """

@@ -1,4 +1,4 @@
-"""The distilled set as an artefact: stored parameters, labels and metadata.
+"""The distilled set as an artifact: stored parameters, labels and metadata.
 
 One safetensors file and one JSON manifest. Data only, never code: reading a set decodes arrays and JSON, nothing is
 unpickled. The manifest says how to decode; the safetensors file holds exactly the bytes that the budget counts, plus
@@ -66,11 +66,11 @@ class SynSet:
         params: Parameters at stored precision, as float32.
         bytes_per_class: The budget that the set was made for.
         class_names: One per class.
-        meta: Anything else that was recorded: dataset, objective, normalisation, versions.
+        meta: Anything else that was recorded: dataset, objective, normalization, versions.
         soft: Soft labels as they are written, or None where the order of the images says all.
 
     Example:
-        A set of two classes with one 4x4 grey image each:
+        A set of two classes with one 4x4 gray image each:
 
         >>> import jax.numpy as jnp
         >>> from gsdd_jax import codecs

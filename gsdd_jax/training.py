@@ -1,4 +1,4 @@
-"""Training of one network on a set of images: optimiser, schedule, stream of batches, averaged weights.
+"""Training of one network on a set of images: optimizer, schedule, stream of batches, averaged weights.
 
 Nothing here sees test images; `gsdd_jax.evaluate` tests what comes out.
 """
@@ -36,7 +36,7 @@ class EvalSpec:
     epochs: Annotated[int, Ge(1), Doc("Passes over the images (DSA: 1000); steps = ceil(epochs * n / batch).")] = 1000
     steps: Annotated[int, Ge(0), Doc("Training steps, in place of epochs; 0 = by epochs.")] = 0
     batch: Annotated[int, Ge(1), Doc("Images per step (DC: 256); all of them if there are fewer.")] = 256
-    optimiser: Annotated[
+    optimizer: Annotated[
         Literal["sgd", "adam"], Doc("sgd with momentum (DC), or adam with PyTorch's defaults (GSDD across networks).")
     ] = "sgd"
     lr: Annotated[float, Gt(0), Doc("Learning rate (DC: 0.01, with sgd).")] = 0.01
@@ -47,7 +47,7 @@ class EvalSpec:
     schedule: Annotated[
         Literal["step", "cosine", "warmup_cosine"],
         Doc(
-            "step: a tenth from half time on, optimiser restarted (DC); cosine: to 0; warmup_cosine: linear from 0 to "
+            "step: a tenth from half time on, optimizer restarted (DC); cosine: to 0; warmup_cosine: linear from 0 to "
             "half time, then cosine to 0 (GLaD)."
         ),
     ] = "step"
@@ -292,14 +292,14 @@ def _drop(steps: int) -> int:
 
 
 def _start(spec: EvalSpec, params: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, params) if spec.optimiser == "sgd" else adam_start(params)
+    return jax.tree.map(jnp.zeros_like, params) if spec.optimizer == "sgd" else adam_start(params)
 
 
 def _update(
     spec: EvalSpec, params: Any, state: Any, grads: Any, *, lr: jax.Array, restart: jax.Array
 ) -> tuple[Any, Any]:
-    """Takes one step of the optimiser; a restart forgets its state first."""
-    if spec.optimiser == "sgd":
+    """Takes one step of the optimizer; a restart forgets its state first."""
+    if spec.optimizer == "sgd":
         momentum = jnp.where(restart, 0.0, spec.momentum)
         return sgd_step(params, state, grads, lr=lr, momentum=momentum, weight_decay=spec.weight_decay)
     state = jax.tree.map(lambda leaf: jnp.where(restart, jnp.zeros_like(leaf), leaf), state)

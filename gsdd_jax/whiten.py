@@ -19,7 +19,7 @@ MAX_ZCA_DIMS = 12_288
 # (u - 128)^2 <= 2^14, so sums over 2^10 images stay within the 2^24 integers that float32 holds exactly: the products
 # run at float32 speed and the covariance is exact.
 _EXACT_ROWS = 1024
-# What rounding to grey levels adds: the std of a uniform variable as wide as one of them.
+# What rounding to gray levels adds: the std of a uniform variable as wide as one of them.
 _ROUNDING = 1 / (255 * 12**0.5)
 
 
@@ -28,7 +28,7 @@ class Identity(NamedTuple):
 
 
 class MeanStd(NamedTuple):
-    """Per-channel normalisation: `mean` and `std`, float32 [c], in units of the [0,1] image."""
+    """Per-channel normalization: `mean` and `std`, float32 [c], in units of the [0,1] image."""
 
     mean: jax.Array
     std: jax.Array
@@ -57,7 +57,7 @@ MEAN_STD: dict[str, Published] = {
     "cifar10": Published(
         (0.4914, 0.4822, 0.4465),
         (0.2023, 0.1994, 0.2010),
-        "DC/DSA/DM, MTT, TESLA, DDiF and others; means of per-image stds, not pooled: normalised std is about 1.2",
+        "DC/DSA/DM, MTT, TESLA, DDiF and others; means of per-image stds, not pooled: normalized std is about 1.2",
     ),
     "cifar10_pooled": Published((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "FRePo; pooled stds"),
     "cifar100": Published((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), "DC/DSA/DM; pooled stds"),
@@ -78,12 +78,12 @@ def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Whitening:
     """Computes a whitening from training images; on the host, in float64.
 
     "zca" follows kornia's ZCAWhitening as MTT and its successors use it: unbiased covariance of the [0,1] pixels
-    without prior normalisation, `W = U diag((S + eps)^-1/2) U^T`. `eps` is added to the eigenvalues, not scaled by
+    without prior normalization, `W = U diag((S + eps)^-1/2) U^T`. `eps` is added to the eigenvalues, not scaled by
     their mean (FRePo scales it: a different whitening). Deviations: the covariance sums are exact and the
     eigendecomposition is float64 (the reference takes an SVD in float32); the pixels are flattened as h, w, c instead
     of c, h, w, which permutes rows and columns only. "meanstd" takes per-channel mean and std (biased, as for a
-    population) pooled over all pixels of all images. The std of a channel that is constant but for the rounding to grey
-    levels is 1, as in scikit-learn's StandardScaler: such a channel is centred, and nothing divides by 0.
+    population) pooled over all pixels of all images. The std of a channel that is constant but for the rounding to gray
+    levels is 1, as in scikit-learn's StandardScaler: such a channel is centered, and nothing divides by 0.
 
     Args:
         kind: "zca", "meanstd" or "none".
@@ -106,7 +106,7 @@ def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Whitening:
 
 
 def meanstd_of(mean: Sequence[float], std: Sequence[float]) -> MeanStd:
-    """Makes a normalisation from given constants, such as `MEAN_STD["cifar10"].mean` and `.std`.
+    """Makes a normalization from given constants, such as `MEAN_STD["cifar10"].mean` and `.std`.
 
     Raises:
         ValueError: Different lengths, or a std that is not positive.
@@ -122,7 +122,7 @@ def _fit_meanstd(images: np.ndarray) -> MeanStd:
     if images.dtype != np.uint8:
         mean, std = images.mean((0, 1, 2), dtype=np.float64), images.std((0, 1, 2), dtype=np.float64)
     else:
-        # Grey levels are counted, so the sums are exact; in chunks, because bincount widens its input eightfold.
+        # Gray levels are counted, so the sums are exact; in chunks, because bincount widens its input eightfold.
         histogram = np.zeros((images.shape[-1], 256))
         for start in range(0, len(images), _EXACT_ROWS):
             for channel, row in enumerate(histogram):
@@ -230,7 +230,7 @@ def invert(whitening: Whitening, images: jax.Array) -> jax.Array:
 
 def _multiply(images: jax.Array, matrix: jax.Array) -> jax.Array:
     flat = images.reshape(*images.shape[:-3], -1)
-    # The default precision of accelerators (TF32, bfloat16) would leave errors of 1e-3, larger than half a grey level.
+    # The default precision of accelerators (TF32, bfloat16) would leave errors of 1e-3, larger than half a gray level.
     return jnp.matmul(flat, matrix, precision=jax.lax.Precision.HIGHEST).reshape(images.shape)
 
 

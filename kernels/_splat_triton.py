@@ -136,14 +136,14 @@ def _touches(
     touches &= tl.abs(dy) <= REACH / s + half_h
     along = p * dx
     across = r * dy
-    # Of a far centre and a steep conic both terms are large, and their sum rounds.
+    # Of a far center and a steep conic both terms are large, and their sum rounds.
     slack = 1e-6 * (tl.abs(along) + tl.abs(across))
     return touches & (tl.abs(along + across) <= REACH + p * half_w + tl.abs(r) * half_h + slack)
 
 
 @triton.jit
 def _add_row(weight, x, dy, p, r, s, S: tl.constexpr, CUTOFF: tl.constexpr):
-    """Adds the weights of one row of samples; ``x`` is relative to the centre, p, r and s carry SCALE."""
+    """Adds the weights of one row of samples; ``x`` is relative to the center, p, r and s carry SCALE."""
     across = r * dy
     up = s * dy
     for i in tl.static_range(S):
@@ -253,7 +253,7 @@ def _walk(cx, cy, p, r, s, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, S: tl.cons
     right = tl.minimum(tl.floor(cx + half_x - edge), WIDTH - 1.0)
     box = tl.maximum(right - left + 1, 0.0)
 
-    # The centre line moves by -r/p per row; the samples of a pixel lie on several lines, half_w covers them all.
+    # The center line moves by -r/p per row; the samples of a pixel lie on several lines, half_w covers them all.
     slope = -r / p
     half_w = REACH / p + tl.abs(slope) * (0.5 - edge)
     strip = tl.floor(2 * half_w + (1 - 2 * edge)) + 1
@@ -272,7 +272,7 @@ def _area(centers, conics, k, mask, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, S
 
 @triton.jit
 def _moments_of_row(w, wu, wux, wuy, wy, wyy, x, dy, p, r, s, S: tl.constexpr, CUTOFF: tl.constexpr):
-    """Adds one row of samples to the moments of ``w`` and ``w u`` about the centre, u = p dx + r dy with SCALE."""
+    """Adds one row of samples to the moments of ``w`` and ``w u`` about the center, u = p dx + r dy with SCALE."""
     across = r * dy
     up = s * dy
     row_w = tl.full(w.shape, -0.0, tl.float32)

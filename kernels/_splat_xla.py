@@ -43,7 +43,7 @@ class _Tiles(NamedTuple):
     """The pair lists of a chunk of images; ``t`` counts the tiles of all its images, padded to whole blocks."""
 
     image: jax.Array  # [t] image that the tile belongs to
-    origin: jax.Array  # [t, 2] pixel coordinates (x, y) of the tile's centre
+    origin: jax.Array  # [t, 2] pixel coordinates (x, y) of the tile's center
     members: jax.Array  # [t, m'] indices of the Gaussians that touch the tile, in ascending order, then filler
     length: jax.Array  # [t] length of each list
     place: jax.Array  # [tiles of the chunk] row of each tile (image-major) in the arrays above
@@ -56,7 +56,7 @@ def _tile(spec: SplatSpec) -> int:
 
 
 def _monomials(size: int, supersample: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns monomials of the sample positions about a tile's centre.
+    """Returns monomials of the sample positions about a tile's center.
 
     These are 1, x, y of all samples, ``[s * s * size * size, 3]``, and 1, y, yy of one column phase,
     ``[s * size * size, 3]``. The samples are in the order (row phase, column phase, row, column).
@@ -200,7 +200,7 @@ def _backward_chunk(
         def body(step, slots):
             g, color, used = _block(tiles, geometry, colors, first, step, block)
             w, u = _weights(g, origin, slanted, upright, spec)
-            # The y-moments need no column phase, the colours none at all: sum early, multiply less.
+            # The y-moments need no column phase, the colors none at all: sum early, multiply less.
             of_row = jnp.sum(w.reshape(block, LANES, s, s, tile * tile), axis=3)
             v_color = jnp.einsum("tlp,tcp->tlc", jnp.sum(of_row, axis=2), v_tile, precision=PRECISION)
             v_weight = sum(v_tile[:, None, i] * color[:, :, None, i] for i in range(c))[:, :, None]
@@ -227,7 +227,7 @@ def _backward_chunk(
 def _chain(slanted: jax.Array, upright: jax.Array, geometry: jax.Array, origin: jax.Array) -> jax.Array:
     """Turns moments of ``dL/dw * w`` into the gradient of (cx, cy, p, r, s).
 
-    The ``slanted`` ones, of 1, x, y about the tile's centre, are weighted with ``u`` as well. Second moments in x and y
+    The ``slanted`` ones, of 1, x, y about the tile's center, are weighted with ``u`` as well. Second moments in x and y
     would give them too, but cancel for needles: in float32 the error is 4e-4 at 500 by 0.01 pixels, instead of 1e-5.
     """
     u1, ux, uy = (slanted[..., i] for i in range(3))

@@ -51,7 +51,7 @@ def splat(
     """Draws sums of Gaussians (GSDD, Eq. 2 and 4).
 
     ``image[y, x]`` is the mean over its samples of ``sum_k exp(-q_k / 2) * color_k``. With ``dx, dy`` the offset of a
-    sample from the centre, ``q = (p dx + r dy)^2 + (s dy)^2`` and ``(p, r, s)`` the conic. This is the Cholesky form of
+    sample from the center, ``q = (p dx + r dy)^2 + (s dy)^2`` and ``(p, r, s)`` the conic. This is the Cholesky form of
     the inverse covariance: ``p^2, p r, r^2 + s^2`` are its entries. Unlike those entries it keeps ``q`` accurate in
     float32 for needle-like Gaussians, and needs fewer operations per sample.
 
@@ -60,7 +60,7 @@ def splat(
     operands), ``remat``.
 
     Args:
-        centers: ``[n, m, 2]`` centres (x, y) in pixels; pixel (row y, column x) covers ``[x, x+1) x [y, y+1)``.
+        centers: ``[n, m, 2]`` centers (x, y) in pixels; pixel (row y, column x) covers ``[x, x+1) x [y, y+1)``.
         conics: ``[n, m, 3]`` entries (p, r, s) in 1/pixel with p, s > 0.
         colors: ``[n, m, c]`` weights, of any sign.
         height: Rows of the images.

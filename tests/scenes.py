@@ -30,7 +30,7 @@ def ellipses(sigma, ratio, angle) -> np.ndarray:
 
 
 def random(n=IMAGES, m=POINTS, size=SIZE, channels=CHANNELS, seed=0) -> Gaussians:
-    """Like a fitted image: Gaussians of a few pixels inside the image, turned and stretched, colours of both signs."""
+    """Like a fitted image: Gaussians of a few pixels inside the image, turned and stretched, colors of both signs."""
     rng = np.random.default_rng(seed)
     spread = 0.6 * np.sqrt(np.prod(size) / (np.pi * max(m, 1)))
     lower = ellipses(spread * rng.uniform(0.5, 2, (n, m)), rng.uniform(0.3, 1, (n, m)), rng.uniform(0, np.pi, (n, m)))
@@ -72,7 +72,7 @@ def short_needles() -> Gaussians:
 
 
 def outside() -> Gaussians:
-    """Centres up to two images away, on all sides, of Gaussians that reach in or not: culling must know which."""
+    """Centers up to two images away, on all sides, of Gaussians that reach in or not: culling must know which."""
     angle = np.linspace(0, 2 * np.pi, POINTS, endpoint=False)
     mean = np.linspace(1.05, 4, POINTS)[:, None] * np.stack([np.cos(angle), np.sin(angle)], -1)
     return _variation(mean=mean, cholesky=_raw(ellipses(np.linspace(2, 25, POINTS), 0.5, angle)))
@@ -100,7 +100,7 @@ def negative_lower() -> Gaussians:
 
 
 def stacked() -> Gaussians:
-    """All centres on one corner of a pixel: one tile's list is full while most are empty."""
+    """All centers on one corner of a pixel: one tile's list is full while most are empty."""
     return _variation(mean=(2 * 5 / SIZE[1] - 1, 2 * 3 / SIZE[0] - 1), cholesky=_raw((0.7, 0.1, 0.7)))
 
 
@@ -120,7 +120,7 @@ HOSTILE: dict[str, Callable[[], Gaussians]] = {
 def shaped() -> dict[str, tuple[Gaussians, dict]]:
     """Other shapes and settings: channels, one Gaussian, one pixel, strips, output sizes, supersampling 1 to 4."""
     return {
-        "grey": (random(m=6, size=(18, 21), channels=1, seed=3), {}),
+        "gray": (random(m=6, size=(18, 21), channels=1, seed=3), {}),
         "four_channels": (random(m=6, size=(18, 21), channels=4, seed=4), {"supersample": 1}),
         "one_gaussian": (random(n=3, m=1, size=(9, 8), seed=5), {"supersample": 3}),
         "one_pixel": (random(n=2, m=3, size=(1, 1), seed=6), {}),

@@ -89,8 +89,8 @@ def test_color_matches_numpy():
     out = augment.color(IMAGES, brightness, saturation, contrast)
     for image, b, s, k, result in zip(IMAGES.astype(np.float64), brightness, saturation, contrast, out, strict=True):
         x = image + b
-        grey = x.mean(2, keepdims=True)
-        x = (x - grey) * s + grey
+        gray = x.mean(2, keepdims=True)
+        x = (x - gray) * s + gray
         np.testing.assert_allclose(result, (x - x.mean()) * k + x.mean(), atol=2e-6)
     np.testing.assert_allclose(out[2], IMAGES[2], atol=1e-6)
 
@@ -106,12 +106,12 @@ def test_crop_matches_numpy_for_every_shift():
             np.testing.assert_array_equal(result[y, x], WIDE[0, y + ty, x + tx] if inside else 0)
 
 
-def reference_cutout(image, centre, size):
+def reference_cutout(image, center, size):
     """The authors' way: a grid of indices, clamped to the image."""
     out = image.copy()
     for i, j in itertools.product(range(size[0]), range(size[1])):
-        row = min(max(i + centre[0] - size[0] // 2, 0), image.shape[0] - 1)
-        column = min(max(j + centre[1] - size[1] // 2, 0), image.shape[1] - 1)
+        row = min(max(i + center[0] - size[0] // 2, 0), image.shape[0] - 1)
+        column = min(max(j + center[1] - size[1] // 2, 0), image.shape[1] - 1)
         out[row, column] = 0
     return out
 
@@ -119,11 +119,11 @@ def reference_cutout(image, centre, size):
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 2), (0, 0)])
 def test_cutout_matches_the_clamped_indices_of_the_reference(size):
     h, w = WIDE.shape[1:3]
-    centres = np.array(list(itertools.product(range(h + 1 - size[0] % 2), range(w + 1 - size[1] % 2))), np.int32)
+    centers = np.array(list(itertools.product(range(h + 1 - size[0] % 2), range(w + 1 - size[1] % 2))), np.int32)
     erase = jax.jit(augment.cutout, static_argnames="size")
-    out = np.asarray(erase(np.broadcast_to(WIDE[:1], (len(centres), *WIDE.shape[1:])), centres, size=size))
-    for centre, result in zip(centres, out, strict=True):
-        np.testing.assert_array_equal(result, reference_cutout(WIDE[0], centre, size))
+    out = np.asarray(erase(np.broadcast_to(WIDE[:1], (len(centers), *WIDE.shape[1:])), centers, size=size))
+    for center, result in zip(centers, out, strict=True):
+        np.testing.assert_array_equal(result, reference_cutout(WIDE[0], center, size))
 
 
 def test_cutout_erases_64_to_256_and_191_pixels_on_average_at_32():
@@ -228,20 +228,20 @@ def test_color_draws_the_ranges_of_the_reference():
     # An image of 0 shows brightness alone: the mean of the image survives the other two steps.
     shift = draws("color", jnp.zeros((4, 4, 3))).mean((1, 2, 3))
     assert -0.5 <= shift.min() < -0.49 and 0.49 < shift.max() <= 0.5
-    # Two grey pixels, 1 and -1, show contrast alone; one coloured pixel shows the product of both factors.
-    grey = draws("color", jnp.array([1.0, -1.0]).reshape(1, 2, 1) * jnp.ones(3))
-    contrast = (grey[:, 0, 0] - grey[:, 0, 1])[:, 0] / 2
+    # Two gray pixels, 1 and -1, show contrast alone; one colored pixel shows the product of both factors.
+    gray = draws("color", jnp.array([1.0, -1.0]).reshape(1, 2, 1) * jnp.ones(3))
+    contrast = (gray[:, 0, 0] - gray[:, 0, 1])[:, 0] / 2
     assert 0.5 - 1e-6 <= contrast.min() < 0.51 and 1.49 < contrast.max() <= 1.5 + 1e-6
-    coloured = draws("color", jnp.array([1.0, 0.0, -1.0]).reshape(1, 1, 3))
-    both = (coloured[..., 0] - coloured[..., 2])[:, 0, 0] / 2
+    colored = draws("color", jnp.array([1.0, 0.0, -1.0]).reshape(1, 1, 3))
+    both = (colored[..., 0] - colored[..., 2])[:, 0, 0] / 2
     saturation = both / contrast
     assert -1e-6 <= saturation.min() < 0.02 and 1.98 < saturation.max() <= 2 + 1e-5
 
 
 def test_crop_draws_every_shift_up_to_an_eighth():
     ramp = jnp.arange(1.0, 33.0)[:, None, None] * 100 + jnp.arange(1.0, 33.0)[None, :, None]
-    centre = draws("crop", ramp)[:, 15, 15, 0].astype(int)
-    rows, columns = centre // 100 - 16, centre % 100 - 16
+    center = draws("crop", ramp)[:, 15, 15, 0].astype(int)
+    rows, columns = center // 100 - 16, center % 100 - 16
     assert set(rows) == set(columns) == set(range(-4, 5))
 
 

@@ -399,7 +399,7 @@ def test_a_wrong_a_broken_and_an_unchecked_case_all_count_as_failures(monkeypatc
 
 
 def test_slack_covers_samples_at_the_cutoff_and_no_others():
-    # The samples half a pixel beside and below the centre have exactly this weight.
+    # The samples half a pixel beside and below the center have exactly this weight.
     cutoff = math.exp(-1 / 8)
     operands = [np.array(x, np.float32).reshape(1, 1, -1) for x in ([0.25, 0.25], [1, 0, 1], [-2])]
     one = correctness.Case("hand", tuple(operands), height=2, width=2, cutoff=cutoff)

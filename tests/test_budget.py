@@ -72,7 +72,7 @@ def test_bfloat16_images_per_class_are_those_of_the_papers_formula(toy):
     config = configs.load(toy)
     dataset = data.load(config.data)
     (one,) = budget.candidates(config, dataset, ("bf16",), (6,))
-    # 7 numbers of 2 bytes for grey images.
+    # 7 numbers of 2 bytes for gray images.
     assert one.codec == GaussianSpec(gpc=256 // (6 * 7 * 2), num_points=6, lr=0.01)
 
 

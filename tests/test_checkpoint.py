@@ -38,8 +38,8 @@ def _bits(leaf):
 def _state():
     rng = np.random.default_rng(0)
     params = {"gaussian": {"mean": jnp.asarray(rng.normal(size=(6, 5, 2)), jnp.float32)}, "lr": jnp.float32(0.01)}
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    _, opt = optimiser.update(jax.tree.map(jnp.ones_like, params), optimiser.init(params))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    _, opt = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params))
     odd = np.array([np.nan, -0.0, np.inf, 1e-45, 3.4e38], np.float32)  # a NaN, signed zero, subnormal
     return {
         "params": params,

@@ -153,7 +153,7 @@ def test_demo_metrics_are_complete_and_finite(demo):
     for entry in lines:
         assert all(np.isfinite(value) for key, value in entry.items() if key != "phase"), entry
         if entry["phase"].endswith("distill"):
-            assert {"loss", "regulariser", "grad_norm"} <= entry.keys()
+            assert {"loss", "regularizer", "grad_norm"} <= entry.keys()
 
 
 def test_demo_again_changes_nothing_and_is_fast(demo, tmp_path, capsys):
@@ -639,7 +639,7 @@ def test_help_mentions_every_setting(capsys):
     text = capsys.readouterr().out
     listed = {line.split()[0] for line in text.splitlines() if line.strip()}
     keys = settings(configs.RunConfig)
-    assert {"ipc", "codec.gpc", "codec.optimiser", "baselines.pixel_codec.lr", "augment.strategy"} <= keys
+    assert {"ipc", "codec.gpc", "codec.optimizer", "baselines.pixel_codec.lr", "augment.strategy"} <= keys
     assert keys - listed == set()
     for option in ("--config", "--out", "--smoke", "--dry-run"):
         assert option in text
@@ -692,7 +692,7 @@ def test_config_without_smoke_block_says_so(tmp_path, capsys):
     assert "needs the block 'smoke:'" in refused(capsys, start(path, tmp_path / "run", "--smoke"))
 
 
-def test_interrupted_download_is_recognised(toy, tmp_path, capsys):
+def test_interrupted_download_is_recognized(toy, tmp_path, capsys):
     pytest.importorskip("tensorflow_datasets")
     (tmp_path / "cifar10" / "incomplete.ABCDEF_3.0.2").mkdir(parents=True)
     path = tmp_path / "cifar10" / "3.0.2"

@@ -225,7 +225,7 @@ def test_state_before_the_divergence_is_kept(toy, whole, tmp_path, capsys, monke
 
 def test_dry_run_of_trajectory_matching_trains_nothing(toy, tmp_path, capsys):
     assert start(toy, None, "--dry-run", f"experts.path={tmp_path / 'experts'}", "experts.count=100") == 0
-    # 4 * 1 * 3 * 3 + 4 weights of the convolution, 2 * 4 of the norm, 4 * 16 * 10 + 10 of the head; initialisation too.
+    # 4 * 1 * 3 * 3 + 4 weights of the convolution, 2 * 4 of the norm, 4 * 16 * 10 + 10 of the head; initialization too.
     size = 100 * 3 * (40 + 8 + 650) * 4 / 2**20
     assert f"experts: 100 networks, 2 epochs each, {size:.0f} MiB on disk" in capsys.readouterr().out
     assert not (tmp_path / "experts").exists()

@@ -64,7 +64,7 @@ def transposed(x, kernel):
     return canvas[:, 1 : 2 * side + 1, 1 : 2 * side + 1]
 
 
-def normalised(x, norm):
+def normalized(x, norm):
     result = np.empty_like(x)
     if norm == "batch":
         for channel in range(x.shape[-1]):
@@ -85,7 +85,7 @@ def oracle(p, codes, spec) -> np.ndarray:
     layer = 0
     while f"up{layer}" in p:
         x = transposed(x, p[f"up{layer}"]) + p[f"up{layer}_bias"]
-        x = normalised(x, spec.norm) * p[f"scale{layer}"] + p[f"shift{layer}"]
+        x = normalized(x, spec.norm) * p[f"scale{layer}"] + p[f"shift{layer}"]
         x = np.where(x > 0, x, 0.01 * x)
         layer += 1
     side = x.shape[1]
@@ -129,7 +129,7 @@ def test_decode_by_index_is_decode_of_all_with_and_without_a_key(case):
         np.testing.assert_allclose(found, decode(params, key=key)[index], rtol=0, atol=1e-6)
 
 
-def test_images_depend_on_others_under_batch_normalisation_only(case):
+def test_images_depend_on_others_under_batch_normalization_only(case):
     codec, params, decode = case
     moved = params | {"mean": params["mean"] + 0.5 * (np.arange(4) == 1)[:, None].astype(np.float32)}
     change = np.abs(np.asarray(decode(moved)) - decode(params)).max((1, 2, 3))
@@ -252,14 +252,14 @@ def test_distillation_is_sgd_of_the_latents_and_adam_with_decay_of_the_decoder()
     codec = make(dataclasses.replace(SMALL, lr=0.3, lr_decoder=0.02))
     params, rng = started(codec), np.random.default_rng(2)
     grads = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(2)]
-    optimiser = codec.optimiser()
+    optimizer = codec.optimizer()
     # Large weights, so that their decay is seen.
     weights = jax.tree.map(lambda x: np.float32(1e5) * x, params)
 
     @jax.jit
     def two_steps(grads):
-        first, state = optimiser.update(grads[0], optimiser.init(params), weights)
-        second, _ = optimiser.update(grads[1], state, weights)
+        first, state = optimizer.update(grads[0], optimizer.init(params), weights)
+        second, _ = optimizer.update(grads[1], state, weights)
         return jax.tree.map(jnp.add, first, second)
 
     total = two_steps(grads)
@@ -275,11 +275,11 @@ def test_distillation_is_sgd_of_the_latents_and_adam_with_decay_of_the_decoder()
 
 
 def test_latents_take_adam_where_asked():
-    codec = make(dataclasses.replace(SMALL, optimiser="adam", lr=0.3))
+    codec = make(dataclasses.replace(SMALL, optimizer="adam", lr=0.3))
     params = started(codec)
-    optimiser = codec.optimiser()
+    optimizer = codec.optimizer()
     ones = jax.tree.map(np.ones_like, params)
-    updates, _ = jax.jit(lambda: optimiser.update(ones, optimiser.init(params), params))()
+    updates, _ = jax.jit(lambda: optimizer.update(ones, optimizer.init(params), params))()
     np.testing.assert_allclose(updates["mean"], -0.3, rtol=1e-4)
 
 
@@ -376,7 +376,7 @@ def test_what_the_error_offers_fits_and_one_more_does_not():
 
 @pytest.mark.parametrize("name", ["distribution", "trajectory"])
 def test_distillation_draws_a_sample_per_step_so_that_log_variances_are_trained(name):
-    codec = make(dataclasses.replace(SMALL, optimiser="adam", lr=0.1))
+    codec = make(dataclasses.replace(SMALL, optimizer="adam", lr=0.1))
     network = nets.build(nets.NetSpec(depth=1, width=4), SHAPE, CLASSES)
     objective = {
         "distribution": DistributionSpec(batch_real=3),

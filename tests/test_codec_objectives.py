@@ -62,7 +62,7 @@ def take(codec: codecs.Codec, params: Any, images: np.ndarray, name: str) -> Ste
     network, given = setting(codec.image_shape, name)
     settings = {"network": network, "augment": DsaSpec(strategy="none"), "transform": whiten.apply}
     # Only the objective is to move anything: Gaussians have a loss on their borders, of all images.
-    watched = codec._replace(decode=decode, regularise=lambda params: jnp.zeros(()))
+    watched = codec._replace(decode=decode, regularize=lambda params: jnp.zeros(()))
     step = distill.make_step(watched, objective, **settings)
 
     @jax.jit

@@ -48,17 +48,17 @@ SPECS: dict[str, codecs.CodecSpec] = {
     "packed": PackedGaussianSpec(gpc=3, num_points=5, cutoff=0.0),
     "packed fitted": PackedGaussianSpec(gpc=3, num_points=4, ranges="fitted", order="kept", bits_color=9),
     "pixel": PixelSpec(),
-    "pixel bfloat16": PixelSpec(dtype="bfloat16", optimiser="adam", ipc=3),
-    "pixel uint8": PixelSpec(dtype="uint8", optimiser="adam", ipc=3),
+    "pixel bfloat16": PixelSpec(dtype="bfloat16", optimizer="adam", ipc=3),
+    "pixel uint8": PixelSpec(dtype="uint8", optimizer="adam", ipc=3),
     "downscale": DownscaleSpec(factor=2),
-    "downscale padded": DownscaleSpec(factor=3, dtype="bfloat16", optimiser="adam", images_per_class=9),
+    "downscale padded": DownscaleSpec(factor=3, dtype="bfloat16", optimizer="adam", images_per_class=9),
     "downscale uint8": DownscaleSpec(factor=2, dtype="uint8", images_per_class=8),
     "frequency": FrequencySpec(coefficients=5, images_per_class=3),
     "frequency bits": FrequencySpec(coefficients=9, images_per_class=2, mask="variance", dtype="bfloat16"),
     "packed frequency": PackedFrequencySpec(coefficients=7, images_per_class=3, bits=7),
-    "packed frequency sgd": PackedFrequencySpec(coefficients=9, images_per_class=4, mask="variance", optimiser="sgd"),
+    "packed frequency sgd": PackedFrequencySpec(coefficients=9, images_per_class=4, mask="variance", optimizer="sgd"),
     "memory": MemorySpec(bases=3, images_per_class=4),
-    "memory bfloat16": MemorySpec(bases=3, factor=4, images_per_class=3, dtype="bfloat16", optimiser="sgd", lr=0.1),
+    "memory bfloat16": MemorySpec(bases=3, factor=4, images_per_class=3, dtype="bfloat16", optimizer="sgd", lr=0.1),
     "spectral": SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=3),
     "spectral sets": SpectralSpec(
         matrices=2, rank_height=4, rank_width=5, rank_channels=2, images_per_class=4, dtype="bfloat16"
@@ -70,7 +70,7 @@ SPECS: dict[str, codecs.CodecSpec] = {
         patch=2, width=6, blocks=1, heads=2, tokens=4, nonzeros=20, images_per_class=3, dtype="bfloat16"
     ),
     "latent": LatentSpec(decoder="medium", width=8, latent_dim=4, lpc=3, dtype="bfloat16"),
-    "latent means": LatentSpec(decoder="medium", width=4, latent_dim=5, lpc=3, sample=False, optimiser="adam", lr=0.01),
+    "latent means": LatentSpec(decoder="medium", width=4, latent_dim=5, lpc=3, sample=False, optimizer="adam", lr=0.01),
 }
 # Codecs that cannot draw SHAPE.
 SHAPES = {"latent": (8, 8, 3)}
@@ -318,8 +318,8 @@ def test_gradient_of_an_index_leaves_other_images_alone(case):
         assert grad[first].any() and grad[third].any() and not grad[~(first | third)].any(), name
 
 
-def test_regulariser_is_a_finite_scalar(case):
-    value = case.codec.regularise(case.params)
+def test_regularizer_is_a_finite_scalar(case):
+    value = case.codec.regularize(case.params)
     assert value.shape == () and np.isfinite(value)
 
 
@@ -410,10 +410,10 @@ def test_training_step_compiles_once_and_moves_all_but_the_fixed_leaves(case):
 
     @jax.jit
     def step(params, state):
-        updates, state = codec.optimiser().update(grads, state, params)
+        updates, state = codec.optimizer().update(grads, state, params)
         return codec.project(optax.apply_updates(params, updates)), state
 
-    params, state = case.params, jax.jit(codec.optimiser().init)(case.params)
+    params, state = case.params, jax.jit(codec.optimizer().init)(case.params)
     for _ in range(3):
         params, state = step(params, state)
     assert step._cache_size() == 1
@@ -430,9 +430,9 @@ def test_decode_vmap_equals_loop(case):
         np.testing.assert_allclose(together[i], alone, rtol=0, atol=2e-6)
 
 
-def test_optimiser_and_fitter_states_do_not_change_in_structure(case):
+def test_optimizer_and_fitter_states_do_not_change_in_structure(case):
     # A state that changes in shape or dtype would compile the step anew and could not be restored.
-    for transformation in (case.codec.optimiser(), case.codec.fitter(10)):
+    for transformation in (case.codec.optimizer(), case.codec.fitter(10)):
         start = jax.eval_shape(transformation.init, case.params)
         updates, state = jax.eval_shape(transformation.update, case.params, start, case.params)
         assert jax.tree.structure(updates) == jax.tree.structure(case.params)
@@ -498,7 +498,7 @@ def test_gaussians_fill_the_budget_exactly_as_the_paper_counts():
         assert 0 <= free < CLASSES * gpc * 9 * 2
 
 
-def test_grey_gaussians_cost_seven_numbers():
+def test_gray_gaussians_cost_seven_numbers():
     codec = make(GaussianSpec(gpc=1), image_shape=(8, 8, 1), bytes_per_class=256)
     assert codec.spec.num_points == 256 // (7 * 2)
 
@@ -517,7 +517,7 @@ def test_too_many_gaussians_say_how_many_fit():
         make(GaussianSpec(gpc=4, num_points=9, dtype="float32"))
 
 
-def test_projection_keeps_centres_inside_and_nothing_else(gaussians):
+def test_projection_keeps_centers_inside_and_nothing_else(gaussians):
     far = dataclasses.replace(gaussians, mean=gaussians.mean * 3)
     projected = make(SPECS["gaussian"]).project(far)
     limit = np.float32(1 - 1e-3)
@@ -533,13 +533,13 @@ def test_boundary_loss_is_the_mean_log_barrier(gaussians):
     x = np.asarray(gaussians.mean, np.float64)
     expected = np.mean(-np.log(1 - x**2))
     np.testing.assert_allclose(gaussian_codec.boundary_loss(gaussians), expected, rtol=1e-5)
-    np.testing.assert_allclose(make(SPECS["gaussian"]).regularise(gaussians), 0.1 * expected, rtol=1e-5)
-    weighted = make(GaussianSpec(gpc=3, num_points=5, boundary=2.0)).regularise(gaussians)
+    np.testing.assert_allclose(make(SPECS["gaussian"]).regularize(gaussians), 0.1 * expected, rtol=1e-5)
+    weighted = make(GaussianSpec(gpc=3, num_points=5, boundary=2.0)).regularize(gaussians)
     np.testing.assert_allclose(weighted, 2 * expected, rtol=1e-5)
-    assert make(GaussianSpec(gpc=3, num_points=5, boundary=0.0)).regularise(gaussians) == 0
+    assert make(GaussianSpec(gpc=3, num_points=5, boundary=0.0)).regularize(gaussians) == 0
 
 
-def test_boundary_loss_pushes_centres_inwards_and_never_overflows(gaussians):
+def test_boundary_loss_pushes_centers_inwards_and_never_overflows(gaussians):
     grads = jax.grad(gaussian_codec.boundary_loss)(gaussians)
     x = np.asarray(gaussians.mean, np.float64)
     np.testing.assert_allclose(grads.mean, 2 * x / (1 - x**2) / x.size, rtol=1e-4)
@@ -571,7 +571,7 @@ def assert_moved(found, gradients, rate, **options) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * rate(0) * len(gradients), **options)
 
 
-def run_optimiser(transformation, params, gradients):
+def run_optimizer(transformation, params, gradients):
     state, total = transformation.init(params), jax.tree.map(jnp.zeros_like, params)
     for grads in gradients:
         updates, state = transformation.update(grads, state, params)
@@ -587,21 +587,21 @@ def random_gradients(params, count):
 def test_distillation_is_adam_with_the_configured_rate_of_each_leaf(gaussians):
     codec = make(GaussianSpec(gpc=3, num_points=5, lr=0.02, lr_mean=0.1, lr_cholesky=3.0, lr_color=0.5))
     gradients = random_gradients(gaussians, 4)
-    total = run_optimiser(codec.optimiser(), gaussians, gradients)
+    total = run_optimizer(codec.optimizer(), gaussians, gradients)
     for name, rate in {"mean": 0.002, "cholesky": 0.06, "color": 0.01, "opacity": 0.01}.items():
         assert_moved(getattr(total, name), [getattr(g, name) for g in gradients], lambda t, r=rate: r, err_msg=name)
 
 
 def test_factor_of_zero_freezes_a_leaf(gaussians):
     codec = make(GaussianSpec(gpc=3, num_points=5, lr_mean=0.0))
-    total = run_optimiser(codec.optimiser(), gaussians, random_gradients(gaussians, 2))
+    total = run_optimizer(codec.optimizer(), gaussians, random_gradients(gaussians, 2))
     assert not np.asarray(total.mean).any() and np.asarray(total.color).all()
 
 
 def test_fitting_is_adam_with_rates_per_leaf_on_a_cosine(gaussians):
     codec, steps = make(SPECS["gaussian"]), 5
     gradients = random_gradients(gaussians, steps)
-    total = run_optimiser(codec.fitter(steps), gaussians, gradients)
+    total = run_optimizer(codec.fitter(steps), gaussians, gradients)
     spacing = np.sqrt(6 * 8 / 5)
     rates = {"mean": 0.05 * spacing / 4, "cholesky": 0.1 * 0.6 * spacing / np.sqrt(np.pi), "color": 0.015, "opacity": 0}
     for name, rate in rates.items():
@@ -632,7 +632,7 @@ def test_uniform_start_draws_the_authors_ranges():
     assert (np.asarray(g.opacity) == 1).all()
 
 
-def test_colours_of_the_cluster_start_solve_the_ridge_regression():
+def test_colors_of_the_cluster_start_solve_the_ridge_regression():
     rng = np.random.default_rng(8)
     image = rng.uniform(0, 1, (6, 8, 3)).astype(np.float32)
     mean, raw = rng.uniform(-0.9, 0.9, (4, 2)), rng.uniform(0.2, 1.5, (4, 3))
@@ -654,7 +654,7 @@ def test_pixels_are_the_images_themselves():
     params = codec.init(jax.random.key(0), images)
     assert bits(codec.decode(params)) == bits(images)
     assert bits(codec.project(params)["images"]) == bits(images)
-    assert codec.regularise(params) == 0
+    assert codec.regularize(params) == 0
 
 
 def test_bfloat16_pixels_are_rounded_in_the_forward_pass_and_twice_as_many():
@@ -691,20 +691,20 @@ def test_pixel_sgd_has_momentum_one_half():
     gradients = random_gradients(params, 3)
     a, b, c = (np.asarray(g["images"], np.float64) for g in gradients)
     velocity = [a, 0.5 * a + b, 0.25 * a + 0.5 * b + c]
-    total = run_optimiser(make(PixelSpec(lr=0.3)).optimiser(), params, gradients)
+    total = run_optimizer(make(PixelSpec(lr=0.3)).optimizer(), params, gradients)
     np.testing.assert_allclose(total["images"], -0.3 * sum(velocity), rtol=1e-5, atol=1e-6)
 
 
 def test_pixel_adam_takes_the_configured_rate():
     params = {"images": jnp.zeros((4, *SHAPE))}
     gradients = random_gradients(params, 3)
-    total = run_optimiser(make(PixelSpec(optimiser="adam", lr=0.3)).optimiser(), params, gradients)
+    total = run_optimizer(make(PixelSpec(optimizer="adam", lr=0.3)).optimizer(), params, gradients)
     assert_moved(total["images"], [g["images"] for g in gradients], lambda t: 0.3)
 
 
 def test_fitting_never_changes_pixels():
     params = {"images": jnp.ones((4, *SHAPE))}
-    total = run_optimiser(make(PixelSpec()).fitter(3), params, random_gradients(params, 3))
+    total = run_optimizer(make(PixelSpec()).fitter(3), params, random_gradients(params, 3))
     assert not np.asarray(total["images"]).any()
 
 

@@ -106,14 +106,14 @@ def test_fitting_improves_images_and_moves_every_leaf(case):
 @pytest.mark.parametrize("name", SPECS)
 def test_distillation_takes_the_rates_of_the_spec(name):
     def step(**changes):
-        optimiser = make(dataclasses.replace(SPECS[name], **changes)).optimiser()
+        optimizer = make(dataclasses.replace(SPECS[name], **changes)).optimizer()
         params = {"coefficients": np.float32(1), "epitome": np.float32(1), "out": np.float32(1)}
-        return [float(x) for x in optimiser.update(params, optimiser.init(params))[0].values()]
+        return [float(x) for x in optimizer.update(params, optimizer.init(params))[0].values()]
 
     factors = {"lr_epitome": 0.5, "lr_network": 0.25} if name == "sparse_epitome" else {}
     expected = np.array([1, 0.5, 0.25] if factors else [1, 1, 1])
-    np.testing.assert_allclose(step(optimiser="sgd", lr=0.3, **factors), -0.3 * expected, rtol=1e-6)
-    np.testing.assert_allclose(step(optimiser="adam", lr=0.3, **factors), -0.3 * expected, rtol=1e-5)
+    np.testing.assert_allclose(step(optimizer="sgd", lr=0.3, **factors), -0.3 * expected, rtol=1e-6)
+    np.testing.assert_allclose(step(optimizer="adam", lr=0.3, **factors), -0.3 * expected, rtol=1e-5)
 
 
 # Neural fields
@@ -559,7 +559,7 @@ def prior(decode=linear, shape=(5,), count=6, generator_bytes=0, budget=BUDGET, 
         image_shape=SHAPE,
         num_classes=CLASSES,
         bytes_per_class=budget,
-        optimiser=lambda: optax.sgd(0.1),
+        optimizer=lambda: optax.sgd(0.1),
         fitter=lambda steps: optax.adam(0.1),
     )
 
@@ -582,7 +582,7 @@ def test_a_generator_of_ones_own_becomes_a_codec(tmp_path):
     before = psnr(state.params)
     state, _ = jax.jit(lambda s: fit.fit_steps(s, images, codec=codec, steps=20, count=20))(state)
     assert psnr(state.params) > before + 1
-    updates, _ = codec.optimiser().update(params, codec.optimiser().init(params))
+    updates, _ = codec.optimizer().update(params, codec.optimizer().init(params))
     np.testing.assert_allclose(updates["w"], -0.1 * params["w"], rtol=1e-6)
 
 

@@ -39,7 +39,7 @@ def noise(shape, seed=0, spread=1.0) -> np.ndarray:
 
 
 def pictures(count, shape=SHAPE, seed=0) -> np.ndarray:
-    """Grey with some noise: far from 0 and 1."""
+    """Gray with some noise: far from 0 and 1."""
     return np.random.default_rng(seed).uniform(0.3, 0.7, (count, *shape)).astype(np.float32)
 
 
@@ -48,7 +48,7 @@ def as_bfloat16(x) -> np.ndarray:
 
 
 def interpolation(large: int, small: int) -> np.ndarray:
-    """Bilinear weights [large, small] of one axis, pixel centres at i + 1/2, nearest beyond the outermost centres."""
+    """Bilinear weights [large, small] of one axis, pixel centers at i + 1/2, nearest beyond the outermost centers."""
     weights = np.zeros((large, small))
     for i in range(large):
         place = min(max((i + 0.5) * small / large - 0.5, 0), small - 1)
@@ -118,7 +118,7 @@ def test_downscale_clips_canvases_and_nothing_else():
     codec = make(DownscaleSpec(factor=2))
     canvases = noise((codec.num_images // 4, *SHAPE))
     np.testing.assert_array_equal(codec.project({"canvases": canvases})["canvases"], canvases.clip(0, 1))
-    assert codec.regularise({"canvases": canvases}) == 0
+    assert codec.regularize({"canvases": canvases}) == 0
 
 
 @pytest.mark.parametrize(
@@ -246,12 +246,12 @@ def test_class_of_one_image_has_no_variance_and_gets_its_lowest_frequencies():
     np.testing.assert_array_equal(params["index"], [[0, 1, 8, 9]] * 2)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adam", "fitter"])
-def test_frequencies_of_a_class_survive_training(optimiser):
-    spec = FrequencySpec(coefficients=4, images_per_class=2, optimiser="adam" if optimiser == "fitter" else optimiser)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "fitter"])
+def test_frequencies_of_a_class_survive_training(optimizer):
+    spec = FrequencySpec(coefficients=4, images_per_class=2, optimizer="adam" if optimizer == "fitter" else optimizer)
     codec = make(spec)
     start = params = started(codec, pictures(4))
-    transformation = codec.fitter(3) if optimiser == "fitter" else codec.optimiser()
+    transformation = codec.fitter(3) if optimizer == "fitter" else codec.optimizer()
 
     @jax.jit
     def step(params, state):
@@ -263,7 +263,7 @@ def test_frequencies_of_a_class_survive_training(optimiser):
     for _ in range(2):
         params, state = step(params, state)
     assert np.asarray(params["index"]).tobytes() == np.asarray(start["index"]).tobytes()
-    assert np.array_equal(params["coefficients"], start["coefficients"]) == (optimiser == "fitter")
+    assert np.array_equal(params["coefficients"], start["coefficients"]) == (optimizer == "fitter")
 
 
 @pytest.mark.parametrize(
@@ -412,10 +412,10 @@ def test_impossible_memory_says_what_is_possible(spec, budget, message):
 
 
 def test_memory_sgd_clips_the_norm_of_the_gradient():
-    codec = make(MemorySpec(bases=2, images_per_class=2, optimiser="sgd", lr=0.1))
+    codec = make(MemorySpec(bases=2, images_per_class=2, optimizer="sgd", lr=0.1))
     params = {"coefficients": np.zeros((4, 2), np.float32), "bases": np.zeros((2, 3, 4, 3), np.float32)}
     grads = {"coefficients": np.full((4, 2), 3.0, np.float32), "bases": np.full((2, 3, 4, 3), 4.0, np.float32)}
-    total = walked(codec.optimiser(), params, grads, steps=1)
+    total = walked(codec.optimizer(), params, grads, steps=1)
     norm = np.sqrt(8 * 9 + 72 * 16)
     np.testing.assert_allclose(total["coefficients"], -0.1 * 3 * 2 / norm, rtol=1e-5)
     np.testing.assert_allclose(total["bases"], -0.1 * 4 * 2 / norm, rtol=1e-5)
@@ -544,7 +544,7 @@ def walked(transformation, params, grads, steps):
     return walk(params)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(
     ("spec", "settings", "rates"),
     [
@@ -554,14 +554,14 @@ def walked(transformation, params, grads, steps):
         (SpectralSpec, RANKS | {"lr_matrices": 0.5}, {"tensors": 0.02} | dict.fromkeys(MATRICES, 0.01)),
     ],
 )
-def test_distillation_takes_the_configured_rate_of_each_leaf(spec, settings, rates, optimiser):
-    codec = make(spec(optimiser=optimiser, lr=0.02, **settings))
+def test_distillation_takes_the_configured_rate_of_each_leaf(spec, settings, rates, optimizer):
+    codec = make(spec(optimizer=optimizer, lr=0.02, **settings))
     shapes = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((codec.num_images, *SHAPE)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     grads = {name: np.full(x.shape, 1e-3, np.float32) for name, x in params.items()}
-    total = walked(codec.optimiser(), params, grads, steps=3)
+    total = walked(codec.optimizer(), params, grads, steps=3)
     # Of a constant gradient, Adam takes its sign; momentum one half sums to 1 + 1.5 + 1.75.
-    moved = 4.25e-3 if optimiser == "sgd" else 3.0
+    moved = 4.25e-3 if optimizer == "sgd" else 3.0
     assert total.keys() == rates.keys()
     for name, rate in rates.items():
         np.testing.assert_allclose(total[name], -rate * moved, rtol=1e-4, err_msg=name)

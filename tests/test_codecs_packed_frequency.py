@@ -8,7 +8,7 @@ from scipy import fft
 
 from gsdd_jax import codecs
 from gsdd_jax.codecs import FrequencySpec, PackedFrequencySpec, packed_frequency
-from gsdd_jax.codecs.base import CENTRE, SPREAD
+from gsdd_jax.codecs.base import CENTER, SPREAD
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -27,17 +27,17 @@ def test_images_are_those_of_the_nearest_codes_between_the_ends_of_each_coeffici
     drawn = np.asarray(jax.jit(codec.decode)(params))
     places = np.asarray(params["index"]).astype(int)
     for label in range(CLASSES):
-        pictures = (np.asarray(IMAGES[4 * label : 4 * label + 4], np.float64) - CENTRE) / SPREAD
+        pictures = (np.asarray(IMAGES[4 * label : 4 * label + 4], np.float64) - CENTER) / SPREAD
         numbers = fft.dctn(pictures, axes=(1, 2), norm="ortho").reshape(4, -1, 3)[:, places[label]]
         low, high = numbers.min(0), numbers.max(0)
         # Seven steps, a little longer than needed, since bfloat16 has to hold them.
         step = (high - low) / 7
         full = np.zeros((4, SHAPE[0] * SHAPE[1], 3))
         full[:, places[label]] = low + np.round((numbers - low) / step) * step
-        expected = CENTRE + SPREAD * fft.idctn(full.reshape(4, *SHAPE), axes=(1, 2), norm="ortho")
+        expected = CENTER + SPREAD * fft.idctn(full.reshape(4, *SHAPE), axes=(1, 2), norm="ortho")
         # A code that lies halfway may fall to either side.
         assert np.mean(np.abs(drawn[4 * label : 4 * label + 4] - expected)) < 0.02
-        rounded = np.asarray(packed_frequency.quantised(params, 3)["coefficients"])[4 * label : 4 * label + 4]
+        rounded = np.asarray(packed_frequency.quantized(params, 3)["coefficients"])[4 * label : 4 * label + 4]
         assert np.abs(rounded - numbers).max() <= 0.51 * np.max(np.asarray(params["step"])[label])
         assert all(len(np.unique(rounded[:, j, k])) <= 8 for j in range(9) for k in range(3))
 
@@ -80,7 +80,7 @@ def test_gradient_passes_straight_through_the_rounding():
 def test_one_image_per_class_is_stored_to_the_precision_of_its_ends():
     codec = make(PackedFrequencySpec(coefficients=5, images_per_class=1, bits=4))
     params = codec.init(None, IMAGES[:2])
-    error = np.asarray(packed_frequency.quantised(params, 4)["coefficients"] - params["coefficients"])
+    error = np.asarray(packed_frequency.quantized(params, 4)["coefficients"] - params["coefficients"])
     # A grid of no width has the finest step, and its low end is rounded to 8 bits.
     assert np.abs(error).max() <= 2.0**-7 * np.abs(np.asarray(params["coefficients"])).max()
 

@@ -104,7 +104,7 @@ def psnr(images, expected) -> float:
 
 
 def cells(images, factor) -> np.ndarray:
-    """Nearest-neighbour images of the means of blocks: as near as a constant per block comes."""
+    """Nearest-neighbor images of the means of blocks: as near as a constant per block comes."""
     n, h, w, c = images.shape
     means = np.asarray(images, np.float64).reshape(n, h // factor, factor, w // factor, factor, c).mean((2, 4))
     return means.repeat(factor, 1).repeat(factor, 2)
@@ -468,7 +468,7 @@ def test_unrounded_codec_draws_its_masters_and_moves_its_grids():
     assert np.abs(drawn - np.asarray(jax.jit(codec.decode)(params))).max() > 0.01
     index = np.array([3, 1])
     np.testing.assert_allclose(jax.jit(later.decode)(params, index, key=jax.random.key(1)), drawn[index], atol=1e-6)
-    # Ranges follow the colours that have changed, in the same way as with rounding.
+    # Ranges follow the colors that have changed, in the same way as with rounding.
     ours, theirs = jax.jit(later.project)(params), jax.jit(codec.project)(params)
     assert (np.asarray(ours.step)[3:] > 1.1 * np.asarray(params.step)[3:]).all()
     np.testing.assert_allclose(ours.step, theirs.step, rtol=1e-6)

@@ -41,7 +41,7 @@ class Config:
     name: str
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
     whiten: Literal["zca", "meanstd", "none"] = "zca"
-    codec: Annotated[Tagged[GaussSpec | PixelSpec], Doc("The parameterisation.")]
+    codec: Annotated[Tagged[GaussSpec | PixelSpec], Doc("The parameterization.")]
     distill: StepSpec = StepSpec()
     warmup: StepSpec = StepSpec(iterations=50)
     baselines: tuple[Tagged[GaussSpec | PixelSpec], ...] = ()
@@ -243,7 +243,7 @@ def test_unknown_key_that_stands_in_other_sections_names_them(read):
 
 
 def test_unknown_section_is_reported_at_the_top(read):
-    assert message(read, GOOD + "distil: {lr: 1}").startswith("distil: unknown key; did you mean distill? ")
+    assert message(read, GOOD + "distill: {lr: 1}").startswith("distill: unknown key; did you mean distill? ")
 
 
 def test_missing_key_says_what_is_expected(read):
@@ -354,9 +354,9 @@ def test_override_leaves_an_aliased_section_alone(read):
         ("codec.gpc=many", "codec.gpc: expected an integer >= 1, found 'many' (in override codec.gpc=many)"),
         ("codec.gpc=", "codec.gpc: expected an integer >= 1, found null (in override codec.gpc=)"),
         (
-            "distil.iterations=3",
-            "distil: unknown key; did you mean distill? allowed: name, seed, whiten, codec, distill, warmup, "
-            "baselines, rival, size, widths, batch, folder, clip, block, channels (in override distil.iterations=3)",
+            "distill.iterations=3",
+            "distill: unknown key; did you mean distill? allowed: name, seed, whiten, codec, distill, warmup, "
+            "baselines, rival, size, widths, batch, folder, clip, block, channels (in override distill.iterations=3)",
         ),
         (
             "warmup.iterations=5",
@@ -569,7 +569,7 @@ def test_description_lists_every_setting_with_type_default_and_sentence():
     rows = {line[0]: line[1:] for line in lines}
     assert rows["name"] == ["text", "required"]
     assert rows["seed"] == ["integer >= 0 and < 2147483648", "0"]
-    assert rows["codec.name"] == ["one of gauss, pixel", "required", "The parameterisation."]
+    assert rows["codec.name"] == ["one of gauss, pixel", "required", "The parameterization."]
     assert rows["codec.gpc"] == ["integer >= 1", "required", "Gaussian images per class."]
     assert rows["codec.scale"] == ["number > 0 and <= 1", "1.0", "Share of the side that is stored."]
     assert rows["distill.iterations"] == ["integer >= 1", "1000", "Outer steps."]

@@ -223,7 +223,7 @@ def test_crop_keeps_the_aspect_ratio_and_squash_does_not() -> None:
 
 
 def test_shrinking_is_antialiased() -> None:
-    # A checkerboard of single pixels averages to grey; without a low-pass filter it stays black or white.
+    # A checkerboard of single pixels averages to gray; without a low-pass filter it stays black or white.
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     for resize in ("crop", "squash"):
         small = Converter(resolution=16, resize=resize, channels=1)(Image.fromarray(board))
@@ -233,10 +233,10 @@ def test_shrinking_is_antialiased() -> None:
 
 def test_channels_convert_by_luma_and_by_replication() -> None:
     red = Image.fromarray(np.full((2, 2, 3), (255, 0, 0), np.uint8))
-    grey = Converter(resolution=0, resize="crop", channels=1)(red)
-    assert grey.shape == (2, 2, 1)
-    assert grey[0, 0, 0] == 76  # 0.299 * 255
-    back = Converter(resolution=0, resize="crop", channels=3)(Image.fromarray(grey[..., 0]))
+    gray = Converter(resolution=0, resize="crop", channels=1)(red)
+    assert gray.shape == (2, 2, 1)
+    assert gray[0, 0, 0] == 76  # 0.299 * 255
+    back = Converter(resolution=0, resize="crop", channels=3)(Image.fromarray(gray[..., 0]))
     np.testing.assert_array_equal(back, np.full((2, 2, 3), 76))
 
 
@@ -270,7 +270,7 @@ def test_folder_is_one_channel_only_if_all_images_are(tmp_path: Path) -> None:
     root = _write_folder(tmp_path, {"train": {"a": 2}, "test": {"a": 1}}, shape=(4, 4, 1))
     assert load(DataSpec(source="folder", path=root)).image_shape == (4, 4, 1)
     assert load(DataSpec(source="folder", path=root, channels=3)).image_shape == (4, 4, 3)
-    (tmp_path / "test" / "a" / "colour.png").write_bytes(_png(_pixels(0)))
+    (tmp_path / "test" / "a" / "color.png").write_bytes(_png(_pixels(0)))
     assert load(DataSpec(source="folder", path=root)).image_shape == (4, 4, 3)
 
 
@@ -360,9 +360,9 @@ def test_transparent_pixels_show_the_background(tmp_path: Path, mode: str, backg
     np.testing.assert_array_equal(found, expected)
 
 
-def test_glyph_of_the_colour_of_the_background_is_told(tmp_path: Path) -> None:
+def test_glyph_of_the_color_of_the_background_is_told(tmp_path: Path) -> None:
     spec = _folder(tmp_path, {"a/0.png": _glyph("RGBA")}, background="black")
-    with pytest.warns(data.DataNotice, match="composited on black .*; 1 of them are of one colour then"):
+    with pytest.warns(data.DataNotice, match="composited on black .*; 1 of them are of one color then"):
         load(spec)
 
 
@@ -393,10 +393,10 @@ def test_exif_orientation_is_applied(tmp_path: Path, form: str) -> None:
     assert np.abs(found[0] - found[1]).max() < 30
 
 
-def _chunk_png(depth: int, colour: int, samples: int) -> bytes:
+def _chunk_png(depth: int, color: int, samples: int) -> bytes:
     """A PNG of 4x4 pixels of any depth, by hand."""
     rows = (b"\0" + bytes(range(4 * samples * depth // 8))) * 4
-    head = struct.pack(">IIBBBBB", 4, 4, depth, colour, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", 4, 4, depth, color, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + body
@@ -416,7 +416,7 @@ def _tiff(pixels: np.ndarray) -> bytes:
 
 
 UNREADABLE = {
-    "grey16.png": (_chunk_png(16, 0, 1), "mode 'I;16' of more than 8 bits"),
+    "gray16.png": (_chunk_png(16, 0, 1), "mode 'I;16' of more than 8 bits"),
     "rgb16.png": (_chunk_png(16, 2, 3), "mode 'RGB' of more than 8 bits"),
     "rgb16.ppm": (b"P6 4 4 65535\n" + bytes(96), "mode 'RGB' of more than 8 bits"),
     "float.tif": (_tiff(np.ones((4, 4), np.float32)), "mode 'F' of more than 8 bits"),
@@ -444,7 +444,7 @@ def test_unreadable_images_are_all_named_or_left_out(tmp_path: Path) -> None:
         assert re.search(rf"{re.escape(name)} \([^()]*{reason}", str(caught.value)), (name, str(caught.value))
     assert "link.png (a link to a file that is not there)" in str(caught.value)
     assert str(caught.value).endswith("; data.unreadable=skip goes on without")
-    with pytest.warns(data.DataNotice, match=f"left out {len(UNREADABLE) + 1} of .*grey16"):
+    with pytest.warns(data.DataNotice, match=f"left out {len(UNREADABLE) + 1} of .*gray16"):
         left = load(dataclasses.replace(spec, unreadable="skip"))
     np.testing.assert_array_equal(left.train_images, [_pixels(0)])
     with pytest.raises(OSError, match=r"cannot read .*empty\.png \(no image that Pillow knows\)"):
@@ -475,7 +475,7 @@ def test_large_images_are_named_before_they_are_decoded(tmp_path: Path) -> None:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def test_colour_spaces_are_converted(tmp_path: Path) -> None:
+def test_color_spaces_are_converted(tmp_path: Path) -> None:
     lab = Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (136, 208, 195)])  # L 53, a 80, b 67: red
     cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
     spec = _folder(tmp_path, {"a/lab.tif": lab, "a/cmyk.tif": cmyk, "a/bit.png": Image.new("1", (4, 4), 1)})
@@ -667,7 +667,7 @@ def test_tfds_reads_exact_pixels_and_labels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(sliced.test_images, found.train_images[10:12])
 
 
-def test_tfds_grey_images_have_one_channel(tmp_path: Path) -> None:
+def test_tfds_gray_images_have_one_channel(tmp_path: Path) -> None:
     records = _records(4, 2, shape=(5, 5, 1))
     path = _write_tfds(tmp_path / "1.0.0", {"train": records, "test": records}, ["x", "y"], shape=(5, 5, 1))
     found = load(DataSpec(source="tfds", path=path))
@@ -676,14 +676,14 @@ def test_tfds_grey_images_have_one_channel(tmp_path: Path) -> None:
 
 
 def test_tfds_passes_over_a_test_split_without_labels(tmp_path: Path) -> None:
-    unlabelled = [(image, -1) for image, _ in _records(3, 2)]
-    splits = {"train": _records(4, 2), "test": unlabelled, "validation": _records(6, 2)}
+    unlabeled = [(image, -1) for image, _ in _records(3, 2)]
+    splits = {"train": _records(4, 2), "test": unlabeled, "validation": _records(6, 2)}
     path = _write_tfds(tmp_path / "1.0.0", splits, ["x", "y"])
     assert len(load(DataSpec(source="tfds", path=path)).test_labels) == 6
     with pytest.raises(ValueError, match="label -1 is out of range; allowed: 0 to 1"):
         load(DataSpec(source="tfds", path=path, test_split="test"))
-    path = _write_tfds(tmp_path / "2.0.0", {"train": _records(4, 2), "test": unlabelled}, ["x", "y"])
-    with pytest.raises(ValueError, match="no labelled test split; found train, test; set data.test_split"):
+    path = _write_tfds(tmp_path / "2.0.0", {"train": _records(4, 2), "test": unlabeled}, ["x", "y"])
+    with pytest.raises(ValueError, match="no labeled test split; found train, test; set data.test_split"):
         load(DataSpec(source="tfds", path=path))
 
 
@@ -892,8 +892,8 @@ def test_subset_that_is_not_there_is_explained() -> None:
             {"source": "folder", "path": "x", "test_fraction": 0.1, "test_split": "val"},
             r"data\.test_split: expected none beside data\.test_fraction 0\.1, found 'val'",
         ),
-        ({"background": "blak"}, r"data\.background: expected a colour .*found 'blak'"),
-        ({"background": "#00000080"}, r"data\.background: expected a colour"),
+        ({"background": "blak"}, r"data\.background: expected a color .*found 'blak'"),
+        ({"background": "#00000080"}, r"data\.background: expected a color"),
     ],
 )
 def test_spec_checks_fields_against_each_other(fields: dict, message: str) -> None:

@@ -57,7 +57,7 @@ def start(codec, digits) -> distill.State:
     chosen = np.concatenate([np.flatnonzero(digits.train_labels == label)[:GPC] for label in range(CLASSES)])
     targets = jnp.asarray(digits.train_images[chosen], jnp.float32) / 255
     params = jax.jit(codec.init)(jax.random.key(0), targets)
-    # Some centres at the border, so that the projection has something to do.
+    # Some centers at the border, so that the projection has something to do.
     mean = params.mean.at[:, 0].set(LIMIT).at[:, 1].set(-LIMIT)
     params = Gaussians(mean, params.cholesky, params.color, params.opacity, size=params.size)
     return init_state(codec, params)
@@ -171,9 +171,9 @@ def test_step_in_the_code_that_users_get_is_the_same(codec, start, step, on_devi
 
 def test_metrics_are_finite_device_scalars(step, start, on_device, codec):
     _, metrics = step(start, on_device, KEY)
-    assert set(metrics) == {"loss", "regulariser", "grad_norm", "param_norm"}
+    assert set(metrics) == {"loss", "regularizer", "grad_norm", "param_norm"}
     assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
-    assert metrics["regulariser"] == pytest.approx(float(codec.regularise(start.params)), rel=1e-5)
+    assert metrics["regularizer"] == pytest.approx(float(codec.regularize(start.params)), rel=1e-5)
 
 
 def test_every_image_moves(start, five):

@@ -17,7 +17,7 @@ ACTIVE = DsaSpec(strategy="color_crop_cutout_scale_rotate")
 MEAN, STD = np.array([0.4, 0.6], np.float32), np.array([0.2, 0.3], np.float32)
 
 
-def standardise(params, images):
+def standardize(params, images):
     return (images - params[0]) / params[1]
 
 
@@ -40,7 +40,7 @@ def jitted(augment=NONE, class_chunk=1):
             syn,
             network=NETWORK,
             augment=augment,
-            transform=standardise,
+            transform=standardize,
             transform_params=transform_params,
             class_chunk=class_chunk,
         )
@@ -190,7 +190,7 @@ def test_real_images_get_no_gradient():
             syn,
             network=NETWORK,
             augment=NONE,
-            transform=standardise,
+            transform=standardize,
             transform_params=(MEAN, STD),
             class_chunk=2,
         )

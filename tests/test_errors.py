@@ -73,7 +73,7 @@ def test_full_disk_names_the_path_and_the_remedy(capsys, code):
     )
 
 
-def test_full_disk_is_recognised_by_its_text_whatever_the_class(capsys):
+def test_full_disk_is_recognized_by_its_text_whatever_the_class(capsys):
     status, text = ends_with(capsys, RuntimeError("RESOURCE_EXHAUSTED: runs/a/1: No space left on device"))
     assert status == 2
     assert text.startswith("error: disk full: ") and "runs/a/1" in text and text.count("\n") == 1

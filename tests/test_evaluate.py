@@ -1,4 +1,4 @@
-"""Evaluation against NumPy restatements: optimiser, schedule, stream of batches, accuracy; and its contract."""
+"""Evaluation against NumPy restatements: optimizer, schedule, stream of batches, accuracy; and its contract."""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ from gsdd_jax.evaluate import (
     sgd_step,
     stream_batch,
     stream_start,
-    summarise,
-    summarise_classes,
+    summarize,
+    summarize_classes,
     train_network,
 )
 from gsdd_jax.nets import NetSpec, Network, build
@@ -44,7 +44,7 @@ LINEAR = Network(lambda key: {"w": 0.1 * jax.random.normal(key, (12, 3)), "b": j
 
 
 def toy(n, seed=0, size=4):
-    """Images of three classes, told apart by their colour channel; uint8."""
+    """Images of three classes, told apart by their color channel; uint8."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, n).astype(np.int32)
     images = rng.integers(0, 120, (n, size, size, 3))
@@ -128,7 +128,7 @@ def in_numpy(params, key, images, labels, spec):
             g = grads[name] + spec.weight_decay * params[name]
             if spec.schedule == "step" and t == (steps + 1) // 2:
                 first, second, count = 0 * first, 0 * second, 0
-            if spec.optimiser == "sgd":
+            if spec.optimizer == "sgd":
                 first = spec.momentum * first + g
                 direction = first
             else:
@@ -146,10 +146,10 @@ def in_numpy(params, key, images, labels, spec):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"optimiser": "adam", "schedule": "step"},
-        {"optimiser": "sgd", "schedule": "warmup_cosine", "ema": 0.995},
-        {"optimiser": "sgd", "schedule": "step", "ema": 0.5},
-        {"optimiser": "adam", "schedule": "cosine", "ema": 0.4, "batch": 99},
+        {"optimizer": "adam", "schedule": "step"},
+        {"optimizer": "sgd", "schedule": "warmup_cosine", "ema": 0.995},
+        {"optimizer": "sgd", "schedule": "step", "ema": 0.5},
+        {"optimizer": "adam", "schedule": "cosine", "ema": 0.4, "batch": 99},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -240,7 +240,7 @@ RUN = EvalSpec(epochs=7, steps=70, batch=5, lr=0.3, momentum=0.1, weight_decay=0
 )
 def test_recipes_are_those_of_their_sources_and_leave_the_rest_to_the_run(network, gsdd, glad):
     assert recipe_for("config", network, RUN) is RUN
-    expected = dataclasses.replace(RUN, optimiser="adam", lr=gsdd, schedule="cosine", warmup_steps=0, seeds=3)
+    expected = dataclasses.replace(RUN, optimizer="adam", lr=gsdd, schedule="cosine", warmup_steps=0, seeds=3)
     assert recipe_for("gsdd", network, RUN) == expected
     expected = EvalSpec(batch=256, lr=glad, schedule="warmup_cosine", ema=0.995, parallel=3)
     assert recipe_for("glad", network, RUN) == expected
@@ -375,7 +375,7 @@ def test_test_images_are_counted_class_by_class():
 
 
 def test_classes_are_averaged_alike_and_one_without_test_images_has_no_accuracy():
-    found = summarise_classes(jnp.array([[9, 0, 0], [7, 1, 0]]), [10, 1, 0])
+    found = summarize_classes(jnp.array([[9, 0, 0], [7, 1, 0]]), [10, 1, 0])
     assert found == {"per_class": [0.8, 0.5, None], "balanced": 0.65}
     assert json.loads(json.dumps(found)) == found
 
@@ -462,15 +462,15 @@ def test_diverged_networks_have_no_accuracy_and_their_rate_is_not_chosen():
     assert lr == 0.01 and np.isnan(table[1e30]) and np.isfinite(table[0.01])
     with pytest.raises(ValueError, match=r"lrs: \[1e\+30\], networks diverge with each of them; lower rates"):
         choose_lr(keys[0], *data, [1e30], **settings)
-    result = summarise([0.5, float("nan"), 0.25], [0, 1, 2])
+    result = summarize([0.5, float("nan"), 0.25], [0, 1, 2])
     assert np.isnan([result["mean"], result["std"]]).all() and result["n"] == 3
 
 
 def test_summary_is_plain_and_uses_the_sample_deviation():
-    result = summarise(jnp.array([0.5, 0.75, 1.0]), [3, 4, 5])
+    result = summarize(jnp.array([0.5, 0.75, 1.0]), [3, 4, 5])
     assert result == {"mean": 0.75, "std": 0.25, "n": 3, "seeds": [3, 4, 5]}
     assert type(result["mean"]) is type(result["std"]) is float
-    assert summarise([0.5], [7]) == {"mean": 0.5, "std": 0.0, "n": 1, "seeds": [7]}
+    assert summarize([0.5], [7]) == {"mean": 0.5, "std": 0.0, "n": 1, "seeds": [7]}
 
 
 IMAGES, LABELS = toy(4)
@@ -512,4 +512,4 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="networks: 0, must be at least 1"):
         choose_lr(keys[0], *data, [0.1], networks=0, **settings)
     with pytest.raises(ValueError, match="accuracies: 2 of them, must be at least 1 and one per seed"):
-        summarise([0.1, 0.2], [1])
+        summarize([0.1, 0.2], [1])

@@ -129,7 +129,7 @@ def test_recipes_set_the_training_of_each_network_and_overrides_apply_on_top(run
     assert {name: spec.lr for name, spec in gsdd.items()} == {
         "alexnet": 1e-3, "vgg11": 1e-2, "resnet18": 1e-2, "vit": 5e-5, "convnet": 1e-2,
     }  # fmt: skip
-    adam = dataclasses.replace(own, optimiser="adam", schedule="cosine", lr=1e-3, steps=9, seeds=3)
+    adam = dataclasses.replace(own, optimizer="adam", schedule="cosine", lr=1e-3, steps=9, seeds=3)
     assert gsdd["alexnet"] == adam
     glad = specs("evaluate.lr=0.5", "--recipe", "glad", "evaluate.seeds=1")["vgg11"]
     assert glad == EvalSpec(lr=0.5, schedule="warmup_cosine", ema=0.995, seeds=1)

@@ -60,7 +60,7 @@ def test_numpy_cuts_gaussians_where_jax_does(cutoff, tmp_path):
     spec = codecs.GaussianSpec(gpc=1, num_points=6, dtype="float32", cutoff=cutoff, supersample=3)
     codec = codecs.make(spec, image_shape=(12, 7, 2), num_classes=2, bytes_per_class=600)
     leaves = {"mean": (2, 6, 2), "cholesky": (2, 6, 3), "color": (2, 6, 2), "opacity": (2, 6)}
-    # Some centres lie outside, some shapes are needles or have a negative diagonal.
+    # Some centers lie outside, some shapes are needles or have a negative diagonal.
     params = codec.loaded({name: rng.normal(0, 1.5, shape).astype(np.float32) for name, shape in leaves.items()})
     made = SynSet(codec, params, 600, ("a", "b"))
     made.save(tmp_path)

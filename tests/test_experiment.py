@@ -78,7 +78,7 @@ def test_pixels_start_from_real_images():
         experiments.prepare(config)
 
 
-def test_solid_warm_up_ends_near_the_mean_colour_and_random_is_not_fitted(tmp_path):
+def test_solid_warm_up_ends_near_the_mean_color_and_random_is_not_fitted(tmp_path):
     quiet = Progress(quiet=True)
     drawn = {}
     for to, steps in (("solid", 60), ("random", 60)):
@@ -137,7 +137,7 @@ def toy(classes: int, blue: int = 7) -> data.Dataset:
 
 
 @pytest.mark.parametrize("kind", ["none", "zca", "meanstd"])
-def test_constant_channel_leaves_normalisation_constants_that_divide(kind):
+def test_constant_channel_leaves_normalization_constants_that_divide(kind):
     experiment = experiments.prepare(
         digits(f"whiten={kind}", "baselines.pixel=false", "evaluate.overlap=allow"), toy(2)
     )

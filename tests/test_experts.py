@@ -155,7 +155,7 @@ def test_epoch_augments_each_batch_with_a_key_of_its_own():
         assert any(np.allclose(x, expected, atol=1e-6) for x in seen)
 
 
-def test_rows_are_the_initialisation_and_the_weights_after_each_epoch(opened, digits, origin):
+def test_rows_are_the_initialization_and_the_weights_after_each_epoch(opened, digits, origin):
     network = origin.build()
     key_init, key_train = expert_keys(SPEC.seed, range(3, 4))
     theta = jax.jit(lambda key: flattener(network)[0](network.init(key)))(key_init[0])

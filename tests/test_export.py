@@ -95,7 +95,7 @@ def test_png_folders_are_a_source_of_data(run, tmp_path):
     assert np.concatenate(list(found.train.labels())).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_grey_images_are_grey_pngs(tmp_path):
+def test_gray_images_are_gray_pngs(tmp_path):
     made = pixel_set(shape=(5, 4, 1))
     made.save(tmp_path / "set")
     assert start(export, "--run", tmp_path / "set", "--to", "png", "--out", tmp_path / "png") == 0
@@ -315,7 +315,7 @@ def test_set_that_a_form_cannot_hold_is_refused(tmp_path, capsys, to, made, mess
     assert message in refused(capsys, start(export, "--run", tmp_path / "set", "--to", to, "--out", tmp_path / "out"))
 
 
-def test_nan_is_no_colour(tmp_path, capsys):
+def test_nan_is_no_color(tmp_path, capsys):
     made = pixel_set()
     params = {"images": made.params["images"].at[1, 0, 0, 0].set(jnp.nan)}
     SynSet(made.codec, params, made.bytes_per_class, NAMES).save(tmp_path / "set")
@@ -408,7 +408,7 @@ def test_gaussians_of_the_authors_keep_their_numbers_and_their_order(load_as, tm
 
 
 def test_imported_image_is_the_sum_that_the_authors_code_draws(load_as, tmp_path):
-    # One Gaussian per image, at whose centre a sample of 1 x 1 lies: xy 0 at 9 px is the centre of pixel 4.
+    # One Gaussian per image, at whose center a sample of 1 x 1 lies: xy 0 at 9 px is the center of pixel 4.
     tensors = state(n=2, m=1, **{"params.xy": np.zeros((2, 2)), "params.opacity": np.array([[0.5], [1.0]])})
     file = load_as(tensors)
     assert start(import_gsdd, "--file", file, "--out", tmp_path / "set", "--size", 9, "--classes", "a", "b") == 0

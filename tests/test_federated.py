@@ -506,7 +506,7 @@ def test_subtask_says_what_it_is_of(subtasks, toy):
     assert (meta["subtask"]["subtasks"], meta["subtask"]["subtask"]) == (2, 1)
     assert meta["subtask"]["dataset_sha256"] == every.fingerprint() and meta["subtask"]["codec"]["num_points"] == 5
     assert meta["dataset"] == "digits[5:10]"
-    # Normalisation of the whole.
+    # Normalization of the whole.
     np.testing.assert_allclose(meta["channel_mean"], [every.train_images.mean() / 255], rtol=1e-6)
 
 
@@ -717,9 +717,9 @@ def test_override_of_what_is_made_already_is_refused(subtasks, tmp_path, capsys)
 
 
 def test_one_teacher_of_all_classes_labels_the_merged_set(subtasks, tmp_path, capsys):
-    relabelled = ["labels.kind=soft", "labels.teacher_steps=30", "labels.dtype=uint8", "labels.top_k=3"]
+    relabeled = ["labels.kind=soft", "labels.teacher_steps=30", "labels.dtype=uint8", "labels.top_k=3"]
     out = tmp_path / "merged"
-    assert merging(*subtasks, *relabelled, "baselines.random_real=false", "--out", out) == 0
+    assert merging(*subtasks, *relabeled, "baselines.random_real=false", "--out", out) == 0
     capsys.readouterr()
     found = gsdd_jax.load(out)
     probabilities = np.asarray(found.soft_labels)
@@ -734,7 +734,7 @@ def test_one_teacher_of_all_classes_labels_the_merged_set(subtasks, tmp_path, ca
 
 def test_labels_that_no_teacher_of_all_classes_gives_are_refused(subtasks, tmp_path, capsys):
     line = refused(capsys, merging(*subtasks, "labels.kind=hard", "--out", tmp_path / "merged"))
-    assert "labels.kind: a merged set is labelled by a teacher of all classes; expected soft, found hard" in line
+    assert "labels.kind: a merged set is labeled by a teacher of all classes; expected soft, found hard" in line
     assert not (tmp_path / "merged").exists()
 
 

@@ -109,7 +109,7 @@ def test_reported_psnr_is_that_before_the_last_step(codec, advance, start, fitte
     assert reported == pytest.approx(expected, abs=1e-3)
 
 
-def test_fit_keeps_centres_inside(fitted):
+def test_fit_keeps_centers_inside(fitted):
     assert np.abs(fitted.params.mean).max() <= np.float32(1 - 1e-3)
 
 
@@ -134,7 +134,7 @@ def test_psnr_does_not_clamp_images():
     assert fit.psnr(np.full((1, 2, 2, 1), 2.0, np.float32), np.ones((1, 2, 2, 1), np.float32))[0] == 0
 
 
-def test_solid_targets_are_copies_of_the_mean_colour():
+def test_solid_targets_are_copies_of_the_mean_color():
     images = np.random.default_rng(0).integers(0, 256, (50, 4, 5, 3), np.uint8)
     solid = np.asarray(fit.solid_targets(images, 7))
     assert solid.shape == (7, 4, 5, 3) and solid.dtype == np.float32

@@ -34,7 +34,7 @@ SHAPE, CLASSES = (8, 8, 1), 3
 class FlatSpec:
     """A codec's settings, none of which has a name of ours but the one that the registry asks for."""
 
-    name: Annotated[Literal["flat"], Doc("the parameterisation")] = "flat"
+    name: Annotated[Literal["flat"], Doc("the parameterization")] = "flat"
     rate: Annotated[float, Gt(0), Doc("learning rate")] = 0.05
 
 
@@ -68,7 +68,7 @@ def make(spec, image_shape, num_classes, bytes_per_class, *, images_per_class=2,
         loaded=stored,
         nbytes=lambda params: 4 * sum(math.prod(x.shape) for x in params.values()),
         layout=layout or (lambda: unpacked_layout(init, stored, image_shape, n)),
-        optimiser=lambda: optax.adam(spec.rate),
+        optimizer=lambda: optax.adam(spec.rate),
         fitter=lambda steps: optax.adam(0.01),
     )
 
@@ -182,7 +182,7 @@ def test_weights_that_cannot_be_trained_and_wrong_counts_are_named():
 
 
 class WithStatistics(nn.Module):
-    """A module with batch normalisation, whose statistics are no weights."""
+    """A module with batch normalization, whose statistics are no weights."""
 
     @nn.compact
     def __call__(self, images):

@@ -22,7 +22,7 @@ LABELS = np.arange(len(IMAGES)) % 2
 def test_scale_is_that_of_the_two_transforms_of_scipy():
     x = np.random.default_rng(0).normal(size=(5, 7))
     ratio = fft.dctn(x, norm=None) / fft.dctn(x, norm="ortho")
-    np.testing.assert_allclose(bench.unnormalised(np.arange(35), (5, 7)), ratio.reshape(-1), rtol=1e-6)
+    np.testing.assert_allclose(bench.unnormalized(np.arange(35), (5, 7)), ratio.reshape(-1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -30,11 +30,11 @@ def test_errors_are_those_of_descent_on_pixels(scaled):
     """SGD with momentum by hand: coefficients, inverse transform, mean square error over pixels."""
     image, places, steps, rate = np.asarray(IMAGES[0], np.float64), np.array([0, 1, W, W + 2]), 5, 300.0 * (scaled + 1)
     norm = None if scaled else "ortho"
-    scale = bench.unnormalised(places, (H, W)) if scaled else np.ones(len(places), np.float32)
+    scale = bench.unnormalized(places, (H, W)) if scaled else np.ones(len(places), np.float32)
     spectrum = fft.dctn(image, axes=(0, 1), norm="ortho").reshape(H * W, -1)
     target = spectrum[places].astype(np.float32)[None]
     missing = np.float32([(spectrum**2).sum() - (spectrum[places] ** 2).sum()])
-    found = bench.errors(target, missing, scale[None], optimiser="sgd", rate=rate, steps=steps, pixels=image.size)
+    found = bench.errors(target, missing, scale[None], optimizer="sgd", rate=rate, steps=steps, pixels=image.size)
 
     params = np.asarray(jax.random.normal(jax.random.key(bench.SEED), target.shape), np.float64)[0]
     velocity = np.zeros_like(params)
@@ -62,6 +62,6 @@ def test_closed_form_is_what_the_codec_stores():
     of_classes = np.concatenate([IMAGES[0::2], IMAGES[1::2]])
     drawn = np.asarray(codec.decode(codec.init(None, of_classes)), np.float64)
     psnr = np.mean(-10 * np.log10(np.mean((drawn - of_classes) ** 2, axis=(1, 2, 3))))
-    plain = [row["closed_form"] for row in rows if not row["normalised"]]
+    plain = [row["closed_form"] for row in rows if not row["normalized"]]
     assert plain == pytest.approx([psnr] * 4, abs=0.01)
     assert all(value <= row["closed_form"] + 1e-4 for row in rows for value in row["psnr"].values() if value)

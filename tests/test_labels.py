@@ -20,7 +20,7 @@ from gsdd_jax.labels import LabelSpec
 from gsdd_jax.nets import Network
 from gsdd_jax.synset import SynSet as Exported
 from train import config as configs
-from train import evaluate, evaluation, labelling, results
+from train import evaluate, evaluation, labeling, results
 from train import experiment as experiments
 from train.errors import ConfigError, UserError
 from train.progress import Progress
@@ -97,7 +97,7 @@ def test_top_k_of_equals_takes_the_lower_classes():
 
 
 @pytest.mark.parametrize("spec", [soft("bfloat16"), soft("uint8"), soft("float32", 3), soft("bfloat16", 3)])
-def test_what_is_read_sums_to_one_and_is_near_what_was_labelled(spec):
+def test_what_is_read_sums_to_one_and_is_near_what_was_labeled(spec):
     p = rows(30, 12)
     read = np.asarray(labels.pack(p, spec).probabilities(), np.float64)
     np.testing.assert_allclose(read.sum(1), 1, atol=1e-6)
@@ -180,7 +180,7 @@ def test_labels_are_the_mean_softmax_of_the_teachers_whatever_the_batch():
         np.testing.assert_allclose(probabilities, expected, atol=1e-6)
 
 
-def test_images_that_cannot_be_labelled_are_refused():
+def test_images_that_cannot_be_labeled_are_refused():
     with pytest.raises(ValueError, match=r"images: found float32 of shape \[0, 2, 3, 1\]; expected \[n, h, w, c\]"):
         labels.label({"w": jnp.zeros((1, 6, 4))}, jnp.zeros((0, 2, 3, 1)), network=LINEAR)
 
@@ -281,7 +281,7 @@ def test_given_images_that_do_not_fit_with_their_labels_say_what_would():
 # The file
 
 
-def labelled(spec: LabelSpec) -> SynSet:
+def labeled(spec: LabelSpec) -> SynSet:
     codec = make(PixelSpec(ipc=2), spec, 2000, shape=(4, 4, 1), classes=3)
     images = np.random.default_rng(3).uniform(size=(6, 4, 4, 1)).astype(np.float32)
     return SynSet(codec, codec.init(None, images), 2000, ("a", "b", "c"), {}, labels.pack(rows(6, 3), spec))
@@ -289,7 +289,7 @@ def labelled(spec: LabelSpec) -> SynSet:
 
 @pytest.mark.parametrize("spec", [soft(), soft("bfloat16"), soft("uint8", 2)])
 def test_labels_come_back_from_the_file_and_are_part_of_its_bytes(spec, tmp_path):
-    made = labelled(spec)
+    made = labeled(spec)
     sizes = made.save(tmp_path)
     read = gsdd_jax.load(tmp_path)
     np.testing.assert_array_equal(read.soft_labels, made.soft_labels)
@@ -305,14 +305,14 @@ def test_labels_come_back_from_the_file_and_are_part_of_its_bytes(spec, tmp_path
 
 
 def test_sets_with_hard_labels_say_nothing_of_labels(tmp_path):
-    made = dataclasses.replace(labelled(soft()), soft=None)
+    made = dataclasses.replace(labeled(soft()), soft=None)
     assert "labels" not in made.save(tmp_path)
     assert "labels" not in json.loads((tmp_path / "manifest.json").read_text())
     assert gsdd_jax.load(tmp_path).soft_labels is None
 
 
 def test_labels_of_another_number_of_images_are_not_saved(tmp_path):
-    made = labelled(soft())
+    made = labeled(soft())
     with pytest.raises(ValueError, match=r"labels: expected float32\[6, 3\], found float32\[5, 3\]"):
         dataclasses.replace(made, soft=labels.pack(rows(5, 3), soft())).save(tmp_path)
 
@@ -332,7 +332,7 @@ def test_labels_of_another_number_of_images_are_not_saved(tmp_path):
     ],
 )
 def test_manifest_that_does_not_describe_the_labels_is_refused(entry, message, tmp_path):
-    labelled(soft()).save(tmp_path)
+    labeled(soft()).save(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"labels": entry}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=message):
@@ -349,7 +349,7 @@ def test_manifest_that_does_not_describe_the_labels_is_refused(entry, message, t
     ],
 )
 def test_damaged_labels_are_found_on_loading(spec, name, value, message, tmp_path):
-    made = labelled(spec)
+    made = labeled(spec)
     array = made.soft.arrays[name]
     # None stands for a class that is there twice.
     array[0, 0] = array[0, 1] if value is None else value
@@ -415,7 +415,7 @@ def test_exported_labels_are_the_mean_of_the_teachers_on_the_exported_images(who
     exported = gsdd_jax.load(whole)
     experiment = experiments.prepare(configs.load(toy))
     with RunDir(whole) as run:
-        label = labelling.label_stage(experiment, experts=None, run=run, progress=Progress(quiet=True))
+        label = labeling.label_stage(experiment, experts=None, run=run, progress=Progress(quiet=True))
     again = label(exported.images())
     for name, array in again.arrays.items():
         np.testing.assert_array_equal(exported.soft.arrays[name], array)
@@ -441,7 +441,7 @@ def test_continued_run_has_the_bits_of_an_undisturbed_one_and_trains_no_teacher_
         assert start(toy, tmp_path / "run") == 130
     assert len(trained) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(labelling.evaluate, "train_network", count)
+        patch.setattr(labeling.evaluate, "train_network", count)
         assert start(toy, tmp_path / "run") == 0
     assert len(trained) == 2
     assert_same(findings(tmp_path / "run"), findings(whole))
@@ -511,12 +511,12 @@ def test_experts_label_with_the_last_epoch_that_the_objective_uses(toy, tmp_path
 
     with RunDir(tmp_path / "run") as run:
         experts = types.SimpleNamespace(row=row)
-        label = labelling.label_stage(experiment, experts=experts, run=run, progress=Progress(quiet=True))
+        label = labeling.label_stage(experiment, experts=experts, run=run, progress=Progress(quiet=True))
     # Starts up to epoch 2 and spans 2.
     assert asked == [(0, 4), (1, 4)]
     images = jnp.asarray(experiment.dataset.train_images[:6], jnp.float32) / 255
     seen = (np.asarray(images) - np.asarray(experiment.whitening.mean)) / np.asarray(experiment.whitening.std)
-    unflatten = labelling.flattener(experiment.network)[1]
+    unflatten = labeling.flattener(experiment.network)[1]
     apply = jax.jit(lambda theta, x: experiment.network.apply(unflatten(theta), x)[0])
     logits = [apply(row(i, 4), jnp.asarray(seen)) for i in range(2)]
     expected = np.mean([softmax(np.asarray(one, np.float64)) for one in logits], 0)
@@ -532,12 +532,12 @@ def test_diverged_teacher_is_named_with_the_way_out(toy, tmp_path):
         RunDir(tmp_path / "run") as run,
         pytest.raises(UserError, match=r"labels: teacher 0 diverged at evaluate.lr=1e\+30; try a lower one"),
     ):
-        labelling.label_stage(experiment, experts=None, run=run, progress=Progress(quiet=True))
+        labeling.label_stage(experiment, experts=None, run=run, progress=Progress(quiet=True))
 
 
 def test_agreement_counts_images_whose_best_class_is_their_own():
     best = [0, 1, 1, 1, 2, 0]  # Classes 0, 0, 1, 1, 2, 2.
-    assert labelling.agreement(labels.pack(np.eye(3)[best], soft())) == pytest.approx(4 / 6)
+    assert labeling.agreement(labels.pack(np.eye(3)[best], soft())) == pytest.approx(4 / 6)
 
 
 @pytest.mark.parametrize(

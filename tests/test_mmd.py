@@ -184,7 +184,7 @@ OBJECTIVES = {
 
 
 def pixels():
-    spec = PixelSpec(ipc=PER_CLASS, optimiser="sgd", lr=LR)
+    spec = PixelSpec(ipc=PER_CLASS, optimizer="sgd", lr=LR)
     return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=PER_CLASS * 256)
 
 
@@ -221,7 +221,7 @@ def test_a_joint_step_adds_the_weighted_gradient_of_the_term_to_that_of_any_obje
     assert int(both.step) == int(plain.step) == 1
 
 
-def test_a_separate_step_follows_that_of_the_objective_with_the_same_optimiser_and_schedule():
+def test_a_separate_step_follows_that_of_the_objective_with_the_same_optimizer_and_schedule():
     codec, factor = pixels(), 0.25
     objective, schedule = OBJECTIVES["distribution"], lambda taken: factor / (1 + taken)
     start, plain, _ = step_of(codec, objective, None, schedule=schedule)
@@ -272,7 +272,7 @@ def test_each_latent_is_drawn_as_often_as_makes_up_the_samples_and_images_withou
 
 
 def test_the_term_trains_log_variances_by_samples_that_differ():
-    codec = latents(optimiser="adam", lr=0.1)
+    codec = latents(optimizer="adam", lr=0.1)
     state, after, metrics = step_of(codec, OBJECTIVES["trajectory"], MmdSpec(weight=1.0, samples=7, steps="separate"))
     assert np.isfinite(metrics["mmd"])
     for name in ("mean", "log_variance"):

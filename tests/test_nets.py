@@ -98,7 +98,7 @@ def test_convnet_matches_numpy(norm, shape, margin):
     np.testing.assert_allclose(logits, expected_logits, atol=2e-5)
 
 
-def test_initialisation_is_uniform_within_the_reference_bounds():
+def test_initialization_is_uniform_within_the_reference_bounds():
     params = jax.jit(build(NetSpec(), (32, 32, 3), 10).init)(jax.random.key(0))["layers"]
     bounds = {"conv0": 0.19245, "conv1": 0.029463, "conv2": 0.029463, "linear": 0.022097}
     for name, bound in bounds.items():

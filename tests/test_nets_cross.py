@@ -39,7 +39,7 @@ def conv(x, kernel, bias=0.0, *, stride=1):
     return out.reshape(*columns.shape[:3], -1) + bias
 
 
-def normalise(x, axes, scale, bias):
+def normalize(x, axes, scale, bias):
     return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5) * scale + bias
 
 
@@ -78,14 +78,14 @@ def vgg11(p, x):
     small = max(x.shape[1:3]) <= 32
     x = frame(x)
     for index, letter in enumerate("MM-M-M-M"):
-        x = relu(normalise(conv(x, **p[f"conv{index}"]), (1, 2), **p[f"norm{index}"]))
+        x = relu(normalize(conv(x, **p[f"conv{index}"]), (1, 2), **p[f"norm{index}"]))
         x = halves(x) if letter == "M" else x
     return x if small else grid(x, 7)
 
 
 def resnet18(p, x):
     def layer(x, name, stride=1):
-        return normalise(conv(x, p[name]["kernel"], stride=stride), (1, 2), **p[f"{name}_norm"])
+        return normalize(conv(x, p[name]["kernel"], stride=stride), (1, 2), **p[f"{name}_norm"])
 
     x = relu(layer(x, "stem"))
     for block in range(8):
@@ -99,7 +99,7 @@ def vit(p, x):
     side, depth, norm = (4, 6, True) if max(x.shape[1:3]) <= 32 else (16, 10, False)
 
     def maybe(x, name):
-        return normalise(x, -1, **p[name]) if norm else x
+        return normalize(x, -1, **p[name]) if norm else x
 
     _, h, w, _ = x.shape
     corners = itertools.product(range(0, h, side), range(0, w, side))
@@ -271,7 +271,7 @@ def test_network_has_the_reference_parameter_counts(name, size, features, count)
         ("vit", {"embed": 48, "block0_qkv": 512, "block5_mlp1": 512, "linear": 512}, ["block0_qkv"]),
     ],
 )
-def test_initialisation_has_the_reference_distribution(name, fan_in, unbiased):
+def test_initialization_has_the_reference_distribution(name, fan_in, unbiased):
     params = jax.jit(build(NetSpec(name=name), (32, 32, 3), CLASSES).init)(jax.random.key(0))["layers"]
     for layer, inputs in fan_in.items():
         bound = 1 / math.sqrt(inputs)
@@ -289,7 +289,7 @@ def test_initialisation_has_the_reference_distribution(name, fan_in, unbiased):
         np.testing.assert_allclose([tokens.mean(), tokens.std()], [0, 1], atol=0.1)
 
 
-def test_only_the_vit_for_small_images_is_normalised():
+def test_only_the_vit_for_small_images_is_normalized():
     names = [
         set(jax.eval_shape(build(NetSpec(name="vit"), (size, size, 3), CLASSES).init, jax.random.key(0))["layers"])
         for size in (32, 48)
@@ -424,7 +424,7 @@ def test_second_order_gradient_of_strided_convolution_matches_finite_differences
     second_order(functools.partial(conv_same, stride=2), (2, *size, 2), (side, side, 2, 3))
 
 
-def test_second_order_gradients_of_the_normalisations_match_finite_differences():
+def test_second_order_gradients_of_the_normalizations_match_finite_differences():
     for norm in (layers.instance_norm, layers.layer_norm):
         second_order(norm, (2, 3, 4, 5), (5,), (5,))
 

@@ -58,7 +58,7 @@ def bfloat16(x) -> np.ndarray:
     return np.asarray(x).astype(jnp.bfloat16).astype(np.float64)
 
 
-# The quantiser
+# The quantizer
 
 
 def grid_arguments(seed=0):
@@ -142,7 +142,7 @@ def test_decode_draws_the_values_on_the_grids(order, widths):
     spec = PackedGaussianSpec(gpc=2, num_points=5, order=order, cutoff=0.0, **dict(zip(names, widths, strict=True)))
     codec, params = make(spec), random_params(spec)
     low, step = bfloat16(params.low), bfloat16(params.step)
-    # The centres of 2^b equal cells of [-1, 1].
+    # The centers of 2^b equal cells of [-1, 1].
     cell = 2.0 ** (1 - widths[0])
     mean = (np.floor(np.asarray(params.mean, np.float64) / cell) + 0.5) * cell
 
@@ -303,7 +303,7 @@ def test_ranges_learn_at_their_own_rate_and_steps_at_that_over_their_number():
     spec = PackedGaussianSpec(gpc=2, num_points=5, lr=0.01, lr_cholesky=2.0, lr_color=0.5, lr_ranges=0.1, bits_color=4)
     params = random_params(spec)
     gradients = jax.tree.map(jnp.ones_like, params)
-    transformation = make(spec).optimiser()
+    transformation = make(spec).optimizer()
     # Adam's first step on a gradient of one is its rate.
     updates, _ = transformation.update(gradients, transformation.init(params), params)
     for name, rate in {"mean": 0.01, "cholesky": 0.02, "color": 0.005}.items():
@@ -311,7 +311,7 @@ def test_ranges_learn_at_their_own_rate_and_steps_at_that_over_their_number():
     np.testing.assert_allclose(updates.low, -np.array([0.002] * 3 + [0.0005] * 3), rtol=1e-5)
     np.testing.assert_allclose(updates.step, -np.array([0.002 / 63] * 3 + [0.0005 / 15] * 3), rtol=1e-5)
     for still in ({"ranges": "fitted"}, {"lr_ranges": 0.0}):
-        transformation = make(dataclasses.replace(spec, **still)).optimiser()
+        transformation = make(dataclasses.replace(spec, **still)).optimizer()
         updates, _ = transformation.update(gradients, transformation.init(params), params)
         assert not np.asarray(updates.low).any() and not np.asarray(updates.step).any()
 
@@ -367,7 +367,7 @@ def test_step_that_vanishes_or_turns_negative_is_the_finest(step):
 
 
 @pytest.mark.parametrize("order", ["sorted", "kept"])
-def test_equal_positions_come_back_with_their_own_shapes_and_colours(order):
+def test_equal_positions_come_back_with_their_own_shapes_and_colors(order):
     spec = PackedGaussianSpec(gpc=2, num_points=5, order=order)
     codec, params = make(spec), random_params(spec)
     crowded = dataclasses.replace(params, mean=jnp.full_like(params.mean, 0.9995).at[:, 3].set(-0.9995))

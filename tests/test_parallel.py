@@ -79,7 +79,7 @@ def make_images(counts) -> tuple[np.ndarray, np.ndarray]:
 def make_codec(spec) -> codecs.Codec:
     """Adam hides the size of a gradient; a trace of the gradients does not."""
     codec = codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=10**6)
-    return codec._replace(optimiser=lambda: optax.chain(optax.trace(decay=0.5), optax.scale(-0.01)))
+    return codec._replace(optimizer=lambda: optax.chain(optax.trace(decay=0.5), optax.scale(-0.01)))
 
 
 # In the process with several devices

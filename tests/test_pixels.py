@@ -54,7 +54,7 @@ REAL = {
     "data.check": lambda x: pixels.as_float(data.check(data.Dataset("toy", x, LABELS, x, LABELS, ("a", "b")))[1]),
     "accuracy": lambda x: evaluation.accuracy(PARAMS, x, jnp.asarray(LABELS), **LOSS),
 }
-# What takes decoded or normalised images too.
+# What takes decoded or normalized images too.
 ANY = {
     "distribution_loss": jax.jit(lambda x: _loss(distribution_loss, x, augment=PLAIN, class_chunk=1)),
     "gradient_loss": jax.jit(lambda x: _loss(gradient_loss, x, augment=PLAIN, class_chunk=1, params=PARAMS)),
@@ -114,7 +114,7 @@ def test_bytes_in_floating_point_are_refused_of_any_images() -> None:
         for door in ("codec.init", "init_fit"):
             with pytest.raises(ValueError, match=r"found float\d\d from 0 to 255 of shape \[6, 8, 8, 1\]"):
                 ANY[door](images)
-    # Decoded images leave [0,1], normalised ones too.
+    # Decoded images leave [0,1], normalized ones too.
     np.testing.assert_array_equal(pixels.check(np.float32(IMAGES / 50 - 1), real=False), np.float32(IMAGES / 50 - 1))
 
 

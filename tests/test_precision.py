@@ -51,7 +51,7 @@ def test_a_codec_starts_decodes_and_is_fitted_in_float32(name, dtype):
     if dtype == np.float64:
         return
     traced(lambda p: codec.decode(p, np.arange(2), key=KEY()), params)
-    traced(jax.grad(lambda p: codec.regularise(p) + codec.decode(p).sum(), allow_int=True), params)
+    traced(jax.grad(lambda p: codec.regularize(p) + codec.decode(p).sum(), allow_int=True), params)
     traced(codec.stored, params)
     state = traced(lambda: fit.init_fit(KEY(), images, codec=codec, steps=5))
     assert dtypes(traced(lambda s: fit.fit_steps(s, images, codec=codec, steps=5, count=2)[0], state)) == dtypes(state)
@@ -81,13 +81,13 @@ def test_networks_have_weights_and_logits_in_float32(name):
     traced(network.init, KEY())
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("schedule", ["step", "cosine", "warmup_cosine"])
-def test_networks_and_experts_are_trained_in_float32(optimiser, schedule):
+def test_networks_and_experts_are_trained_in_float32(optimizer, schedule):
     network = build(NetSpec(depth=1, width=2), IMAGES.shape[1:], 2)
     seen = {"network": network, "augment": DsaSpec(), "transform": whiten.apply}
     seen |= {"transform_params": whiten.fit("meanstd", IMAGES)}
-    spec = training.EvalSpec(steps=3, batch=4, optimiser=optimiser, schedule=schedule, ema=0.9)
+    spec = training.EvalSpec(steps=3, batch=4, optimizer=optimizer, schedule=schedule, ema=0.9)
     for labels in (LABELS, np.eye(2, dtype=np.float32)[LABELS]):
         train = functools.partial(training.train_network, images=IMAGES, labels=jnp.asarray(labels), spec=spec, **seen)
         traced(train, KEY())

@@ -31,7 +31,7 @@ def made(soft: bool, channels: int = 3, names=NAMES) -> SynSet:
     return SynSet(codec, codec.loaded({"images": images}), each, names, {"channel_mean": [0.5] * channels}, rows)
 
 
-@pytest.fixture(scope="module", params=["soft", "hard", "grey", "merged"])
+@pytest.fixture(scope="module", params=["soft", "hard", "gray", "merged"])
 def exported(request, tmp_path_factory):
     """``(set, folder, export)``, where ``export(form)`` is the folder of a form."""
     folder = tmp_path_factory.mktemp("set")
@@ -40,7 +40,7 @@ def exported(request, tmp_path_factory):
         first, second = made(True, names=NAMES[:6]), made(False, names=NAMES[6:])
         found = MergedSet((first, dataclasses.replace(second, bytes_per_class=first.bytes_per_class)))
     else:
-        found = made(request.param == "soft", 1 if request.param == "grey" else 3)
+        found = made(request.param == "soft", 1 if request.param == "gray" else 3)
     found.save(folder / "set")
 
     def write(form):
@@ -108,7 +108,7 @@ def test_tfds_reads_images_and_soft_labels(exported):
         np.testing.assert_array_equal([record["soft_label"] for record in records], found.soft_labels)
 
 
-def normalised(image):
+def normalized(image):
     return image.sub_(0.5).div_(0.25)
 
 
@@ -117,7 +117,7 @@ def test_data_loader_gives_batches_and_in_place_changes_stay_in_them(exported):
     from gsdd_jax.torch_dataset import DistilledSet
 
     found, folder, _ = exported
-    dataset, merged = DistilledSet(folder, transform=normalised), isinstance(found, MergedSet)
+    dataset, merged = DistilledSet(folder, transform=normalized), isinstance(found, MergedSet)
     expected = (np.asarray(found.images()).transpose(0, 3, 1, 2) - 0.5) / 0.25
     soft = found.soft_labels
     # A process with JAX must not be forked; one of the sets is enough, since workers start slowly.

@@ -81,11 +81,11 @@ def test_oracle_equals_the_definition_written_as_loops():
             for sample in range(s * s):
                 point = np.array([column + (sample % s + 0.5) / s, row + (sample // s + 0.5) / s])
                 for k in range(2):
-                    centre = 0.5 * np.array([width, height]) * (mean[k] + 1)
+                    center = 0.5 * np.array([width, height]) * (mean[k] + 1)
                     lower = np.array([[raw[k, 0] + 0.5, 0], [raw[k, 1], raw[k, 2] + 0.5]])
                     lower = lower * np.array([[width / 4], [height / 3]])
                     covariance = lower @ lower.T + np.diag([1 / 12, 1 / 12])
-                    q = (point - centre) @ np.linalg.inv(covariance) @ (point - centre)
+                    q = (point - center) @ np.linalg.inv(covariance) @ (point - center)
                     expected[row, column] += opacity[k] * math.exp(-q / 2) * color[k] / s**2
     found = oracle.render(g, (height, width), supersample=s).images[0]
     np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -52,16 +52,16 @@ def test_grid_magnifies_every_image_in_its_place(channels):
 def test_grid_clips_and_marks_nan():
     images = np.array([-1.0, 2.0, np.nan, np.inf, -np.inf, 0.5], np.float32).reshape(1, 1, 1, 6, 1)
     picture = _open(pictures.grid(images, ["a"], scale=2))[0, -12::2]
-    grey = [(v, v, v, 255) for v in (0, 255, 255, 0, 128)]
-    assert [tuple(p) for p in picture.tolist()] == [grey[0], grey[1], MAGENTA, grey[2], grey[3], grey[4]]
+    gray = [(v, v, v, 255) for v in (0, 255, 255, 0, 128)]
+    assert [tuple(p) for p in picture.tolist()] == [gray[0], gray[1], MAGENTA, gray[2], gray[3], gray[4]]
 
 
 def test_grid_shows_the_first_and_says_how_many_there_are():
     images = np.linspace(0, 1, 25 * 30).reshape(25, 30, 1, 1, 1) * np.ones((1, 1, 8, 8, 3))
     picture = _open(pictures.grid(images, [f"class {i}" for i in range(25)]))
     stride = 128 + 3 * pictures.DENSITY
-    centres = picture[64 : 20 * stride : stride, -64 - 11 * stride :: stride, 0]
-    assert (centres == np.rint(images[:20, :12, 0, 0, 0] * 255)).all()
+    centers = picture[64 : 20 * stride : stride, -64 - 11 * stride :: stride, 0]
+    assert (centers == np.rint(images[:20, :12, 0, 0, 0] * 255)).all()
     assert picture[20 * stride :, :, 3].any()  # the note
     assert pictures._note(25, 30, 20, 12) == "Shown: the first 12 of 30 images per class, the first 20 of 25 classes"
     assert pictures._note(20, 12, 20, 12) == ""
@@ -126,7 +126,7 @@ def test_small_ellipses_lie_over_big_ones_whatever_their_order():
         assert picture[40, 60].tolist() == [0, 0, 255, 255]
 
 
-def test_weak_colours_are_lifted_and_keep_their_hue():
+def test_weak_colors_are_lifted_and_keep_their_hue():
     color = np.array([[2.0, 1.0, 0.0], [0.08, 0.0, 0.04]])
     mean = np.array([[-0.5, 0.0], [0.5, 0.0]])
     data = pictures.ellipses(mean, np.full((2, 3), [3.0, 0, 3.0]), color, np.ones(2), size=(20, 20), scale=4)
@@ -380,7 +380,7 @@ def test_report_of_a_bare_directory_says_not_run(tmp_path):
     assert "img" not in page.tags
 
 
-def test_paper_protocol_is_labelled(tmp_path):
+def test_paper_protocol_is_labeled(tmp_path):
     result = RESULT | {"protocol": {"name": "paper"}}
     assert "best of repeated tests" in report.write(tmp_path, result, {}).read_text(encoding="utf-8")
     assert "best of repeated tests" not in report.write(tmp_path, RESULT, {}).read_text(encoding="utf-8")

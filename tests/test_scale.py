@@ -84,9 +84,9 @@ def test_collectives_are_counted_from_their_results_once_each():
 def test_network_flops_are_those_of_its_convolutions():
     size = scale.Size(classes=2, pixels=8, depth=1, width=16, held=1, real=1, gpc=1, points=1)
     found = scale.network_flops(size)
-    # Pixels of the border have fewer neighbours.
-    neighbours = (3 * 8 - 2) ** 2
-    convolution = 2 * neighbours * 3 * 16
+    # Pixels of the border have fewer neighbors.
+    neighbors = (3 * 8 - 2) ** 2
+    convolution = 2 * neighbors * 3 * 16
     assert convolution < found["forward"] < 1.5 * convolution
     assert 1.8 * convolution < found["gradient"] < 4 * convolution
 
@@ -117,7 +117,7 @@ def test_committed_steps_agree_with_one_device_and_with_the_formulas():
         # Float32, sums in another order.
         assert row["gradient_difference"] < 1e-4 and row["metrics_difference"] < 1e-4
         assert row["collectives"] == ({"all-reduce": row["summed_formula"]} if row["devices"] > 1 else {})
-        # Counters, key and normalisation are not in the formula.
+        # Counters, key and normalization are not in the formula.
         assert 0 <= row["arguments"] - row["arguments_formula"] < 100
 
 

@@ -24,8 +24,8 @@ def natural(n=4, size=(24, 20), channels=3, seed=0) -> jax.Array:
         image[:] = 0.5 + 0.3 * np.sin(rng.uniform(1, 4) * x + rng.uniform(1, 4) * y + rng.uniform(0, 6))[..., None]
         left, top = rng.uniform(0.1, 0.5, 2)
         image[(x > left) & (x < left + 0.3) & (y > top) & (y < top + 0.4)] = rng.uniform(0, 0.3, channels)
-        centre_x, centre_y = rng.uniform(0.3, 0.8, 2)
-        image[(x - centre_x) ** 2 + (y - centre_y) ** 2 < 0.03] = rng.uniform(0.7, 1, channels)
+        center_x, center_y = rng.uniform(0.3, 0.8, 2)
+        image[(x - center_x) ** 2 + (y - center_y) ** 2 < 0.03] = rng.uniform(0.7, 1, channels)
     return jnp.asarray(images, jnp.float32)
 
 
@@ -96,7 +96,7 @@ def test_uniform_follows_the_authors():
     assert np.all(np.asarray(g.opacity) == 1)
 
 
-def test_edge_start_lies_on_pixels_with_half_their_colour_and_prefers_edges():
+def test_edge_start_lies_on_pixels_with_half_their_color_and_prefers_edges():
     height, width, points = 20, 30, 60
     image = jnp.zeros((1, height, width, 2)).at[:, :, 15:].set(jnp.array([1.0, 0.5]))
     g = start(jax.random.key(0), image, name="gradient", num_points=points)
@@ -126,7 +126,7 @@ def test_least_squares_colors_solve_the_ridge_regression():
     # The condition number is at most 8 / 1e-3, times the rounding of float32.
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
-    # It beats any other colours in the ridge objective.
+    # It beats any other colors in the ridge objective.
     def objective(colors):
         return np.sum((design @ colors - target) ** 2) + ridge * np.sum(colors**2)
 

@@ -27,7 +27,7 @@ def float32_of(bits) -> np.ndarray:
 
 
 def all_kinds_of_floats() -> np.ndarray:
-    """Every bfloat16 followed by nothing, by the tie, by its neighbours, by random tails; no subnormals, no NaN."""
+    """Every bfloat16 followed by nothing, by the tie, by its neighbors, by random tails; no subnormals, no NaN."""
     high = np.arange(1 << 16, dtype=np.uint32) << 16
     tails = [
         0,
@@ -71,7 +71,7 @@ def test_what_the_forward_pass_sees_is_what_is_stored():
     for dtype, size in storage.PIXEL_ITEMSIZE.items():
         stored = storage.cast(tree, dtype)
         assert stored["a"].dtype == jnp.dtype(dtype)
-        seen = jax.jit(storage.quantise, static_argnames="dtype")(tree["a"], dtype=dtype)
+        seen = jax.jit(storage.quantize, static_argnames="dtype")(tree["a"], dtype=dtype)
         assert np.array_equal(storage.widen(stored)["a"], seen)
         if dtype != "uint8":
             assert np.array_equal(np.asarray(stored["a"], np.float32), seen)
@@ -131,7 +131,7 @@ def test_gradient_of_bytes_is_that_of_clipping_half_a_step_beyond_the_ends():
     assert np.array_equal(jax.grad(lambda x: jnp.sum(storage.as_uint8(x) * v))(x), inside * v)
     assert np.array_equal(jax.jvp(storage.as_uint8, (x,), (v,))[1], inside * v)
     # The slope of a loss is taken at the rounded value, and has a slope itself.
-    slope = jax.grad(lambda x: jnp.sum(storage.quantise(x, "uint8") ** 2))
+    slope = jax.grad(lambda x: jnp.sum(storage.quantize(x, "uint8") ** 2))
     assert np.array_equal(slope(x), inside * 2 * np.asarray(storage.as_uint8(x)))
     assert np.array_equal(jax.grad(lambda x: jnp.sum(slope(x)))(x), 2 * inside)
 
@@ -155,7 +155,7 @@ def test_the_gradient_passes_straight_through():
     v = jnp.arange(7.0)
     assert np.array_equal(jax.jit(jax.grad(lambda x: jnp.sum(storage.as_bfloat16(x) * v)))(x), v)
     # The slope of a loss is taken at the rounded value.
-    slope = jax.grad(lambda x: jnp.sum(storage.quantise(x, "bfloat16") ** 2))(x)
+    slope = jax.grad(lambda x: jnp.sum(storage.quantize(x, "bfloat16") ** 2))(x)
     assert np.array_equal(slope, 2 * storage.as_bfloat16(x)) and not np.array_equal(slope, 2 * x)
     assert np.array_equal(jax.jvp(storage.as_bfloat16, (x,), (v,))[1], v)
 

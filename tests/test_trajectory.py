@@ -14,7 +14,7 @@ from gsdd_jax.match.trajectory import (
     flattener,
     floor_syn_lr,
     student_batches,
-    syn_lr_optimiser,
+    syn_lr_optimizer,
     trajectory_loss,
 )
 from gsdd_jax.nets import NetSpec, build
@@ -33,7 +33,7 @@ MEAN, STD = jnp.float32(0.3), jnp.float32(0.4)
 KEY = jax.random.key(3)
 
 
-def standardise(params, images):
+def standardize(params, images):
     return (images - params[0]) / params[1]
 
 
@@ -63,7 +63,7 @@ def small_weights():
 def objective(spec=SPEC, augment=AUGMENT, loss=trajectory_loss, network=NETWORK):
     """`(key, syn, labels, syn_lr, start, target) -> (loss, metrics), (slope in syn, slope in syn_lr)`, jitted."""
     bound = partial(
-        loss, network=network, augment=augment, transform=standardise, transform_params=(MEAN, STD), spec=spec
+        loss, network=network, augment=augment, transform=standardize, transform_params=(MEAN, STD), spec=spec
     )
     return jax.jit(jax.value_and_grad(bound, argnums=(1, 3), has_aux=True))
 
@@ -117,7 +117,7 @@ def test_gradient_is_that_of_float64_finite_differences(digits, weights):
             trajectory_loss,
             network=NETWORK,
             augment=AUGMENT,
-            transform=standardise,
+            transform=standardize,
             transform_params=params,
             spec=SPEC,
         )
@@ -222,7 +222,7 @@ def test_loss_is_zero_at_the_student_and_one_without_steps(one_step, digits, sma
     unflatten = flattener(SMALL)[1]
 
     def cross_entropy(theta):
-        logits = SMALL.apply(unflatten(theta), standardise((MEAN, STD), digits[0]))[0]
+        logits = SMALL.apply(unflatten(theta), standardize((MEAN, STD), digits[0]))[0]
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(N), digits[1]])
 
     loss, grads = jax.jit(jax.value_and_grad(cross_entropy))(start)
@@ -293,13 +293,13 @@ def test_flattener_inverts_and_has_the_order_of_ravel(weights):
 
 
 def test_syn_lr_follows_sgd_with_momentum_and_keeps_above_its_floor():
-    optimiser = syn_lr_optimiser(TrajectorySpec(lr_lr=0.1))
+    optimizer = syn_lr_optimizer(TrajectorySpec(lr_lr=0.1))
     lr = jnp.float32(0.01)
-    state = optimiser.init(lr)
-    update, state = optimiser.update(jnp.float32(-2.0), state)
+    state = optimizer.init(lr)
+    update, state = optimizer.update(jnp.float32(-2.0), state)
     lr = floor_syn_lr(lr + update)
     assert lr == pytest.approx(0.21)
-    update, state = optimiser.update(jnp.float32(5.0), state)  # velocity 5 - 0.5 * 2
+    update, state = optimizer.update(jnp.float32(5.0), state)  # velocity 5 - 0.5 * 2
     assert update == pytest.approx(-0.4)
     lr = floor_syn_lr(lr + update)
     assert lr == np.float32(MIN_SYN_LR) == np.float32(1e-3)
@@ -371,7 +371,7 @@ def test_input_that_does_not_fit_is_refused(change, error, message):
             arguments["target"],
             network=NETWORK,
             augment=AUGMENT,
-            transform=standardise,
+            transform=standardize,
             transform_params=(MEAN, STD),
             spec=SPEC,
         )

@@ -180,10 +180,10 @@ def test_zca_wants_positive_eps() -> None:
 
 
 @pytest.mark.parametrize("form", [np.uint8, np.float32])
-def test_constant_channel_is_centred_and_divided_by_one(form: type) -> None:
+def test_constant_channel_is_centered_and_divided_by_one(form: type) -> None:
     images = _images()
     images[..., 1] = 77
-    # A single grey level in one pixel of a channel is no signal, either.
+    # A single gray level in one pixel of a channel is no signal, either.
     images[..., 2] = 20
     images[0, 0, 0, 2] = 21
     fitted = whiten.fit("meanstd", images if form is np.uint8 else (images / 255).astype(form))
@@ -194,7 +194,7 @@ def test_constant_channel_is_centred_and_divided_by_one(form: type) -> None:
 
 
 def test_faintest_signal_is_not_taken_for_a_constant() -> None:
-    # Half of the pixels one grey level brighter: std 1/510, above that of rounding.
+    # Half of the pixels one gray level brighter: std 1/510, above that of rounding.
     images = (np.arange(4 * 8 * 8) % 2).astype(np.uint8).reshape(4, 8, 8, 1)
     np.testing.assert_allclose(whiten.fit("meanstd", images).std, [1 / 510], rtol=1e-6)
 

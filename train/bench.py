@@ -79,11 +79,11 @@ class Request(NamedTuple):
         values = tested.accuracies.tolist()
         seeds = range(self.first_seed, self.first_seed + len(values))
         diverged = [seed for seed, value in zip(seeds, values, strict=True) if not math.isfinite(value)]
-        entry = evaluate.summarise(values, seeds)
+        entry = evaluate.summarize(values, seeds)
         if diverged:
             entry |= {"mean": None, "std": None, "diverged": diverged}
         else:
-            entry |= evaluate.summarise_classes(tested.hits, bench.test_set["test_images_per_class"])
+            entry |= evaluate.summarize_classes(tested.hits, bench.test_set["test_images_per_class"])
         return entry | {
             "accuracies": [value if math.isfinite(value) else None for value in values],
             "lr": spec.lr,

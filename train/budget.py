@@ -36,7 +36,7 @@ from train.stopping import on_sigterm
 from train.tune import hold_out
 
 # The paper's precision, and layouts whose sensitivity was measured on fits: bits of each number of position, Cholesky
-# factor and colour.
+# factor and color.
 BITS = ("bf16", "8+6+6", "7+6+5", "6+5+4")
 POINTS = (12, 22, 42)
 
@@ -141,7 +141,7 @@ def candidates(
 
 def _spec(base: GaussianSpec | PackedGaussianSpec, layout: str, points: int) -> GaussianSpec | PackedGaussianSpec:
     cls: type[GaussianSpec | PackedGaussianSpec] = GaussianSpec if layout == "bf16" else PackedGaussianSpec
-    # What both have in common is kept: the rates of the optimiser, the start, the renderer.
+    # What both have in common is kept: the rates of the optimizer, the start, the renderer.
     known = {field.name for field in dataclasses.fields(cls)} - {"name", "gpc", "num_points", "dtype"}
     shared = {name: value for name, value in vars(base).items() if name in known}
     if layout != "bf16":
@@ -189,7 +189,7 @@ def search(
     out: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Fits and tests every candidate, distils the best, and writes frontier.json, .md and .png into ``out``."""
+    """Fits and tests every candidate, distills the best, and writes frontier.json, .md and .png into ``out``."""
     alone = dataclasses.replace(config.baselines, fit_only=False, random_real=False, pixel=False, full_data=False)
     proxy = dataclasses.replace(config, baselines=alone, distill=dataclasses.replace(config.distill, iterations=0))
     rows = [_row(one, proxy, dataset, out / "fit" / one.name, progress) for one in found]

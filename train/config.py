@@ -112,7 +112,7 @@ class BaselineSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One experiment, complete: data, parameterisation, matching, evaluation."""
+    """One experiment, complete: data, parameterization, matching, evaluation."""
 
     name: Annotated[str, Doc("Name of the experiment, shown in reports.")]
     seed: Annotated[int, Ge(0), Doc("Root of every random key of the run.")] = 0
@@ -122,10 +122,10 @@ class RunConfig:
     subtask: Annotated[int, Ge(0), Doc("Which of them this run is, from 0; each has a block of the classes.")] = 0
     ipc: Annotated[float, Gt(0), Doc("Budget per class, counted in fp32 pixel images of the dataset's size.")]
     whiten: Annotated[
-        Literal["zca", "meanstd", "none"], Doc("Normalisation of real and synthetic images before any network.")
+        Literal["zca", "meanstd", "none"], Doc("Normalization of real and synthetic images before any network.")
     ] = "meanstd"
     data: DataSpec
-    codec: Annotated[Tagged[CodecSpec], Doc("The parameterisation of the distilled images.")]
+    codec: Annotated[Tagged[CodecSpec], Doc("The parameterization of the distilled images.")]
     network: NetSpec = NetSpec()
     augment: DsaSpec = DsaSpec()
     fit: FitSpec = FitSpec()

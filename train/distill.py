@@ -1,6 +1,6 @@
-"""Distil a dataset: ``python -m train.distill --config configs/digits.yaml [key=value ...]``.
+"""Distill a dataset: ``python -m train.distill --config configs/digits.yaml [key=value ...]``.
 
-Fits the codec, distils it, does the same for the pixel baseline, trains fresh networks on every arm and writes the
+Fits the codec, distills it, does the same for the pixel baseline, trains fresh networks on every arm and writes the
 run directory. The same command continues an interrupted run to the same bits.
 """
 
@@ -26,7 +26,7 @@ from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.match import TrajectorySpec
 from train import config as configs
 from train import experiment as experiments
-from train import hosts, labelling, pictures, report, results, stages
+from train import hosts, labeling, pictures, report, results, stages
 from train.checkpoint import Checkpoints
 from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import PeriodicTests, as_stored, evaluate_stage, evaluation_lr
@@ -254,7 +254,7 @@ def run(
         if isinstance(config.objective, TrajectorySpec):
             folder = experiments.expert_path(config, rundir.path)
             experts = stages.expert_stage(experiment, folder, progress=progress)
-        label = labelling.label_stage(experiment, experts=experts, run=rundir, progress=progress)
+        label = labeling.label_stage(experiment, experts=experts, run=rundir, progress=progress)
         arm = functools.partial(
             _distilled, experiment, experts=experts, label=label, run=rundir, progress=progress, crew=crew
         )
@@ -269,7 +269,7 @@ def run(
         images["distilled"] = final
         soft = {"distilled": written.soft_labels}
         if "fit_only" in wanted:
-            soft["fit_only"] = labelling.probabilities(label(fitted_images))
+            soft["fit_only"] = labeling.probabilities(label(fitted_images))
 
         pixel = None
         if "pixel" in wanted:
@@ -277,7 +277,7 @@ def run(
             state, accuracies["pixel"] = arm(pixel, start, name="pixel", iterations=pixel_iterations(config))
             drawn = as_stored(pixel, state.params)
             images["pixel"], lrs["pixel"] = drawn, evaluation_lr(experiment, state)
-            soft["pixel"] = labelling.probabilities(label(drawn))
+            soft["pixel"] = labeling.probabilities(label(drawn))
         rows = {
             name: accuracies.get(name)
             or evaluate_stage(
@@ -300,7 +300,7 @@ def run(
             run=rundir,
             pixel=pixel,
             fit_psnr=_fit_psnr(experiment, fitted_images, targets),
-            agreement=None if distilled.soft is None else labelling.agreement(distilled.soft),
+            agreement=None if distilled.soft is None else labeling.agreement(distilled.soft),
         )
         files.write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
@@ -353,7 +353,7 @@ def from_checkpoint(path: Path) -> synset.SynSet:
             experts = None
             if isinstance(config.objective, TrajectorySpec) and config.labels.teacher == "experts":
                 experts = stages.expert_stage(experiment, experiments.expert_path(config, path), progress=quiet)
-            label = labelling.label_stage(experiment, experts=experts, run=rundir, progress=quiet)
+            label = labeling.label_stage(experiment, experts=experts, run=rundir, progress=quiet)
             return dataclasses.replace(made, soft=label(made.images()))
     raise UserError(f"--checkpoint: {path} has no checkpoint yet; expected one of main-fit or main-distill")
 
@@ -371,14 +371,14 @@ def _distilled(
     start: Any,
     *,
     experts: Experts | None,
-    label: labelling.Labeller,
+    label: labeling.Labeler,
     name: str,
     iterations: int,
     run: RunDir,
     progress: Progress,
     crew: hosts.Crew | None,
 ) -> tuple[distill.State, dict[str, Any] | None]:
-    """Distils an arm; returns its final state, or with protocol=paper its best one and that one's row."""
+    """Distills an arm; returns its final state, or with protocol=paper its best one and that one's row."""
     tests = None
     if experiment.config.evaluate.protocol == "paper":
         tests = PeriodicTests(experiment, codec, name, iterations, label=label, run=run, progress=progress)
@@ -436,7 +436,7 @@ def ellipse_picture(codec: codecs.Codec, g: Gaussians, class_names: Sequence[str
 
 
 def _meta(experiment: Experiment, now: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of the exported set: where it comes from, and the normalisation that networks expect."""
+    """Metadata of the exported set: where it comes from, and the normalization that networks expect."""
     config, dataset, whole = experiment.config, experiment.dataset, experiment.whole
     channels = experiments.channel_statistics(dataset) if whole is None else whole.channels
     meta = {
@@ -484,7 +484,7 @@ def plan(experiment: Experiment) -> str:
     lines.append(f"  written: {codec.nbytes(params)} bytes, {codec.nbytes(params) / codec.num_classes:g} per class")
     size = labels.nbytes(config.labels, codec.num_images, codec.num_classes)
     if size:
-        steps = labelling.teacher_recipe(experiment).num_steps(len(dataset.train_labels))
+        steps = labeling.teacher_recipe(experiment).num_steps(len(dataset.train_labels))
         kind = f"trained for {steps} steps" if config.labels.teacher == "train" else "experts"
         lines.append(
             f"soft labels: {size} bytes, {size // codec.num_classes} per class, within the budget; "

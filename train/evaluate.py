@@ -24,7 +24,7 @@ scaled down, smaller ones up (then the test holds no more detail than before, un
 a small copy, a larger one of the same classes can be named, such as data.path=.../imagenette/full-size-v2/1.0.0.
 The data are those that the run was made from, by their content, wherever they are (data.path, data.source, data.name);
 with another size, or another choice of images (such as data.test_limit=500), or with data.sha256='' they are others.
-Normalisation is fitted to the training images at that size. ZCA of 64 px images did not end in nine minutes on two
+Normalization is fitted to the training images at that size. ZCA of 64 px images did not end in nine minutes on two
 cores, and that of larger ones is refused: whiten=meanstd.
 
 ``--ddranking`` computes the scores of `gsdd_jax.ddranking` for the run's own network. The full data, the set and random

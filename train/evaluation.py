@@ -18,7 +18,7 @@ from train import stopping
 from train.checkpoint import Checkpoints
 from train.errors import DivergedError, UserError
 from train.experiment import Experiment, real_images
-from train.labelling import Labeller, probabilities
+from train.labeling import Labeler, probabilities
 from train.progress import Progress
 from train.rundir import RunDir, write_json
 
@@ -102,8 +102,8 @@ def evaluate_stage(
     hits = [entry.get("hits", {}).get(str(seed)) for seed in seeds]
     counts = np.bincount(dataset.test_labels, minlength=dataset.num_classes)
     return {
-        **evaluate.summarise(values, seeds),
-        **({} if None in hits else evaluate.summarise_classes(hits, counts)),
+        **evaluate.summarize(values, seeds),
+        **({} if None in hits else evaluate.summarize_classes(hits, counts)),
         "accuracies": values,
         "seconds": entry["seconds"],
         "images": entry["images"],
@@ -169,7 +169,7 @@ def evaluation_lr(experiment: Experiment, state: distill.State) -> float | None:
 class PeriodicTests:
     """Tests on the test set while a set is distilled, and keeps the best state: ``evaluate.protocol=paper``.
 
-    This is how the field reports (MTT, GSDD): the mean over the networks of one test, maximised over the tests. It
+    This is how the field reports (MTT, GSDD): the mean over the networks of one test, maximized over the tests. It
     selects on test data and is biased upwards; results carry the name of the protocol.
 
     Args:
@@ -189,7 +189,7 @@ class PeriodicTests:
         arm: str,
         iterations: int,
         *,
-        label: Labeller,
+        label: Labeler,
         run: RunDir,
         progress: Progress,
     ):

@@ -54,7 +54,7 @@ class Experiment(NamedTuple):
     rule of a later version, a run directory holds another config.
 
     A subtask has the dataset of its classes, but the whitening of the whole training set, so that the parts of a merged
-    set live in one normalised space. `whole` is None where the run is no subtask.
+    set live in one normalized space. `whole` is None where the run is no subtask.
     """
 
     config: RunConfig
@@ -314,7 +314,7 @@ def real_images(experiment: Experiment, codec: codecs.Codec, *, purpose: str, ho
 
 
 def embed(experiment: Experiment, batch: int = 500) -> np.ndarray:
-    """Embeds the training set with a randomly initialised network, for k-means."""
+    """Embeds the training set with a randomly initialized network, for k-means."""
     network, dataset = experiment.network, experiment.dataset
     params = network.init(experiment.key("features"))
 

@@ -240,7 +240,7 @@ def pngs_of(images: np.ndarray) -> list[bytes]:
     """Returns images ``[n, h, w, c]`` as PNGs, clipped to [0,1] and rounded to 8 bits.
 
     Raises:
-        UserError: They are neither grey nor coloured, or a value is not a number.
+        UserError: They are neither gray nor colored, or a value is not a number.
     """
     channels = images.shape[-1]
     if channels not in (1, 3):

@@ -3,7 +3,7 @@
     python -m train.import_gsdd --file model_final.pth --size 32 --classes airplane automobile ... --out DIR
 
 Only tensors are read (``torch.load(weights_only=True)``). Of the two kinds of files that the released code writes, the
-``.pth`` of its initialisation is such a file, a state dict. The ``GSDD_TM_*.pt`` of its distillation is not: there
+``.pth`` of its initialization is such a file, a state dict. The ``GSDD_TM_*.pt`` of its distillation is not: there
 ``model`` is a pickled module, and reading it runs what it names. Where you trust such a file, make the other kind with
 the authors' code::
 

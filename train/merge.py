@@ -35,7 +35,7 @@ from gsdd_jax import data, files, labels, nets, storage, synset, whiten
 from gsdd_jax.merged import MergedSet
 from train import config as configs
 from train import experiment as experiments
-from train import labelling, pictures, report, results, testset
+from train import labeling, pictures, report, results, testset
 from train.distill import MAY_CHANGE
 from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import evaluate_stage
@@ -196,7 +196,7 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
                 return result
         environment = rundir.record_environment()
         if anew:
-            label = labelling.label_stage(experiment, experts=None, run=rundir, progress=progress)
+            label = labeling.label_stage(experiment, experts=None, run=rundir, progress=progress)
             merged = dataclasses.replace(merged, soft=label(merged.images()))
         sizes = merged.save(rundir.path / synset.EXPORT)
         # What is evaluated is what was written, not what is in memory.
@@ -254,7 +254,7 @@ def _check_labels(config: configs.RunConfig, merged: MergedSet) -> None:
     if spec.kind == "hard" or spec.teacher == "experts":
         key, found = ("kind", "hard") if spec.kind == "hard" else ("teacher", "experts, who know their subtask alone")
         raise ConfigError(
-            f"labels.{key}: a merged set is labelled by a teacher of all classes; expected "
+            f"labels.{key}: a merged set is labeled by a teacher of all classes; expected "
             f"{'soft' if key == 'kind' else 'train'}, found {found} (or no setting of labels, to keep those of the "
             "subtasks)"
         )

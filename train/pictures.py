@@ -1,6 +1,6 @@
 """Pictures of distilled sets and of a run's course: NumPy arrays in, PNG or SVG bytes out.
 
-Canvases are transparent and text is a middle grey, so that one file is readable on light and on dark pages. PNGs are
+Canvases are transparent and text is a middle gray, so that one file is readable on light and on dark pages. PNGs are
 drawn at `DENSITY` pixels per point: shown at half their pixel size they stay sharp on dense screens. Only matplotlib's
 object interface is used; pyplot's global figures would leak from one run into the next.
 """
@@ -27,7 +27,7 @@ DENSITY = 2
 _TILE = 64 * DENSITY  # the size that images are magnified to
 _GAP = 3 * DENSITY
 _FONT_SIZE = 13 * DENSITY
-_GREY = (125, 133, 143)  # contrast 3.8 on white, 4.7 on near-black
+_GRAY = (125, 133, 143)  # contrast 3.8 on white, 4.7 on near-black
 _MAGENTA = (255, 0, 255, 255)
 _CORAL = (1.0, 0.38, 0.34, 0.95)  # seen on black and on white ellipses alike
 _LINES = ("#3b82f6", "#f08c2e", "#22a06b", "#a855f7", "#e5484d", "#0ea5b7")
@@ -46,10 +46,10 @@ def grid(
     """Draws images in rows, one class per row with its name at the left.
 
     Args:
-        images: [k, per_class, h, w, c], c of 1 (grey), 3 (RGB) or 4 (RGBA), values in [0, 1]; others are clipped, and
+        images: [k, per_class, h, w, c], c of 1 (gray), 3 (RGB) or 4 (RGBA), values in [0, 1]; others are clipped, and
             pixels with a NaN are magenta.
         class_names: k names.
-        scale: Pixels of the picture per image pixel, by nearest neighbour; None magnifies to about 128.
+        scale: Pixels of the picture per image pixel, by nearest neighbor; None magnifies to about 128.
         max_per_class: Images drawn per class; a note under the grid says how many there are.
         max_classes: Classes drawn.
 
@@ -85,7 +85,7 @@ def ellipse_grid(
 ) -> bytes:
     """Draws the Gaussians of the images that `grid` shows, in the same layout, as in Figure 9 of the GSDD paper.
 
-    Each Gaussian is its 1-sigma ellipse (Sigma = L L^T), filled with colour times opacity, the strongest of an image
+    Each Gaussian is its 1-sigma ellipse (Sigma = L L^T), filled with color times opacity, the strongest of an image
     being full; biggest first. One that takes light away is a dashed red outline. Non-finite ones are left out, and
     their tile gets a magenta frame.
 
@@ -173,7 +173,7 @@ def curves(
     """
     if kind not in ("svg", "png"):
         raise ValueError(f"kind is {kind!r}: allowed are 'svg' and 'png'")
-    grey = "#{:02x}{:02x}{:02x}".format(*_GREY)
+    gray = "#{:02x}{:02x}{:02x}".format(*_GRAY)
     figure = Figure(figsize=(5.2, 2.7))
     # Room for seven digits and a sign. To fit margins to the labels would take as long again as to draw.
     figure.subplots_adjust(left=0.19 if ylabel else 0.15, right=0.96, bottom=0.19 if xlabel else 0.12, top=0.92)
@@ -195,18 +195,18 @@ def curves(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel(xlabel, color=grey)
-    axes.set_ylabel(ylabel, color=grey)
+    axes.set_xlabel(xlabel, color=gray)
+    axes.set_ylabel(ylabel, color=gray)
     axes.margins(x=0.01)
-    axes.grid(axis="y", color=grey, alpha=0.25, lw=0.6)
-    axes.tick_params(which="both", length=0, labelcolor=grey, labelsize=9)
+    axes.grid(axis="y", color=gray, alpha=0.25, lw=0.6)
+    axes.tick_params(which="both", length=0, labelcolor=gray, labelsize=9)
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set(color=grey, alpha=0.6)
+    axes.spines["bottom"].set(color=gray, alpha=0.6)
     axes.patch.set_visible(False)
     figure.patch.set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False, labelcolor=grey, fontsize=9)
+        axes.legend(frameon=False, labelcolor=gray, fontsize=9)
     out = io.BytesIO()
     if kind == "png":
         FigureCanvasAgg(figure).print_figure(out, format="png", dpi=72 * DENSITY, metadata={"Software": None})
@@ -255,16 +255,16 @@ def _assemble(tiles: np.ndarray, class_names: Sequence[str], note: str) -> bytes
     below = (_FONT_SIZE * 2 + _GAP) if note else 0
     note_width = left + math.ceil(font.getlength(note)) if note else 0
     shape = max(left + n * (width + _GAP) - _GAP, note_width), k * (height + _GAP) - _GAP + below
-    # Transparent, but already grey: the soft edges of the letters would blend towards black otherwise.
-    canvas = Image.new("RGBA", shape, (*_GREY, 0))
+    # Transparent, but already gray: the soft edges of the letters would blend towards black otherwise.
+    canvas = Image.new("RGBA", shape, (*_GRAY, 0))
     draw = ImageDraw.Draw(canvas)
     for row in range(k):
         y = row * (height + _GAP)
-        draw.text((left - 4 * _GAP, y + height / 2), names[row], fill=(*_GREY, 255), font=font, anchor="rm")
+        draw.text((left - 4 * _GAP, y + height / 2), names[row], fill=(*_GRAY, 255), font=font, anchor="rm")
         for column in range(n):
             canvas.paste(Image.fromarray(tiles[row, column]), (left + column * (width + _GAP), y))
     if note:
-        draw.text((left, shape[1] - _GAP), note, fill=(*_GREY, 255), font=font, anchor="ls")
+        draw.text((left, shape[1] - _GAP), note, fill=(*_GRAY, 255), font=font, anchor="ls")
     return _png(canvas)
 
 
@@ -306,8 +306,8 @@ def _draw_ellipses(
             order = np.argsort(-np.abs(l11 * l22), kind="stable")
             zero = np.zeros_like(l11)
             factor = np.stack([np.stack([l11, zero], -1), np.stack([l21, l22], -1)], -2)[order]
-            centre = 0.5 * np.array([w, h]) * (mean[at][finite][order] + 1)
-            outline = centre[:, None] + circle @ factor.swapaxes(-1, -2)
+            center = 0.5 * np.array([w, h]) * (mean[at][finite][order] + 1)
+            outline = center[:, None] + circle @ factor.swapaxes(-1, -2)
             # Agg works in fixed-point numbers: coordinates far outside the picture overflow.
             points = np.clip(outline * scale, -20 * _TILE, 20 * _TILE) + (column * width, row * height)
             fill, edge, dashed = _paint((color[at] * opacity[at][:, None])[finite][order])
@@ -333,7 +333,7 @@ def _draw_ellipses(
 
 
 def _paint(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Premultiplied colours [m, c] to fill [m, 4], edge [m, 4] and whether the outline is dashed [m]."""
+    """Premultiplied colors [m, c] to fill [m, 4], edge [m, 4] and whether the outline is dashed [m]."""
     weight = weight[:, :3] if weight.shape[-1] >= 3 else weight.repeat(3, -1)
     dashed = weight.sum(-1) < 0
     shown = np.clip(np.where(dashed[:, None], -weight, weight), 0, None)
@@ -366,7 +366,7 @@ def _is_noisy(y: np.ndarray, *, log: bool) -> bool:
 
 
 def _running_mean(y: np.ndarray, window: int, *, log: bool) -> np.ndarray:
-    """Mean over a centred window (geometric on a log scale), shorter at the ends; gaps stay gaps."""
+    """Mean over a centered window (geometric on a log scale), shorter at the ends; gaps stay gaps."""
     values = np.log(y) if log else y
     known = ~np.isnan(values)
     sums = np.convolve(np.where(known, values, 0.0), np.ones(window), "same")

@@ -21,7 +21,7 @@ from train import rundir, testset
 _MOST_CHARTS = 12
 _CODEC_NAMES = {"gaussian": "Gaussian", "packed_gaussian": "packed Gaussian"}
 _BASELINES = {
-    "fit_only": ("Fit only", "the same parameterisation fitted to real images, without distillation"),
+    "fit_only": ("Fit only", "the same parameterization fitted to real images, without distillation"),
     "pixel": ("Pixels", "distilled pixel images in the same budget"),
     "random_real": ("Random real images", "as many as the budget holds in pixels"),
     "full_data": ("Full data", "the whole training set: the upper end"),
@@ -30,7 +30,7 @@ _PICTURES = {
     "images": ("Distilled images", "At their native resolution, magnified; one row per class."),
     "ellipses": (
         "The same images as Gaussians",
-        "Each Gaussian as its one-sigma ellipse in its colour times opacity; dashed red outlines take light away.",
+        "Each Gaussian as its one-sigma ellipse in its color times opacity; dashed red outlines take light away.",
     ),
 }
 _LABELS = {
@@ -170,7 +170,7 @@ def _results(result: Mapping[str, Any]) -> str:
         rows.append(_row(label, note, entry, size, images, key.replace("_", "-"), uneven))
     heads = ("Training set", "Test accuracy", "", "Networks", "Bytes per class", "Images per class")
     head = "".join(f'<th scope="col"{"" if i in (0, 2) else _RIGHT}>{h}</th>' for i, h in enumerate(heads))
-    caption = "Mean ± standard deviation over freshly initialised networks; the bar spans 0 to 100 %. "
+    caption = "Mean ± standard deviation over freshly initialized networks; the bar spans 0 to 100 %. "
     caption += "TFLOP: the training of one network, three forward passes per image seen."
     tests = (result.get("accuracy") or {}).get("tests")
     if tests:

@@ -145,12 +145,12 @@ def collect(
 
 
 def labels_of(spec: labels.LabelSpec, agreement: float | None) -> dict[str, Any]:
-    """Returns how a set was labelled, and the share of soft labels that name the class of their image; None = hard."""
+    """Returns how a set was labeled, and the share of soft labels that name the class of their image; None = hard."""
     return {"kind": "hard"} if agreement is None else dataclasses.asdict(spec) | {"agreement": agreement}
 
 
 def forward_flops(network: nets.Network, image_shape: tuple[int, int, int]) -> float | None:
-    """Returns the floating-point operations of a network on one image, by XLA's count before it optimises, if any."""
+    """Returns the floating-point operations of a network on one image, by XLA's count before it optimizes, if any."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
     count = (jax.jit(network.apply).lower(params, image).cost_analysis() or {}).get("flops")

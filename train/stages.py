@@ -1,4 +1,4 @@
-"""The stages of a run that make its distilled sets: fit, train experts, distil.
+"""The stages of a run that make its distilled sets: fit, train experts, distill.
 
 Each continues where its last checkpoint stands and returns when it is done. Outer steps are taken by all devices of a
 run, and by all its processes, which `follow` does in those that do nothing else.
@@ -347,7 +347,7 @@ def distill_stage(
             experts=experts,
             crew=crew,
         )
-        with progress.phase(f"distil {arm}", total=iterations, done=done) as bar, contextlib.closing(outer):
+        with progress.phase(f"distill {arm}", total=iterations, done=done) as bar, contextlib.closing(outer):
             # Killed in the middle of it, perhaps.
             if tests is not None and tests.due(done):
                 tests.test(done, outer.state)

@@ -94,7 +94,7 @@ def hold_out(dataset: data.Dataset) -> data.Dataset:
 def search(
     found: Sequence[tuple[list[str], configs.RunConfig]], dataset: data.Dataset, *, out: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Distils and tests every combination, and writes tune.json and tune.md into ``out``.
+    """Distills and tests every combination, and writes tune.json and tune.md into ``out``.
 
     A combination that diverges is a row without accuracy, and with the reason.
 

@@ -1,4 +1,4 @@
-"""Parameterisations of a distilled set behind one interface.
+"""Parameterizations of a distilled set behind one interface.
 
 A new one is a file here, with a spec whose ``name`` is a ``Literal`` and a function ``make``, and its spec in
 ``CodecSpec``; docs/codecs.md has an example.
@@ -71,7 +71,7 @@ def make(spec: CodecSpec, *, image_shape: Sequence[int], num_classes: int, bytes
     """Builds the codec of a spec for a dataset and a budget.
 
     Args:
-        spec: Which parameterisation and its settings.
+        spec: Which parameterization and its settings.
         image_shape: (h, w, c) of the images.
         num_classes: ``k``.
         bytes_per_class: The budget; the codec's ``nbytes`` of a whole set is at most ``k`` times it.

@@ -1,4 +1,4 @@
-"""The interface of all parameterisations."""
+"""The interface of all parameterizations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import optax
 from gsdd_jax import storage
 from gsdd_jax.gaussians import Gaussians
 
-# Codecs whose references parameterise normalised images draw CENTRE + SPREAD * output instead: the mean and the spread
+# Codecs whose references parameterize normalized images draw CENTER + SPREAD * output instead: the mean and the spread
 # of natural images, so that published learning rates carry over and no statistics of a dataset are needed.
-CENTRE, SPREAD = 0.5, 0.25
+CENTER, SPREAD = 0.5, 0.25
 
 
 def _unchanged(arrays: Any) -> Any:
@@ -43,7 +43,7 @@ class Draft(NamedTuple):
 
 
 class Codec(NamedTuple):
-    """A parameterisation of images as pure functions.
+    """A parameterization of images as pure functions.
 
     There are ``n = num_classes * images_per_class`` images; image ``i`` has label ``i // images_per_class``.
 
@@ -56,16 +56,16 @@ class Codec(NamedTuple):
         init: ``(key, images [n,h,w,c]) -> params``: a starting point for fitting these images, which are float32 in
             [0,1] where they arrive; float32 masters.
         decode: ``(params, index=None, *, size=None, key=None) -> [len(index), h, w, c]``: images around [0,1]; all of
-            them without ``index``; at another (height, width) where the parameterisation knows how. ``key`` is for
+            them without ``index``; at another (height, width) where the parameterization knows how. ``key`` is for
             codecs that decode at random.
         stored: ``params -> dict`` of arrays that hold exactly the information that is written to disk; jittable.
         loaded: The inverse of ``stored`` up to the stored precision: ``decode(loaded(stored(p)))`` has the bits of
             ``decode(p)``.
         nbytes: ``params -> int``: bytes of the arrays as they are written.
-        optimiser: ``() -> optax`` transformation for distillation.
+        optimizer: ``() -> optax`` transformation for distillation.
         fitter: ``(steps) -> optax`` transformation for fitting images in that many steps.
         layout: ``() -> dict`` of the shapes and dtypes of the arrays as they are written.
-        regularise: ``params -> scalar``, already weighted, added to every objective.
+        regularize: ``params -> scalar``, already weighted, added to every objective.
         project: ``params -> params``, applied after each step.
         pack: ``stored -> dict`` of the arrays as they are written; on the host.
         unpack: The inverse of ``pack``; raises ValueError where the arrays are none that ``pack`` writes.
@@ -85,10 +85,10 @@ class Codec(NamedTuple):
     stored: Callable[[Any], Any]
     loaded: Callable[[Any], Any]
     nbytes: Callable[[Any], int]
-    optimiser: Callable[[], optax.GradientTransformation]
+    optimizer: Callable[[], optax.GradientTransformation]
     fitter: Callable[[int], optax.GradientTransformation]
     layout: Callable[[], dict[str, jax.ShapeDtypeStruct]]
-    regularise: Callable[[Any], Any] = _no_term
+    regularize: Callable[[Any], Any] = _no_term
     project: Callable[[Any], Any] = _unchanged
     pack: Callable[[Any], Any] = _unchanged
     unpack: Callable[[Any], Any] = _unchanged

@@ -14,7 +14,7 @@ from typing_extensions import Doc
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import Codec, cast_storage
 
-# What the reference pads canvases with: grey, which an image keeps at its border where the factor does not divide.
+# What the reference pads canvases with: gray, which an image keeps at its border where the factor does not divide.
 PADDING = 0.5
 # Adam's rate when fitting images: the start solves but for the clipping, which costs 0.14 dB on CIFAR-10; a fit wins
 # 0.04 of them back, at any rate from 0.001 to 0.01.
@@ -25,7 +25,7 @@ FIT_RATE = 0.003
 class DownscaleSpec:
     """Settings of the codec of small images."""
 
-    name: Annotated[Literal["downscale"], Doc("the parameterisation")] = "downscale"
+    name: Annotated[Literal["downscale"], Doc("the parameterization")] = "downscale"
     factor: Annotated[
         int, Ge(1), Doc("cells of a canvas along each axis, one image each (IDC: 2 at 32 px, 3 on ImageNet)")
     ] = 2
@@ -36,7 +36,7 @@ class DownscaleSpec:
         Literal["float32", "bfloat16", "uint8"],
         Doc("precision on disk; the field counts float32; uint8: multiples of 1/85 from -1 to 2"),
     ] = "float32"
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd has the momentum 0.5 of the reference")] = "sgd"
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd has the momentum 0.5 of the reference")] = "sgd"
     lr: Annotated[
         float,
         Gt(0),
@@ -73,7 +73,7 @@ def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: in
 
     def decode(params, index=None, *, size=None, key=None):
         del key
-        cells = split(storage.quantise(params["canvases"], spec.dtype), f)
+        cells = split(storage.quantize(params["canvases"], spec.dtype), f)
         cells = cells if index is None else cells[index]
         return jax.image.resize(cells, (cells.shape[0], *(size or (h, w)), c), "bilinear")
 
@@ -86,7 +86,7 @@ def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: in
         init=init,
         decode=decode,
         project=project,
-        optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
+        optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.adam(optax.cosine_decay_schedule(FIT_RATE, steps, alpha=0.02)),
         **cast_storage(init, spec.dtype, image_shape, n),
     )
@@ -108,7 +108,7 @@ def split(canvases: jax.Array, factor: int) -> jax.Array:
 
 
 def enlargement(large: int, small: int) -> jax.Array:
-    """Returns the matrix ``[large, small]`` of bilinear interpolation along an axis, pixel centres at (i + 1/2)."""
+    """Returns the matrix ``[large, small]`` of bilinear interpolation along an axis, pixel centers at (i + 1/2)."""
     return jax.image.resize(jnp.eye(small, dtype=jnp.float32), (large, small), "bilinear")
 
 

@@ -1,10 +1,10 @@
 """Bases and hallucinators, every base seen through every hallucinator of the set: HaBa (Liu et al. 2022).
 
 A hallucinator is a 3x3 convolution, a scale and shift per place, and a transposed 3x3 convolution, all linear:
-image = ``CENTRE + SPREAD deconv(scale * conv(base) + shift)``.
+image = ``CENTER + SPREAD deconv(scale * conv(base) + shift)``.
 
 Deviations: the adversarially trained feature extractor, with its cosine and contrastive losses that keep the
-hallucinations of one base apart, is left out; bases and images are normalised by one mean and spread, whitening follows
+hallucinations of one base apart, is left out; bases and images are normalized by one mean and spread, whitening follows
 the decode as for every codec; the identity is added to the convolutions as drawn, so that the real images that bases
 start from are seen; hallucinators are counted, which HaBa's own budgets leave out; and a step uses all of them, not one
 at random. HaBa does not fit images (``fit.steps=0``): five real images per base have little in common.
@@ -23,7 +23,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage, resized
+from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage, resized
 
 # Side of both convolutions.
 SIDE = 3
@@ -36,7 +36,7 @@ FIT_HALLUCINATOR = 0.05
 class FactorSpec:
     """Settings of the codec of bases and hallucinators."""
 
-    name: Annotated[Literal["factor"], Doc("the parameterisation")] = "factor"
+    name: Annotated[Literal["factor"], Doc("the parameterization")] = "factor"
     images_per_class: Annotated[
         int, Ge(0), Doc("images per class: bases per class times hallucinators; 0 = as many as the budget holds")
     ] = 0
@@ -47,7 +47,7 @@ class FactorSpec:
     dtype: Annotated[
         Literal["float32", "bfloat16"], Doc("precision on disk and in the forward pass; HaBa counts float32")
     ] = "float32"
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd has HaBa's momentum of 0.95")] = "adam"
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd has HaBa's momentum of 0.95")] = "adam"
     lr: Annotated[float, Gt(0), Doc("learning rate in distillation, for every leaf (HaBa with TM: sgd, 100)")] = 0.01
 
 
@@ -59,7 +59,7 @@ def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int, 
     n = num_classes * spec.images_per_class
 
     def init(key, images):
-        images = (jnp.asarray(images, jnp.float32) - CENTRE) / SPREAD
+        images = (jnp.asarray(images, jnp.float32) - CENTER) / SPREAD
         groups = images.reshape(n // styles, styles, h, w, c)
         params = hallucinators(key, styles, image_shape, spec.base_channels)
         base = groups[:, 0]
@@ -68,7 +68,7 @@ def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int, 
     def decode(params, index=None, *, size=None, key=None):
         del key
         index = jnp.arange(n) if index is None else jnp.asarray(index)
-        images = hallucinate(jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params), index)
+        images = hallucinate(jax.tree.map(lambda x: storage.quantize(x, spec.dtype), params), index)
         return resized(images, size)
 
     def fitter(steps):
@@ -86,7 +86,7 @@ def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int, 
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        optimiser=lambda: optax.adam(spec.lr) if spec.optimiser == "adam" else optax.sgd(spec.lr, momentum=0.95),
+        optimizer=lambda: optax.adam(spec.lr) if spec.optimizer == "adam" else optax.sgd(spec.lr, momentum=0.95),
         fitter=fitter,
         **cast_storage(init, spec.dtype, image_shape, n),
     )
@@ -104,7 +104,7 @@ def hallucinate(params: dict[str, jax.Array], index: jax.Array) -> jax.Array:
     own = {name: leaf[index // styles if name == "base" else index % styles] for name, leaf in params.items()}
     inner = own["scale"] * (_conv(own["base"], own["conv"]) + own["conv_bias"][:, None, None]) + own["shift"]
     outer = _conv(_pad(inner), own["deconv"][:, ::-1, ::-1]) + own["deconv_bias"][:, None, None]
-    return CENTRE + SPREAD * outer
+    return CENTER + SPREAD * outer
 
 
 def _pad(x: jax.Array) -> jax.Array:

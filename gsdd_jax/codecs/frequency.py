@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec
+from gsdd_jax.codecs.base import CENTER, SPREAD, Codec
 
 # Arrays of the file.
 COEFFICIENTS, INDEX, MASK = "coefficients", "index", "mask"
@@ -23,7 +23,7 @@ COEFFICIENTS, INDEX, MASK = "coefficients", "index", "mask"
 class FrequencySpec:
     """Settings of the frequency codec."""
 
-    name: Annotated[Literal["frequency"], Doc("the parameterisation")] = "frequency"
+    name: Annotated[Literal["frequency"], Doc("the parameterization")] = "frequency"
     coefficients: Annotated[
         int,
         Ge(1),
@@ -40,7 +40,7 @@ class FrequencySpec:
     dtype: Annotated[
         Literal["float32", "bfloat16"], Doc("precision of coefficients on disk; the field counts float32")
     ] = "float32"
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd has the momentum 0.5 of the reference")] = "adam"
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd has the momentum 0.5 of the reference")] = "adam"
     lr: Annotated[
         float,
         Gt(0),
@@ -54,12 +54,12 @@ class FrequencySpec:
 def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`.
 
-    An image is ``CENTRE + SPREAD`` times the inverse DCT of its coefficients. Which coefficients a class has, for all
+    An image is ``CENTER + SPREAD`` times the inverse DCT of its coefficients. Which coefficients a class has, for all
     its images and channels alike, is settled by the start. Parameters: ``coefficients [n, coefficients, c]``, and
     ``index [k, coefficients]``, the places of a class's coefficients in ``h * w``: whole numbers in float32. Since
     decode reads them as integers, they have no gradient, and neither SGD nor Adam moves them.
 
-    Deviations: the basis is orthonormal, and images are normalised by one mean and spread, not by those of a dataset.
+    Deviations: the basis is orthonormal, and images are normalized by one mean and spread, not by those of a dataset.
     Places are chosen over the images that are fitted, not over all real ones of a
     class, and unless ``mask`` says otherwise by their mean square: the variance of a few images leaves out what they
     have in common. The file holds the places, which the authors do not count, as bits or as numbers, whichever is
@@ -73,7 +73,7 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
     written = _layout(spec, image_shape, num_classes, per_class)
 
     def init(key, images):
-        spectra = forward((jnp.asarray(images, jnp.float32) - CENTRE) / SPREAD).reshape(n, h * w, c)
+        spectra = forward((jnp.asarray(images, jnp.float32) - CENTER) / SPREAD).reshape(n, h * w, c)
         of_classes = spectra.reshape(num_classes, per_class, h * w, c)
         index = largest(of_classes, (h, w), spec.coefficients, spec.mask)
         places = jnp.repeat(index, per_class, axis=0)
@@ -85,12 +85,12 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
     def decode(params, index=None, *, size=None, key=None):
         del key
         index = jnp.arange(n) if index is None else jnp.asarray(index)
-        coefficients = storage.quantise(params[COEFFICIENTS], spec.dtype)[index]
+        coefficients = storage.quantize(params[COEFFICIENTS], spec.dtype)[index]
         places = params[INDEX].astype(jnp.int32)[index // per_class]
         spectra = (
             jnp.zeros((len(index), h * w, c), jnp.float32).at[jnp.arange(len(index))[:, None], places].set(coefficients)
         )
-        return CENTRE + SPREAD * inverse(spectra.reshape(-1, h, w, c), size or (h, w))
+        return CENTER + SPREAD * inverse(spectra.reshape(-1, h, w, c), size or (h, w))
 
     def stored(params):
         index = params[INDEX].astype(_index_dtype(h * w))
@@ -107,7 +107,7 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
         stored=stored,
         loaded=lambda tree: {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()},
         nbytes=lambda params: storage.nbytes(written),
-        optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
+        optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
         # The start is the projection onto the coefficients: no other values are nearer to the images.
         fitter=lambda steps: optax.set_to_zero(),
         fitted_by_init=True,

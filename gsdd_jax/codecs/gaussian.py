@@ -1,4 +1,4 @@
-"""Sparse Gaussian images, bfloat16 on disk: the parameterisation of GSDD (sections 3.1 and 3.2)."""
+"""Sparse Gaussian images, bfloat16 on disk: the parameterization of GSDD (sections 3.1 and 3.2)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOG_FLOOR = 1e-6
 class GaussianSpec:
     """Settings of the Gaussian codec."""
 
-    name: Annotated[Literal["gaussian"], Doc("the parameterisation")] = "gaussian"
+    name: Annotated[Literal["gaussian"], Doc("the parameterization")] = "gaussian"
     gpc: Annotated[int, Ge(1), Doc("Gaussian images per class (paper, appendix A)")]
     num_points: Annotated[int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds")] = 0
     dtype: Annotated[Literal["bfloat16", "float32"], Doc("precision on disk and in the forward pass")] = "bfloat16"
@@ -40,7 +40,7 @@ class GaussianSpec:
     start: Annotated[
         Literal["clusters", "gradient", "uniform"],
         Doc(
-            "starting point of the fit: colour clusters of the image, points on its edges, or the authors' uniform draw"
+            "starting point of the fit: color clusters of the image, points on its edges, or the authors' uniform draw"
         ),
     ] = "clusters"
     lr: Annotated[
@@ -48,12 +48,12 @@ class GaussianSpec:
     ] = 1e-3
     lr_mean: Annotated[float, Ge(0), Doc("factor of lr for the positions")] = 1.0
     lr_cholesky: Annotated[float, Ge(0), Doc("factor of lr for the shapes")] = 1.0
-    lr_color: Annotated[float, Ge(0), Doc("factor of lr for colours and opacities")] = 1.0
+    lr_color: Annotated[float, Ge(0), Doc("factor of lr for colors and opacities")] = 1.0
 
 
 # Adam's rates when fitting images, in units that make them independent of the size of image and Gaussians: positions
-# per mean spacing, shapes per radius of an equal share of the image, colours per full range. The authors use one rate
-# for all leaves. Swept at 32 px with 22 and at 128 px with 107 Gaussians; opacity stays 1, since the colours already
+# per mean spacing, shapes per radius of an equal share of the image, colors per full range. The authors use one rate
+# for all leaves. Swept at 32 px with 22 and at 128 px with 107 Gaussians; opacity stays 1, since the colors already
 # carry it.
 FIT_POSITION = 0.05
 FIT_SHAPE = 0.1
@@ -87,7 +87,7 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         return starts.START[spec.start](key, jnp.asarray(images, jnp.float32), spec.num_points)
 
     def rounded(params: Gaussians) -> Gaussians:
-        return jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params)
+        return jax.tree.map(lambda x: storage.quantize(x, spec.dtype), params)
 
     def decode(params: Gaussians, index=None, *, size=None, key=None) -> jax.Array:
         del key
@@ -101,7 +101,7 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
     def loaded(tree: dict[str, jax.Array]) -> Gaussians:
         return Gaussians(**{name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}, size=(h, w))
 
-    def optimiser() -> optax.GradientTransformation:
+    def optimizer() -> optax.GradientTransformation:
         return leafwise_adam(
             {
                 "mean": spec.lr * spec.lr_mean,
@@ -122,9 +122,9 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         stored=stored,
         loaded=loaded,
         nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        regularise=lambda params: spec.boundary * boundary_loss(params),
+        regularize=lambda params: spec.boundary * boundary_loss(params),
         project=clip_positions,
-        optimiser=optimiser,
+        optimizer=optimizer,
         fitter=lambda steps: leafwise_adam(
             fit_rates((h, w), spec.num_points), optax.cosine_decay_schedule(1.0, steps, alpha=0.02)
         ),
@@ -146,7 +146,7 @@ P = TypeVar("P", bound=Positioned)
 
 
 def boundary_loss(params: Positioned) -> jax.Array:
-    """Log-barrier that keeps centres inside the image (paper, Eq. 10), on the raw positions.
+    """Log-barrier that keeps centers inside the image (paper, Eq. 10), on the raw positions.
 
     The mean over images, Gaussians and both coordinates of ``-log(1 - x^2)``, as in the released code; Eq. 10 itself
     sums the two.
@@ -155,7 +155,7 @@ def boundary_loss(params: Positioned) -> jax.Array:
 
 
 def clip_positions(params: P) -> P:
-    """Clips centres to +-(1 - ``CLIP_MARGIN``) (paper, Eq. 11), after the step so that Eq. 10 keeps its gradient."""
+    """Clips centers to +-(1 - ``CLIP_MARGIN``) (paper, Eq. 11), after the step so that Eq. 10 keeps its gradient."""
     limit = 1 - CLIP_MARGIN
     return dataclasses.replace(params, mean=jnp.clip(params.mean, -limit, limit))
 

@@ -1,6 +1,6 @@
 """The place where any decode function plugs in: latents behind a generator that was trained elsewhere, as in GLaD.
 
-GLaD (Cazenavette et al. 2023) distils latents of a pretrained StyleGAN-XL. Nothing here knows that generator: whoever
+GLaD (Cazenavette et al. 2023) distills latents of a pretrained StyleGAN-XL. Nothing here knows that generator: whoever
 brings one, or any other function from latents to images, gets a :class:`~gsdd_jax.codecs.Codec` of it. A function is no
 setting, so this codec is in no config, and :func:`gsdd_jax.load` cannot read its sets back; ``loaded`` can.
 
@@ -27,7 +27,7 @@ from gsdd_jax.codecs.base import Codec, resized, unpacked_layout
 class GeneratorSpec:
     """What a manifest can say about a codec of latents."""
 
-    name: Annotated[Literal["generator"], Doc("the parameterisation")] = "generator"
+    name: Annotated[Literal["generator"], Doc("the parameterization")] = "generator"
     images_per_class: Annotated[int, Gt(0), Doc("images per class, each with latents of its own")]
     generator_bytes: Annotated[int, Ge(0), Doc("bytes counted for the generator; 0 = not counted, as in GLaD")]
     dtype: Annotated[Literal["float32", "bfloat16"], Doc("precision of the latents on disk and in the forward pass")]
@@ -41,7 +41,7 @@ def generator_prior(
     image_shape: tuple[int, int, int],
     num_classes: int,
     bytes_per_class: int,
-    optimiser: Callable[[], optax.GradientTransformation],
+    optimizer: Callable[[], optax.GradientTransformation],
     fitter: Callable[[int], optax.GradientTransformation],
 ) -> Codec:
     """Builds the codec of a generator.
@@ -55,7 +55,7 @@ def generator_prior(
         image_shape: Native (h, w, c).
         num_classes: ``k``.
         bytes_per_class: The budget; latents and ``generator_bytes`` must fit it. GLaD's need one of many pixel images.
-        optimiser: For distillation (GLaD: SGD, rates by latent and objective).
+        optimizer: For distillation (GLaD: SGD, rates by latent and objective).
         fitter: For fitting images in so many steps.
 
     Returns:
@@ -70,7 +70,7 @@ def generator_prior(
     def decode(params, index=None, *, size=None, key=None):
         del key
         chosen = params if index is None else jax.tree.map(lambda x: x[index], params)
-        images = decode_fn(jax.tree.map(lambda x: storage.quantise(x, spec.dtype), chosen))
+        images = decode_fn(jax.tree.map(lambda x: storage.quantize(x, spec.dtype), chosen))
         return resized(images, size)
 
     def stored(params):
@@ -110,7 +110,7 @@ def generator_prior(
         stored=stored,
         loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
         nbytes=nbytes,
-        optimiser=optimiser,
+        optimizer=optimizer,
         fitter=fitter,
         layout=layout,
     )

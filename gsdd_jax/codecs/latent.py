@@ -2,12 +2,12 @@
 
 An image is ``decoder(mean)``, or with a key ``decoder(mean + exp(log_variance / 2) noise)``. The decoders are those of
 D3's code: a linear map of the latents to 2 x 2 places (large: none, the latents are these places), transposed
-convolutions of stride 2 to the images' size, each normalised and through a leaky ReLU, and a 3 x 3 convolution;
-image = ``CENTRE + REACH tanh(output)``.
+convolutions of stride 2 to the images' size, each normalized and through a leaky ReLU, and a 3 x 3 convolution;
+image = ``CENTER + REACH tanh(output)``.
 
-Deviations: one decoder for the whole set, where D3 has one per block of classes; each image is normalised by itself by
-default, because D3's batch normalisation, always in training mode, lets images change with their batch (``norm=batch``
-keeps it, over all images of the set whichever are asked for); D3's tanh ends one spread around the mean of normalised
+Deviations: one decoder for the whole set, where D3 has one per block of classes; each image is normalized by itself by
+default, because D3's batch normalization, always in training mode, lets images change with their batch (``norm=batch``
+keeps it, over all images of the set whichever are asked for); D3's tanh ends one spread around the mean of normalized
 images, here it reaches black and white. D3 does not fit images (``fit.to=random``, ``fit.steps=0``), and adds a
 teacher's soft label per latent (``labels.kind=soft``). Every outer step draws a sample of each image, the same for all
 steps of a student, where D3 draws anew; networks are tested on the means, where D3 trains them on samples as well.
@@ -29,9 +29,9 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage, resized
+from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage, resized
 
-# What tanh is multiplied by: CENTRE + REACH tanh is [0, 1].
+# What tanh is multiplied by: CENTER + REACH tanh is [0, 1].
 REACH = 2 * SPREAD
 # Side of the map that the decoder starts from, and of the smallest image.
 START_SIDE, LEAST_SIDE = 2, 8
@@ -56,7 +56,7 @@ FIT_DECODER = 0.3
 class LatentSpec:
     """Settings of the latent codec; D3's are those for ImageNet at 64 px, its decoder here is ours for CIFAR-10."""
 
-    name: Annotated[Literal["latent"], Doc("the parameterisation")] = "latent"
+    name: Annotated[Literal["latent"], Doc("the parameterization")] = "latent"
     lpc: Annotated[int, Ge(0), Doc("latents per class, one image each; 0 = as many as the budget holds")] = 0
     decoder: Annotated[
         Literal["small", "medium", "large"],
@@ -81,7 +81,7 @@ class LatentSpec:
     start: Annotated[
         Literal["uniform"], Doc("D3's start: normal latents, a decoder as PyTorch draws it; images are not looked at")
     ] = "uniform"
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("of the latents; sgd has D3's momentum of 0.5")] = "sgd"
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("of the latents; sgd has D3's momentum of 0.5")] = "sgd"
     lr: Annotated[
         float, Gt(0), Doc("learning rate of the latents in distillation (D3: sgd, 3e-4 small, 5e-3 medium and large)")
     ] = 3e-4
@@ -105,7 +105,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
         return dict(zip(latents, drawn, strict=True)) | draw_decoder(key_decoder, shapes(spec, h, c))
 
     def decode(params, index=None, *, size=None, key=None):
-        params = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params)
+        params = jax.tree.map(lambda x: storage.quantize(x, spec.dtype), params)
         codes = params["mean"]
         if key is not None and spec.sample:
             # Noise for all, so that a sample of an image does not depend on which others are asked for.
@@ -123,8 +123,8 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
             lambda params: {name: "latents" if name in latents else "decoder" for name in params},
         )
 
-    def optimiser():
-        of_latents = optax.adam(spec.lr) if spec.optimiser == "adam" else optax.sgd(spec.lr, momentum=0.5)
+    def optimizer():
+        of_latents = optax.adam(spec.lr) if spec.optimizer == "adam" else optax.sgd(spec.lr, momentum=0.5)
         return parts(of_latents, optax.chain(optax.add_decayed_weights(DECAY), optax.adam(spec.lr_decoder)))
 
     def fitter(steps):
@@ -139,7 +139,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
         images_per_class=spec.lpc,
         init=init,
         decode=decode,
-        optimiser=optimiser,
+        optimizer=optimizer,
         fitter=fitter,
         draws=spec.sample,
         **cast_storage(init, spec.dtype, image_shape, n),
@@ -160,9 +160,9 @@ def decoded(params: dict[str, jax.Array], codes: jax.Array, norm: str) -> jax.Ar
     x = x.reshape(len(codes), START_SIDE, START_SIDE, -1)
     for layer in range(sum(name.startswith("scale") for name in params)):
         x = _doubled(x, params[f"up{layer}"]) + params[f"up{layer}_bias"]
-        x = _normalised(x, norm) * params[f"scale{layer}"] + params[f"shift{layer}"]
+        x = _normalized(x, norm) * params[f"scale{layer}"] + params[f"shift{layer}"]
         x = jax.nn.leaky_relu(x, LEAK)
-    return CENTRE + REACH * jnp.tanh(_conv(x, params["out"]) + params["out_bias"])
+    return CENTER + REACH * jnp.tanh(_conv(x, params["out"]) + params["out_bias"])
 
 
 def _conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -192,13 +192,13 @@ def _doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return drawn.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, outputs)
 
 
-def _normalised(x: jax.Array, norm: str) -> jax.Array:
+def _normalized(x: jax.Array, norm: str) -> jax.Array:
     """Takes mean and spread out of each group of channels of an image, or of each channel of all images."""
     n, h, w, c = x.shape
     groups = x.reshape(n, h, w, -1, 1 if norm == "batch" else math.gcd(c, GROUP))
     axes = (0, 1, 2, 4) if norm == "batch" else (1, 2, 4)
-    centred = groups - groups.mean(axes, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.mean(centred**2, axes, keepdims=True) + NORM_FLOOR)).reshape(x.shape)
+    centered = groups - groups.mean(axes, keepdims=True)
+    return (centered * jax.lax.rsqrt(jnp.mean(centered**2, axes, keepdims=True) + NORM_FLOOR)).reshape(x.shape)
 
 
 def channels(spec: LatentSpec, side: int) -> list[int]:

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage
+from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage
 from gsdd_jax.codecs.downscale import cell_size, enlargement
 
 # Adam's rate from the random start. On 50 CIFAR-10 images, 12 bases, 300 steps, any from 0.02 to 0.2 comes as near to
@@ -24,7 +24,7 @@ FIT_RATE = 0.05
 class MemorySpec:
     """Settings of the memory codec."""
 
-    name: Annotated[Literal["memory"], Doc("the parameterisation")] = "memory"
+    name: Annotated[Literal["memory"], Doc("the parameterization")] = "memory"
     bases: Annotated[int, Ge(1), Doc("images that all classes share (RTP: 16 on CIFAR-10 at 1 image/class)")] = 16
     factor: Annotated[int, Ge(1), Doc("bases are smaller by it along each axis (RTP: 2)")] = 2
     images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
@@ -33,7 +33,7 @@ class MemorySpec:
         Literal["svd", "xavier"],
         Doc("starting point: the best approximation of the images, or the reference's random draw"),
     ] = "svd"
-    optimiser: Annotated[
+    optimizer: Annotated[
         Literal["sgd", "adam"], Doc("sgd is the reference's: momentum 0.5, gradient norm at most 2")
     ] = "adam"
     lr: Annotated[
@@ -45,12 +45,12 @@ class MemorySpec:
 def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`.
 
-    An image is ``CENTRE + SPREAD`` times the bilinear enlargement of ``coefficients @ bases``. Parameters:
+    An image is ``CENTER + SPREAD`` times the bilinear enlargement of ``coefficients @ bases``. Parameters:
     ``coefficients [n, bases]``, each row an image's own, and ``bases [bases, h / factor, w / factor, c]``, rounded up,
     which every image of the set shares.
 
     Deviations: the reference's penalty on the coefficients is left out. There it is a part of the inner loss on which
-    the network's gradient does not depend, so that nothing of it reaches the memory. Images are normalised by one mean
+    the network's gradient does not depend, so that nothing of it reaches the memory. Images are normalized by one mean
     and spread, not by those of a dataset. By default the start is the best approximation of real images and Adam
     trains; the reference starts at random and takes SGD, both of which can be asked for.
     """
@@ -75,15 +75,15 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, 
 
     def decode(params, index=None, *, size=None, key=None):
         del key
-        params = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params)
+        params = jax.tree.map(lambda x: storage.quantize(x, spec.dtype), params)
         coefficients = params["coefficients"] if index is None else params["coefficients"][index]
         combined = jnp.einsum("nb,bhwc->nhwc", coefficients, params["bases"], precision=jax.lax.Precision.HIGHEST)
-        return CENTRE + SPREAD * jax.image.resize(combined, (len(combined), *(size or (h, w)), c), "bilinear")
+        return CENTER + SPREAD * jax.image.resize(combined, (len(combined), *(size or (h, w)), c), "bilinear")
 
-    def optimiser():
+    def optimizer():
         rates = {"coefficients": spec.lr, "bases": spec.lr * spec.lr_bases}
         scale = optax.stateless(lambda updates, params: {name: -rates[name] * leaf for name, leaf in updates.items()})
-        if spec.optimiser == "sgd":
+        if spec.optimizer == "sgd":
             return optax.chain(optax.clip_by_global_norm(2.0), optax.trace(0.5), scale)
         return optax.chain(optax.scale_by_adam(), scale)
 
@@ -100,7 +100,7 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, 
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        optimiser=optimiser,
+        optimizer=optimizer,
         fitter=fitter,
         # No other factors are nearer to the images than those of the SVD.
         fitted_by_init=spec.start == "svd",
@@ -109,7 +109,7 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, 
 
 
 def best(images: jax.Array, small: tuple[int, int], count: int) -> dict[str, jax.Array]:
-    """Returns the parameters that minimise the squared error over all images, by an SVD of what bases can show.
+    """Returns the parameters that minimize the squared error over all images, by an SVD of what bases can show.
 
     Enlargement of rows is ``Q R`` with orthonormal ``Q``, that of columns likewise, so distances between images are
     distances between their projections on both ``Q``. Coefficients have unit mean square, the bases carry the rest.
@@ -124,7 +124,7 @@ def best(images: jax.Array, small: tuple[int, int], count: int) -> dict[str, jax
         jnp.linalg.qr(enlargement(large, less)) for large, less in zip((h, w), small, strict=True)
     )
     highest = jax.lax.Precision.HIGHEST
-    shown = jnp.einsum("hi,nhwc,wj->nijc", q_rows, (images - CENTRE) / SPREAD, q_columns, precision=highest)
+    shown = jnp.einsum("hi,nhwc,wj->nijc", q_rows, (images - CENTER) / SPREAD, q_columns, precision=highest)
     left, values, right = jnp.linalg.svd(shown.reshape(n, -1), full_matrices=False)
     scale = jnp.sqrt(jnp.float32(n))
     directions = (right[:count] * values[:count, None] / scale).reshape(count, *small, c)

@@ -1,8 +1,8 @@
-"""One small sine network per image, from position to colour: DDiF (Shin et al. 2025), decoded for all images at once.
+"""One small sine network per image, from position to color: DDiF (Shin et al. 2025), decoded for all images at once.
 
-``h_1 = sin(omega0 (W_1 u + b_1))``, ``h_l = sin(omega (W_l h + b_l))``, image = ``CENTRE + SPREAD (W h + b)``.
+``h_1 = sin(omega0 (W_1 u + b_1))``, ``h_l = sin(omega (W_l h + b_l))``, image = ``CENTER + SPREAD (W h + b)``.
 
-Deviations: DDiF's networks give normalised or whitened colours, here whitening follows the decode as for every codec;
+Deviations: DDiF's networks give normalized or whitened colors, here whitening follows the decode as for every codec;
 it knows square images only; it runs one network after the other; and it fits all layers from SIREN's draw, where the
 last one can be solved for instead.
 """
@@ -21,7 +21,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage
+from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage
 
 # Pixels that the checkpointed decode draws at once: enough to fill a GPU, 16 images of 128 px.
 CHUNK_PIXELS = 1 << 18
@@ -36,7 +36,7 @@ FIT_RATE = 0.03
 class NeuralFieldSpec:
     """Settings of the neural-field codec."""
 
-    name: Annotated[Literal["neural_field"], Doc("the parameterisation")] = "neural_field"
+    name: Annotated[Literal["neural_field"], Doc("the parameterization")] = "neural_field"
     images_per_class: Annotated[int, Ge(0), Doc("networks per class; 0 = as many as the budget holds")] = 0
     layers: Annotated[int, Ge(1), Doc("sine layers (DDiF: 2 for CIFAR, 3 for ImageNet)")] = 2
     width: Annotated[
@@ -54,7 +54,7 @@ class NeuralFieldSpec:
     remat: Annotated[bool, Doc("draw again in the backward pass, some images at a time, instead of keeping layers")] = (
         False
     )
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("adam is DDiF's; sgd has momentum 0.5")] = "adam"
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("adam is DDiF's; sgd has momentum 0.5")] = "adam"
     lr: Annotated[
         float, Gt(0), Doc("learning rate in distillation (DDiF: 1e-4 with TM at 128 px, 5e-5 with DM, DC)")
     ] = 1e-4
@@ -78,7 +78,7 @@ def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: 
     def decode(params, index=None, *, size=None, key=None):
         del key
         chosen = params if index is None else jax.tree.map(lambda x: x[index], params)
-        rounded = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), chosen)
+        rounded = jax.tree.map(lambda x: storage.quantize(x, spec.dtype), chosen)
         return (draw_again if spec.remat else draw)(rounded, tuple(size or (h, w)), spec)
 
     return Codec(
@@ -89,7 +89,7 @@ def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: 
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        optimiser=lambda: optax.adam(spec.lr) if spec.optimiser == "adam" else optax.sgd(spec.lr, momentum=0.5),
+        optimizer=lambda: optax.adam(spec.lr) if spec.optimizer == "adam" else optax.sgd(spec.lr, momentum=0.5),
         fitter=lambda steps: optax.adam(
             optax.cosine_decay_schedule(FIT_RATE / float(np.sqrt(spec.omega)), steps, alpha=0.02)
         ),
@@ -128,7 +128,7 @@ def draw(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldS
     """
     hidden = features(params, size, spec)
     output = jnp.einsum("nio,nip->npo", params[f"weight{spec.layers}"], hidden) + params[f"bias{spec.layers}"][:, None]
-    return CENTRE + SPREAD * output.reshape(-1, *size, output.shape[-1])
+    return CENTER + SPREAD * output.reshape(-1, *size, output.shape[-1])
 
 
 def draw_again(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldSpec) -> jax.Array:
@@ -157,7 +157,7 @@ def solve_output(params: dict[str, jax.Array], images: jax.Array, spec: NeuralFi
     """Replaces the output layers by the ridge regression of the images on the last sine layer."""
     n, h, w, c = images.shape
     inputs = jnp.concatenate([features(params, (h, w), spec), jnp.ones((n, 1, h * w), jnp.float32)], axis=1)
-    target = ((images - CENTRE) / SPREAD).reshape(n, h * w, c)
+    target = ((images - CENTER) / SPREAD).reshape(n, h * w, c)
     gram = inputs @ inputs.mT + RIDGE * h * w * jnp.eye(spec.width + 1, dtype=jnp.float32)
     solution = jnp.linalg.solve(gram, inputs @ target)
     return params | {f"weight{spec.layers}": solution[:, :-1], f"bias{spec.layers}": solution[:, -1]}

@@ -1,6 +1,6 @@
 """Sparse Gaussian images in a third of the bits: integer codes on dataset-wide grids, trained through the rounding.
 
-Eight numbers per Gaussian, since opacity folds into colour, on uniform grids whose ranges the whole set shares; the
+Eight numbers per Gaussian, since opacity folds into color, on uniform grids whose ranges the whole set shares; the
 order of an image's Gaussians, which no image depends on, is not stored. The file holds exactly these bits.
 """
 
@@ -40,16 +40,16 @@ BITS, LOW, STEP = "codes", "low", "step"
 class PackedGaussianSpec:
     """Settings of the packed Gaussian codec."""
 
-    name: Annotated[Literal["packed_gaussian"], Doc("the parameterisation")] = "packed_gaussian"
+    name: Annotated[Literal["packed_gaussian"], Doc("the parameterization")] = "packed_gaussian"
     gpc: Annotated[int, Ge(1), Doc("Gaussian images per class")]
     num_points: Annotated[int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds")] = 0
     bits_mean: Annotated[int, Ge(2), Le(16), Doc("bits of each coordinate of a position")] = 8
     bits_cholesky: Annotated[int, Ge(2), Le(16), Doc("bits of each of the three numbers of a shape")] = 6
-    bits_color: Annotated[int, Ge(2), Le(16), Doc("bits of each colour channel")] = 6
+    bits_color: Annotated[int, Ge(2), Le(16), Doc("bits of each color channel")] = 6
     ranges: Annotated[
         Literal["learned", "fitted"],
         Doc(
-            "ranges of shapes and colours over the whole set: trained (LSQ), or set after each step to what nearly all "
+            "ranges of shapes and colors over the whole set: trained (LSQ), or set after each step to what nearly all "
             "numbers need"
         ),
     ] = "learned"
@@ -63,7 +63,7 @@ class PackedGaussianSpec:
     start: Annotated[
         Literal["clusters", "gradient", "uniform"],
         Doc(
-            "starting point of the fit: colour clusters of the image, points on its edges, or the authors' uniform draw"
+            "starting point of the fit: color clusters of the image, points on its edges, or the authors' uniform draw"
         ),
     ] = "clusters"
     lr: Annotated[
@@ -71,7 +71,7 @@ class PackedGaussianSpec:
     ] = 1e-3
     lr_mean: Annotated[float, Ge(0), Doc("factor of lr for the positions")] = 1.0
     lr_cholesky: Annotated[float, Ge(0), Doc("factor of lr for the shapes")] = 1.0
-    lr_color: Annotated[float, Ge(0), Doc("factor of lr for the colours")] = 1.0
+    lr_color: Annotated[float, Ge(0), Doc("factor of lr for the colors")] = 1.0
     draft: Annotated[
         float, Ge(0), Le(1), Doc("share of the steps of the fit that are taken before anything is rounded")
     ] = 0.5
@@ -86,10 +86,10 @@ class PackedGaussians:
     """Float32 masters of ``n`` images with ``m`` Gaussians each, and the grids that they are rounded to.
 
     Attributes:
-        mean: ``[n, m, 2]`` as in :class:`~gsdd_jax.Gaussians`; its grid is fixed, the centres of 2^bits equal cells of
+        mean: ``[n, m, 2]`` as in :class:`~gsdd_jax.Gaussians`; its grid is fixed, the centers of 2^bits equal cells of
             [-1, 1].
         cholesky: ``[n, m, 3]`` as in :class:`~gsdd_jax.Gaussians`.
-        color: ``[n, m, c]`` opacity times colour.
+        color: ``[n, m, c]`` opacity times color.
         low: ``[3 + c]`` lowest grid value of each number of ``cholesky`` and ``color``, for all images.
         step: ``[3 + c]`` distance of grid values.
         size: Native (height, width) in pixels; static.
@@ -118,7 +118,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
     def decode(params: PackedGaussians, index=None, *, size=None, key=None) -> jax.Array:
         del key
         chosen = params if index is None else params[index]
-        return render(quantised(chosen, spec), size, supersample=spec.supersample, cutoff=spec.cutoff)
+        return render(quantized(chosen, spec), size, supersample=spec.supersample, cutoff=spec.cutoff)
 
     def loaded(tree: dict[str, jax.Array]) -> PackedGaussians:
         codes = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}
@@ -134,7 +134,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         return clipped(params) if spec.ranges == "learned" else fit_ranges(clipped(params), spec)
 
     def draw_draft(params: PackedGaussians, done: jax.Array) -> jax.Array:
-        rounded = quantised(params, spec, rounding=done >= spec.draft)
+        rounded = quantized(params, spec, rounding=done >= spec.draft)
         return render(rounded, supersample=spec.supersample, cutoff=spec.cutoff)
 
     def project_draft(params: PackedGaussians, done: jax.Array) -> PackedGaussians:
@@ -154,7 +154,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         del rates["opacity"]
         return adam(rates, optax.cosine_decay_schedule(1.0, steps, alpha=0.02))
 
-    def optimiser() -> optax.GradientTransformation:
+    def optimizer() -> optax.GradientTransformation:
         factors = {"mean": spec.lr_mean, "cholesky": spec.lr_cholesky, "color": spec.lr_color}
         return adam({name: spec.lr * factor for name, factor in factors.items()})
 
@@ -171,20 +171,20 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         stored=lambda params: stored(params, spec),
         loaded=loaded,
         nbytes=lambda params: storage.nbytes(written),
-        regularise=lambda params: spec.boundary * boundary_loss(params),
+        regularize=lambda params: spec.boundary * boundary_loss(params),
         project=project,
-        optimiser=optimiser,
+        optimizer=optimizer,
         fitter=fitter,
         layout=lambda: written,
         pack=lambda tree: pack(tree, spec),
         unpack=lambda arrays: unpack(arrays, spec, n, c),
-        gaussians=lambda params: quantised(params, spec),
+        gaussians=lambda params: quantized(params, spec),
         draft=Draft(draw_draft, project_draft),
     )
 
 
 def from_gaussians(g: Gaussians, spec: PackedGaussianSpec) -> PackedGaussians:
-    """Folds opacity into colour and lays grids over the numbers of the set; nothing is rounded yet.
+    """Folds opacity into color and lays grids over the numbers of the set; nothing is rounded yet.
 
     Gaussians that were fitted otherwise are packed as they are by it: the comparison for training through the
     rounding.
@@ -208,7 +208,7 @@ def canonical(cholesky: jax.Array) -> jax.Array:
 
 
 def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGaussians:
-    """Lays the grids of shapes and colours over all but ``CLIPPED_SHARE`` of the set's numbers at either end.
+    """Lays the grids of shapes and colors over all but ``CLIPPED_SHARE`` of the set's numbers at either end.
 
     What is not finite has no say.
     """
@@ -223,7 +223,7 @@ def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGauss
     return dataclasses.replace(params, low=jnp.concatenate(lows), step=jnp.concatenate(steps))
 
 
-def quantised(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bool | jax.Array = True) -> Gaussians:
+def quantized(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bool | jax.Array = True) -> Gaussians:
     """Returns the Gaussians as they come back from disk, in the order in which they come back.
 
     Sums of floats depend on the order, so the images that are trained are drawn in the order of the file, too.
@@ -250,7 +250,7 @@ def stored(params: PackedGaussians, spec: PackedGaussianSpec) -> dict[str, jax.A
 
 
 def pack(tree: dict[str, Any], spec: PackedGaussianSpec) -> dict[str, np.ndarray]:
-    """Writes codes as bytes: all positions, all shapes, all colours; padded with zeros to a byte at the very end."""
+    """Writes codes as bytes: all positions, all shapes, all colors; padded with zeros to a byte at the very end."""
     codes = {name: np.asarray(tree[name]) for name in ("mean", "cholesky", "color")}
     if spec.order == "sorted":
         y, x = (codes["mean"][..., i].astype(np.uint32) for i in (1, 0))

@@ -29,7 +29,7 @@ from gsdd_jax.codecs.packed import BFLOAT16_ULP, BITS, FINEST_STEP, LOW, STEP
 class PackedFrequencySpec:
     """Settings of the packed frequency codec."""
 
-    name: Annotated[Literal["packed_frequency"], Doc("the parameterisation")] = "packed_frequency"
+    name: Annotated[Literal["packed_frequency"], Doc("the parameterization")] = "packed_frequency"
     coefficients: Annotated[int, Ge(1), Doc("DCT coefficients of each channel of an image")] = 64
     images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
     bits: Annotated[int, Ge(2), Le(16), Doc("bits of a coefficient")] = 6
@@ -40,7 +40,7 @@ class PackedFrequencySpec:
             "variance over them"
         ),
     ] = "energy"
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd has the momentum 0.5 of FreD's code")] = "adam"
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd has the momentum 0.5 of FreD's code")] = "adam"
     lr: Annotated[float, Gt(0), Doc("learning rate in distillation, as for frequency")] = 0.1
 
 
@@ -70,7 +70,7 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
         return fit_ranges(params | {LOW: none, STEP: none}, spec.bits)
 
     def decode(params, index=None, *, size=None, key=None):
-        return plain.decode(quantised(params, spec.bits), index, size=size, key=key)
+        return plain.decode(quantized(params, spec.bits), index, size=size, key=key)
 
     def stored(params):
         low, step = grids(params[LOW], params[STEP])
@@ -87,8 +87,8 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
         values = low + by_class(params[COEFFICIENTS], num_classes) * step
         return params | {COEFFICIENTS: values.reshape(n, spec.coefficients, c)}
 
-    def optimiser():
-        moves = optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr)
+    def optimizer():
+        moves = optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr)
         labels = {COEFFICIENTS: "trained", INDEX: "fixed", LOW: "fixed", STEP: "fixed"}
         return optax.partition({"trained": moves, "fixed": optax.set_to_zero()}, labels)
 
@@ -104,7 +104,7 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
         loaded=loaded,
         nbytes=lambda params: storage.nbytes(written),
         project=lambda params: fit_ranges(params, spec.bits),
-        optimiser=optimiser,
+        optimizer=optimizer,
         # The start is the projection onto the coefficients, rounded to the nearest: nothing is nearer on these grids.
         fitter=lambda steps: optax.set_to_zero(),
         fitted_by_init=True,
@@ -142,7 +142,7 @@ def fit_ranges(params: dict[str, jax.Array], bits: int) -> dict[str, jax.Array]:
     return params | {LOW: low.reshape(shape), STEP: step.reshape(shape)}
 
 
-def quantised(params: dict[str, jax.Array], bits: int) -> dict[str, jax.Array]:
+def quantized(params: dict[str, jax.Array], bits: int) -> dict[str, jax.Array]:
     """Returns the parameters with the coefficients of the file; the gradient passes straight through the rounding."""
     classes = params[LOW].shape[0]
     low, step = jax.lax.stop_gradient(grids(params[LOW], params[STEP]))

@@ -1,4 +1,4 @@
-"""Plain pixels: the parameterisation of the vanilla methods, and the baseline of all others."""
+"""Plain pixels: the parameterization of the vanilla methods, and the baseline of all others."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from gsdd_jax.codecs.base import Codec, cast_storage, resized
 class PixelSpec:
     """Settings of the pixel codec."""
 
-    name: Annotated[Literal["pixel"], Doc("the parameterisation")] = "pixel"
+    name: Annotated[Literal["pixel"], Doc("the parameterization")] = "pixel"
     ipc: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
     dtype: Annotated[
         Literal["float32", "bfloat16", "uint8"],
         Doc("precision on disk; the field counts float32; uint8: multiples of 1/85 from -1 to 2"),
     ] = "float32"
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd with momentum 0.5 is the reference's choice for pixels")] = (
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd with momentum 0.5 is the reference's choice for pixels")] = (
         "sgd"
     )
     lr: Annotated[float, Gt(0), Doc("learning rate in distillation, for pixels in [0, 1]")] = 0.1
@@ -47,7 +47,7 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
 
     def decode(params, index=None, *, size=None, key=None):
         del key
-        images = storage.quantise(params["images"], spec.dtype)
+        images = storage.quantize(params["images"], spec.dtype)
         images = images if index is None else images[index]
         return resized(images, size)
 
@@ -66,7 +66,7 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         init=init,
         decode=decode,
         project=project,
-        optimiser=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimiser == "sgd" else optax.adam(spec.lr),
+        optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.set_to_zero(),
         fitted_by_init=True,
         **cast_storage(init, spec.dtype, image_shape, num_classes * spec.ipc),

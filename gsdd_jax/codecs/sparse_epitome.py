@@ -2,12 +2,12 @@
 
 Each patch of an image is a sparse sum of the rows of an epitome that all images share, one sum per head, with few
 non-zeros per image and head. With ``s`` these sums, each block of the network is ``x = norm(x + mix(s))``, ``x = norm(x
-+ mlp(x))``, from ``x = 0``; image = ``CENTRE + SPREAD out(x)``, patch by patch.
++ mlp(x))``, from ``x = 0``; image = ``CENTER + SPREAD out(x)``, patch by patch.
 
 Deviations: only the largest coefficients take part in every forward pass, so that the images that are trained are those
 of the file; SPEED trains all of them under an L1 penalty, cuts at the end and does not train on. The gradient is that
 of what takes part: passing it to all coefficients makes them trade places at every step (50 CIFAR-10 images, 300 steps:
-15.8 against 17.5 dB). The start can look at real images, which SPEED's does not (19.7 dB). Images are normalised by one
+15.8 against 17.5 dB). The start can look at real images, which SPEED's does not (19.7 dB). Images are normalized by one
 mean and spread, whitening follows the decode as for every codec.
 """
 
@@ -25,14 +25,14 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, resized, unpacked_layout
+from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, resized, unpacked_layout
 
 # Standard deviation of epitome and coefficients as SPEED draws them.
 DRAWN = 0.2
 # Share that all but the best token of a patch keep of their matched coefficients, so that one patch does not crowd out
 # others. 50 CIFAR-10 images, 300 steps: 18.6, 19.4 and 19.7 dB with 1, 0.5 and 0.1.
 RUNNER_UP = 0.1
-# PyTorch's constant of layer normalisation.
+# PyTorch's constant of layer normalization.
 NORM_FLOOR = 1e-5
 # Ridge of the solved output layer, relative to the mean square of its inputs.
 RIDGE = 1e-3
@@ -50,7 +50,7 @@ FIT_SHARED = 0.01
 class SparseEpitomeSpec:
     """Settings of the sparse-epitome codec; SPEED's for CIFAR-10 at 1 image per class are named."""
 
-    name: Annotated[Literal["sparse_epitome"], Doc("the parameterisation")] = "sparse_epitome"
+    name: Annotated[Literal["sparse_epitome"], Doc("the parameterization")] = "sparse_epitome"
     images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
     patch: Annotated[int, Ge(1), Doc("side of a patch in pixels (SPEED: 4, and 8 at 128 px)")] = 4
     width: Annotated[int, Ge(1), Doc("numbers per token (SPEED: 32)")] = 32
@@ -68,7 +68,7 @@ class SparseEpitomeSpec:
             "or all as SPEED draws it"
         ),
     ] = "solved"
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd has SPEED's momentum of 0.95")] = "adam"
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd has SPEED's momentum of 0.95")] = "adam"
     lr: Annotated[float, Gt(0), Doc("learning rate of the coefficients in distillation (SPEED with TM: sgd, 100)")] = (
         0.01
     )
@@ -91,8 +91,8 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
         params = speed(key, n, count, spec, c)
         if spec.start == "uniform":
             return params
-        normalised = (jnp.asarray(images, jnp.float32) - CENTRE) / SPREAD
-        patches = to_patches(normalised, spec.patch)
+        normalized = (jnp.asarray(images, jnp.float32) - CENTER) / SPREAD
+        patches = to_patches(normalized, spec.patch)
         return solve_output(match(params, patches, spec), patches, spec)
 
     def decode(params, index=None, *, size=None, key=None):
@@ -100,9 +100,9 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
         if index is not None:
             params = params | {"coefficients": params["coefficients"][index]}
         params = params | {"coefficients": largest(params["coefficients"], spec.nonzeros)}
-        params = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params)
+        params = jax.tree.map(lambda x: storage.quantize(x, spec.dtype), params)
         output = features(params) @ params["out"] + params["out_bias"]
-        images = CENTRE + SPREAD * from_patches(output, (h, w), spec.patch)
+        images = CENTER + SPREAD * from_patches(output, (h, w), spec.patch)
         return resized(images, size)
 
     def stored(params):
@@ -146,11 +146,11 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
         stored=stored,
         loaded=loaded,
         nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        optimiser=lambda: rates(
+        optimizer=lambda: rates(
             spec.lr,
             spec.lr * spec.lr_epitome,
             spec.lr * spec.lr_network,
-            optax.adam if spec.optimiser == "adam" else functools.partial(optax.sgd, momentum=0.95),
+            optax.adam if spec.optimizer == "adam" else functools.partial(optax.sgd, momentum=0.95),
         ),
         fitter=fitter,
         layout=lambda: unpacked_layout(init, stored, image_shape, n),
@@ -177,8 +177,8 @@ def features(params: dict[str, jax.Array]) -> jax.Array:
 
 
 def _norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return scale * centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + NORM_FLOOR) + shift
+    centered = x - x.mean(-1, keepdims=True)
+    return scale * centered * jax.lax.rsqrt(jnp.mean(centered**2, -1, keepdims=True) + NORM_FLOOR) + shift
 
 
 def largest(coefficients: jax.Array, count: int) -> jax.Array:
@@ -249,7 +249,7 @@ def match(params: dict[str, jax.Array], patches: jax.Array, spec: SparseEpitomeS
 
     Args:
         params: As drawn.
-        patches: ``[n, patches, side * side * c]`` normalised.
+        patches: ``[n, patches, side * side * c]`` normalized.
         spec: Width, heads and tokens.
     """
     n, count, _ = patches.shape

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTRE, SPREAD, Codec, cast_storage, resized
+from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage, resized
 
 # The leaves of the matrices, one per dimension of a tensor.
 MATRICES = ("rows", "columns", "channels")
@@ -30,7 +30,7 @@ FIT_TENSORS, FIT_MATRICES = 0.2, 0.04
 class SpectralSpec:
     """Settings of the spectral codec; no layout is known to be published, its sizes are ours for CIFAR-10."""
 
-    name: Annotated[Literal["spectral"], Doc("the parameterisation")] = "spectral"
+    name: Annotated[Literal["spectral"], Doc("the parameterization")] = "spectral"
     matrices: Annotated[int, Ge(1), Doc("sets of matrices; each gives an image with every tensor (not published)")] = 5
     rank_height: Annotated[int, Ge(1), Doc("rows of a tensor (not published)")] = 10
     rank_width: Annotated[int, Ge(1), Doc("columns of a tensor (not published)")] = 10
@@ -39,7 +39,7 @@ class SpectralSpec:
         int, Ge(0), Doc("images per class, a multiple of matrices; 0 = as many as the budget holds")
     ] = 0
     dtype: Annotated[Literal["float32", "bfloat16"], Doc("precision on disk; the field counts float32")] = "float32"
-    optimiser: Annotated[Literal["sgd", "adam"], Doc("sgd has momentum 0.5")] = "adam"
+    optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd has momentum 0.5")] = "adam"
     lr: Annotated[float, Gt(0), Doc("learning rate of the tensors in distillation; no published setting is known")] = (
         0.1
     )
@@ -49,7 +49,7 @@ class SpectralSpec:
 def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`.
 
-    Image ``i`` is ``CENTRE + SPREAD`` times tensor ``i // matrices``, multiplied along each of its three dimensions by
+    Image ``i`` is ``CENTER + SPREAD`` times tensor ``i // matrices``, multiplied along each of its three dimensions by
     the matrices ``i % matrices``. Parameters: ``tensors [n / matrices, rank_height, rank_width, rank_channels]``,
     class-major, ``rows [matrices, h, rank_height]``, ``columns [matrices, w, rank_width]`` and ``channels [matrices, c,
     rank_channels]``, which all classes share.
@@ -63,15 +63,15 @@ def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int
     ranks = (spec.rank_height, spec.rank_width, spec.rank_channels)
 
     def init(key, images):
-        targets = (jnp.asarray(images, jnp.float32) - CENTRE) / SPREAD
+        targets = (jnp.asarray(images, jnp.float32) - CENTER) / SPREAD
         return higher_order_svd(targets.reshape(-1, sets, h, w, c), ranks)
 
     def decode(params, index=None, *, size=None, key=None):
         del key
-        params = jax.tree.map(lambda x: storage.quantise(x, spec.dtype), params)
+        params = jax.tree.map(lambda x: storage.quantize(x, spec.dtype), params)
         index = jnp.arange(n) if index is None else jnp.asarray(index)
         tensors = params["tensors"][index // sets]
-        images = CENTRE + SPREAD * multiplied(tensors, [params[name][index % sets] for name in MATRICES])
+        images = CENTER + SPREAD * multiplied(tensors, [params[name][index % sets] for name in MATRICES])
         return resized(images, size)
 
     def leafwise(transformation, tensors, matrices):
@@ -79,8 +79,8 @@ def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int
         scale = optax.stateless(lambda updates, params: {name: -rates[name] * leaf for name, leaf in updates.items()})
         return optax.chain(transformation, scale)
 
-    def optimiser():
-        how = optax.trace(0.5) if spec.optimiser == "sgd" else optax.scale_by_adam()
+    def optimizer():
+        how = optax.trace(0.5) if spec.optimizer == "sgd" else optax.scale_by_adam()
         return leafwise(how, spec.lr, spec.lr * spec.lr_matrices)
 
     def fitter(steps):
@@ -95,7 +95,7 @@ def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        optimiser=optimiser,
+        optimizer=optimizer,
         fitter=fitter,
         **cast_storage(init, spec.dtype, image_shape, n),
     )

@@ -84,12 +84,12 @@ class DataSpec:
     resize: Annotated[
         Resize,
         Doc(
-            "crop = short side to `resolution`, then centre crop (GLaD's choice); squash = both sides (the MTT and "
+            "crop = short side to `resolution`, then center crop (GLaD's choice); squash = both sides (the MTT and "
             "DDiF codes squash the aspect ratio too, but bilinearly and without antialiasing: other pixels)."
         ),
     ] = "crop"
-    channels: Annotated[Literal[0, 1, 3], Doc("1 = grey, 3 = RGB, 0 = as stored.")] = 0
-    background: Annotated[str, Doc('Colour under transparent pixels: a name of CSS such as black, or "#rrggbb".')] = (
+    channels: Annotated[Literal[0, 1, 3], Doc("1 = gray, 3 = RGB, 0 = as stored.")] = 0
+    background: Annotated[str, Doc('Color under transparent pixels: a name of CSS such as black, or "#rrggbb".')] = (
         "white"
     )
     unreadable: Annotated[
@@ -144,9 +144,7 @@ class DataSpec:
         except ValueError:
             opaque = False
         if not opaque:
-            raise ValueError(
-                f'data.background: expected a colour such as white or "#rrggbb", found {self.background!r}'
-            )
+            raise ValueError(f'data.background: expected a color such as white or "#rrggbb", found {self.background!r}')
         if self.source == "digits":
             for field in ("name", "path", "train_split", "test_split", "test_fraction", "subset"):
                 if getattr(self, field):
@@ -306,7 +304,7 @@ def load(spec: DataSpec) -> Dataset:
         warnings.warn(f"{opened.name}: left out {which}", DataNotice, stacklevel=2)
     composited = opened.convert.composited
     if composited:
-        plain = f"; {sum(composited)} of them are of one colour then" if any(composited) else ""
+        plain = f"; {sum(composited)} of them are of one color then" if any(composited) else ""
         warnings.warn(
             f"{opened.name}: {len(composited)} of {total} images have transparent pixels, composited on "
             f"{spec.background} (data.background){plain}",

@@ -16,7 +16,7 @@ MAX_PIXELS = 178_956_970
 
 # Modes that hold at most 8 bits per channel; "I;16", "I" and "F" would be clipped silently by a conversion.
 _EIGHT_BIT = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
-_GREY = frozenset({"1", "L", "LA", "La"})
+_GRAY = frozenset({"1", "L", "LA", "La"})
 # Raw modes of 16 bits per channel, which Pillow reduces to 8 on reading.
 _SIXTEEN_BIT = re.compile(";16[BLN]$")
 # Their further frames are thumbnails and gain maps, or layers of the first.
@@ -38,11 +38,11 @@ def extensions() -> frozenset[str]:
     return frozenset(name for name, form in known.items() if form in Image.OPEN and form not in _NOT_READ)
 
 
-def is_grey(file: str | Path) -> bool:
+def is_gray(file: str | Path) -> bool:
     """Whether a file stores one channel (with or without alpha), by its header; true of what cannot be read."""
     try:
         with _opened(file) as image:
-            return image.mode in _GREY
+            return image.mode in _GRAY
     except Exception:
         # `Converter.read` says what is wrong.
         return True
@@ -53,16 +53,16 @@ class Converter:
     """Turns images into uint8 [h, w, c], in any number of threads.
 
     Transparent pixels are composited on the background before anything is resized. EXIF orientation is applied. Of
-    colours outside sRGB, CMYK and YCbCr are converted by Pillow, LAB by LittleCMS; embedded profiles are ignored.
+    colors outside sRGB, CMYK and YCbCr are converted by Pillow, LAB by LittleCMS; embedded profiles are ignored.
 
     Attributes:
         resolution: 0 = keep the size; otherwise the side of the square result in pixels.
-        resize: "crop" = short side to `resolution`, then centre crop; "squash" = both sides to `resolution`. Both use
+        resize: "crop" = short side to `resolution`, then center crop; "squash" = both sides to `resolution`. Both use
             PIL's antialiased Lanczos filter.
-        channels: 1 (luma, ITU-R 601) or 3 (RGB; grey is replicated).
-        background: A colour as Pillow names it.
+        channels: 1 (luma, ITU-R 601) or 3 (RGB; gray is replicated).
+        background: A color as Pillow names it.
         max_pixels: Of an image as it is stored.
-        composited: For each image with transparent pixels, whether a single colour was left of it; filled by use.
+        composited: For each image with transparent pixels, whether a single color was left of it; filled by use.
     """
 
     resolution: int

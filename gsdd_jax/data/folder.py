@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gsdd_jax.data.decode import Converter, Unreadable, extensions, is_grey
+from gsdd_jax.data.decode import Converter, Unreadable, extensions, is_gray
 from gsdd_jax.data.source import Source, Split, hold_out, parallel
 
 TEST_FOLDERS = ("test", "val", "validation")
@@ -84,7 +84,7 @@ def open_folder(
         test = _listing(_split_folder(root, test_split or _find_test(root, there), "data.test_split"), root)
         if test_labels:
             listed = root / test_labels
-            test = _labelled(test, listed, class_names)
+            test = _labeled(test, listed, class_names)
         _check_test_classes(root, test, train)
         tested, others = test.classes, others + test.others
         testing = _folder_split(test.root, test.classes, class_names)
@@ -181,7 +181,7 @@ def _check_test_classes(root: Path, test: _Listing, train: _Listing) -> None:
         raise ValueError(f"{test.root} has class {unknown[0]!r}, which {train.root} does not have{hint}")
 
 
-def _labelled(test: _Listing, listed: Path, class_names: Sequence[str]) -> _Listing:
+def _labeled(test: _Listing, listed: Path, class_names: Sequence[str]) -> _Listing:
     """Sorts the images of a flat folder into classes by a file of labels.
 
     A line holds an image and its label, separated by a tab, a comma or spaces, and whatever may follow. The image is
@@ -231,8 +231,8 @@ def _labelled(test: _Listing, listed: Path, class_names: Sequence[str]) -> _List
 
 
 def _native_channels(*groups: dict[str, list[Path]]) -> int:
-    """1 if every file is grey, else 3; looks at headers only and stops at the first colour image."""
-    return 1 if all(is_grey(file) for files in groups for paths in files.values() for file in paths) else 3
+    """1 if every file is gray, else 3; looks at headers only and stops at the first color image."""
+    return 1 if all(is_gray(file) for files in groups for paths in files.values() for file in paths) else 3
 
 
 def _folder_split(root: Path, files: dict[str, list[Path]], class_names: Iterable[str]) -> Split:

@@ -138,7 +138,7 @@ def _find_test(library: Any, builder: Any) -> str:
         if len(first) and first[0] >= 0:
             return name
     found = ", ".join(builder.info.splits)
-    raise ValueError(f"{builder.data_path} has no labelled test split; found {found}; set data.test_split")
+    raise ValueError(f"{builder.data_path} has no labeled test split; found {found}; set data.test_split")
 
 
 def _open_split(library: Any, builder: Any, name: str, key: str, *, chunk: int = _CHUNK) -> Split:

@@ -48,7 +48,7 @@ def distribution_loss(
 
     ``phi`` is the flattened last feature map. Each class has its own DSA draw, the same for its real and synthetic
     images. The sum runs over classes and features without division, as in the reference. Deviation: the reference of
-    DDiF and GSDD takes one optimiser step per class; this loss is of all classes at once, as in DM's own code.
+    DDiF and GSDD takes one optimizer step per class; this loss is of all classes at once, as in DM's own code.
 
     Args:
         key: Decides the network and the augmentations; consumed.
@@ -56,7 +56,7 @@ def distribution_loss(
         syn: ``[k, g, h, w, c]`` float images in [0,1].
         network: The architecture of ``phi``.
         augment: DSA settings.
-        transform: ``(transform_params, images) -> images``: normalisation of images in [0,1].
+        transform: ``(transform_params, images) -> images``: normalization of images in [0,1].
         transform_params: Its arrays.
         class_chunk: Classes per pass through the network; need not divide ``k``.
         share: Which classes these are, where other devices have the others, and the sum is over these.

@@ -78,7 +78,7 @@ def gradient_loss(
         params: Weights of the network; constants here.
         network: Its architecture.
         augment: DSA settings.
-        transform: ``(transform_params, images) -> images``: normalisation of images in [0,1].
+        transform: ``(transform_params, images) -> images``: normalization of images in [0,1].
         transform_params: Its arrays.
         class_chunk: Classes whose gradients are held at once; need not divide ``k``.
         share: Which classes these are, where other devices have the others, and the sum is over these.
@@ -178,7 +178,7 @@ def train_between(
         spec: ``inner_loop``, the passes over the images, ``net_lr`` and ``net_batch``.
         network: The architecture.
         augment: DSA settings.
-        transform: Normalisation.
+        transform: Normalization.
         transform_params: Its arrays.
 
     Returns:

@@ -44,7 +44,7 @@ class MmdSpec:
     ] = "random"
     steps: Annotated[
         Literal["joint", "separate"],
-        Doc("one optimiser step on the sum, or one on the objective and then one on this term (D3)"),
+        Doc("one optimizer step on the sum, or one on the objective and then one on this term (D3)"),
     ] = "joint"
 
 
@@ -65,9 +65,9 @@ def mmd(x: jax.Array, y: jax.Array) -> jax.Array:
         ValueError: The shapes do not belong together, or a set has no pair.
     """
     _check(x, y, ("samples", "features"))
-    # Distances are those between centred features, whose squares lose fewer digits when they are taken apart.
-    centre = jax.lax.stop_gradient(y.mean(0))
-    x, y = x - centre, y - centre
+    # Distances are those between centered features, whose squares lose fewer digits when they are taken apart.
+    center = jax.lax.stop_gradient(y.mean(0))
+    x, y = x - center, y - center
     return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * _kernel(x, y).mean()
 
 
@@ -107,7 +107,7 @@ def feature_mmd(
         syn: ``[k, b, h, w, c]`` float images in [0,1]; b >= 2.
         params: Of the network; D3: of an expert after its last epoch.
         network: Its architecture.
-        transform: ``(transform_params, images) -> images``: normalisation of images in [0,1].
+        transform: ``(transform_params, images) -> images``: normalization of images in [0,1].
         transform_params: Its arrays.
         share: Which classes these are, where other devices have the others, and the sum is over these.
 

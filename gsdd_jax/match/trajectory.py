@@ -155,7 +155,7 @@ def trajectory_loss(
         target: Those `spec.expert_epochs` later, of the same shape.
         network: The architecture of expert and student.
         augment: DSA settings.
-        transform: `(transform_params, images) -> images`: normalisation of images in [0,1].
+        transform: `(transform_params, images) -> images`: normalization of images in [0,1].
         transform_params: Its arrays.
         spec: `syn_steps`, `batch_syn` and `checkpoint` count; the number of segments is that of `start`.
 
@@ -206,8 +206,8 @@ def trajectory_loss(
     return distance.mean(), jax.tree.map(lax.stop_gradient, metrics)
 
 
-def syn_lr_optimiser(spec: TrajectorySpec) -> optax.GradientTransformation:
-    """Returns the optimiser of `syn_lr`: SGD with momentum 0.5 (MTT). Its updates go through `floor_syn_lr`."""
+def syn_lr_optimizer(spec: TrajectorySpec) -> optax.GradientTransformation:
+    """Returns the optimizer of `syn_lr`: SGD with momentum 0.5 (MTT). Its updates go through `floor_syn_lr`."""
     return optax.sgd(spec.lr_lr, momentum=LR_MOMENTUM)
 
 

@@ -1,4 +1,4 @@
-"""Networks to distil with and to test with: one file each, all behind one interface.
+"""Networks to distill with and to test with: one file each, all behind one interface.
 
 A network is a pair of pure functions. The features next to the logits are what distribution matching compares.
 """
@@ -40,7 +40,7 @@ class NetSpec:
     ] = 3
     width: Annotated[int, Ge(1), Doc("Channels of every block of convnet (DC, Zhao et al. 2021: 128).")] = 128
     norm: Annotated[
-        Literal["instance", "none"], Doc("Normalisation after each convolution of convnet; the field uses instance.")
+        Literal["instance", "none"], Doc("Normalization after each convolution of convnet; the field uses instance.")
     ] = "instance"
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
 """The AlexNet of the dataset-distillation literature (GLaD, Cazenavette et al. 2023).
 
 Five convolutions with bias and ReLU, max-pooling after the first, second and fifth, and one linear layer; neither
-normalisation nor dropout. One form for all resolutions: the linear layer reads every pixel of the last map.
-Initialisation is PyTorch's default for these layers, as in the reference. Its deviations are those of `convnet`.
+normalization nor dropout. One form for all resolutions: the linear layer reads every pixel of the last map.
+Initialization is PyTorch's default for these layers, as in the reference. Its deviations are those of `convnet`.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """The ConvNet of the dataset-distillation literature (DC, Zhao et al. 2021; "ConvNetD3" and so on).
 
-Each of its `depth` blocks is a 3x3 convolution with bias, instance normalisation, ReLU and 2x2 average pooling, all of
-one width; one linear layer follows. Initialisation is PyTorch's default for these layers, as in the reference.
+Each of its `depth` blocks is a 3x3 convolution with bias, instance normalization, ReLU and 2x2 average pooling, all of
+one width; one linear layer follows. Initialization is PyTorch's default for these layers, as in the reference.
 
 Deviations from the reference, none of which changes the family of functions:
 - The last feature map is flattened as (h, w, c), not (c, h, w). That permutes the rows of the linear layer only.

@@ -1,4 +1,4 @@
-"""What the networks share besides convolution: PyTorch's initialisation, normalisation, max-pooling.
+"""What the networks share besides convolution: PyTorch's initialization, normalization, max-pooling.
 
 Max-pooling is not `reduce_window` (`flax.linen.max_pool`), whose gradient XLA computes in a plain loop on CPU. Measured
 on 64 maps of 32x32x128 (jax 0.10.2, two cores), gradient inside a loop 16 instead of 108 ms, second derivative 72
@@ -47,28 +47,28 @@ def uniform(
 
 
 def unit_norm(channels: int) -> dict[str, jax.Array]:
-    """Returns the initial scale and bias of a normalisation."""
+    """Returns the initial scale and bias of a normalization."""
     return {"scale": jnp.ones(channels, jnp.float32), "bias": jnp.zeros(channels, jnp.float32)}
 
 
 def instance_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """Normalises each channel of each image of float [n, h, w, c], the literature's GroupNorm with a group a channel.
+    """Normalizes each channel of each image of float [n, h, w, c], the literature's GroupNorm with a group a channel.
 
     Where an image is a single pixel, the result is the bias whatever the pixel.
     """
-    return _normalise(x, (1, 2), scale, bias)
+    return _normalize(x, (1, 2), scale, bias)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """Normalises float [..., c] over its last axis."""
-    return _normalise(x, (-1,), scale, bias)
+    """Normalizes float [..., c] over its last axis."""
+    return _normalize(x, (-1,), scale, bias)
 
 
-def _normalise(x: jax.Array, axes: tuple[int, ...], scale: jax.Array, bias: jax.Array) -> jax.Array:
+def _normalize(x: jax.Array, axes: tuple[int, ...], scale: jax.Array, bias: jax.Array) -> jax.Array:
     # The two-pass variance is as fast here as E[x²] - E[x]², and does not cancel.
-    centred = x - x.mean(axes, keepdims=True)
-    variance = jnp.square(centred).mean(axes, keepdims=True)
-    return centred * (jax.lax.rsqrt(variance + _EPS) * scale) + bias
+    centered = x - x.mean(axes, keepdims=True)
+    variance = jnp.square(centered).mean(axes, keepdims=True)
+    return centered * (jax.lax.rsqrt(variance + _EPS) * scale) + bias
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """The ResNet18 of the dataset-distillation literature (GLaD, Cazenavette et al. 2023).
 
 A 3x3 convolution, then eight blocks of two 3x3 convolutions each beside a shortcut, all without bias and with instance
-normalisation; the mean over all pixels feeds one linear layer. The third, fifth and seventh block halve the resolution;
-there the shortcut is a normalised 1x1 convolution. One form for all resolutions: the first layer has stride 1 and no
-pooling follows it, as is usual for 32 px. Initialisation is PyTorch's default for these layers, as in the reference.
+normalization; the mean over all pixels feeds one linear layer. The third, fifth and seventh block halve the resolution;
+there the shortcut is a normalized 1x1 convolution. One form for all resolutions: the first layer has stride 1 and no
+pooling follows it, as is usual for 32 px. Initialization is PyTorch's default for these layers, as in the reference.
 """
 
 import jax
@@ -75,12 +75,12 @@ def make(*, image_shape: tuple[int, int, int], num_classes: int) -> ResNet18:
         The module.
 
     Raises:
-        ValueError: images so small that the last map would be a single pixel, which instance normalisation erases.
+        ValueError: images so small that the last map would be a single pixel, which instance normalization erases.
     """
     h, w, _ = image_shape
     if min(h, w) <= _REDUCTION:
         raise ValueError(
             f"network.name: resnet18 does not fit {h}x{w} px images, it needs at least "
-            f"{_REDUCTION + 1}x{_REDUCTION + 1} px: instance normalisation erases a last map of one pixel"
+            f"{_REDUCTION + 1}x{_REDUCTION + 1} px: instance normalization erases a last map of one pixel"
         )
     return ResNet18(num_classes=num_classes)

@@ -1,8 +1,8 @@
 """The VGG11 of the dataset-distillation literature (GLaD, Cazenavette et al. 2023).
 
-Eight 3x3 convolutions with bias, instance normalisation and ReLU, five max-poolings, and one linear layer; no dropout.
+Eight 3x3 convolutions with bias, instance normalization and ReLU, five max-poolings, and one linear layer; no dropout.
 Two forms: for images of 32 px the last map is a single pixel and feeds the linear layer as it is; for larger ones it is
-max-pooled to 7x7 first, whatever its size (below 224 px that repeats pixels). Initialisation is PyTorch's default for
+max-pooled to 7x7 first, whatever its size (below 224 px that repeats pixels). Initialization is PyTorch's default for
 these layers, as in the reference. Its deviations are those of `convnet`.
 """
 

@@ -2,8 +2,8 @@
 
 Patches are embedded linearly, a class token is put before them and positions are added; blocks of attention and of a
 two-layer perceptron, each beside a shortcut, follow, and one linear layer reads the class token. Two forms: for images
-up to 32 px patches of 4 px, six blocks and layer normalisation before each half of a block and before the last layer;
-for larger ones patches of 16 px, ten blocks and no normalisation at all. Positions and class token start from N(0, 1),
+up to 32 px patches of 4 px, six blocks and layer normalization before each half of a block and before the last layer;
+for larger ones patches of 16 px, ten blocks and no normalization at all. Positions and class token start from N(0, 1),
 the layers from PyTorch's default, as in the reference.
 
 Deviation: the reference drops out a tenth of the embedded tokens, of each attention's output and of each perceptron's

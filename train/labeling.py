@@ -22,10 +22,10 @@ from train.rundir import RunDir
 
 PHASE = "teacher"
 # From decoded images [n, h, w, c] in [0, 1] to their labels; None where these are hard.
-Labeller = Callable[[jax.Array], labels.SoftLabels | None]
+Labeler = Callable[[jax.Array], labels.SoftLabels | None]
 
 
-def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir, progress: Progress) -> Labeller:
+def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir, progress: Progress) -> Labeler:
     """Trains the teachers that a run lacks, or takes them from the experts, and returns what labels images.
 
     A continued run finds finished teachers among its checkpoints.
