@@ -36,7 +36,7 @@ import optax
 from benchmarks import record
 from benchmarks.fit_psnr import SEED, sample
 from benchmarks.packed_psnr import DATA
-from gsdd_jax import codecs, data, fit
+from gsdd_jax import codecs, data, fitting
 from gsdd_jax.codecs import (
     Codec,
     CodecSpec,
@@ -178,8 +178,8 @@ def filled(way: Way, make: Callable[[CodecSpec], Codec]) -> tuple[Codec | None, 
 def psnr_of(codec: Codec, images: jax.Array, *, seed: int, steps: int, factor: float) -> dict[str, Any]:
     """Fits and returns the PSNR as stored against steps, the seconds of all steps, and the memory of one."""
     tuned = codec._replace(fitter=lambda steps: optax.chain(codec.fitter(steps), optax.scale(factor)))
-    begin = jax.jit(lambda key, x: fit.init_fit(key, x, codec=tuned, steps=steps))
-    measure = jax.jit(lambda p, x: fit.psnr(codec.decode(codec.loaded(codec.stored(p))), x).mean())
+    begin = jax.jit(lambda key, x: fitting.init_fit(key, x, codec=tuned, steps=steps))
+    measure = jax.jit(lambda p, x: fitting.psnr(codec.decode(codec.loaded(codec.stored(p))), x).mean())
     state = jax.block_until_ready(begin(jax.random.key(seed), images))
     began = time.perf_counter()
     state = jax.block_until_ready(begin(jax.random.key(seed), images))
@@ -187,7 +187,7 @@ def psnr_of(codec: Codec, images: jax.Array, *, seed: int, steps: int, factor: f
     row["psnr"]["0"] = float(measure(state.params, images))
     if codec.fitted_by_init:
         return row
-    advance = jax.jit(lambda s, x, count: fit.fit_steps(s, x, codec=tuned, steps=steps, count=count))
+    advance = jax.jit(lambda s, x, count: fitting.fit_steps(s, x, codec=tuned, steps=steps, count=count))
     compiled = advance.lower(state, images, 1).compile()
     memory = compiled.memory_analysis()
     row["temporary_bytes"] = None if memory is None else int(memory.temp_size_in_bytes)

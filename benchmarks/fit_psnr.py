@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import record
-from gsdd_jax import codecs, data, fit
+from gsdd_jax import codecs, data, fitting
 from gsdd_jax.codecs import Codec, GaussianSpec
 from train.errors import exit_cleanly
 
@@ -49,9 +49,9 @@ def codec_of(images: jax.Array, points: int, start: str) -> Codec:
 def curve(images: jax.Array, points: int, start: str, steps: int) -> dict:
     """Fits the images and returns PSNR of the stored set against steps."""
     codec = codec_of(images, points, start)
-    begin = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=steps))
-    advance = jax.jit(lambda s, x, n: fit.fit_steps(s, x, codec=codec, steps=steps, count=n), donate_argnums=0)
-    measure = jax.jit(lambda params, x: fit.psnr(codec.decode(params), x))
+    begin = jax.jit(lambda key, x: fitting.init_fit(key, x, codec=codec, steps=steps))
+    advance = jax.jit(lambda s, x, n: fitting.fit_steps(s, x, codec=codec, steps=steps, count=n), donate_argnums=0)
+    measure = jax.jit(lambda params, x: fitting.psnr(codec.decode(params), x))
     state = jax.block_until_ready(begin(jax.random.key(SEED), images))
     done, seconds, rows = 0, 0.0, []
     for until in [s for s in REPORTED if s <= steps]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import fit_psnr, machine_code, record
-from gsdd_jax import fit
+from gsdd_jax import fitting
 from gsdd_jax.gaussians import to_pixels
 from kernels import DEFAULT_CUTOFF, _splat_triton
 from kernels.spec import SplatSpec
@@ -43,8 +43,8 @@ def fitted(path: Path, points: int, count: int, steps: int) -> tuple[np.ndarray,
     """Fits ``count`` images and returns their centers and conics in pixels."""
     images, _ = fit_psnr.sample(path, count)
     codec = fit_psnr.codec_of(images, points, "clusters")
-    state = fit.init_fit(jax.random.key(SEED), images, codec=codec, steps=steps)
-    run = jax.jit(lambda s, x: fit.fit_steps(s, x, codec=codec, steps=steps, count=steps))
+    state = fitting.init_fit(jax.random.key(SEED), images, codec=codec, steps=steps)
+    run = jax.jit(lambda s, x: fitting.fit_steps(s, x, codec=codec, steps=steps, count=steps))
     centers, conics, _ = to_pixels(run(state, images)[0].params)
     return np.asarray(centers, np.float64), np.asarray(conics, np.float64)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.timing import Timed
-from gsdd_jax import codecs, distill, evaluate, storage, whiten
+from gsdd_jax import codecs, distillation, evaluation, storage, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.data import class_table
 from gsdd_jax.experts import ExpertSpec, _Static, expert_keys, train_group
@@ -48,7 +48,7 @@ class Size(NamedTuple):
     images: int
     objectives: tuple[ObjectiveSpec, ...]
     experts: ExpertSpec
-    evaluate: evaluate.EvalSpec
+    evaluate: evaluation.EvalSpec
 
 
 SIZES = {
@@ -62,14 +62,14 @@ SIZES = {
             TrajectorySpec(syn_steps=10, batch_syn=60, expert_epochs=2, max_start_epoch=4),
         ),
         ExpertSpec(batch=64),
-        evaluate.EvalSpec(steps=900, batch=64),
+        evaluation.EvalSpec(steps=900, batch=64),
     ),
     "paper": Size(
         128,
         50_000,
         (DistributionSpec(), GradientSpec().for_ipc(1), TrajectorySpec(batch_syn=300)),
         ExpertSpec(),
-        evaluate.EvalSpec(),
+        evaluation.EvalSpec(),
     ),
 }
 
@@ -92,15 +92,15 @@ def outer_step(size: Size, spec: ObjectiveSpec, codec_spec: codecs.CodecSpec) ->
         codec_spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=storage.budget_bytes(1, SHAPE)
     )
     start = jax.random.uniform(jax.random.key(SEED), (codec.num_images, *SHAPE))
-    state = distill.init_state(codec, codec.init(jax.random.key(SEED), start), spec, network)
-    step = distill.make_step(codec, spec, network=network, augment=AUGMENT, transform=whiten.apply)
-    data: distill.Data
+    state = distillation.init_state(codec, codec.init(jax.random.key(SEED), start), spec, network)
+    step = distillation.make_step(codec, spec, network=network, augment=AUGMENT)
+    data: distillation.Data
     if isinstance(spec, TrajectorySpec):
         weights = flattener(network)[0](network.init(jax.random.key(SEED)))[None]
-        data = distill.ExpertBatch(weights, weights + 0.01, whitening())
+        data = distillation.ExpertBatch(weights, weights + 0.01, whitening())
     else:
         images, labels = training_set(size)
-        data = distill.DeviceData(jnp.asarray(images), class_table(labels, CLASSES), whitening())
+        data = distillation.DeviceData(jnp.asarray(images), class_table(labels, CLASSES), whitening())
     return Timed(step, state, data, jax.random.key(SEED))
 
 
@@ -135,13 +135,13 @@ def evaluation(size: Size, network: Network) -> dict[str, Any]:
     syn = jax.random.uniform(jax.random.key(SEED), (n, *SHAPE))
     labels = jnp.arange(n) // GPC
     spec = dataclasses.replace(size.evaluate, steps=TIMED_STEPS)
-    common: dict[str, Any] = {"network": network, "transform": whiten.apply, "transform_params": whitening()}
+    common: dict[str, Any] = {"network": network, "whitening": whitening()}
 
     def train(key: jax.Array, syn: jax.Array, labels: jax.Array) -> Any:
-        return evaluate.train_network(key, syn, labels, spec=spec, augment=AUGMENT, **common)
+        return evaluation.train_network(key, syn, labels, spec=spec, augment=AUGMENT, **common)
 
     def test(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return evaluate.accuracy(params, images, labels, **common)
+        return evaluation.accuracy(params, images, labels, **common)
 
     trained = Timed(train, jax.random.key(SEED), syn, labels).compile().measure(seconds=10, repeats=3)
     images = jax.random.randint(jax.random.key(SEED), (TEST_IMAGES, *SHAPE), 0, 256).astype(jnp.uint8)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import record
-from gsdd_jax import data, fit
+from gsdd_jax import data, fitting
 from gsdd_jax.codecs import Codec
 from train import config as configs
 from train import experiment as experiments
@@ -80,7 +80,7 @@ def compare(args: argparse.Namespace) -> None:
     with RunDir(args.runs / "fit") as run:
         run.configure(resolved)
         fitted = stages.fit_stage(experiment, codec, targets, run=run, progress=progress, arm="main")
-        psnr = float(fit.psnr(as_stored(codec, fitted), targets).mean())
+        psnr = float(fitting.psnr(as_stored(codec, fitted), targets).mean())
     for name, way in {"every step": codec, "at the end": unrounded(codec)}.items():
         with RunDir(args.runs / name.replace(" ", "_")) as run:
             run.configure(resolved)

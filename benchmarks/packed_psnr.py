@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.fit_psnr import SEED, sample
-from gsdd_jax import codecs, fit
+from gsdd_jax import codecs, fitting
 from gsdd_jax.codecs import Codec, GaussianSpec, PackedGaussianSpec, packed
 from train.errors import exit_cleanly
 
@@ -50,9 +50,9 @@ def codec_of(spec: codecs.CodecSpec, images: jax.Array) -> Codec:
 
 def fitted(codec: Codec, images: jax.Array, steps: int) -> tuple[Any, float]:
     """Fits the images; returns the parameters and the seconds it took to run, without compilation."""
-    begin = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=steps))
+    begin = jax.jit(lambda key, x: fitting.init_fit(key, x, codec=codec, steps=steps))
     state = jax.block_until_ready(begin(jax.random.key(SEED), images))
-    advance = jax.jit(lambda s, x: fit.fit_steps(s, x, codec=codec, steps=steps, count=steps))
+    advance = jax.jit(lambda s, x: fitting.fit_steps(s, x, codec=codec, steps=steps, count=steps))
     advance = advance.lower(state, images).compile()
     began = time.perf_counter()
     state, _ = jax.block_until_ready(advance(state, images))
@@ -61,7 +61,7 @@ def fitted(codec: Codec, images: jax.Array, steps: int) -> tuple[Any, float]:
 
 def quality(codec: Codec, params: Any, images: jax.Array) -> dict[str, float]:
     """Returns the PSNR of the images as they come back from disk."""
-    psnr = np.asarray(fit.psnr(jax.jit(lambda p: codec.decode(codec.loaded(codec.stored(p))))(params), images))
+    psnr = np.asarray(fitting.psnr(jax.jit(lambda p: codec.decode(codec.loaded(codec.stored(p))))(params), images))
     return {"psnr": float(psnr.mean()), "psnr_std": float(psnr.std(ddof=1))}
 
 

@@ -28,7 +28,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import record
-from gsdd_jax import codecs, distill, parallel, whiten
+from gsdd_jax import codecs, distillation, parallel, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.data.sampling import ClassTable
 from gsdd_jax.match import DistributionSpec, GradientSpec, ObjectiveSpec, TrajectorySpec
@@ -185,23 +185,23 @@ def toy_step(objective: ObjectiveSpec, devices: int) -> dict[str, Any]:
     labels = np.repeat(np.arange(TOY.classes), counts)
     images = rng.integers(0, 256, (len(labels), *codec.image_shape), np.uint8)
     start = jnp.asarray(rng.uniform(size=(codec.num_images, *codec.image_shape)), jnp.float32)
-    state = distill.init_state(codec, codec.init(jax.random.key(SEED), start), objective, network)
+    state = distillation.init_state(codec, codec.init(jax.random.key(SEED), start), objective, network)
     key, normal = jax.random.key(SEED), whitening()
     if mesh is not None:
         state, key, normal = parallel.replicated((state, key, normal), mesh)
     own = own_classes(TOY, devices)
-    data: distill.Data
+    data: distillation.Data
     if isinstance(objective, TrajectorySpec):
         weights = np.stack([flattener(network)[0](network.init(jax.random.key(i))) for i in range(objective.segments)])
         target = weights + rng.normal(scale=0.01, size=weights.shape).astype(np.float32)
         begun, ended = (jnp.asarray(x) if mesh is None else parallel.sharded(x, mesh) for x in (weights, target))
-        data = distill.ExpertBatch(begun, ended, normal)
+        data = distillation.ExpertBatch(begun, ended, normal)
         held = 2 * 4 * network.num_params * objective.segments // devices
     else:
-        data = distill.device_data(images, labels, TOY.classes, whitening(), mesh)
+        data = distillation.device_data(images, labels, TOY.classes, whitening(), mesh)
         most = max(int(counts[first : first + own].sum()) for first in range(0, TOY.classes, own))
         held = most * TOY.image + 4 * own * (int(counts.max()) + 1)
-    step = distill.make_step(codec, objective, network=network, augment=DsaSpec(), transform=whiten.apply, mesh=mesh)
+    step = distillation.make_step(codec, objective, network=network, augment=DsaSpec(), mesh=mesh)
     compiled = jax.jit(step).lower(state, data, key).compile()
     after, metrics = compiled(state, data, key)
     memory: Any = compiled.memory_analysis()
@@ -246,22 +246,22 @@ def planned_temporaries(size: Size, devices: int) -> int:
     params = jax.eval_shape(
         codec.init, jax.random.key(SEED), jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
     )
-    state = jax.eval_shape(lambda params: distill.init_state(codec, params, spec, network), params)
+    state = jax.eval_shape(lambda params: distillation.init_state(codec, params, spec, network), params)
 
     def array(dtype: type, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    data = distill.DeviceData(
+    data = distillation.DeviceData(
         array(np.uint8, rows * size.held, *codec.image_shape),
         ClassTable(array(np.int32, rows, size.held), array(np.int32, rows)),
         jax.eval_shape(whitening),
     )
     key = jax.eval_shape(lambda: jax.random.key(SEED))
     if mesh is not None:
-        state, key, normal = _placed((state, key, data.transform_params), mesh, PartitionSpec())
+        state, key, normal = _placed((state, key, data.whitening), mesh, PartitionSpec())
         images, table = _placed((data.images, data.table), mesh, PartitionSpec(parallel.AXIS))
-        data = distill.DeviceData(images, table, normal)
-    step = distill.make_step(codec, spec, network=network, augment=DsaSpec(), transform=whiten.apply, mesh=mesh)
+        data = distillation.DeviceData(images, table, normal)
+    step = distillation.make_step(codec, spec, network=network, augment=DsaSpec(), mesh=mesh)
     memory: Any = jax.jit(step, donate_argnums=0).lower(state, data, key).compile().memory_analysis()
     return int(memory.temp_size_in_bytes)
 

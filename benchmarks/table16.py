@@ -28,7 +28,7 @@ from PIL import Image
 
 from benchmarks import record, timing
 from benchmarks.fit_psnr import DATA, codec_of
-from gsdd_jax import fit
+from gsdd_jax import fitting
 from train.errors import exit_cleanly
 
 SEED = 0
@@ -144,7 +144,7 @@ def fit_row(
     """
     codec = codec_of(images, points, start)
     begin = timing.Timed(
-        lambda key, x: fit.init_fit(key, x, codec=codec, steps=steps), jax.random.key(SEED), images
+        lambda key, x: fitting.init_fit(key, x, codec=codec, steps=steps), jax.random.key(SEED), images
     ).compile()
     # Also the first run of its kernels, so their loading is not part of the fit.
     began = time.perf_counter()
@@ -152,8 +152,8 @@ def fit_row(
     start_seconds = time.perf_counter() - began
 
     def advance(count: int) -> timing.Timed:
-        def function(state: fit.FitState, x: jax.Array) -> fit.FitState:
-            return fit.fit_steps(state, x, codec=codec, steps=steps, count=count)[0]
+        def function(state: fitting.FitState, x: jax.Array) -> fitting.FitState:
+            return fitting.fit_steps(state, x, codec=codec, steps=steps, count=count)[0]
 
         return timing.Timed(function, state, images, donate=(0,)).compile()
 
@@ -169,7 +169,7 @@ def fit_row(
         end = jax.block_until_ready(whole(fresh, images))
         seconds.append(time.perf_counter() - began)
         ends.append(end.params)
-    measure = jax.jit(lambda params, x: fit.psnr(codec.decode(params), x))
+    measure = jax.jit(lambda params, x: fitting.psnr(codec.decode(params), x))
 
     def psnr(params: Any) -> dict[str, float]:
         found = np.asarray(measure(params, images), np.float64)

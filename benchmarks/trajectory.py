@@ -73,8 +73,7 @@ def matched(setting: Setting, steps: int, *, checkpoint: bool) -> Callable[..., 
             target,
             network=setting.network(),
             augment=AUGMENT,
-            transform=apply,
-            transform_params=whitening,
+            whitening=whitening,
             spec=spec,
         )
         return loss

@@ -1,8 +1,11 @@
 """Dataset distillation with sparse 2-D Gaussians (GSDD) in JAX.
 
-Glossary: *real* / *syn* (synthetic) images; *ipc*, a budget in float32 pixel images per class; *gpc*, Gaussian images
-per class; *codec*, a parameterization of images; *budget*, bytes per class; *expert* / *student*, networks trained on
-real / synthetic images; *syn_lr*, the learned step size of a student.
+The verbs: `fit`, `distill`, `evaluate`, `load`. Their pure pieces: `make_codec`, `make_network`, `make_objective`,
+`init_state`, `make_step`, `device_data`; usable under ``jit``, ``lax.scan`` and ``vmap``.
+
+Glossary: *real* / *syn* (synthetic) images; *ipc*, a budget in float32 pixel images per class; *codec*, a
+parameterization of images; *budget*, bytes per class; *expert* / *student*, networks trained on real / synthetic
+images; *syn_lr*, the learned step size of a student.
 
 Dimension letters: ``n`` images, ``m`` Gaussians per image, ``h w c`` pixels, ``k`` classes, ``t`` inner steps, ``p``
 flat weights. Images are ``[n, h, w, c]`` float32 around [0,1]; image ``i`` of a distilled set has label ``i //
@@ -13,9 +16,56 @@ from importlib.util import find_spec
 
 # Without JAX a distilled set can still be read: `decode_numpy` and `torch_dataset` need NumPy alone.
 if find_spec("jax") is not None:
+    from gsdd_jax import codecs, match, nets, whiten
+    from gsdd_jax.api import Accuracy, distill, evaluate, fit
+    from gsdd_jax.augment import DsaSpec as Dsa
+    from gsdd_jax.batches import device_data
+    from gsdd_jax.codecs import GaussianSpec as SparseGaussians
+    from gsdd_jax.codecs import PackedGaussianSpec as PackedGaussians
+    from gsdd_jax.codecs import PixelSpec as Pixels
+    from gsdd_jax.codecs import make as make_codec
+    from gsdd_jax.distillation import init_state, make_step
     from gsdd_jax.gaussians import Gaussians
+    from gsdd_jax.match import DistributionSpec as DistributionMatching
+    from gsdd_jax.match import GradientSpec as GradientMatching
+    from gsdd_jax.match import MmdSpec as Mmd
+    from gsdd_jax.match import TrajectorySpec as TrajectoryMatching
+    from gsdd_jax.match import make as make_objective
     from gsdd_jax.merged import MergedSet, load
+    from gsdd_jax.nets import NetSpec as ConvNet
+    from gsdd_jax.nets import build as make_network
     from gsdd_jax.render import render
     from gsdd_jax.synset import SynSet
+    from gsdd_jax.training import EvalSpec as Training
 
-__all__ = ["Gaussians", "MergedSet", "SynSet", "load", "render"]
+__all__ = [
+    "Accuracy",
+    "ConvNet",
+    "DistributionMatching",
+    "Dsa",
+    "Gaussians",
+    "GradientMatching",
+    "MergedSet",
+    "Mmd",
+    "PackedGaussians",
+    "Pixels",
+    "SparseGaussians",
+    "SynSet",
+    "Training",
+    "TrajectoryMatching",
+    "codecs",
+    "device_data",
+    "distill",
+    "evaluate",
+    "fit",
+    "init_state",
+    "load",
+    "make_codec",
+    "make_network",
+    "make_objective",
+    "make_step",
+    "match",
+    "nets",
+    "render",
+    "whiten",
+]

@@ -27,10 +27,10 @@ from typing_extensions import Doc
 
 from gsdd_jax import files, pixels
 from gsdd_jax.augment import DsaSpec, dsa
-from gsdd_jax.match.distribution import Transform
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import NetSpec, Network, build
 from gsdd_jax.training import inputs
+from gsdd_jax.whiten import Whitening
 
 FORMAT = "gsdd_jax experts 1"
 MANIFEST = "manifest.json"
@@ -86,7 +86,6 @@ class _Static(NamedTuple):
     network: Network
     augment: DsaSpec
     batch: int
-    transform: Transform | None
 
 
 def expert_keys(seed: int, experts: range) -> tuple[jax.Array, jax.Array]:
@@ -107,8 +106,7 @@ def train_epoch(
     network: Network,
     augment: DsaSpec,
     batch: int,
-    transform: Transform | None = None,
-    transform_params: Any = None,
+    whitening: Whitening | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Trains a network for one epoch by plain SGD on cross entropy.
 
@@ -126,8 +124,7 @@ def train_epoch(
         network: What to train.
         augment: DSA settings.
         batch: Images per step; all of them if there are fewer.
-        transform: `(transform_params, images) -> images`, applied to each batch before augmentation.
-        transform_params: Its arrays.
+        whitening: Applied to each batch before augmentation.
 
     Returns:
         The weights after the epoch, and the mean of the losses of all images.
@@ -146,7 +143,7 @@ def train_epoch(
 
     def step(theta: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         index, w = order[t], weight[t]
-        x = inputs(images[index], transform, transform_params)
+        x = inputs(images[index], whitening)
         x = dsa(jax.random.fold_in(key_augment, t), x, augment)
         value, grads = jax.value_and_grad(loss)(theta, x, labels[index], w)
         return theta - lr * grads, value * w.sum()
@@ -163,7 +160,7 @@ def train_group(
     images: jax.Array,
     labels: jax.Array,
     lr: jax.Array | float,
-    transform_params: Any,
+    whitening: Whitening | None,
     *,
     static: _Static,
     method: str,
@@ -171,7 +168,7 @@ def train_group(
     """Trains a group `[g, p]` for one epoch, by `lax.map` or `vmap` over its keys `[g]`; see `train_epoch`."""
 
     def one(theta: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return train_epoch(theta, key, epoch, images, labels, lr, transform_params=transform_params, **static._asdict())
+        return train_epoch(theta, key, epoch, images, labels, lr, whitening=whitening, **static._asdict())
 
     return jax.vmap(one)(theta, keys) if method == "vmap" else lax.map(lambda x: one(*x), (theta, keys))
 
@@ -189,8 +186,7 @@ def train_experts(
     origin: Origin,
     spec: ExpertSpec,
     objective: TrajectorySpec,
-    transform: Transform | None = None,
-    transform_params: Any = None,
+    whitening: Whitening | None = None,
     on_epoch: Callable[[range, int, np.ndarray], None] | None = None,
 ) -> "Experts":
     """Trains the experts that a folder lacks, and opens it.
@@ -206,8 +202,7 @@ def train_experts(
         origin: What the experts belong to; names network and augmentation.
         spec: How many, how trained.
         objective: Decides the number of epochs.
-        transform: As in `train_epoch`.
-        transform_params: Its arrays.
+        whitening: As in `train_epoch`.
         on_epoch: Called with the experts of the group, the epochs they have done, and their mean losses `[g]`.
 
     Returns:
@@ -218,12 +213,12 @@ def train_experts(
             there; or an expert diverged. As `Experts.open`, too.
         OSError: The disk is full or not writable; finished groups stay.
     """
-    images = pixels.check(images, real=transform is not None)
+    images = pixels.check(images, real=whitening is not None)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     network = origin.build()
     resolved = spec.resolved(jax.default_backend())
-    static = _Static(network, origin.augment, spec.batch, transform)
+    static = _Static(network, origin.augment, spec.batch)
     with _locked(folder):
         files.remove_leftovers([folder])
         if (folder / MANIFEST).exists():
@@ -240,7 +235,7 @@ def train_experts(
                 images=device_images,
                 labels=device_labels,
                 lr=jnp.float32(spec.lr),
-                transform_params=transform_params,
+                whitening=whitening,
                 static=static,
                 method=resolved.method,
             )
@@ -353,7 +348,7 @@ class Segments:
     Expert and start are uniform and independent; the reference goes through its experts in shuffled order. A resumed
     run repeats the draws of an undisturbed one.
 
-        for iteration, (start, target) in prefetch(Segments(experts, spec, seed=0), first):  # [segments, p] each
+        for iteration, segments in prefetch(Segments(experts, spec, seed=0), first):  # [segments, 2, p]
     """
 
     def __init__(self, experts: Experts, objective: TrajectorySpec, *, seed: int):
@@ -386,7 +381,7 @@ class Segments:
         return [(int(a) % self._experts.count, low + int(b) % (high - low)) for a, b in raw.reshape(-1, 2)]
 
     def batch(self, step: int) -> np.ndarray:
-        """Reads the segments of iteration `step`: float32 `[2, segments, p]`, starts and targets.
+        """Reads the segments of iteration `step`: float32 `[segments, 2, p]`, each a start and a target.
 
         Raises:
             ValueError: A row is damaged, an expert did not move in between, or `step` is negative.
@@ -399,7 +394,24 @@ class Segments:
             if not np.sum(np.square(pair[0] - pair[1])) > 0:
                 raise ValueError(f"{self._experts.path}: expert {expert} did not move from epoch {start} to {stop}")
             pairs.append(pair)
-        return np.stack([np.stack(side) for side in zip(*pairs, strict=True)])
+        return np.stack([np.stack(pair) for pair in pairs])
+
+
+class FinalWeights:
+    """The weights, after its last epoch, of the expert that the first of `Segments` of the same seed is from."""
+
+    def __init__(self, experts: Experts, objective: TrajectorySpec, *, seed: int):
+        """Checks as `Segments` does."""
+        self._experts, self._segments, self._epoch = (
+            experts,
+            Segments(experts, objective, seed=seed),
+            objective.last_epoch,
+        )
+
+    def batch(self, step: int) -> np.ndarray:
+        """Reads those of iteration `step`: float32 `[p]`."""
+        expert, _ = self._segments.choice(step)[0]
+        return self._experts.row(expert, self._epoch)
 
 
 def _described(origin: Origin, spec: ExpertSpec) -> dict[str, Any]:

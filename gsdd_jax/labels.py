@@ -34,7 +34,8 @@ from typing_extensions import Doc
 from gsdd_jax import codecs, exchange, pixels, storage
 from gsdd_jax.exchange import LABEL_INDICES, LABELS
 from gsdd_jax.nets import Network
-from gsdd_jax.training import Transform, inputs
+from gsdd_jax.training import inputs
+from gsdd_jax.whiten import Whitening
 
 DTYPES = {name: np.dtype(jnp.dtype(name)) for name in exchange.LABEL_DTYPES}
 # Largest number of classes that uint16 can name.
@@ -227,15 +228,14 @@ def make_codec(
     )
 
 
-@partial(jax.jit, static_argnames=("network", "transform", "batch"))
+@partial(jax.jit, static_argnames=("network", "batch"))
 def label(
     params: Any,
     images: jax.Array,
     *,
     network: Network,
     temperature: jax.Array | float = 1.0,
-    transform: Transform | None = None,
-    transform_params: Any = None,
+    whitening: Whitening | None = None,
     batch: int = 500,
 ) -> jax.Array:
     """Asks teachers what they see: the mean of their softmax(logits / temperature).
@@ -245,8 +245,7 @@ def label(
         images: ``[n, h, w, c]``, uint8 or floating point in [0,1].
         network: The teachers' network.
         temperature: > 0.
-        transform: As in ``gsdd_jax.training.train_network``.
-        transform_params: As there.
+        whitening: As in ``gsdd_jax.training.train_network``.
         batch: Images per pass, bounds the memory.
 
     Returns:
@@ -262,7 +261,7 @@ def label(
 
     def one(index: jax.Array) -> jax.Array:
         # The last window is filled up with the last image.
-        x = inputs(images[jnp.minimum(index, n - 1)], transform, transform_params)
+        x = inputs(images[jnp.minimum(index, n - 1)], whitening)
         logits = lax.map(lambda teacher: network.outputs(teacher, x)[0], params)
         return jax.nn.softmax(logits / temperature).mean(0)
 

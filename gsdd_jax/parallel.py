@@ -24,8 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "devices"
 
 
-class Share(NamedTuple):
-    """Consecutive classes: those of all that one device has."""
+class Shard(NamedTuple):
+    """Consecutive classes: those of all that one device holds."""
 
     own: int
     total: int
@@ -42,34 +42,34 @@ class Share(NamedTuple):
         return x if self.own == self.total else x[self.classes % self.total]
 
 
-def whole(classes: int) -> Share:
-    """Returns the share of a device that has all classes."""
-    return Share(classes, classes)
+def unsharded(classes: int) -> Shard:
+    """Returns the shard of a device that holds all classes."""
+    return Shard(classes, classes)
 
 
 @dataclasses.dataclass(frozen=True)
-class Team:
-    """The devices that take one step together, seen by each of them; under ``shard_map`` if there are several."""
+class Axis:
+    """The mesh axis along which devices take one step together, seen by each; under ``shard_map`` if several."""
 
     size: int = 1
 
-    def share(self, classes: int) -> Share:
+    def shard(self, classes: int) -> Shard:
         """Returns the classes of this device: consecutive ones, as many as of any other."""
         if self.size == 1:
-            return whole(classes)
+            return unsharded(classes)
         own = per_device(classes, self.size)
-        return Share(own, classes, lax.axis_index(AXIS) * own)
+        return Shard(own, classes, lax.axis_index(AXIS) * own)
 
     def sum(self, tree: Any) -> Any:
-        """Adds up what the devices have, leaf by leaf."""
+        """Adds up what the devices hold, leaf by leaf."""
         return tree if self.size == 1 else lax.psum(tree, AXIS)
 
     def part(self, x: jax.Array) -> jax.Array:
-        """Returns this device's part of what all have alike and ``sum`` is to give once."""
+        """Returns this device's part of a replicated number that ``sum`` is to give once."""
         return x if self.size == 1 else x / self.size
 
-    def least(self, x: jax.Array) -> jax.Array:
-        """Returns the smallest of what the devices have."""
+    def min(self, x: jax.Array) -> jax.Array:
+        """Returns the smallest of what the devices hold."""
         return x if self.size == 1 else lax.pmin(x, AXIS)
 
 
@@ -95,21 +95,21 @@ def mesh_of(devices: int) -> Mesh:
     return Mesh(np.array(every[: devices or None]), (AXIS,))
 
 
-def spread(step: Callable, mesh: Mesh, specs: Callable[[Any], Any]) -> Callable:
-    """Lets the devices of a mesh take a step ``(state, data, key)`` together; see :class:`Team`.
+def shard_step(step: Callable, mesh: Mesh, specs: Callable[[Any], Any]) -> Callable:
+    """Lets the devices of a mesh take a step ``(state, data, key)`` together; see :class:`Axis`.
 
     Args:
-        step: What one device does; state and metrics come out alike on all.
+        step: What one device does; state and metrics come out replicated.
         mesh: Its devices.
         specs: From the data to their ``PartitionSpec``s.
     """
-    alike = PartitionSpec()
+    every = PartitionSpec()
 
     def together(state: Any, data: Any, key: jax.Array) -> Any:
-        # What comes out alike is so because the step adds up, which JAX's check of it cannot see in derivatives that
+        # What comes out is replicated because the step adds up, which JAX's check of it cannot see in derivatives that
         # are written by hand.
         wrapped = jax.shard_map(
-            step, mesh=mesh, in_specs=(alike, specs(data), alike), out_specs=(alike, alike), check_vma=False
+            step, mesh=mesh, in_specs=(every, specs(data), every), out_specs=(every, every), check_vma=False
         )
         return wrapped(state, data, key)
 
@@ -134,16 +134,16 @@ def sharded(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def local(tree: Any) -> Any:
-    """Returns what is alike on all devices, as arrays of this process's first one."""
+    """Returns what is replicated on all devices, as arrays of this process's first one."""
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
-def places(mesh: Mesh) -> list[int]:
-    """Returns the places in a mesh of this process's devices."""
-    return [place for place, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+def local_indices(mesh: Mesh) -> list[int]:
+    """Returns the indices in a mesh of this process's devices."""
+    return [index for index, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
 
 
 def own_classes(classes: int, mesh: Mesh) -> np.ndarray:
     """Returns the classes of each of this process's devices, int ``[its devices, own]``; those from k on fill up."""
     own = per_device(classes, mesh.size)
-    return np.array(places(mesh))[:, None] * own + np.arange(own)
+    return np.array(local_indices(mesh))[:, None] * own + np.arange(own)

@@ -1,10 +1,9 @@
 """Training of one network on a set of images: optimizer, schedule, stream of batches, averaged weights.
 
-Nothing here sees test images; `gsdd_jax.evaluate` tests what comes out.
+Nothing here sees test images; `gsdd_jax.evaluation` tests what comes out.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,8 +17,7 @@ from typing_extensions import Doc
 from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.nets import Network
-
-Transform = Callable[[Any, jax.Array], jax.Array]
+from gsdd_jax.whiten import Whitening
 
 # Where GLaD's warm-up starts, as a factor on the rate.
 _WARMUP_START = 1e-7
@@ -84,7 +82,6 @@ class _Static(NamedTuple):
     network: Network
     spec: EvalSpec
     augment: DsaSpec
-    transform: Transform | None
 
 
 def train_network(
@@ -95,8 +92,7 @@ def train_network(
     network: Network,
     spec: EvalSpec,
     augment: DsaSpec,
-    transform: Transform | None = None,
-    transform_params: Any = None,
+    whitening: Whitening | None = None,
     lr: jax.Array | float | None = None,
 ) -> Any:
     """Trains a fresh network on cross entropy and returns its final weights, or their average with `spec.ema`.
@@ -106,7 +102,7 @@ def train_network(
     all steps, where the reference runs one more and drops after epochs // 2 + 2 of them.
 
     All steps are one compiled loop. It is compiled anew for other shapes, settings or functions, but not for
-    another learning rate or other `transform_params`. Works under `vmap` over `key`.
+    another learning rate or other `whitening`. Works under `vmap` over `key`.
 
     Args:
         key: decides the weights, the batches and the augmentations; consumed.
@@ -115,9 +111,8 @@ def train_network(
         network: what to train.
         spec: how.
         augment: DSA, with parameters per image; strategy "none" for none.
-        transform: (transform_params, images) -> images, applied to each batch before augmentation: whitening. A set
-            that fits into memory as floats is cheaper to transform beforehand.
-        transform_params: arrays that `transform` needs, of any structure.
+        whitening: applied to each batch before augmentation, a callable pytree; None for images that are what the
+            network sees. A set that fits into memory as floats is cheaper to whiten beforehand.
         lr: learning rate in place of `spec.lr`.
 
     Returns:
@@ -128,8 +123,8 @@ def train_network(
         TypeError: images that are neither uint8 nor floating point, or labels [n] that are not integers.
     """
     check_images(images, labels, "", soft=True)
-    static = _Static(network, spec.static(), augment, transform)
-    return _train(key, images, labels, transform_params, rate_of(lr, spec), static=static)
+    static = _Static(network, spec.static(), augment)
+    return _train(key, images, labels, whitening, rate_of(lr, spec), static=static)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -261,10 +256,10 @@ def rate_of(lr: jax.Array | float | None, spec: EvalSpec) -> jax.Array:
     return jnp.asarray(spec.lr if lr is None else lr, jnp.float32)
 
 
-def inputs(images: jax.Array, transform: Transform | None, transform_params: Any) -> jax.Array:
-    """Returns what a network sees of images: floats, transformed."""
+def inputs(images: jax.Array, whitening: Whitening | None) -> jax.Array:
+    """Returns what a network sees of images: floats, whitened."""
     x = pixels.as_float(images)
-    return x if transform is None else transform(transform_params, x)
+    return x if whitening is None else whitening(x)
 
 
 def check_images(images: jax.Array, labels: jax.Array, which: str, *, soft: bool = False, real: bool = False) -> None:
@@ -320,9 +315,9 @@ def _average(average: Any, params: Any, step: jax.Array, *, decay: float, batch:
 
 @partial(jax.jit, static_argnames="static")
 def _train(
-    key: jax.Array, images: jax.Array, labels: jax.Array, transform_params: Any, lr: jax.Array, *, static: _Static
+    key: jax.Array, images: jax.Array, labels: jax.Array, whitening: Whitening | None, lr: jax.Array, *, static: _Static
 ) -> Any:
-    network, spec, augment, transform = static
+    network, spec, augment = static
     n = images.shape[0]
     batch, steps = min(spec.batch, n), spec.num_steps(n)
     key_init, key_stream, key_augment = jax.random.split(key, 3)
@@ -333,7 +328,7 @@ def _train(
     def step(carry: tuple[Any, Any, jax.Array, Any], t: jax.Array) -> tuple[tuple[Any, Any, jax.Array, Any], None]:
         params, state, order, average = carry
         order, index = stream_batch(key_stream, order, t, batch=batch)
-        x = inputs(images[index], transform, transform_params)
+        x = inputs(images[index], whitening)
         x = dsa(jax.random.fold_in(key_augment, t), x, augment)
         grads = jax.grad(loss)(params, x, labels[index])
         rate = lr * lr_factor(t, spec=spec, steps=steps)

@@ -1,10 +1,11 @@
-"""Whitening of images: ZCA, mean/std, or none. Maps [0,1] images to the space that networks see, and back.
+"""Whitening of images: ZCA, mean/std, or none. Maps [0,1] images to the space that networks see.
 
-Each kind is a NamedTuple of arrays, so it passes through jit as an argument: a 3072x3072 matrix closed over would be
-baked into every executable as a 38 MB constant.
+A whitening is a callable pytree, ``whitening(images)``, here a NamedTuple of arrays, so that it passes jit as an
+argument: a 3072x3072 matrix closed over would be baked into every executable as a 38 MB constant. Any other function
+of images with its arrays is one as a ``jax.tree_util.Partial``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -26,6 +27,10 @@ _ROUNDING = 1 / (255 * 12**0.5)
 class Identity(NamedTuple):
     """No whitening."""
 
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns images as they are, as floats."""
+        return _floating(images)
+
 
 class MeanStd(NamedTuple):
     """Per-channel normalization: `mean` and `std`, float32 [c], in units of the [0,1] image."""
@@ -33,16 +38,31 @@ class MeanStd(NamedTuple):
     mean: jax.Array
     std: jax.Array
 
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Normalizes [..., c]; differentiable."""
+        if images.shape[-1:] != self.mean.shape:
+            raise ValueError(f"images must have {self.mean.shape[0]} channels last, found shape {list(images.shape)}")
+        return (_floating(images) - self.mean) / self.std
+
 
 class Zca(NamedTuple):
-    """ZCA: `mean` float32 [h, w, c]; `matrix` and `inverse` float32 [d, d], symmetric, d = h*w*c in that order."""
+    """ZCA: `mean` float32 [h, w, c]; `matrix` float32 [d, d], symmetric, d = h*w*c in that order."""
 
     mean: jax.Array
     matrix: jax.Array
-    inverse: jax.Array
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Whitens [..., h, w, c]; differentiable."""
+        if images.shape[-3:] != self.mean.shape:
+            expected = ", ".join(map(str, self.mean.shape))
+            raise ValueError(f"images must have shape [..., {expected}], found {list(images.shape)}")
+        flat = (_floating(images) - self.mean).reshape(*images.shape[:-3], -1)
+        # The default precision of accelerators (TF32, bfloat16) would leave errors of 1e-3, above half a gray level.
+        return jnp.matmul(flat, self.matrix, precision=jax.lax.Precision.HIGHEST).reshape(images.shape)
 
 
-Whitening = Identity | MeanStd | Zca
+# A pytree, too.
+Whitening = Callable[[jax.Array], jax.Array]
 
 
 class Published(NamedTuple):
@@ -74,7 +94,7 @@ MEAN_STD: dict[str, Published] = {
 }
 
 
-def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Whitening:
+def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Identity | MeanStd | Zca:
     """Computes a whitening from training images; on the host, in float64.
 
     "zca" follows kornia's ZCAWhitening as MTT and its successors use it: unbiased covariance of the [0,1] pixels
@@ -151,7 +171,6 @@ def _fit_zca(images: np.ndarray, eps: float) -> Zca:
     return Zca(
         mean=jnp.asarray(mean.reshape(images.shape[1:]), jnp.float32),
         matrix=_symmetric(vectors, 1 / root),
-        inverse=_symmetric(vectors, root),
     )
 
 
@@ -176,67 +195,6 @@ def _symmetric(vectors: np.ndarray, scale: np.ndarray) -> jax.Array:
     return jnp.asarray(half @ half.T, jnp.float32)
 
 
-def apply(whitening: Whitening, images: jax.Array) -> jax.Array:
-    """Whitens images. Differentiable with respect to `images`.
-
-    Args:
-        whitening: From `fit` or `meanstd_of`.
-        images: [..., h, w, c], floating point around [0,1] or uint8.
-
-    Returns:
-        The same shape, whitened.
-
-    Raises:
-        TypeError: Images are neither.
-        ValueError: The shape does not fit the whitening.
-    """
+def _floating(images: jax.Array) -> jax.Array:
     # Floating point keeps its precision: gradients are checked in float64.
-    images = images if jnp.issubdtype(images.dtype, jnp.floating) else pixels.as_float(images)
-    _check_shape(whitening, images)
-    match whitening:
-        case Identity():
-            return images
-        case MeanStd():
-            return (images - whitening.mean) / whitening.std
-        case Zca():
-            return _multiply(images - whitening.mean, whitening.matrix)
-
-
-def invert(whitening: Whitening, images: jax.Array) -> jax.Array:
-    """Undoes `apply`, to float32 round-off.
-
-    Args:
-        whitening: From `fit` or `meanstd_of`.
-        images: Float [..., h, w, c], whitened.
-
-    Returns:
-        The same shape; in [0,1] if the whitened images came from there (nothing is clipped).
-
-    Raises:
-        TypeError: Images are not floating point.
-        ValueError: The shape does not fit the whitening.
-    """
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f"images: whitened ones are floating point, found {images.dtype}")
-    _check_shape(whitening, images)
-    match whitening:
-        case Identity():
-            return images
-        case MeanStd():
-            return images * whitening.std + whitening.mean
-        case Zca():
-            return _multiply(images, whitening.inverse) + whitening.mean
-
-
-def _multiply(images: jax.Array, matrix: jax.Array) -> jax.Array:
-    flat = images.reshape(*images.shape[:-3], -1)
-    # The default precision of accelerators (TF32, bfloat16) would leave errors of 1e-3, larger than half a gray level.
-    return jnp.matmul(flat, matrix, precision=jax.lax.Precision.HIGHEST).reshape(images.shape)
-
-
-def _check_shape(whitening: Whitening, images: jax.Array) -> None:
-    if isinstance(whitening, MeanStd) and images.shape[-1:] != whitening.mean.shape:
-        raise ValueError(f"images must have {whitening.mean.shape[0]} channels last, found shape {list(images.shape)}")
-    if isinstance(whitening, Zca) and images.shape[-3:] != whitening.mean.shape:
-        expected = ", ".join(map(str, whitening.mean.shape))
-        raise ValueError(f"images must have shape [..., {expected}], found {list(images.shape)}")
+    return images if jnp.issubdtype(images.dtype, jnp.floating) else pixels.as_float(images)

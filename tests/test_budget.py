@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from command_line import refused
 
-from gsdd_jax import codecs, data, fit
+from gsdd_jax import codecs, data, fitting
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
 from train import budget, distill, stages, tune
 from train import config as configs
@@ -187,7 +187,7 @@ def test_a_fit_is_taken_over_by_what_makes_the_same_fit_and_by_nothing_else(toy,
             quiet = Progress(quiet=True)
             params = stages.fit_stage(experiment, codec, targets, run=run, progress=quiet, arm="main", fitted=runs)
             steps.append(len(read_metrics(run.path)))
-        psnr.append(float(fit.psnr(distill.as_stored(codec, params), targets).mean()))
+        psnr.append(float(fitting.psnr(distill.as_stored(codec, params), targets).mean()))
         runs.append(run.path)
     assert [count > 0 for count in steps] == [True, False, *[True] * 6], psnr
     assert psnr[1] == psnr[0] and len(set(psnr)) == len(changes) - 1, psnr

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import data_of
 
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, distill, fit, nets
+from gsdd_jax import SynSet, codecs, distillation, fitting, match, nets, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import LatentSpec, latent
 from gsdd_jax.match import DistributionSpec, TrajectorySpec
@@ -301,8 +302,8 @@ def test_fit_of_four_images_gets_near_them():
     ramp = np.linspace(0, 1, 8)[None, :, None] * np.ones(SHAPE)
     colors = np.random.default_rng(3).uniform(0, 1, (4, 1, 1, 3))
     images = (0.3 * ramp + 0.7 * colors).astype(np.float32)
-    state = jax.jit(lambda: fit.init_fit(jax.random.key(0), images, codec=codec, steps=150))()
-    take = jax.jit(lambda s, count: fit.fit_steps(s, images, codec=codec, steps=150, count=count))
+    state = jax.jit(lambda: fitting.init_fit(jax.random.key(0), images, codec=codec, steps=150))()
+    take = jax.jit(lambda s, count: fitting.fit_steps(s, images, codec=codec, steps=150, count=count))
     _, first = take(state, 1)
     _, last = take(state, 150)
     assert last > max(first + 8, 21)
@@ -382,16 +383,12 @@ def test_distillation_draws_a_sample_per_step_so_that_log_variances_are_trained(
         "distribution": DistributionSpec(batch_real=3),
         "trajectory": TrajectorySpec(syn_steps=1, batch_syn=4, expert_epochs=1, max_start_epoch=1),
     }[name]
-    step = jax.jit(
-        distill.make_step(codec, objective, network=network, augment=AUGMENT, transform=lambda params, images: images)
-    )
-    state = distill.init_state(codec, started(codec), objective, network)
-    if name == "trajectory":
-        weights = jnp.zeros((objective.segments, network.num_params)) + 0.1
-        batch = distill.ExpertBatch(weights, weights + 0.01, None)
-    else:
-        batch = distill.HostBatch(jnp.full((CLASSES, 3, *SHAPE), 90, jnp.uint8), None)
-    after, metrics = step(state, batch, jax.random.key(0))
+    objective = match.make(objective, codec=codec, network=network, augment=AUGMENT)
+    step = jax.jit(distillation.make_step(objective))
+    state = distillation.init_state(objective, started(codec))
+    images = np.full((CLASSES, *SHAPE), 90, np.uint8)
+    data = data_of(objective, images, np.arange(CLASSES), whiten.Identity())
+    after, metrics = step(state, data, jax.random.key(0))
     assert np.isfinite(metrics["loss"])
     for latents in ("mean", "log_variance"):
         assert np.abs(after.params[latents] - state.params[latents]).max() > 0.01, latents

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_codecs
+from objectives import data_of
 from test_codecs import CLASSES, TRAITS, Traits, leaves, parts, trained_leaves
 from test_determinism import FIRST, codec_of
 
-from gsdd_jax import codecs, data, distill, match, whiten
+from gsdd_jax import codecs, distillation, match, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.match import GradientSpec, TrajectorySpec
 from gsdd_jax.nets import NetSpec, Network, build
@@ -35,43 +36,37 @@ class Step(NamedTuple):
 
 
 @functools.cache
-def setting(image_shape: tuple[int, int, int], name: str) -> tuple[Network, distill.Data]:
-    """Returns the network of an objective and the data that it sees."""
-    objective = OBJECTIVES[name]
+def setting(image_shape: tuple[int, int, int]) -> tuple[Network, Any]:
+    """Returns a network, and what makes the data that an objective sees."""
     # Without a norm, whose second derivatives are most of what there is to compile.
     network = build(NetSpec(depth=1, width=2, norm="none"), image_shape, CLASSES)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, *image_shape), np.uint8), np.arange(16) % CLASSES
-    transform_params = whiten.fit("meanstd", images)
-    if isinstance(objective, TrajectorySpec):
-        weights = rng.normal(0, 0.2, (objective.segments, network.num_params)).astype(np.float32)
-        # Not far: the loss is relative to the distance, and its gradient must not be lost in the rounding of a leaf.
-        target = weights + rng.normal(0, 0.02, weights.shape).astype(np.float32)
-        return network, distill.ExpertBatch(jnp.asarray(weights), jnp.asarray(target), transform_params)
-    return network, distill.DeviceData(jnp.asarray(images), data.class_table(labels, CLASSES), transform_params)
+    whitening = whiten.fit("meanstd", images)
+    return network, lambda objective: data_of(objective, images, labels, whitening)
 
 
 def take(codec: codecs.Codec, params: Any, images: np.ndarray, name: str) -> Step:
     """Takes the first step of an objective from the codec's own start."""
-    objective, asked = OBJECTIVES[name], []
+    asked = []
 
     def decode(params, index=None, **options):
         asked.append(jnp.arange(codec.num_images) if index is None else index)
         return codec.decode(params, index, **options)
 
-    network, given = setting(codec.image_shape, name)
-    settings = {"network": network, "augment": DsaSpec(strategy="none"), "transform": whiten.apply}
+    network, data = setting(codec.image_shape)
     # Only the objective is to move anything: Gaussians have a loss on their borders, of all images.
     watched = codec._replace(decode=decode, regularize=lambda params: jnp.zeros(()))
-    step = distill.make_step(watched, objective, **settings)
+    objective = match.make(OBJECTIVES[name], codec=watched, network=network, augment=DsaSpec(strategy="none"))
+    step = distillation.make_step(objective)
 
     @jax.jit
     def first(params, given, key):
-        state, metrics = step(distill.init_state(codec, params, objective, network), given, key)
+        state, metrics = step(distillation.init_state(objective, params), given, key)
         # What is drawn does not depend on what is differentiated, so it may leave the gradient.
         return state.params, metrics, jnp.concatenate(asked)
 
-    after, metrics, drawn = jax.device_get(first(params, given, jax.random.key(4)))
+    after, metrics, drawn = jax.device_get(first(params, data(objective), jax.random.key(4)))
     traits = TRAITS.get(codec.name, Traits())
     return Step(test_codecs.Case(codec, images, params, params, None, traits), after, metrics, drawn)
 

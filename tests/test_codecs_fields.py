@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from benchmarks import ddif_decode
-from gsdd_jax import SynSet, codecs, fit, storage
+from gsdd_jax import SynSet, codecs, fitting, storage
 from gsdd_jax.codecs import FactorSpec, NeuralFieldSpec, SparseEpitomeSpec, neural_field, sparse_epitome
 from gsdd_jax.codecs.generator import GeneratorSpec, generator_prior
 
@@ -94,10 +94,10 @@ def test_gradient_is_finite_reaches_every_leaf_and_is_the_slope_along_itself(cas
 
 def test_fitting_improves_images_and_moves_every_leaf(case):
     images = smooth_images(case.codec.num_images)
-    state = jax.jit(lambda p: fit.FitState(p, case.codec.fitter(60).init(p), 0))(case.params)
-    psnr = jax.jit(fit.psnr)
+    state = jax.jit(lambda p: fitting.FitState(p, case.codec.fitter(60).init(p), 0))(case.params)
+    psnr = jax.jit(fitting.psnr)
     before = psnr(case.decode(state.params), images).mean()
-    state, _ = jax.jit(lambda s: fit.fit_steps(s, images, codec=case.codec, steps=60, count=60))(state)
+    state, _ = jax.jit(lambda s: fitting.fit_steps(s, images, codec=case.codec, steps=60, count=60))(state)
     assert psnr(case.decode(state.params), images).mean() > before + 1
     for name, leaf in state.params.items():
         assert bits(leaf) != bits(case.params[name]), name
@@ -577,10 +577,10 @@ def test_a_generator_of_ones_own_becomes_a_codec(tmp_path):
     sizes = SynSet(codec, params, BUDGET, ("a", "b")).save(tmp_path)
     assert sizes["payload"] == 6 * 5 * 2 and codec.nbytes(params) == 6 * 5 * 2 + 100
     assert json.loads((tmp_path / "manifest.json").read_text())["codec"]["generator_bytes"] == 100
-    state = fit.init_fit(jax.random.key(0), images, codec=codec, steps=20)
-    psnr = jax.jit(lambda params: fit.psnr(codec.decode(params), images).mean())
+    state = fitting.init_fit(jax.random.key(0), images, codec=codec, steps=20)
+    psnr = jax.jit(lambda params: fitting.psnr(codec.decode(params), images).mean())
     before = psnr(state.params)
-    state, _ = jax.jit(lambda s: fit.fit_steps(s, images, codec=codec, steps=20, count=20))(state)
+    state, _ = jax.jit(lambda s: fitting.fit_steps(s, images, codec=codec, steps=20, count=20))(state)
     assert psnr(state.params) > before + 1
     updates, _ = codec.optimizer().update(params, codec.optimizer().init(params))
     np.testing.assert_allclose(updates["w"], -0.1 * params["w"], rtol=1e-6)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax import codecs, fit, storage
+from gsdd_jax import codecs, fitting, storage
 from gsdd_jax.codecs import DownscaleSpec, FrequencySpec, MemorySpec, SpectralSpec
 from gsdd_jax.codecs import downscale as downscale_codec
 from gsdd_jax.codecs import frequency as frequency_codec
@@ -481,9 +481,9 @@ def test_spectral_starts_at_the_higher_order_svd():
 def test_fit_of_spectral_tells_the_images_of_a_tensor_apart():
     codec = make(SpectralSpec(matrices=2, rank_height=4, rank_width=5, rank_channels=3, images_per_class=2))
     images = pictures(4)
-    start = jax.jit(lambda key: fit.init_fit(key, images, codec=codec, steps=60))(jax.random.key(0))
-    state, _ = jax.jit(lambda state: fit.fit_steps(state, images, codec=codec, steps=60, count=60))(start)
-    psnr = jax.jit(lambda params: fit.psnr(codec.decode(params), images).mean())
+    start = jax.jit(lambda key: fitting.init_fit(key, images, codec=codec, steps=60))(jax.random.key(0))
+    state, _ = jax.jit(lambda state: fitting.fit_steps(state, images, codec=codec, steps=60, count=60))(start)
+    psnr = jax.jit(lambda params: fitting.psnr(codec.decode(params), images).mean())
     before, after = psnr(start.params), psnr(state.params)
     assert after > before + 2
 

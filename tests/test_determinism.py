@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from objectives import data_of
 from test_codecs import CLASSES, SPECS, make
 
-from gsdd_jax import codecs, data, distill, whiten
+from gsdd_jax import codecs, distillation, match, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import CodecSpec
-from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, ObjectiveSpec, TrajectorySpec
+from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec
 from gsdd_jax.nets import NetSpec, build
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
@@ -33,7 +33,7 @@ SEED, STEPS = 3, 3
 
 class Case(NamedTuple):
     codec: CodecSpec
-    objective: ObjectiveSpec
+    objective: Any
     mmd: MmdSpec | None = None
     strategy: str = "crop"
     # Compiled as outside of the tests.
@@ -56,7 +56,7 @@ CASES = {name: Case(spec, DISTRIBUTION, strategy="none") for name, spec in FIRST
 
 class Run(NamedTuple):
     start: Any  # parameters before the first step
-    state: distill.State
+    state: distillation.State
     metrics: list[dict[str, np.ndarray]]  # of every step
 
 
@@ -75,17 +75,13 @@ def programs(name: str, options: str) -> tuple[Any, Any, Any]:
     network = build(NetSpec(depth=1, width=4), codec.image_shape, CLASSES)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, *codec.image_shape), np.uint8), np.arange(16) % CLASSES
-    real = distill.DeviceData(jnp.asarray(images), data.class_table(labels, CLASSES), whiten.fit("meanstd", images))
-    given: distill.Data = real
-    if isinstance(case.objective, TrajectorySpec):
-        weights = rng.normal(0, 0.2, (2, case.objective.segments, network.num_params)).astype(np.float32)
-        given = distill.ExpertBatch(*map(jnp.asarray, weights), real.transform_params)
-    if case.mmd is not None:
-        given = distill.MmdBatch(given, real, None)
-    parts = {"network": network, "augment": DsaSpec(strategy=case.strategy), "transform": whiten.apply}
-    step = distill.make_step(codec, case.objective, mmd=case.mmd, **parts)
+    objective = match.make(
+        case.objective, codec=codec, network=network, augment=DsaSpec(strategy=case.strategy), mmd=case.mmd
+    )
+    given = data_of(objective, images, labels, whiten.fit("meanstd", images), move=0.2)
+    step = distillation.make_step(objective)
     return (
-        jax.jit(lambda params: distill.init_state(codec, params, case.objective, network)),
+        jax.jit(lambda params: distillation.init_state(objective, params)),
         jax.jit(step, donate_argnums=0, compiler_options=json.loads(options) if case.default else None),
         given,
     )
@@ -158,7 +154,7 @@ def test_another_seed_changes_what_is_drawn_and_what_follows(options):
     assert ours.keys() == other.keys()
     # The opacity of the start is 1, and as many steps were taken.
     same = {place.split(" ")[0] for place in ours if ours[place] == other[place]}
-    assert same == {".start.opacity", ".state.step", ".state.opt_state[0].count"}
+    assert same == {".start.opacity", ".state.step", ".state.opt_state[0][0].count"}
 
 
 def test_digests_notice_the_last_bit_the_sign_of_zero_and_the_dtype():

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax import codecs, data, distill, whiten
+from gsdd_jax import codecs, data, distillation, match, whiten
 from gsdd_jax.augment import DsaSpec
+from gsdd_jax.batches import Data, hold
 from gsdd_jax.codecs import GaussianSpec, PixelSpec
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.match import DistributionSpec, distribution_loss
@@ -28,9 +29,9 @@ def digits() -> data.Dataset:
 
 
 @pytest.fixture(scope="module")
-def on_device(digits) -> distill.DeviceData:
-    table = data.class_table(digits.train_labels, CLASSES)
-    return distill.DeviceData(jnp.asarray(digits.train_images), table, whiten.fit("meanstd", digits.train_images))
+def on_device(digits) -> Data:
+    held = hold(digits.train_images, digits.train_labels, CLASSES)
+    return Data(whiten.fit("meanstd", digits.train_images), held, {})
 
 
 def make_codec(**changes) -> codecs.Codec:
@@ -38,13 +39,23 @@ def make_codec(**changes) -> codecs.Codec:
     return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=GPC * POINTS * 7 * 2)
 
 
+def make_objective(codec, **settings):
+    spec = DistributionSpec(**{"batch_real": 6} | settings)
+    return match.make(spec, codec=codec, network=NETWORK, augment=AUGMENT)
+
+
 def make_step(codec, **objective):
-    spec = DistributionSpec(**{"batch_real": 6} | objective)
-    return distill.make_step(codec, spec, network=NETWORK, augment=AUGMENT, transform=whiten.apply)
+    return distillation.make_step(make_objective(codec, **objective))
 
 
 def init_state(codec, params):
-    return distill.init_state(codec, params, DistributionSpec(), NETWORK)
+    return distillation.init_state(make_objective(codec), params)
+
+
+def keys_of(number):
+    """The keys of a step: of its first need, and of its loss."""
+    key_batch, key_loss, _ = jax.random.split(jax.random.fold_in(KEY, number), 3)
+    return jax.random.fold_in(key_batch, 0), key_loss
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +64,7 @@ def codec() -> codecs.Codec:
 
 
 @pytest.fixture(scope="module")
-def start(codec, digits) -> distill.State:
+def start(codec, digits) -> distillation.State:
     chosen = np.concatenate([np.flatnonzero(digits.train_labels == label)[:GPC] for label in range(CLASSES)])
     targets = jnp.asarray(digits.train_images[chosen], jnp.float32) / 255
     params = jax.jit(codec.init)(jax.random.key(0), targets)
@@ -91,15 +102,15 @@ def composed(codec, on_device):
     """``(params, number of the step) -> (loss, gradient)``, composed by hand from the parts."""
 
     def loss(params, number):
-        key_real, _, key_loss = jax.random.split(jax.random.fold_in(KEY, number), 3)
+        key_real, key_loss = keys_of(number)
+        _, key_loss = jax.random.split(key_loss)
         value = distribution_loss(
             key_loss,
-            on_device.images[data.sample_classes(key_real, on_device.table, 6)],
+            on_device.held.images[data.sample_classes(key_real, on_device.held.table, 6)],
             codec.decode(params).reshape(CLASSES, GPC, *SHAPE),
             network=NETWORK,
             augment=AUGMENT,
-            transform=whiten.apply,
-            transform_params=on_device.transform_params,
+            whitening=on_device.whitening,
             class_chunk=CLASSES,
         )
         return value - 0.1 * jnp.mean(jnp.log(1 - params.mean**2)), value
@@ -113,9 +124,7 @@ def composed(codec, on_device):
 
 def test_schedule_scales_the_update_and_nothing_else(codec, start, step, on_device):
     plain, _ = step(start, on_device, KEY)
-    spec = DistributionSpec(batch_real=6)
-    parts = {"network": NETWORK, "augment": AUGMENT, "transform": whiten.apply}
-    scheduled = jax.jit(distill.make_step(codec, spec, **parts, schedule=lambda taken: 0.25 / (1 + taken)))
+    scheduled = jax.jit(distillation.make_step(make_objective(codec), schedule=lambda taken: 0.25 / (1 + taken)))
     first, _ = scheduled(start, on_device, KEY)
     np.testing.assert_allclose(
         first.params.color - start.params.color, 0.25 * (plain.params.color - start.params.color), rtol=0, atol=1e-6
@@ -220,9 +229,8 @@ def test_large_steps_are_projected_compile_once_and_donate_their_state(start, on
 
 
 def test_host_batches_give_the_step_of_the_same_images_on_the_device(codec, start, step, on_device):
-    key_real = jax.random.split(jax.random.fold_in(KEY, 0), 3)[0]
-    images = on_device.images[data.sample_classes(key_real, on_device.table, 6)]
-    batch = distill.HostBatch(jnp.asarray(np.asarray(images)), on_device.transform_params)
+    images = on_device.held.images[data.sample_classes(keys_of(0)[0], on_device.held.table, 6)]
+    batch = Data(on_device.whitening, None, {"real": jnp.asarray(np.asarray(images))})
     by_host, host_metrics = jax.jit(make_step(codec))(start, batch, KEY)
     by_device, metrics = step(start, on_device, KEY)
     assert host_metrics["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-5)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gsdd_jax import whiten
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match import distribution_loss
 from gsdd_jax.nets import NetSpec, build
@@ -17,8 +18,7 @@ ACTIVE = DsaSpec(strategy="color_crop_cutout_scale_rotate")
 MEAN, STD = np.array([0.4, 0.6], np.float32), np.array([0.2, 0.3], np.float32)
 
 
-def standardize(params, images):
-    return (images - params[0]) / params[1]
+NORMAL = whiten.MeanStd(MEAN, STD)
 
 
 def pictures(seed, *shape) -> np.ndarray:
@@ -33,15 +33,14 @@ SYN = pictures(1, CLASSES, 4).astype(np.float32) / 255
 
 
 def jitted(augment=NONE, class_chunk=1):
-    def loss(key, real, syn, transform_params=(MEAN, STD)):
+    def loss(key, real, syn, constants=(MEAN, STD)):
         return distribution_loss(
             key,
             real,
             syn,
             network=NETWORK,
             augment=augment,
-            transform=standardize,
-            transform_params=transform_params,
+            whitening=whiten.MeanStd(*constants),
             class_chunk=class_chunk,
         )
 
@@ -190,8 +189,7 @@ def test_real_images_get_no_gradient():
             syn,
             network=NETWORK,
             augment=NONE,
-            transform=standardize,
-            transform_params=(MEAN, STD),
+            whitening=NORMAL,
             class_chunk=2,
         )
 

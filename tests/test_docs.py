@@ -12,16 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 USE = """
 import jax, jax.numpy as jnp, numpy as np
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, fit
+from gsdd_jax import SynSet, codecs, fitting
 from train import config
 spec = config.load("configs/digits.yaml", ["codec={name: tinted, lr: 0.02}"]).codec
 assert (type(spec).__name__, spec.lr, gsdd_jax.__file__) == ("TintedSpec", 0.02, FILE)
 codec = codecs.make(spec, image_shape=(6, 8, 3), num_classes=2, bytes_per_class=100)
 assert codec.images_per_class == 3 and codec.nbytes(codec.init(None, jnp.ones((6, 6, 8, 3)))) == 180
 images = jnp.asarray(np.random.default_rng(0).uniform(0.2, 1, (6, 6, 8, 3)), jnp.float32)
-state = fit.init_fit(jax.random.key(0), images, codec=codec, steps=20)
+state = fitting.init_fit(jax.random.key(0), images, codec=codec, steps=20)
 error = lambda params: float(jnp.mean((codec.decode(params) - images) ** 2))
-fitted, _ = jax.jit(lambda s: fit.fit_steps(s, images, codec=codec, steps=20, count=20))(state)
+fitted, _ = jax.jit(lambda s: fitting.fit_steps(s, images, codec=codec, steps=20, count=20))(state)
 assert error(fitted.params) < error(state.params)
 SynSet(codec, fitted.params, 100, ("a", "b")).save("set")
 read = gsdd_jax.load("set")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gsdd_jax import codecs, data, ddranking, synset
-from gsdd_jax import evaluate as library
-from gsdd_jax.evaluate import EvalSpec
+from gsdd_jax import evaluation as library
+from gsdd_jax.evaluation import EvalSpec
 from train import evaluate
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
@@ -75,7 +75,7 @@ def mock(monkeypatch):
         hits = np.zeros((len(keys), 10), np.int32)
         return library.Tested(np.full(len(keys), answer, np.float32), hits)
 
-    monkeypatch.setattr(library, "evaluate_by_class", fake)
+    monkeypatch.setattr(library, "evaluate_networks", fake)
     return mock
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from gsdd_jax import data
 from gsdd_jax.codecs import PixelSpec
-from gsdd_jax.fit import FitSpec
+from gsdd_jax.fitting import FitSpec
 from train import config as configs
 from train import distill, evaluation, results, stages, tune
 from train import experiment as experiments

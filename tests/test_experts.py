@@ -31,6 +31,8 @@ SPEC = ExpertSpec(count=5, batch=16, lr=0.05, group=2)
 AUGMENT = DsaSpec(strategy="color")
 NONE = DsaSpec(strategy="none")
 
+SHIFTED = jax.tree_util.Partial(lambda shift, x: x - shift, jnp.float32(0.5))
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -126,8 +128,7 @@ def test_epoch_is_sgd_over_a_permutation_with_a_short_last_batch(n, batch):
         network=network,
         augment=NONE,
         batch=batch,
-        transform=lambda shift, x: x - shift,
-        transform_params=jnp.float32(0.5),
+        whitening=SHIFTED,
     )
     np.testing.assert_allclose(after, flatten(params), rtol=1e-5, atol=1e-6)
     assert loss == pytest.approx(np.mean(losses), rel=1e-5)
@@ -199,11 +200,9 @@ def test_method_and_group_change_an_expert_by_rounding_only(tmp_path, opened, di
         np.testing.assert_allclose(other.row(expert, EPOCHS), opened.row(expert, EPOCHS), atol=1e-5)
 
 
-def test_a_transform_works_as_on_images_prepared_beforehand(tmp_path, digits, origin):
+def test_a_whitening_works_as_on_images_prepared_beforehand(tmp_path, digits, origin):
     spec = dataclasses.replace(SPEC, count=1)
-    batchwise = train(
-        tmp_path / "a", digits, origin, spec, transform=lambda shift, x: x - shift, transform_params=jnp.float32(0.5)
-    )
+    batchwise = train(tmp_path / "a", digits, origin, spec, whitening=SHIFTED)
     prepared = digits._replace(train_images=digits.train_images.astype(np.float32) / 255 - 0.5)
     beforehand = train(tmp_path / "b", prepared, origin, spec)
     np.testing.assert_allclose(batchwise.row(0, EPOCHS), beforehand.row(0, EPOCHS), atol=1e-6)

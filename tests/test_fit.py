@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax import codecs, data, fit
+from gsdd_jax import codecs, data, fitting
 from gsdd_jax.codecs import GaussianSpec, PixelSpec
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
@@ -21,7 +21,7 @@ def digits() -> data.Dataset:
 
 @pytest.fixture(scope="module")
 def targets(digits) -> jax.Array:
-    chosen = fit.select_images(jax.random.key(0), digits.train_labels, 1, how="first", num_classes=10)
+    chosen = fitting.select_images(jax.random.key(0), digits.train_labels, 1, how="first", num_classes=10)
     return jnp.asarray(digits.train_images[chosen[:4]], jnp.float32) / 255
 
 
@@ -32,18 +32,18 @@ def codec() -> codecs.Codec:
 
 
 @pytest.fixture(scope="module")
-def start(codec, targets) -> fit.FitState:
-    return jax.jit(lambda x: fit.init_fit(jax.random.key(1), x, codec=codec, steps=STEPS))(targets)
+def start(codec, targets) -> fitting.FitState:
+    return jax.jit(lambda x: fitting.init_fit(jax.random.key(1), x, codec=codec, steps=STEPS))(targets)
 
 
 @pytest.fixture(scope="module")
 def advance(codec):
     """``(state, targets, count) -> (state, psnr)``, compiled once."""
-    return jax.jit(lambda state, x, count: fit.fit_steps(state, x, codec=codec, steps=STEPS, count=count))
+    return jax.jit(lambda state, x, count: fitting.fit_steps(state, x, codec=codec, steps=STEPS, count=count))
 
 
 @pytest.fixture(scope="module")
-def fitted(advance, start, targets) -> fit.FitState:
+def fitted(advance, start, targets) -> fitting.FitState:
     return advance(start, targets, STEPS)[0]
 
 
@@ -62,7 +62,7 @@ def test_fit_lowers_the_error_of_every_image(codec, start, fitted, targets):
 
 def test_fit_of_digits_reaches_a_floor(codec, fitted, targets):
     # Measured: 23.7, 29.8, 26.0 and 23.3 dB (CPU).
-    psnr = np.asarray(fit.psnr(jax.jit(codec.decode)(fitted.params), targets))
+    psnr = np.asarray(fitting.psnr(jax.jit(codec.decode)(fitted.params), targets))
     assert psnr.mean() > 24.5 and psnr.min() > 22
 
 
@@ -83,8 +83,8 @@ def test_one_image_by_itself_is_fitted_as_in_the_batch(codec, start, fitted, tar
         dataclasses.replace(codec.spec, gpc=1), image_shape=(8, 8, 1), num_classes=2, bytes_per_class=POINTS * 14
     )
     params = start.params[jnp.array([2])]
-    state = fit.FitState(params, single.fitter(STEPS).init(params), jnp.zeros((), jnp.int32))
-    alone, _ = jax.jit(lambda s: fit.fit_steps(s, targets[2:3], codec=single, steps=STEPS, count=STEPS))(state)
+    state = fitting.FitState(params, single.fitter(STEPS).init(params), jnp.zeros((), jnp.int32))
+    alone, _ = jax.jit(lambda s: fitting.fit_steps(s, targets[2:3], codec=single, steps=STEPS, count=STEPS))(state)
     for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(fitted.params), strict=True):
         np.testing.assert_allclose(a[0], b[2], rtol=0, atol=1e-4)
 
@@ -116,8 +116,8 @@ def test_fit_keeps_centers_inside(fitted):
 def test_pixels_fit_in_no_steps(digits):
     codec = codecs.make(PixelSpec(), image_shape=(8, 8, 1), num_classes=2, bytes_per_class=256)
     targets = jnp.asarray(digits.train_images[:2], jnp.float32) / 255
-    state = fit.init_fit(jax.random.key(0), targets, codec=codec, steps=3)
-    state, psnr = jax.jit(lambda s: fit.fit_steps(s, targets, codec=codec, steps=3, count=3))(state)
+    state = fitting.init_fit(jax.random.key(0), targets, codec=codec, steps=3)
+    state, psnr = jax.jit(lambda s: fitting.fit_steps(s, targets, codec=codec, steps=3, count=3))(state)
     np.testing.assert_array_equal(state.params["images"], targets)
     assert psnr == pytest.approx(120)
 
@@ -127,16 +127,16 @@ def test_psnr_by_hand():
     images = targets.copy()
     images[0] = 0.1  # mse 0.01
     images[1, 0, 0] = 1  # mse 1/4
-    np.testing.assert_allclose(fit.psnr(images, targets), [20, 10 * math.log10(4), 120], rtol=1e-5)
+    np.testing.assert_allclose(fitting.psnr(images, targets), [20, 10 * math.log10(4), 120], rtol=1e-5)
 
 
 def test_psnr_does_not_clamp_images():
-    assert fit.psnr(np.full((1, 2, 2, 1), 2.0, np.float32), np.ones((1, 2, 2, 1), np.float32))[0] == 0
+    assert fitting.psnr(np.full((1, 2, 2, 1), 2.0, np.float32), np.ones((1, 2, 2, 1), np.float32))[0] == 0
 
 
 def test_solid_targets_are_copies_of_the_mean_color():
     images = np.random.default_rng(0).integers(0, 256, (50, 4, 5, 3), np.uint8)
-    solid = np.asarray(fit.solid_targets(images, 7))
+    solid = np.asarray(fitting.solid_targets(images, 7))
     assert solid.shape == (7, 4, 5, 3) and solid.dtype == np.float32
     np.testing.assert_allclose(
         solid, np.broadcast_to(images.astype(np.float64).mean((0, 1, 2)) / 255, solid.shape), rtol=1e-6
@@ -156,7 +156,7 @@ def blobs() -> np.ndarray:
 
 def select(how, per_class=2, seed=0, **options) -> np.ndarray:
     options = {"features": blobs()} | options if how == "kmeans" else options
-    return fit.select_images(jax.random.key(seed), LABELS, per_class, how=how, num_classes=3, **options)
+    return fitting.select_images(jax.random.key(seed), LABELS, per_class, how=how, num_classes=3, **options)
 
 
 @pytest.mark.parametrize("how", ["random", "first", "kmeans"])

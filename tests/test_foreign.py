@@ -12,10 +12,11 @@ import optax
 import pytest
 from annotated_types import Gt
 from command_line import ROOT
+from objectives import data_of
 from typing_extensions import Doc
 
 import gsdd_jax
-from gsdd_jax import codecs, distill, evaluate, nets, whiten
+from gsdd_jax import codecs, distillation, evaluation, match, nets, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs.base import Codec, unpacked_layout
 from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec, distribution_loss, gradient_loss
@@ -93,7 +94,7 @@ def network(apply=None, init=None, classes=CLASSES):
 
 
 NORMAL = whiten.MeanStd(jnp.full(1, 0.3), jnp.full(1, 0.4))
-SETTINGS = {"augment": DsaSpec(strategy="none"), "transform": whiten.apply}
+SETTINGS = {"augment": DsaSpec(strategy="none")}
 OBJECTIVES = {
     "distribution": DistributionSpec(batch_real=4),
     "gradient": GradientSpec(batch_real=4, outer_loop=2, inner_loop=1),
@@ -101,24 +102,18 @@ OBJECTIVES = {
 }
 
 
-def data_for(objective, net):
-    rng = np.random.default_rng(0)
-    real = distill.device_data(rng.integers(0, 256, (12, *SHAPE), np.uint8), np.arange(12) % CLASSES, CLASSES, NORMAL)
-    if not isinstance(objective, TrajectorySpec):
-        return real
-    start = jnp.asarray(rng.normal(0, 0.2, (1, net.num_params)), jnp.float32)
-    return distill.MmdBatch(distill.ExpertBatch(start, start + 0.02, NORMAL), real, None)
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_of_every_objective_moves_a_foreign_codec_by_a_foreign_network(name):
     codec, net, objective = make(FlatSpec(), SHAPE, CLASSES, 256), network(), OBJECTIVES[name]
     # With the MMD term beside trajectory matching.
     mmd = MmdSpec(weight=float(name == "trajectory"), samples=2)
-    step = distill.make_step(codec, objective, network=net, mmd=mmd, **SETTINGS)
+    objective = match.make(objective, codec=codec, network=net, mmd=mmd, **SETTINGS)
+    step = distillation.make_step(objective)
     images = np.random.default_rng(1).uniform(size=(codec.num_images, *SHAPE)).astype(np.float32)
-    state = distill.init_state(codec, codec.init(None, jnp.asarray(images)), objective, net)
-    moved, metrics = jax.jit(step)(state, data_for(objective, net), jax.random.key(0))
+    state = distillation.init_state(objective, codec.init(None, jnp.asarray(images)))
+    real = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), np.uint8)
+    data = data_of(objective, real, np.arange(12) % CLASSES, NORMAL)
+    moved, metrics = jax.jit(step)(state, data, jax.random.key(0))
     assert float(metrics["loss"]) > 1e-3 and float(metrics["grad_norm"]) > 1e-4
     assert all((moved.params[leaf] != state.params[leaf]).any() for leaf in ("small", "shift"))
 
@@ -127,11 +122,11 @@ def test_a_foreign_network_is_trained_and_tested():
     images = np.zeros((6, *SHAPE), np.float32)
     labels = np.arange(6) % CLASSES
     images[np.arange(6), labels] = 1
-    found = evaluate.evaluate(
+    found = evaluation.evaluate_networks(
         jax.random.split(jax.random.key(1), 1), images, labels, images, labels, network=network(),
-        spec=evaluate.EvalSpec(steps=100, lr=0.1), augment=DsaSpec(strategy="none"),
+        spec=evaluation.EvalSpec(steps=100, lr=0.1), augment=DsaSpec(strategy="none"),
     )  # fmt: skip
-    assert found.tolist() == [1.0]
+    assert found.accuracies.tolist() == [1.0]
 
 
 WRONG = {
@@ -148,19 +143,19 @@ def test_outputs_that_are_no_logits_and_features_are_refused_by_every_user_of_a_
     wrong, good = network(apply), network()
     # Two images, as many as there are outputs: a batch of logits must not be taken for a pair.
     syn, real = jnp.zeros((CLASSES, 2, *SHAPE)), jnp.zeros((CLASSES, 2, *SHAPE), jnp.uint8)
-    settings = {**SETTINGS, "transform_params": NORMAL, "network": wrong, "class_chunk": 1}
+    settings = {**SETTINGS, "whitening": NORMAL, "network": wrong, "class_chunk": 1}
     images, labels = jnp.zeros((2, *SHAPE)), jnp.arange(2)
     params = good.init(jax.random.key(0))
     calls = {
         "distribution": lambda: distribution_loss(jax.random.key(0), real, syn, **settings),
         "gradient": lambda: gradient_loss(jax.random.key(0), real, syn, params=params, **settings),
-        "accuracy": lambda: evaluate.accuracy(params, images, labels, network=wrong),
-        "train_network": lambda: evaluate.train_network(
-            jax.random.key(0), images, labels, network=wrong, spec=evaluate.EvalSpec(steps=1), augment=DsaSpec()
+        "accuracy": lambda: evaluation.accuracy(params, images, labels, network=wrong),
+        "train_network": lambda: evaluation.train_network(
+            jax.random.key(0), images, labels, network=wrong, spec=evaluation.EvalSpec(steps=1), augment=DsaSpec()
         ),
         "label": lambda: gsdd_jax.labels.label(jax.tree.map(lambda x: x[None], params), images, network=wrong),
-        "make_step": lambda: distill.make_step(
-            make(FlatSpec(), SHAPE, CLASSES, 256), OBJECTIVES["trajectory"], network=wrong, **SETTINGS
+        "make": lambda: match.make(
+            OBJECTIVES["trajectory"], codec=make(FlatSpec(), SHAPE, CLASSES, 256), network=wrong, **SETTINGS
         ),
     }
     for call in calls.values():

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import jax
@@ -7,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from gsdd_jax import codecs, data, distill, whiten
+from gsdd_jax import codecs, data, distillation, match, whiten
 from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.batches import Data, hold
 from gsdd_jax.codecs import PixelSpec
 from gsdd_jax.match import GradientSpec, gradient_loss
 from gsdd_jax.match.gradient import layerwise_distance, train_between
@@ -40,8 +40,7 @@ def loss(syn, real, params, *, augment=AUGMENT, class_chunk=2):
         params=params,
         network=NETWORK,
         augment=augment,
-        transform=whiten.apply,
-        transform_params=NORMAL,
+        whitening=NORMAL,
         class_chunk=class_chunk,
     )
 
@@ -100,7 +99,7 @@ def test_distance_has_a_finite_derivative_where_a_gradient_vanishes():
 def test_loss_is_the_sum_of_the_distances_of_the_classes_gradients():
     real, syn = batches()
     params = init(jax.random.key(1))
-    augmented = jax.jit(lambda key, images: dsa(key, whiten.apply(NORMAL, images), AUGMENT, siamese=True))
+    augmented = jax.jit(lambda key, images: dsa(key, NORMAL(images), AUGMENT, siamese=True))
     expected = 0.0
     for label, key in enumerate(jax.random.split(KEY, CLASSES)):
         gradients = []
@@ -145,7 +144,7 @@ def test_gradient_equals_finite_differences_in_float64():
 
 @functools.partial(jax.jit, static_argnames="spec")
 def train(params, images, labels, spec):
-    settings = {"network": NETWORK, "augment": NO_AUGMENT, "transform": whiten.apply, "transform_params": NORMAL}
+    settings = {"network": NETWORK, "augment": NO_AUGMENT, "whitening": NORMAL}
     return train_between(KEY, params, images, labels, spec=spec, **settings)
 
 
@@ -158,7 +157,7 @@ def test_a_full_batch_epoch_is_one_step_of_gradient_descent():
         found = train(params, images, labels, spec)
         wanted = params
         for _ in range(2):
-            slope = slope_of_cross_entropy(wanted, whiten.apply(NORMAL, images), labels)
+            slope = slope_of_cross_entropy(wanted, NORMAL(images), labels)
             wanted = jax.tree.map(lambda p, g: p - 0.1 * g, wanted, slope)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
@@ -171,7 +170,7 @@ def test_an_epoch_visits_every_image_in_batches_of_one_size():
     moved = train(params, images, labels, GradientSpec(inner_loop=1, net_lr=1e-3, net_batch=2))
     shift = np.asarray(moved["layers"]["linear"]["bias"] - params["layers"]["linear"]["bias"]) / 1e-3
     # Three steps of two images, each image once and one of them twice: sums of (one hot - softmax) / 2.
-    weights = jax.nn.softmax(NETWORK.apply(params, whiten.apply(NORMAL, images[:1]))[0])[0]
+    weights = jax.nn.softmax(NETWORK.apply(params, NORMAL(images[:1]))[0])[0]
     counts = (shift + 3 * weights) * 2
     np.testing.assert_allclose(counts.sum(), 6, atol=1e-2)
     assert np.all(np.abs(counts - np.round(counts)) < 2e-2)
@@ -191,7 +190,7 @@ def setting():
     full = data.load(data.DataSpec(per_class=20, test_limit=10))
     keep = full.train_labels < CLASSES
     images, labels = full.train_images[keep], full.train_labels[keep]
-    on_device = distill.DeviceData(jnp.asarray(images), data.class_table(labels, CLASSES), NORMAL)
+    on_device = Data(NORMAL, hold(images, labels, CLASSES), {})
     codec = codecs.make(
         PixelSpec(ipc=GPC), image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=GPC * 4 * int(np.prod(SHAPE))
     )
@@ -203,14 +202,15 @@ def setting():
 @functools.cache
 def outer_step(codec, spec):
     """Compiled once for all tests of one spec."""
-    return jax.jit(distill.make_step(codec, spec, network=NETWORK, augment=AUGMENT, transform=whiten.apply))
+    objective = match.make(spec, codec=codec, network=NETWORK, augment=AUGMENT)
+    return objective, jax.jit(distillation.make_step(objective))
 
 
 def steps(setting, count, *, start=None, **changes):
     codec, params, on_device = setting
     spec = GradientSpec(**{"batch_real": 4, "outer_loop": 3, "inner_loop": 2, "net_lr": 0.1} | changes)
-    step = outer_step(codec, spec)
-    state = distill.init_state(codec, params, spec, NETWORK) if start is None else start
+    objective, step = outer_step(codec, spec)
+    state = distillation.init_state(objective, params) if start is None else start
     states = []
     for _ in range(count):
         state, metrics = step(state, on_device, KEY)
@@ -229,20 +229,20 @@ def test_a_network_lives_for_its_iterations_and_learns_in_between(setting):
 
     @jax.jit
     def fit(state):
-        images = whiten.apply(NORMAL, codec.decode(state.params))
-        return cross_entropy(state.matcher, images, jnp.repeat(jnp.arange(CLASSES), GPC))
+        images = NORMAL(codec.decode(state.params))
+        return cross_entropy(state.carry.params, images, jnp.repeat(jnp.arange(CLASSES), GPC))
 
     losses = [float(fit(state)) for state, _ in states]
     # Trained after the first and second iteration; the third leaves it as it was; then another is born.
     assert losses[1] < losses[0] and abs(losses[2] - losses[1]) < 0.05
-    assert bits(states[1][0].matcher) == bits(states[2][0].matcher)
-    assert bits(states[2][0].matcher) != bits(states[3][0].matcher)
+    assert bits(states[1][0].carry.params) == bits(states[2][0].carry.params)
+    assert bits(states[2][0].carry.params) != bits(states[3][0].carry.params)
     assert losses[3] > losses[2]
 
 
 def test_a_single_iteration_carries_no_network(setting):
     (state, metrics), *_ = steps(setting, 1, outer_loop=1, inner_loop=1)
-    assert state.matcher == ()
+    assert state.carry == ()
     assert all(np.isfinite(float(value)) for value in metrics.values()) and float(metrics["grad_norm"]) > 0
 
 
@@ -255,7 +255,7 @@ def test_a_resumed_run_repeats_the_same_bits(setting):
 def test_matching_brings_the_loss_down(setting):
     codec, params, on_device = setting
     states = steps(setting, 40, outer_loop=1, inner_loop=1)
-    real = on_device.images[data.sample_classes(jax.random.key(9), on_device.table, 20)]
+    real = on_device.held.images[data.sample_classes(jax.random.key(9), on_device.held.table, 20)]
 
     def mean_loss(params):
         syn = codec.decode(params).reshape(CLASSES, GPC, *SHAPE)
@@ -266,10 +266,4 @@ def test_matching_brings_the_loss_down(setting):
 
 def test_loops_must_be_filled_in(setting):
     with pytest.raises(ValueError, match=r"objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc"):
-        distill.make_step(
-            setting[0],
-            dataclasses.replace(GradientSpec(), outer_loop=2),
-            network=NETWORK,
-            augment=AUGMENT,
-            transform=whiten.apply,
-        )
+        match.make(GradientSpec(outer_loop=2), codec=setting[0], network=NETWORK)

@@ -13,7 +13,7 @@ from command_line import assert_same, findings, refused, start
 
 import gsdd_jax
 from gsdd_jax import SynSet, codecs, labels, training
-from gsdd_jax import evaluate as library
+from gsdd_jax import evaluation as library
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import GaussianSpec, LatentSpec, PixelSpec
 from gsdd_jax.labels import LabelSpec
@@ -170,8 +170,7 @@ def test_labels_are_the_mean_softmax_of_the_teachers_whatever_the_batch():
             jnp.asarray(images, jnp.float32),
             network=LINEAR,
             temperature=0.5,
-            transform=lambda shift, x: x - shift,
-            transform_params=jnp.float32(0.5),
+            whitening=jax.tree_util.Partial(lambda shift, x: x - shift, jnp.float32(0.5)),
             batch=batch,
         )
         for batch in (3, 500)
@@ -456,7 +455,7 @@ def answers(monkeypatch):
         seen.append(np.asarray(labels))
         return library.Tested(np.full(len(keys), 0.5, np.float32), np.zeros((len(keys), 10), np.int32))
 
-    monkeypatch.setattr(library, "evaluate_by_class", fake)
+    monkeypatch.setattr(library, "evaluate_networks", fake)
     return seen
 
 

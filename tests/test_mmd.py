@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax import codecs, distill
+from gsdd_jax import codecs, distillation, match, whiten
 from gsdd_jax.augment import DsaSpec
+from gsdd_jax.batches import Data
 from gsdd_jax.codecs import LatentSpec, PixelSpec
 from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec
-from gsdd_jax.match.mmd import feature_mmd, mmd, mmd_loss
+from gsdd_jax.match.mmd import feature_mmd, mmd, mmd_loss, samples_of
 from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import NetSpec, build
 
@@ -128,13 +129,12 @@ RNG = np.random.default_rng(0)
 REAL = RNG.integers(0, 256, (CLASSES, 4, *SHAPE), dtype=np.uint8)
 
 
-def whitened(params, images):
-    return (images - 0.5) * params
+WHITENED = whiten.MeanStd(jnp.full(1, 0.5), jnp.full(1, 0.5))
 
 
 def features(images) -> np.ndarray:
     """Of the network with WEIGHTS, flattened."""
-    x = whitened(2.0, jnp.asarray(images, jnp.float32))
+    x = (jnp.asarray(images, jnp.float32) - 0.5) * 2
     return np.asarray(NETWORK.apply(flattener(NETWORK)[1](WEIGHTS), x)[1]).reshape(len(images), -1)
 
 
@@ -143,14 +143,10 @@ def of_features(real, syn) -> float:
     return sum(loop(features(a / np.float32(255)), features(b)) for a, b in zip(real, syn, strict=True))
 
 
-def settings():
-    return {"network": NETWORK, "transform": whitened}
-
-
 @jax.jit
 def distance(syn):
     unflatten = flattener(NETWORK)[1]
-    return feature_mmd(jnp.asarray(REAL), syn, unflatten(WEIGHTS), transform_params=2.0, **settings())
+    return feature_mmd(jnp.asarray(REAL), syn, unflatten(WEIGHTS), network=NETWORK, whitening=WHITENED)
 
 
 def test_the_distance_of_images_is_the_loop_over_pairs_of_their_features_summed_over_classes():
@@ -166,7 +162,7 @@ def test_its_gradient_is_that_of_all_classes_at_once():
     def direct(syn):
         def embed(images):
             params = flattener(NETWORK)[1](WEIGHTS)
-            return NETWORK.apply(params, whitened(2.0, images))[1].reshape(len(images), -1)
+            return NETWORK.apply(params, (images - 0.5) * 2)[1].reshape(len(images), -1)
 
         real = jnp.stack([embed(jnp.asarray(x, jnp.float32) / 255) for x in REAL])
         return mmd_loss(real, jnp.stack([embed(x) for x in syn]))
@@ -188,19 +184,28 @@ def pixels():
     return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=PER_CLASS * 256)
 
 
-def step_of(codec, objective, spec, weights=WEIGHTS, *, schedule=None):
+def objective_of(codec, spec, mmd):
+    """With the weights of an expert where there are experts."""
+    return match.make(spec, codec=codec, network=NETWORK, augment=DsaSpec(strategy="none"), mmd=mmd)
+
+
+def given(objective):
+    """Fixed images, and fixed weights in place of random ones."""
+    known = {
+        "real": jnp.asarray(REAL), "mmd_real": jnp.asarray(REAL), "mmd_weights": WEIGHTS,
+        "segments": jnp.stack([WEIGHTS, WEIGHTS + 0.01])[None],
+    }  # fmt: skip
+    needs = {*objective.needs, "mmd_weights"}
+    return Data(WHITENED, None, {name: value for name, value in known.items() if name in needs})
+
+
+def step_of(codec, objective, spec, *, schedule=None):
     """Takes one outer step from fixed images; returns the states around it and the metrics."""
-    step = distill.make_step(
-        codec, objective, augment=DsaSpec(strategy="none"), schedule=schedule, mmd=spec, **settings()
-    )
+    objective = objective_of(codec, objective, spec)
+    step = distillation.make_step(objective, schedule=schedule)
     images = jnp.asarray(np.random.default_rng(1).uniform(size=(codec.num_images, *SHAPE)), jnp.float32)
-    state = distill.init_state(codec, codec.init(jax.random.key(0), images), objective, NETWORK)
-    host = distill.HostBatch(jnp.asarray(REAL), 2.0)
-    matched = host
-    if isinstance(objective, TrajectorySpec):
-        matched = distill.ExpertBatch(WEIGHTS[None], WEIGHTS[None] + 0.01, 2.0)
-    batch = matched if spec is None or spec.weight == 0 else distill.MmdBatch(matched, host, weights)
-    after, metrics = jax.jit(step)(state, batch, jax.random.key(3))
+    state = distillation.init_state(objective, codec.init(jax.random.key(0), images))
+    after, metrics = jax.jit(step)(state, given(objective), jax.random.key(3))
     return state, after, metrics
 
 
@@ -244,14 +249,12 @@ def test_weight_zero_changes_no_bit():
 
 def test_without_given_weights_the_network_is_another_in_each_step():
     codec, objective, spec = pixels(), OBJECTIVES["distribution"], MmdSpec(weight=1.0, samples=4)
-    step = jax.jit(distill.make_step(codec, objective, augment=DsaSpec(strategy="none"), mmd=spec, **settings()))
+    objective = objective_of(codec, objective, spec)
+    step = jax.jit(distillation.make_step(objective))
     images = jnp.asarray(RNG.uniform(size=(codec.num_images, *SHAPE)), jnp.float32)
-    state = distill.init_state(codec, codec.init(None, images), objective, NETWORK)
-    host = distill.HostBatch(jnp.asarray(REAL), 2.0)
-    values = [
-        float(step(state._replace(step=jnp.int32(i)), distill.MmdBatch(host, host, None), jax.random.key(3))[1]["mmd"])
-        for i in range(3)
-    ]
+    state = distillation.init_state(objective, codec.init(None, images))
+    data = given(objective)._replace(drawn={"real": jnp.asarray(REAL), "mmd_real": jnp.asarray(REAL)})
+    values = [float(step(state._replace(step=jnp.int32(i)), data, jax.random.key(3))[1]["mmd"]) for i in range(3)]
     assert len(set(values)) == 3
 
 
@@ -262,13 +265,13 @@ def latents(**changes):
 
 def test_each_latent_is_drawn_as_often_as_makes_up_the_samples_and_images_without_noise_once():
     spec = MmdSpec(weight=1.0, samples=7)
-    assert distill.mmd_samples(latents(), spec) == (3, 2)
-    assert distill.mmd_samples(latents(sample=False), spec) == (1, 2)
-    assert distill.mmd_samples(latents(), MmdSpec(samples=2)) == (1, 2)
-    assert distill.mmd_samples(pixels(), MmdSpec(samples=2)) == (1, 2)
+    assert samples_of(latents(), spec) == (3, 2)
+    assert samples_of(latents(sample=False), spec) == (1, 2)
+    assert samples_of(latents(), MmdSpec(samples=2)) == (1, 2)
+    assert samples_of(pixels(), MmdSpec(samples=2)) == (1, 2)
     one = PixelSpec(ipc=1)
     with pytest.raises(ValueError, match="mmd.weight: the term needs 2 synthetic images per class, the pixel codec"):
-        distill.mmd_samples(codecs.make(one, image_shape=SHAPE, num_classes=2, bytes_per_class=256), spec)
+        samples_of(codecs.make(one, image_shape=SHAPE, num_classes=2, bytes_per_class=256), spec)
 
 
 def test_the_term_trains_log_variances_by_samples_that_differ():

@@ -14,7 +14,7 @@ from safetensors.flax import load_file, save_file
 
 import gsdd_jax
 from benchmarks import packed_psnr
-from gsdd_jax import SynSet, codecs, fit, packing, storage
+from gsdd_jax import SynSet, codecs, fitting, packing, storage
 from gsdd_jax.codecs import PackedGaussianSpec, packed
 from gsdd_jax.codecs.packed import PackedGaussians
 from gsdd_jax.gaussians import Gaussians, to_pixels
@@ -188,8 +188,8 @@ def test_what_is_trained_is_what_the_file_shows_bit_by_bit(ranges, order, tmp_pa
     spec = PackedGaussianSpec(gpc=2, num_points=7, order=order, ranges=ranges)
     codec = make(spec)
     images = jnp.asarray(np.random.default_rng(3).uniform(0, 1, (4, *SIZE, 3)), jnp.float32)
-    state = jax.jit(lambda x: fit.init_fit(jax.random.key(0), x, codec=codec, steps=30))(images)
-    state, _ = jax.jit(lambda s, x: fit.fit_steps(s, x, codec=codec, steps=30, count=30))(state, images)
+    state = jax.jit(lambda x: fitting.init_fit(jax.random.key(0), x, codec=codec, steps=30))(images)
+    state, _ = jax.jit(lambda s, x: fitting.fit_steps(s, x, codec=codec, steps=30, count=30))(state, images)
     params = state.params
     if ranges == "learned":
         assert (params.step != codec.init(jax.random.key(0), images).step).all()

@@ -17,13 +17,14 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
-from gsdd_jax import codecs, distill, nets, parallel, whiten
+from gsdd_jax import codecs, distillation, match, nets, parallel, whiten
 from gsdd_jax.augment import DsaSpec
+from gsdd_jax.batches import Data, batches, hold
 from gsdd_jax.codecs import GaussianSpec, LatentSpec
 from gsdd_jax.data import HostSampler
 from gsdd_jax.data.sampling import ClassTable, class_index, class_table, sample_classes
-from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, ObjectiveSpec, TrajectorySpec
-from gsdd_jax.parallel import Share
+from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec
+from gsdd_jax.parallel import Shard
 from kernels import compute_capability
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ GRADIENT_BOUND, LEAF_BOUND = 1e-6, 4e-6
 
 class Case(NamedTuple):
     codec: Any
-    objective: ObjectiveSpec
+    objective: Any
     mmd: MmdSpec | None = None
     devices: tuple[int, ...] = (DEVICES,)
     host: bool = False
@@ -85,49 +86,38 @@ def make_codec(spec) -> codecs.Codec:
 # In the process with several devices
 
 
-def batches(case: Case, mesh) -> list[distill.Data]:
-    """The data of each step."""
+def data_of_steps(case: Case, mesh) -> list[Data]:
+    """The data of each step, with random weights in place of those of experts."""
     images, labels = make_images(COUNTS)
-    whitening = whiten.fit("meanstd", images)
-    held = distill.device_data(images, labels, CLASSES, whitening, mesh)
-    put, alike = jnp.asarray, whitening
-    if mesh is not None:
-        put, alike = lambda rows: parallel.sharded(rows, mesh), parallel.replicated(whitening, mesh)
-    classes = None if mesh is None else parallel.own_classes(CLASSES, mesh).reshape(-1) % CLASSES
-
-    def drawn(step: int, count: int, seed: int) -> distill.HostBatch:
-        sampler = HostSampler(images, labels, num_classes=CLASSES, batch=count, seed=seed, classes=classes)
-        return distill.HostBatch(put(sampler.batch(step)), alike)
-
-    found: list[distill.Data] = []
-    for step in range(STEPS):
-        data: Any = drawn(step, REAL, seed=1) if case.host else held
-        weights = None
-        if isinstance(case.objective, TrajectorySpec):
-            rng = np.random.default_rng(step)
-            first = 0.1 * rng.standard_normal(NETWORK.num_params)
-            start = first + 0.01 * rng.standard_normal((case.objective.segments, len(first)))
-            target = start + 0.05 * rng.standard_normal(start.shape)
-            data = distill.ExpertBatch(put(start.astype(np.float32)), put(target.astype(np.float32)), alike)
-            weights = np.float32(first)
-            weights = jnp.asarray(weights) if mesh is None else parallel.replicated(weights, mesh)
-        if case.mmd is not None:
-            data = distill.MmdBatch(data, drawn(step, case.mmd.samples, seed=2) if case.host else held, weights)
-        found.append(data)
+    needs = make_objective(case).needs
+    source = match.Source(images, labels, CLASSES, whiten.fit("meanstd", images), 1)
+    ours = {name: need for name, need in needs.items() if isinstance(need, match.RealImages)}
+    stream = batches(ours, source, last=STEPS, mesh=mesh, on_host=case.host)
+    found = []
+    for step, data in enumerate(stream):
+        rng = np.random.default_rng(step)
+        first = 0.1 * rng.standard_normal(NETWORK.num_params)
+        start = first + 0.01 * rng.standard_normal((DEVICES, len(first)))
+        segments = np.stack([start, start + 0.05 * rng.standard_normal(start.shape)], 1)
+        weights = {"segments": segments, "mmd_weights": first}
+        others = {name: need.put(np.float32(weights[name]), mesh) for name, need in needs.items() if name not in ours}
+        found.append(data._replace(drawn={**data.drawn, **others}))
     return found
 
 
+def make_objective(case: Case) -> match.Objective:
+    return match.make(case.objective, codec=make_codec(case.codec), network=NETWORK, augment=AUGMENT, mmd=case.mmd)
+
+
 def make_step(case: Case, mesh):
-    codec = make_codec(case.codec)
-    parts = {"network": NETWORK, "augment": AUGMENT, "transform": whiten.apply}
-    return jax.jit(distill.make_step(codec, case.objective, **parts, mmd=case.mmd, mesh=mesh))
+    return jax.jit(distillation.make_step(make_objective(case), mesh=mesh))
 
 
 def make_start(case: Case, mesh):
     codec = make_codec(case.codec)
     targets = np.random.default_rng(1).random((codec.num_images, *SHAPE)).astype(np.float32)
     params = jax.jit(codec.init)(jax.random.key(0), targets)
-    start = distill.init_state(codec, params, case.objective, NETWORK), jax.random.key(7)
+    start = distillation.init_state(make_objective(case), params), jax.random.key(7)
     return start if mesh is None else parallel.replicated(start, mesh)
 
 
@@ -139,7 +129,7 @@ def named(tree, prefix: str) -> dict[str, np.ndarray]:
 def take_steps(case: Case, step, mesh, prefix: str) -> dict[str, np.ndarray]:
     state, key = make_start(case, mesh)
     found = {}
-    for number, data in enumerate(batches(case, mesh)):
+    for number, data in enumerate(data_of_steps(case, mesh)):
         state, metrics = step(state, data, key)
         found |= named((state, metrics) if mesh is None else parallel.local((state, metrics)), f"{prefix}/{number}")
     return found
@@ -149,7 +139,7 @@ def place(devices: int) -> dict[str, np.ndarray]:
     """What each device holds of a training set, device by device."""
     mesh = parallel.mesh_of(devices)
     images, labels = make_images(MANY)
-    data = distill.device_data(images, labels, len(MANY), whiten.fit("meanstd", images), mesh)
+    data = hold(images, labels, len(MANY), mesh)
     found = {}
     for name, array in {"images": data.images, "index": data.table.index, "count": data.table.count}.items():
         by_device = {shard.device: np.asarray(shard.data) for shard in array.addressable_shards}
@@ -168,7 +158,9 @@ def lowered_calls() -> dict[str, int] | str:
         state, key = make_start(case, mesh)
         with compute_capability(90):
             lowered = (
-                make_step(case, mesh).trace(state, batches(case, mesh)[0], key).lower(lowering_platforms=("cuda",))
+                make_step(case, mesh)
+                .trace(state, data_of_steps(case, mesh)[0], key)
+                .lower(lowering_platforms=("cuda",))
             )
         found["one" if mesh is None else "all"] = lowered.as_text().count("custom_call @triton_kernel_call")
     return found
@@ -227,7 +219,7 @@ RUNS = [pytest.param(name, devices, id=f"{name}-{devices}") for name, c in CASES
 @pytest.mark.parametrize(("case", "devices"), RUNS)
 def test_the_gradient_is_that_of_one_device(arrays, case, devices):
     found, expected = of_run(arrays, case, devices, 0), of_run(arrays, case, 1, 0)
-    leaves = [name for name in expected if name.startswith("0/opt_state/0/trace/")]
+    leaves = [name for name in expected if name.startswith("0/opt_state/0/0/trace/")]
     assert leaves and all(np.linalg.norm(expected[name]) > 0 for name in leaves)
     found, expected = (np.concatenate([run[name].reshape(-1) for name in leaves]) for run in (found, expected))
     assert relative(found, expected) <= GRADIENT_BOUND
@@ -243,11 +235,11 @@ def test_every_leaf_of_the_state_and_every_metric_is_that_of_one_device(arrays, 
 
 def test_the_network_of_gradient_matching_is_trained_between_the_steps(arrays):
     before, after = (
-        {n: x for n, x in of_run(arrays, "gradient", DEVICES, s).items() if "matcher" in n} for s in (0, 1)
+        {n: x for n, x in of_run(arrays, "gradient", DEVICES, s).items() if "carry/params" in n} for s in (0, 1)
     )
     # The second step is the last of its life, and hands on the weights that it matched at: those after the training.
     assert before and all(np.array_equal(before[name], after[name]) for name in before)
-    assert any(np.any(x != 0) and np.any(x != 1) for name, x in before.items() if "norm0" in name)
+    assert any(np.any(x != 0) and np.any(x != 1) for name, x in before.items() if "bias" in name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -290,12 +282,12 @@ def test_the_step_of_several_devices_lowers_for_cuda_with_the_kernels(folder):
 @pytest.mark.parametrize(
     ("first", "expected"), [(0, [0, 1]), (2, [2, 3]), (4, [4, 0]), (6, [1, 2])], ids=["0", "2", "last", "filling up"]
 )
-def test_a_share_takes_the_rows_of_its_classes_and_fills_up_from_the_first(first, expected):
-    share = Share(own=2, total=5, first=first)
-    assert share.classes.tolist() == [first, first + 1]
+def test_a_shard_takes_the_rows_of_its_classes_and_fills_up_from_the_first(first, expected):
+    shard = Shard(own=2, total=5, first=first)
+    assert shard.classes.tolist() == [first, first + 1]
     rows = jnp.arange(10).reshape(5, 2)
-    np.testing.assert_array_equal(share.take(rows), rows[jnp.array(expected)])
-    assert parallel.whole(5).take(rows) is rows
+    np.testing.assert_array_equal(shard.take(rows), rows[jnp.array(expected)])
+    assert parallel.unsharded(5).take(rows) is rows
 
 
 @pytest.mark.parametrize(("classes", "devices", "own"), [(10, 1, 10), (10, 5, 2), (10, 8, 2), (10, 3, 4), (5, 8, 1)])
@@ -303,14 +295,14 @@ def test_classes_are_shared_out_evenly_and_rounded_up(classes, devices, own):
     assert parallel.per_device(classes, devices) == own
 
 
-def test_draws_of_a_share_are_rows_of_the_draws_of_all():
+def test_draws_of_a_shard_are_rows_of_the_draws_of_all():
     table = class_table(make_images(COUNTS)[1], CLASSES)
     whole = sample_classes(jax.random.key(3), table, REAL)
     for first in (0, 2, 4):
-        share = Share(own=2, total=CLASSES, first=first)
-        part = ClassTable(share.take(table.index), share.take(table.count))
-        drawn = sample_classes(jax.random.key(3), part, REAL, share)
-        np.testing.assert_array_equal(drawn, share.take(whole))
+        shard = Shard(own=2, total=CLASSES, first=first)
+        part = ClassTable(shard.take(table.index), shard.take(table.count))
+        drawn = sample_classes(jax.random.key(3), part, REAL, shard)
+        np.testing.assert_array_equal(drawn, shard.take(whole))
 
 
 def test_a_host_sampler_of_some_classes_gives_their_rows_of_the_whole_batch():

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax import codecs, data, distill, experts, fit, labels, pixels, training, whiten
-from gsdd_jax import evaluate as evaluation
+from gsdd_jax import codecs, data, distillation, evaluation, experts, fitting, labels, pixels, training, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.match import distribution_loss, feature_mmd, gradient_loss
 from gsdd_jax.nets import NetSpec, build
@@ -25,7 +24,7 @@ PARAMS = NETWORK.init(KEY)
 THETA = experts.flattener(NETWORK)[0](PARAMS)
 WHITENING = whiten.fit("meanstd", IMAGES)
 PLAIN = DsaSpec(strategy="none")
-TRANSFORM = {"transform": whiten.apply, "transform_params": WHITENING}
+TRANSFORM = {"whitening": WHITENING}
 LOSS = {"network": NETWORK, **TRANSFORM}
 
 
@@ -39,18 +38,18 @@ def _pixel_codec() -> codecs.Codec:
 
 
 def _moved(images: np.ndarray) -> jax.Array:
-    state = fit.init_fit(KEY, IMAGES, codec=_pixel_codec(), steps=1)
-    return fit.fit_steps(state, images, codec=_pixel_codec(), steps=1, count=1)[1]
+    state = fitting.init_fit(KEY, IMAGES, codec=_pixel_codec(), steps=1)
+    return fitting.fit_steps(state, images, codec=_pixel_codec(), steps=1, count=1)[1]
 
 
 # What takes real images, and what it makes of them.
 REAL = {
     "whiten.fit": lambda x: whiten.fit("meanstd", x).std,
-    "device_data": lambda x: pixels.as_float(distill.device_data(x, LABELS, 2, None).images),
+    "device_data": lambda x: pixels.as_float(distillation.device_data(x, LABELS, 2, None).images),
     "HostSampler": lambda x: pixels.as_float(
         data.HostSampler(x, LABELS, num_classes=2, batch=2, seed=0).batch(0), "batch"
     ),
-    "solid_targets": lambda x: fit.solid_targets(x, 2),
+    "solid_targets": lambda x: fitting.solid_targets(x, 2),
     "data.check": lambda x: pixels.as_float(data.check(data.Dataset("toy", x, LABELS, x, LABELS, ("a", "b")))[1]),
     "accuracy": lambda x: evaluation.accuracy(PARAMS, x, jnp.asarray(LABELS), **LOSS),
 }
@@ -60,10 +59,10 @@ ANY = {
     "gradient_loss": jax.jit(lambda x: _loss(gradient_loss, x, augment=PLAIN, class_chunk=1, params=PARAMS)),
     "feature_mmd": jax.jit(lambda x: _loss(feature_mmd, x, params=PARAMS)),
     "codec.init": lambda x: _pixel_codec().init(KEY, x)["images"],
-    "init_fit": lambda x: fit.init_fit(KEY, x, codec=_pixel_codec(), steps=1).params["images"],
+    "init_fit": lambda x: fitting.init_fit(KEY, x, codec=_pixel_codec(), steps=1).params["images"],
     "fit_steps": _moved,
-    "psnr": lambda x: fit.psnr(x, IMAGES[::-1]),
-    "whiten.apply": lambda x: whiten.apply(WHITENING, x),
+    "psnr": lambda x: fitting.psnr(x, IMAGES[::-1]),
+    "whiten.apply": lambda x: WHITENING(x),
     "training.inputs": lambda x: training.inputs(jnp.asarray(x), whiten.apply, WHITENING),
     "label": lambda x: labels.label(jax.tree.map(lambda leaf: leaf[None], PARAMS), x, **LOSS),
     "train_epoch": lambda x: experts.train_epoch(
@@ -119,7 +118,7 @@ def test_bytes_in_floating_point_are_refused_of_any_images() -> None:
 
 
 def test_test_images_without_transform_are_what_the_network_sees() -> None:
-    normal = np.asarray(whiten.apply(WHITENING, IMAGES))
+    normal = np.asarray(WHITENING(IMAGES))
     assert normal.min() < -1 and normal.max() > 1.1
     hits = evaluation.accuracy(PARAMS, normal, jnp.asarray(LABELS), network=NETWORK)
     assert hits == evaluation.accuracy(PARAMS, IMAGES, jnp.asarray(LABELS), **LOSS)
@@ -136,7 +135,7 @@ def test_experts_take_both_forms_alike(tmp_path) -> None:
 
 def test_number_of_labels_is_checked_with_the_images() -> None:
     with pytest.raises(ValueError, match="labels: found 4 of them for 6 images"):
-        distill.device_data(IMAGES, LABELS[:4], 2, None)
+        distillation.device_data(IMAGES, LABELS[:4], 2, None)
 
 
 def test_forms_are_kept_and_precision_is_float32() -> None:

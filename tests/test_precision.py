@@ -11,7 +11,7 @@ import pytest
 import test_codec_objectives
 import test_codecs
 
-from gsdd_jax import codecs, distill, experts, fit, training, whiten
+from gsdd_jax import codecs, distillation, experts, fitting, match, training, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.match import DistributionSpec
 from gsdd_jax.nets import NetSpec, build
@@ -53,25 +53,26 @@ def test_a_codec_starts_decodes_and_is_fitted_in_float32(name, dtype):
     traced(lambda p: codec.decode(p, np.arange(2), key=KEY()), params)
     traced(jax.grad(lambda p: codec.regularize(p) + codec.decode(p).sum(), allow_int=True), params)
     traced(codec.stored, params)
-    state = traced(lambda: fit.init_fit(KEY(), images, codec=codec, steps=5))
-    assert dtypes(traced(lambda s: fit.fit_steps(s, images, codec=codec, steps=5, count=2)[0], state)) == dtypes(state)
+    state = traced(lambda: fitting.init_fit(KEY(), images, codec=codec, steps=5))
+    assert dtypes(traced(lambda s: fitting.fit_steps(s, images, codec=codec, steps=5, count=2)[0], state)) == dtypes(
+        state
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_outer_step_keeps_the_dtypes_of_its_state(name):
     codec = test_codecs.make(test_codecs.SPECS["packed"])
-    network, data = network_and_data(codec, name)
-    step = distill.make_step(
-        codec, OBJECTIVES[name], network=network, augment=DsaSpec(strategy="none"), transform=whiten.apply
-    )
+    objective, data = objective_and_data(codec, name)
+    step = distillation.make_step(objective)
     images = np.zeros((codec.num_images, *codec.image_shape), np.float32)
-    state = traced(lambda: distill.init_state(codec, codec.init(KEY(), images), OBJECTIVES[name], network))
+    state = traced(lambda: distillation.init_state(objective, codec.init(KEY(), images)))
     assert dtypes(traced(step, state, data, KEY())[0]) == dtypes(state)
 
 
-def network_and_data(codec: codecs.Codec, name: str) -> tuple[Any, Any]:
-    # Its own data are those of gradient matching.
-    return test_codec_objectives.setting(codec.image_shape, name if name == "trajectory" else "gradient")
+def objective_and_data(codec: codecs.Codec, name: str) -> tuple[Any, Any]:
+    network, data = test_codec_objectives.setting(codec.image_shape)
+    made = match.make(OBJECTIVES[name], codec=codec, network=network, augment=DsaSpec(strategy="none"))
+    return made, data(made)
 
 
 @pytest.mark.parametrize("name", ["convnet", "alexnet", "vgg11", "resnet18", "vit"])
@@ -85,8 +86,8 @@ def test_networks_have_weights_and_logits_in_float32(name):
 @pytest.mark.parametrize("schedule", ["step", "cosine", "warmup_cosine"])
 def test_networks_and_experts_are_trained_in_float32(optimizer, schedule):
     network = build(NetSpec(depth=1, width=2), IMAGES.shape[1:], 2)
-    seen = {"network": network, "augment": DsaSpec(), "transform": whiten.apply}
-    seen |= {"transform_params": whiten.fit("meanstd", IMAGES)}
+    seen = {"network": network, "augment": DsaSpec()}
+    seen |= {"whitening": whiten.fit("meanstd", IMAGES)}
     spec = training.EvalSpec(steps=3, batch=4, optimizer=optimizer, schedule=schedule, ema=0.9)
     for labels in (LABELS, np.eye(2, dtype=np.float32)[LABELS]):
         train = functools.partial(training.train_network, images=IMAGES, labels=jnp.asarray(labels), spec=spec, **seen)
@@ -105,19 +106,17 @@ def test_whitening_is_float32():
     for kind in ("meanstd", "zca"):
         whitening = whiten.fit(kind, small)
         assert set(dtypes(whitening)) == {jnp.dtype(jnp.float32)}
-        traced(lambda x, whitening=whitening: whiten.invert(whitening, whiten.apply(whitening, x)), np.float32(small))
+        traced(whitening, np.float32(small))
 
 
 def test_a_step_is_that_of_a_run_without_up_to_the_rounding_of_adam():
     codec = test_codecs.make(test_codecs.SPECS["packed"])
     images = np.random.default_rng(1).uniform(0, 1, (codec.num_images, *codec.image_shape)).astype(np.float32)
-    network, data = network_and_data(codec, "distribution")
-    settings = {"network": network, "augment": DsaSpec(strategy="none"), "transform": whiten.apply}
-    step = distill.make_step(codec, OBJECTIVES["distribution"], **settings)
+    objective, data = objective_and_data(codec, "distribution")
+    step = distillation.make_step(objective)
 
     def taken() -> list[np.ndarray]:
-        objective, init = OBJECTIVES["distribution"], jax.jit(codec.init)
-        state = distill.init_state(codec, init(KEY(), images), objective, network)
+        state = distillation.init_state(objective, jax.jit(codec.init)(KEY(), images))
         after, metrics = jax.device_get(jax.jit(step)(state, data, KEY()))
         return [metrics["loss"], metrics["grad_norm"], *jax.tree.leaves(after.params)]
 

@@ -6,15 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax import data
+from gsdd_jax import codecs, data, match, whiten
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match.trajectory import (
     MIN_SYN_LR,
     TrajectorySpec,
     flattener,
-    floor_syn_lr,
     student_batches,
-    syn_lr_optimizer,
     trajectory_loss,
 )
 from gsdd_jax.nets import NetSpec, build
@@ -29,12 +27,11 @@ P = NETWORK.num_params
 # Operations whose draw always does something, and no more of them than needed: each takes a second to compile.
 AUGMENT = DsaSpec(strategy="color_scale")
 SPEC = TrajectorySpec(syn_steps=3, batch_syn=4)
-MEAN, STD = jnp.float32(0.3), jnp.float32(0.4)
+MEAN, STD = jnp.full(1, 0.3), jnp.full(1, 0.4)
 KEY = jax.random.key(3)
 
 
-def standardize(params, images):
-    return (images - params[0]) / params[1]
+NORMAL = whiten.MeanStd(MEAN, STD)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +59,7 @@ def small_weights():
 
 def objective(spec=SPEC, augment=AUGMENT, loss=trajectory_loss, network=NETWORK):
     """`(key, syn, labels, syn_lr, start, target) -> (loss, metrics), (slope in syn, slope in syn_lr)`, jitted."""
-    bound = partial(
-        loss, network=network, augment=augment, transform=standardize, transform_params=(MEAN, STD), spec=spec
-    )
+    bound = partial(loss, network=network, augment=augment, whitening=NORMAL, spec=spec)
     return jax.jit(jax.value_and_grad(bound, argnums=(1, 3), has_aux=True))
 
 
@@ -83,7 +78,7 @@ def one_step():
     return objective(TrajectorySpec(syn_steps=1), DsaSpec(strategy="none"), network=SMALL)
 
 
-def unrolled(key, syn, labels, syn_lr, start, target, *, network, augment, transform, transform_params, spec):
+def unrolled(key, syn, labels, syn_lr, start, target, *, network, augment, whitening, spec):
     """The loss of one segment as the paper writes it: a Python loop, nothing recomputed, no flat weights."""
     unflatten = flattener(network)[1]
     key_batches, key_augment = jax.random.split(key)
@@ -91,7 +86,7 @@ def unrolled(key, syn, labels, syn_lr, start, target, *, network, augment, trans
     first, params = unflatten(start), unflatten(start)
     for t in range(spec.syn_steps):
         chosen = jnp.arange(len(syn)) if batches is None else batches[t]
-        x = dsa(jax.random.fold_in(key_augment, t), transform(transform_params, syn[chosen]), augment)
+        x = dsa(jax.random.fold_in(key_augment, t), whitening(syn[chosen]), augment)
 
         def cross_entropy(params, x=x, chosen=chosen):
             logits, _ = network.apply(params, x)
@@ -117,8 +112,7 @@ def test_gradient_is_that_of_float64_finite_differences(digits, weights):
             trajectory_loss,
             network=NETWORK,
             augment=AUGMENT,
-            transform=standardize,
-            transform_params=params,
+            whitening=whiten.MeanStd(*params),
             spec=SPEC,
         )
         # One executable for the slopes and all the values.
@@ -222,7 +216,7 @@ def test_loss_is_zero_at_the_student_and_one_without_steps(one_step, digits, sma
     unflatten = flattener(SMALL)[1]
 
     def cross_entropy(theta):
-        logits = SMALL.apply(unflatten(theta), standardize((MEAN, STD), digits[0]))[0]
+        logits = SMALL.apply(unflatten(theta), NORMAL(digits[0]))[0]
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(N), digits[1]])
 
     loss, grads = jax.jit(jax.value_and_grad(cross_entropy))(start)
@@ -293,17 +287,22 @@ def test_flattener_inverts_and_has_the_order_of_ravel(weights):
 
 
 def test_syn_lr_follows_sgd_with_momentum_and_keeps_above_its_floor():
-    optimizer = syn_lr_optimizer(TrajectorySpec(lr_lr=0.1))
-    lr = jnp.float32(0.01)
-    state = optimizer.init(lr)
-    update, state = optimizer.update(jnp.float32(-2.0), state)
-    lr = floor_syn_lr(lr + update)
-    assert lr == pytest.approx(0.21)
-    update, state = optimizer.update(jnp.float32(5.0), state)  # velocity 5 - 0.5 * 2
+    codec = codecs.make(codecs.PixelSpec(), image_shape=(8, 8, 1), num_classes=10, bytes_per_class=256)
+    objective = match.make(TrajectorySpec(lr_lr=0.1), codec=codec, network=NETWORK)
+    optimizer, (learned, carry) = objective.optimizer(), objective.init()
+    assert learned["syn_lr"] == np.float32(0.01) and carry == ()
+    state = optimizer.init(learned)
+
+    def moved(learned, slope, state):
+        update, state = optimizer.update({"syn_lr": jnp.float32(slope)}, state)
+        return objective.project({"syn_lr": learned["syn_lr"] + update["syn_lr"]}), update["syn_lr"], state
+
+    learned, _, state = moved(learned, -2.0, state)
+    assert learned["syn_lr"] == pytest.approx(0.21)
+    learned, update, state = moved(learned, 5.0, state)  # velocity 5 - 0.5 * 2
     assert update == pytest.approx(-0.4)
-    lr = floor_syn_lr(lr + update)
-    assert lr == np.float32(MIN_SYN_LR) == np.float32(1e-3)
-    assert np.isnan(floor_syn_lr(jnp.float32(np.nan)))
+    assert learned["syn_lr"] == np.float32(MIN_SYN_LR) == np.float32(1e-3)
+    assert np.isnan(moved(learned, np.nan, state)[0]["syn_lr"])
 
 
 def test_fixed_window_and_last_epoch():
@@ -371,7 +370,6 @@ def test_input_that_does_not_fit_is_refused(change, error, message):
             arguments["target"],
             network=NETWORK,
             augment=AUGMENT,
-            transform=standardize,
-            transform_params=(MEAN, STD),
+            whitening=NORMAL,
             spec=SPEC,
         )

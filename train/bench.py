@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import data, evaluate, nets, recipes, whiten
+from gsdd_jax import data, evaluation, nets, recipes, whiten
 from gsdd_jax.augment import DsaSpec
-from gsdd_jax.evaluate import EvalSpec
+from gsdd_jax.evaluation import EvalSpec
 from gsdd_jax.merged import MergedSet
 from gsdd_jax.synset import SynSet, fingerprint
 from train import config as configs
@@ -67,7 +67,7 @@ class Request(NamedTuple):
 
     def entry(
         self,
-        tested: evaluate.Tested,
+        tested: evaluation.Tested,
         spec: EvalSpec,
         settings: dict[str, Any],
         *,
@@ -79,11 +79,11 @@ class Request(NamedTuple):
         values = tested.accuracies.tolist()
         seeds = range(self.first_seed, self.first_seed + len(values))
         diverged = [seed for seed, value in zip(seeds, values, strict=True) if not math.isfinite(value)]
-        entry = evaluate.summarize(values, seeds)
+        entry = evaluation.summarize(values, seeds)
         if diverged:
             entry |= {"mean": None, "std": None, "diverged": diverged}
         else:
-            entry |= evaluate.summarize_classes(tested.hits, bench.test_set["test_images_per_class"])
+            entry |= evaluation.summarize_classes(tested.hits, bench.test_set["test_images_per_class"])
         return entry | {
             "accuracies": [value if math.isfinite(value) else None for value in values],
             "lr": spec.lr,
@@ -212,15 +212,15 @@ def train_and_test(
     augment: DsaSpec,
     training: Training,
     bar: Bar,
-) -> evaluate.Tested:
+) -> evaluation.Tested:
     """Trains and tests a network for every seed; a function as training set draws one for each seed."""
     seeds = range(request.first_seed, request.first_seed + spec.seeds)
     together = 1 if callable(training) else spec.parallel
-    tested: list[evaluate.Tested] = []
+    tested: list[evaluation.Tested] = []
     for first in range(0, len(seeds), together):
         group = seeds[first : first + together]
         images, labels = training(group[0]) if callable(training) else training
-        found = evaluate.evaluate_by_class(
+        found = evaluation.evaluate_networks(
             jnp.stack([request.key("evaluate", seed) for seed in group]),
             images,
             labels,
@@ -228,8 +228,7 @@ def train_and_test(
             network=network,
             spec=spec,
             augment=augment,
-            transform=whiten.apply,
-            transform_params=bench.whitening,
+            whitening=bench.whitening,
         )
         tested.append(found)
         bar.advance(len(group), f"accuracy {100 * float(found.accuracies[-1]):.1f} %")

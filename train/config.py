@@ -1,6 +1,7 @@
 """Run configurations: a YAML file, its smoke block and overrides in; one frozen dataclass, or one clear line, out."""
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -9,25 +10,26 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
+from gsdd_jax import codecs, match
 from gsdd_jax.augment import DsaSpec
-from gsdd_jax.codecs import CodecSpec, PixelSpec
+from gsdd_jax.codecs import PixelSpec
 from gsdd_jax.data import DataSpec
-from gsdd_jax.evaluate import EvalSpec
+from gsdd_jax.evaluation import EvalSpec
 from gsdd_jax.experts import ExpertSpec
-from gsdd_jax.fit import FitSpec
+from gsdd_jax.fitting import FitSpec
 from gsdd_jax.labels import LabelSpec
-from gsdd_jax.match import DistributionSpec, MmdSpec, ObjectiveSpec
+from gsdd_jax.match import DistributionSpec, MmdSpec
 from gsdd_jax.nets import NetSpec
-from train import yaml12
+from train import schema, yaml12
 from train.errors import ConfigError
 from train.rundir import HISTORY
-from train.schema import TAG, Place, Tagged, build, describe, has_tag, plain
+from train.schema import TAG, Place, Registered, Tagged, build, describe, has_tag, plain
 
 __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 
 T = TypeVar("T")
 
-SMOKE = "smoke"
+SMOKE, IMPORTS = "smoke", "imports"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,10 @@ class RunConfig:
     """One experiment, complete: data, parameterization, matching, evaluation."""
 
     name: Annotated[str, Doc("Name of the experiment, shown in reports.")]
+    imports: Annotated[
+        tuple[str, ...],
+        Doc("Python modules with codecs and objectives of your own, which they register; imported before all else."),
+    ] = ()
     seed: Annotated[int, Ge(0), Doc("Root of every random key of the run.")] = 0
     subtasks: Annotated[
         int, Ge(1), Doc("Independent runs that the classes are split into, to be merged with train.merge.")
@@ -125,11 +131,11 @@ class RunConfig:
         Literal["zca", "meanstd", "none"], Doc("Normalization of real and synthetic images before any network.")
     ] = "meanstd"
     data: DataSpec
-    codec: Annotated[Tagged[CodecSpec], Doc("The parameterization of the distilled images.")]
+    codec: Annotated[Any, Registered(codecs.SPECS), Doc("The parameterization of the distilled images.")]
     network: NetSpec = NetSpec()
     augment: DsaSpec = DsaSpec()
     fit: FitSpec = FitSpec()
-    objective: Annotated[Tagged[ObjectiveSpec], Doc("What is matched between real and distilled images.")] = (
+    objective: Annotated[Any, Registered(match.SPECS), Doc("What is matched between real and distilled images.")] = (
         DistributionSpec()
     )
     mmd: MmdSpec = MmdSpec()
@@ -215,7 +221,17 @@ def load(
         data = _replaced(data, place, {}, origins, origin)
     for place, value, origin in changes:
         data = _replaced(data, place, value, origins, origin)
+    for name in data.get(IMPORTS) or ():
+        _import(name, where=_origin((IMPORTS,), origins, source))
     return build(cls, data, where=lambda place: _origin(place, origins, source))
+
+
+def _import(name: Any, *, where: str) -> None:
+    try:
+        importlib.import_module(name)
+    except (ImportError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{IMPORTS}: expected Python modules, found {name!r}: {error} (in {where})") from error
+    schema.forget()
 
 
 def to_yaml(config: Any) -> str:

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import codecs, data, distill, files, fit, labels, storage, synset
+from gsdd_jax import batches, codecs, data, distillation, files, fitting, labels, storage, synset
 from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
-from gsdd_jax.match import TrajectorySpec
 from train import config as configs
 from train import experiment as experiments
 from train import hosts, labeling, pictures, report, results, stages
@@ -251,7 +249,7 @@ def run(
         if "fit_only" in wanted:
             images["fit_only"] = fitted_images
         experts = None
-        if isinstance(config.objective, TrajectorySpec):
+        if experiment.expert_window is not None:
             folder = experiments.expert_path(config, rundir.path)
             experts = stages.expert_stage(experiment, folder, progress=progress)
         label = labeling.label_stage(experiment, experts=experts, run=rundir, progress=progress)
@@ -260,7 +258,7 @@ def run(
         )
         state, tested = arm(codec, start, name="distilled", iterations=config.distill.iterations)
         accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
-        distilled = _set_of(experiment, state.params, state.matcher, now)
+        distilled = _set_of(experiment, state.params, state.learned, now)
         distilled = dataclasses.replace(distilled, soft=label(distilled.images()))
         sizes = distilled.save(rundir.path / synset.EXPORT)
         # What is evaluated is what was written, not what is in memory.
@@ -315,11 +313,10 @@ def run(
         return result
 
 
-def _set_of(experiment: Experiment, params: Any, matcher: Any, now: Mapping[str, Any]) -> synset.SynSet:
+def _set_of(experiment: Experiment, params: Any, learned: Mapping[str, Any], now: Mapping[str, Any]) -> synset.SynSet:
     """Returns the set of parameters at stored precision, without soft labels."""
     codec, meta = experiment.codec, _meta(experiment, now)
-    if isinstance(matcher, distill.SynLr):
-        meta["syn_lr"] = float(matcher.value)
+    meta |= {name: float(value) for name, value in learned.items() if np.ndim(value) == 0}
     stored = codec.loaded(codec.stored(params))
     return synset.SynSet(codec, stored, experiment.bytes_per_class, experiment.dataset.class_names, meta)
 
@@ -338,8 +335,8 @@ def from_checkpoint(path: Path) -> synset.SynSet:
     config, codec, quiet = experiment.config, experiment.codec, Progress(quiet=True)
     shape = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
     params = jax.eval_shape(codec.init, jax.random.key(0), shape)
-    fitting = jax.eval_shape(lambda x: fit.init_fit(jax.random.key(0), x, codec=codec, steps=1), shape)
-    state = jax.eval_shape(lambda p: distill.init_state(codec, p, config.objective, experiment.network), params)
+    fitting = jax.eval_shape(lambda x: fitting.init_fit(jax.random.key(0), x, codec=codec, steps=1), shape)
+    state = jax.eval_shape(lambda p: distillation.init_state(experiment.objective(codec), p), params)
     with RunDir(path) as rundir:
         for phase, like in (("main-distill", state), ("main-fit", fitting)):
             if phase not in read_steps(path):
@@ -348,10 +345,10 @@ def from_checkpoint(path: Path) -> synset.SynSet:
                 newest = checkpoints.newest(like)
             assert newest is not None
             step, found, _ = newest
-            made = _set_of(experiment, found.params, getattr(found, "matcher", None), environment())
+            made = _set_of(experiment, found.params, getattr(found, "learned", {}), environment())
             made.meta.update(phase=phase, step=step)
             experts = None
-            if isinstance(config.objective, TrajectorySpec) and config.labels.teacher == "experts":
+            if experiment.expert_window is not None and config.labels.teacher == "experts":
                 experts = stages.expert_stage(experiment, experiments.expert_path(config, path), progress=quiet)
             label = labeling.label_stage(experiment, experts=experts, run=rundir, progress=quiet)
             return dataclasses.replace(made, soft=label(made.images()))
@@ -362,7 +359,7 @@ def _targets(experiment: Experiment) -> jax.Array:
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
     if config.fit.to == "real" and experiment.start is None:
         return experiments.real_images(experiment, codec, purpose="select", how=config.fit.select)
-    return fit.solid_targets(dataset.train_images, codec.num_images)
+    return fitting.solid_targets(dataset.train_images, codec.num_images)
 
 
 def _distilled(
@@ -377,7 +374,7 @@ def _distilled(
     run: RunDir,
     progress: Progress,
     crew: hosts.Crew | None,
-) -> tuple[distill.State, dict[str, Any] | None]:
+) -> tuple[distillation.State, dict[str, Any] | None]:
     """Distills an arm; returns its final state, or with protocol=paper its best one and that one's row."""
     tests = None
     if experiment.config.evaluate.protocol == "paper":
@@ -420,7 +417,7 @@ def _fit_psnr(experiment: Experiment, fitted: jax.Array, targets: jax.Array) -> 
     """Returns the mean PSNR of the fitted images as stored, in dB, where real images were fitted."""
     if experiment.config.fit.to != "real" or experiment.start is not None or experiment.codec.name == "pixel":
         return None
-    return float(fit.psnr(fitted, targets).mean())
+    return float(fitting.psnr(fitted, targets).mean())
 
 
 def ellipse_picture(codec: codecs.Codec, g: Gaussians, class_names: Sequence[str]) -> bytes:
@@ -490,9 +487,12 @@ def plan(experiment: Experiment) -> str:
             f"soft labels: {size} bytes, {size // codec.num_classes} per class, within the budget; "
             f"teachers: {config.labels.teachers} {kind}"
         )
-    state = jax.eval_shape(lambda p: distill.init_state(codec, p, config.objective, experiment.network), params)
-    data = jax.eval_shape(lambda: _example_data(experiment))
-    step = jax.jit(stages.build_step(experiment, codec, config.distill.iterations), donate_argnums=0)
+    state = jax.eval_shape(lambda p: distillation.init_state(experiment.objective(codec), p), params)
+    objective, on_host = experiment.objective(codec), config.distill.data == "host"
+    num_params = experiment.network.num_params
+    data = batches.example(objective.needs, experiment.source(), num_params=num_params, on_host=on_host)
+    schedule = stages.schedule(config, config.distill.iterations)
+    step = jax.jit(distillation.make_step(objective, schedule=schedule), donate_argnums=0)
     memory = step.lower(state, data, key).compile().memory_analysis()
     if memory is not None:
         mib = 2.0**20
@@ -502,9 +502,9 @@ def plan(experiment: Experiment) -> str:
             f"{memory.argument_size_in_bytes / mib:.0f} MiB arguments (training set, state, whitening), "
             f"{memory.temp_size_in_bytes / mib:.0f} MiB temporary",
         ]
-    if isinstance(config.objective, TrajectorySpec):
-        count, epochs = config.experts.count, config.objective.last_epoch
-        size = count * (epochs + 1) * experiment.network.num_params * storage.ITEMSIZE["float32"]
+    if (window := experiment.expert_window) is not None:
+        count, epochs = config.experts.count, window.last_epoch
+        size = count * (epochs + 1) * num_params * storage.ITEMSIZE["float32"]
         lines.append(f"experts: {count} networks, {epochs} epochs each, {size / 2**20:.0f} MiB on disk")
     spec = config.evaluate
     lines.append(
@@ -512,21 +512,6 @@ def plan(experiment: Experiment) -> str:
         f"{spec.num_steps(codec.num_images)} steps for each of {', '.join(experiments.arms(config))}"
     )
     return "\n".join(lines)
-
-
-def _example_data(experiment: Experiment) -> distill.Data:
-    """Returns data of the shapes that a step gets."""
-    objective, mmd = experiment.config.objective, experiment.config.mmd
-    real = stages.device_data(experiment)
-    matched: distill.DeviceData | distill.ExpertBatch = real
-    if isinstance(objective, TrajectorySpec):
-        weights = jnp.zeros((objective.segments, experiment.network.num_params))
-        matched = distill.ExpertBatch(weights, weights, experiment.whitening)
-    if mmd.weight == 0:
-        return matched
-    return distill.MmdBatch(
-        matched, real, jnp.zeros(experiment.network.num_params) if mmd.features == "expert" else None
-    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from gsdd_jax import nets, recipes
-from gsdd_jax.evaluate import EvalSpec
+from gsdd_jax.evaluation import EvalSpec
 from train import config as configs
 from train import testset
 from train.bench import Bench, Request, Results, diverged, head, percent, set_up, train_and_test

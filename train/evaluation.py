@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import codecs, distill, evaluate, whiten
+from gsdd_jax import codecs, distillation, evaluation
 from train import stopping
 from train.checkpoint import Checkpoints
 from train.errors import DivergedError, UserError
@@ -70,7 +70,7 @@ def evaluate_stage(
         for group in (left[i : i + together] for i in range(0, len(left), together)):
             began = time.perf_counter()
             training = _training_set(experiment, arm, images, labels, group[0])
-            tested = evaluate.evaluate_by_class(
+            tested = evaluation.evaluate_networks(
                 jnp.stack([experiment.key("evaluate", seed) for seed in group]),
                 *training,
                 jnp.asarray(dataset.test_images),
@@ -78,8 +78,7 @@ def evaluate_stage(
                 network=experiment.network,
                 spec=spec,
                 augment=config.augment,
-                transform=whiten.apply,
-                transform_params=experiment.whitening,
+                whitening=experiment.whitening,
                 lr=lr,
             )
             for seed, accuracy, hits in zip(group, *map(np.asarray, tested), strict=True):
@@ -102,8 +101,8 @@ def evaluate_stage(
     hits = [entry.get("hits", {}).get(str(seed)) for seed in seeds]
     counts = np.bincount(dataset.test_labels, minlength=dataset.num_classes)
     return {
-        **evaluate.summarize(values, seeds),
-        **({} if None in hits else evaluate.summarize_classes(hits, counts)),
+        **evaluation.summarize(values, seeds),
+        **({} if None in hits else evaluation.summarize_classes(hits, counts)),
         "accuracies": values,
         "seconds": entry["seconds"],
         "images": entry["images"],
@@ -149,7 +148,7 @@ def _training_set(
     return images, jnp.repeat(jnp.arange(dataset.num_classes, dtype=jnp.int32), len(images) // dataset.num_classes)
 
 
-def evaluation_spec(experiment: Experiment, arm: str) -> evaluate.EvalSpec:
+def evaluation_spec(experiment: Experiment, arm: str) -> evaluation.EvalSpec:
     """Returns the training recipe of an arm: the same for all, but for the full data where the config says so."""
     spec, baselines = experiment.config.evaluate.training(), experiment.config.baselines
     if arm != "full_data":
@@ -159,10 +158,10 @@ def evaluation_spec(experiment: Experiment, arm: str) -> evaluate.EvalSpec:
     )
 
 
-def evaluation_lr(experiment: Experiment, state: distill.State) -> float | None:
+def evaluation_lr(experiment: Experiment, state: distillation.State) -> float | None:
     """Returns the learning rate that a distilled set brings along, if the config asks for it."""
-    if experiment.config.evaluate.lr_from == "syn_lr" and isinstance(state.matcher, distill.SynLr):
-        return float(state.matcher.value)
+    if experiment.config.evaluate.lr_from == "syn_lr" and "syn_lr" in state.learned:
+        return float(state.learned["syn_lr"])
     return None
 
 
@@ -205,7 +204,7 @@ class PeriodicTests:
         """Returns how many outer steps are left before the next test."""
         return min(self._every - step % self._every, self._iterations - step)
 
-    def test(self, step: int, state: distill.State) -> None:
+    def test(self, step: int, state: distillation.State) -> None:
         """Tests a state and keeps it if it is the best so far; a state that was tested before costs nothing."""
         count = self._experiment.config.evaluate.seeds
         images = as_stored(self._codec, state.params)
@@ -226,7 +225,7 @@ class PeriodicTests:
             if (latest is None or step > latest) and entry["mean"] > mean:
                 checkpoints.save(step, state, {"entry": entry})
 
-    def best(self, like: distill.State) -> tuple[distill.State, dict[str, Any]]:
+    def best(self, like: distillation.State) -> tuple[distillation.State, dict[str, Any]]:
         """Returns the best state and its row for the table, with the number of the tests it was chosen from."""
         with self._checkpoints() as checkpoints:
             step = checkpoints.latest()

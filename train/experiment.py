@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gsdd_jax import codecs, data, distill, fit, labels, nets, pixels, storage, synset, whiten
-from gsdd_jax.match import GradientSpec, TrajectorySpec
+from gsdd_jax import codecs, data, fitting, labels, match, nets, pixels, storage, synset, whiten
+from gsdd_jax.experts import Experts
 from gsdd_jax.merged import load
 from train import testset
 from train.config import RunConfig
@@ -69,6 +69,23 @@ class Experiment(NamedTuple):
     start: Any = None
     # What `train.testset.check` found.
     test_set: Mapping[str, Any] = MappingProxyType({})
+
+    def objective(self, codec: codecs.Codec) -> match.Objective:
+        """Returns what a codec's images are matched by."""
+        config = self.config
+        return match.make(config.objective, codec=codec, network=self.network, augment=config.augment, mmd=config.mmd)
+
+    @property
+    def expert_window(self) -> match.TrajectorySpec | None:
+        """The settings that say which experts the objective needs; None for none."""
+        return match.expert_window(self.objective(self.codec).needs)
+
+    def source(self, experts: Experts | None = None) -> match.Source:
+        """Returns where the objective finds what it needs."""
+        dataset, seed = self.dataset, self.host_seed
+        return match.Source(
+            dataset.train_images, dataset.train_labels, dataset.num_classes, self.whitening, seed, experts
+        )
 
     def key(self, purpose: str, index: int = 0) -> jax.Array:
         """Returns the random key of a purpose; those of other purposes, seeds, indices and subtasks are independent."""
@@ -153,7 +170,6 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
         ConfigError: Settings that contradict each other or the data; the message names the key.
     """
     _check_start(config)
-    _check_teacher(config)
     every = data.load(config.data) if dataset is None else dataset
     asked, config = config, known_data(config, every)
     dataset = own_classes(config, every)
@@ -165,14 +181,12 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     if config.fit.to == "real" and not config.fit.initial_set:
         data.require_per_class(dataset, codec.images_per_class, _count_field(codec.spec))
     data.require_per_class(dataset, 1, "objective.batch_real")
-    _check_mmd(config, codec)
     network = nets.build(config.network, shape, classes)
-    network.check(shape, classes)
-    baselines = config.baselines
+    config = dataclasses.replace(config, objective=match.resolved(config.objective, config.ipc))
+    baselines, pixel = config.baselines, None
     if baselines.pixel:
         try:
             pixel = labels.make_codec(baselines.pixel_codec, config.labels, **budget)
-            _check_mmd(config, pixel)
             baselines = dataclasses.replace(baselines, pixel_codec=pixel.spec)
         except ValueError as error:
             raise ConfigError(
@@ -192,9 +206,14 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
                 f"fit.initial_sha256 names ({fitting.initial_sha256})"
             )
         fitting = dataclasses.replace(fitting, initial_sha256=digest)
-    config = dataclasses.replace(known_loops(config), codec=codec.spec, baselines=baselines, fit=fitting)
+    config = dataclasses.replace(config, codec=codec.spec, baselines=baselines, fit=fitting)
     tested = testset.check(config.evaluate, dataset)
-    return Experiment(config, dataset, available, codec, network, whitening, asked, whole, start, tested)
+    made = Experiment(config, dataset, available, codec, network, whitening, asked, whole, start, tested)
+    for one in (codec, pixel):
+        if one is not None:
+            made.objective(one)
+    _check_teacher(made)
+    return made
 
 
 def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tuple[Any, str]:
@@ -220,13 +239,6 @@ def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tu
             f"fit.initial_set: {path} has another {key} than this run: {there.get(key)}, expected {wanted.get(key)}"
         )
     return found.params, synset.fingerprint([found])
-
-
-def known_loops(config: RunConfig) -> RunConfig:
-    """Returns the config with the loops of gradient matching, which follow from the budget."""
-    if not isinstance(config.objective, GradientSpec):
-        return config
-    return dataclasses.replace(config, objective=config.objective.for_ipc(config.ipc))
 
 
 def known_data(config: RunConfig, dataset: data.Dataset) -> RunConfig:
@@ -270,24 +282,12 @@ def _check_start(config: RunConfig) -> None:
         )
 
 
-def _check_mmd(config: RunConfig, codec: codecs.Codec) -> None:
-    """Refuses an MMD term that a codec or an objective cannot have."""
-    if config.mmd.weight == 0:
-        return
-    distill.mmd_samples(codec, config.mmd)
-    if config.mmd.features == "expert" and not isinstance(config.objective, TrajectorySpec):
-        raise ConfigError(
-            f"mmd.features: experts are trained for objective.name=trajectory; expected random with "
-            f"{config.objective.name}, found 'expert'"
-        )
-
-
-def _check_teacher(config: RunConfig) -> None:
+def _check_teacher(experiment: Experiment) -> None:
     """Refuses experts as teachers where there are none or too few."""
-    spec = config.labels
+    config, spec = experiment.config, experiment.config.labels
     if spec.kind == "hard" or spec.teacher == "train":
         return
-    if not isinstance(config.objective, TrajectorySpec):
+    if experiment.expert_window is None:
         raise ConfigError(
             f"labels.teacher: only objective.name=trajectory has experts, found {config.objective.name!r}; expected "
             "train"
@@ -302,7 +302,7 @@ def real_images(experiment: Experiment, codec: codecs.Codec, *, purpose: str, ho
     """Chooses real images for every image of a codec, class-major, as floats in [0,1]."""
     dataset = experiment.dataset
     features = embed(experiment) if how == "kmeans" else None
-    chosen = fit.select_images(
+    chosen = fitting.select_images(
         experiment.key(purpose, index),
         dataset.train_labels,
         codec.images_per_class,
@@ -320,7 +320,7 @@ def embed(experiment: Experiment, batch: int = 500) -> np.ndarray:
 
     @jax.jit
     def features(images: jax.Array, whitening: Any) -> jax.Array:
-        return network.outputs(params, whiten.apply(whitening, images))[1]
+        return network.outputs(params, whitening(images))[1]
 
     images = dataset.train_images
     parts = [

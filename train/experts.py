@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gsdd_jax.match import TrajectorySpec
 from train import config as configs
 from train import experiment as experiments
 from train import stages
@@ -36,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug or None), on_sigterm():
         config: configs.RunConfig = configs.load(args.config, [*args.overrides, "experts.train=true"], smoke=args.smoke)
-        if not isinstance(config.objective, TrajectorySpec):
-            raise ConfigError(f"objective.name: experts are for trajectory, found {config.objective.name!r}")
         default = experiments.expert_path(config, experiments.run_path(config))
         folder = Path(args.out) if args.out else default
-        experts = stages.expert_stage(experiments.prepare(config), folder, progress=Progress(quiet=args.quiet))
+        experiment = experiments.prepare(config)
+        if experiment.expert_window is None:
+            raise ConfigError(f"objective.name: experts are for trajectory, found {config.objective.name!r}")
+        experts = stages.expert_stage(experiment, folder, progress=Progress(quiet=args.quiet))
         print(f"{folder}: {experts.count} experts, {experts.epochs} epochs, {experts.num_params} weights each")
     return 0
 

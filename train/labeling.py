@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsdd_jax import evaluate, labels, whiten
+from gsdd_jax import evaluation, labels
 from gsdd_jax.experts import Experts
-from gsdd_jax.match import TrajectorySpec
 from gsdd_jax.match.trajectory import flattener
 from train.checkpoint import Checkpoints
 from train.errors import UserError
@@ -50,8 +49,7 @@ def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir,
             images,
             network=experiment.network,
             temperature=spec.temperature,
-            transform=whiten.apply,
-            transform_params=experiment.whitening,
+            whitening=experiment.whitening,
         )
         return labels.pack(probabilities, spec)
 
@@ -69,7 +67,7 @@ def agreement(soft: labels.SoftLabels) -> float:
     return float(jnp.mean(best == jnp.arange(len(best)) * soft.num_classes // len(best)))
 
 
-def teacher_recipe(experiment: Experiment) -> evaluate.EvalSpec:
+def teacher_recipe(experiment: Experiment) -> evaluation.EvalSpec:
     """Returns how teachers are trained: as config.evaluate says, for as long as config.labels says."""
     spec = experiment.config.labels
     recipe = experiment.config.evaluate.training()
@@ -78,9 +76,9 @@ def teacher_recipe(experiment: Experiment) -> evaluate.EvalSpec:
 
 def _of_experts(experiment: Experiment, experts: Experts | None) -> Any:
     """Returns the stacked weights of the first experts after the last epoch that the objective uses."""
-    objective, count = experiment.config.objective, experiment.config.labels.teachers
-    assert experts is not None and isinstance(objective, TrajectorySpec)
-    rows = jnp.stack([jnp.asarray(experts.row(index, objective.last_epoch)) for index in range(count)])
+    window, count = experiment.expert_window, experiment.config.labels.teachers
+    assert experts is not None and window is not None
+    rows = jnp.stack([jnp.asarray(experts.row(index, window.last_epoch)) for index in range(count)])
     return jax.vmap(flattener(experiment.network)[1])(rows)
 
 
@@ -96,15 +94,14 @@ def _trained(experiment: Experiment, run: RunDir, progress: Progress) -> Any:
         with progress.phase("train teacher", total=count, done=len(teachers)) as bar:
             for index in range(len(teachers), count):
                 began = time.perf_counter()
-                params = evaluate.train_network(
+                params = evaluation.train_network(
                     experiment.key("teacher", index),
                     jnp.asarray(dataset.train_images),
                     jnp.asarray(dataset.train_labels),
                     network=network,
                     spec=recipe,
                     augment=config.augment,
-                    transform=whiten.apply,
-                    transform_params=experiment.whitening,
+                    whitening=experiment.whitening,
                 )
                 if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
                     raise UserError(

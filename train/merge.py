@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import data, files, labels, nets, storage, synset, whiten
+from gsdd_jax import data, files, labels, match, nets, storage, synset, whiten
 from gsdd_jax.merged import MergedSet
 from train import config as configs
 from train import experiment as experiments
@@ -71,8 +71,10 @@ class Subtask(NamedTuple):
         """What all subtasks of an experiment have in common, and a little more; see MAY_DIFFER."""
         shared = {"dataset_sha256": self.origin["dataset_sha256"], "image_shape": self.synset.codec.image_shape}
         # The codec as it was asked for: what follows from the number of classes may differ.
-        config = experiments.known_loops(self.config)
-        return plain(dataclasses.asdict(config) | {"codec": self.origin["codec"]} | shared)
+        shared["codec"] = self.origin["codec"]
+        # Configs of before leave loops open.
+        shared["objective"] = dataclasses.asdict(match.resolved(self.config.objective, self.config.ipc))
+        return plain(dataclasses.asdict(self.config) | shared)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

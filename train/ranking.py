@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import ddranking, evaluate, fit, nets, whiten
+from gsdd_jax import ddranking, evaluation, fitting, nets
 from gsdd_jax.augment import DsaSpec
 from train import testset
 from train.bench import Bench, Draw, Request, Results, Training, diverged, percent, train_and_test
@@ -74,7 +74,7 @@ def rank(
         with progress.phase(arm.name, total=spec.seeds) as bar:
             if arm.name.startswith("random_real"):
                 training = draw
-                lr, table = evaluate.choose_lr(
+                lr, table = evaluation.choose_lr(
                     request.key("evaluate", _CHOICE_KEY),
                     *draw(request.first_seed),
                     *held_out,
@@ -83,8 +83,7 @@ def rank(
                     network=network,
                     spec=spec,
                     augment=augment,
-                    transform=whiten.apply,
-                    transform_params=bench.whitening,
+                    whitening=bench.whitening,
                 )
                 spec, more = dataclasses.replace(spec, lr=lr), {"held_out_accuracy": table}
             tested = train_and_test(request, bench, network, spec, augment, training, bar)
@@ -128,12 +127,12 @@ def _random_images(request: Request, bench: Bench) -> tuple[tuple[jax.Array, jax
             f"the smallest class has {fewest} training images"
         )
     key = request.key("random_real", _HELD_OUT_KEY)
-    held = fit.select_images(key, dataset.train_labels, kept, how="random", num_classes=classes)
+    held = fitting.select_images(key, dataset.train_labels, kept, how="random", num_classes=classes)
     rest = np.setdiff1d(np.arange(len(dataset.train_labels)), held)
 
     def draw(seed: int) -> tuple[jax.Array, jax.Array]:
         key = request.key("random_real", seed)
-        own = fit.select_images(key, dataset.train_labels[rest], ipc, how="random", num_classes=classes)
+        own = fitting.select_images(key, dataset.train_labels[rest], ipc, how="random", num_classes=classes)
         return jnp.asarray(dataset.train_images[rest[own]]), jnp.asarray(dataset.train_labels[rest[own]])
 
     return (jnp.asarray(dataset.train_images[held]), jnp.asarray(dataset.train_labels[held])), draw

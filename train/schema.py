@@ -11,7 +11,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -28,6 +28,26 @@ Place = tuple[str | int, ...]
 TAG = "name"
 # Marks a field that holds one of several specs, told apart by their `name`: `codec: Tagged[GaussianSpec | PixelSpec]`.
 Tagged = Annotated[T, Field(discriminator=TAG)]
+
+
+class Registered:
+    """Marks a field that holds one of the specs of a registry, by its name: `codec: Annotated[Any, Registered(SPECS)]`.
+
+    The registry may grow until a config is read; `forget` lets what was read before see what came later.
+    """
+
+    def __init__(self, specs: Mapping[str, type]):
+        self._specs = specs
+
+    @property
+    def annotation(self) -> Any:
+        """The union of the specs."""
+        return Tagged[typing.Union[tuple(self._specs.values())]]  # type: ignore[misc]  # noqa: UP007
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Lets pydantic validate the union."""
+        return handler.generate_schema(self.annotation)
+
 
 _KINDS = {
     int: "an integer",
@@ -136,9 +156,19 @@ def _adapter(cls: type) -> TypeAdapter:
     return TypeAdapter(tuple[cls], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))  # type: ignore[valid-type]
 
 
+def forget() -> None:
+    """Forgets what was derived from the registries of specs, which have grown."""
+    _adapter.cache_clear()
+    _hints.cache_clear()
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
+    for name, annotation in hints.items():
+        metadata = _strip(annotation)[1]
+        if registered := next((item for item in metadata if isinstance(item, Registered)), None):
+            hints[name] = Annotated[registered.annotation, *metadata]
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 

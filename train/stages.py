@@ -10,11 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gsdd_jax import codecs, distill, files, fit, parallel, whiten
-from gsdd_jax.data import HostSampler, prefetch
-from gsdd_jax.experts import Experts, IncompleteError, Origin, Segments, train_experts
-from gsdd_jax.match import TrajectorySpec
+from gsdd_jax import codecs, distillation, files, fitting, parallel
+from gsdd_jax.experts import Experts, IncompleteError, Origin, train_experts
+from gsdd_jax.match import Objective
 from train import stopping
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
@@ -38,8 +36,6 @@ from train.hosts import Crew
 from train.progress import Progress
 from train.rundir import RunDir, write_json
 
-# Added to the seed of a run for the real images of the MMD term, where the host draws them.
-MMD_SEED = 2**63
 # What says, in a run directory, what its fit is made from.
 FIT = "fit.json"
 
@@ -69,10 +65,10 @@ def fit_stage(
     unfitted = config.fit.to == "random" or codec.fitted_by_init or given is not None
     steps = 0 if unfitted else config.fit.steps
     phase, key = f"{arm}-fit", experiment.key("start")
-    start: Any = jax.jit(lambda key, x: fit.init_fit(key, x, codec=codec, steps=max(steps, 1))).lower(key, targets)
+    start: Any = jax.jit(lambda key, x: fitting.init_fit(key, x, codec=codec, steps=max(steps, 1))).lower(key, targets)
     state = start.out_info
     advance: Any = jax.jit(
-        lambda state, x: fit.fit_steps(state, x, codec=codec, steps=steps, count=1), donate_argnums=0
+        lambda state, x: fitting.fit_steps(state, x, codec=codec, steps=steps, count=1), donate_argnums=0
     )
     programs = [start, *([advance := advance.lower(state, targets)] if steps else [])]
     if given is None:
@@ -157,7 +153,6 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
         ValueError: The folder holds experts of another network, dataset, whitening or training.
     """
     config, dataset, wanted = experiment.config, experiment.dataset, wanted_experts(experiment)
-    assert isinstance(config.objective, TrajectorySpec)
     try:
         return Experts.open(folder, **wanted)
     except (FileNotFoundError, IncompleteError) as error:
@@ -167,7 +162,7 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
             f"{missing}; experts.train is off: set experts.train=true, or run python -m train.experts with the same "
             f"config and settings and --out {folder}"
         )
-    total = config.experts.count * config.objective.last_epoch
+    total = config.experts.count * wanted["objective"].last_epoch
     with progress.phase("train experts", total=total) as bar:
 
         def trained(group: range, epoch: int, losses: np.ndarray) -> None:
@@ -179,8 +174,7 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
             folder,
             dataset.train_images,
             dataset.train_labels,
-            transform=whiten.apply,
-            transform_params=experiment.whitening,
+            whitening=experiment.whitening,
             on_epoch=trained,
             **wanted,
         )
@@ -199,55 +193,43 @@ def wanted_experts(experiment: Experiment) -> dict[str, Any]:
     )
     # Subtasks start their experts from different weights.
     spec = dataclasses.replace(config.experts, seed=(config.experts.seed + (config.subtask << 16)) % 2**32)
-    return {"origin": origin, "spec": spec, "objective": config.objective}
+    return {"origin": origin, "spec": spec, "objective": experiment.expert_window}
 
 
-class _Outer:
-    """The outer steps of an arm on all devices of a run; in several processes, each makes one and takes them alike."""
+def _loop(
+    experiment: Experiment,
+    objective: Objective,
+    state: distillation.State,
+    *,
+    done: int,
+    iterations: int,
+    purpose: str,
+    experts: Experts | None,
+    crew: Crew,
+) -> distillation.Loop:
+    """Prepares the outer steps of an arm on all devices; several processes each make one and take the same steps."""
+    mesh = device_mesh(experiment.config)
+    loop = distillation.Loop(
+        objective,
+        state if mesh is None else crew.share(state),
+        experiment.key(purpose),
+        experiment.source(experts),
+        first=done,
+        last=iterations,
+        schedule=schedule(experiment.config, iterations),
+        mesh=mesh,
+        on_host=experiment.config.distill.data == "host",
+    )
+    if crew.count > 1 and done < iterations:
+        # Compiled before they meet, or the first to finish would wait within a step.
+        loop.compile()
+        crew.meet()
+    return loop
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        codec: codecs.Codec,
-        state: distill.State,
-        *,
-        done: int,
-        iterations: int,
-        purpose: str,
-        experts: Experts | None,
-        crew: Crew,
-    ):
-        mesh = device_mesh(experiment.config)
-        key = experiment.key(purpose)
-        if mesh is not None:
-            state, key = parallel.replicated((crew.share(state), key), mesh)
-        self._mesh, self._state, self._key = mesh, state, key
-        self._step: Any = jax.jit(build_step(experiment, codec, iterations, mesh), donate_argnums=0)
-        self._batches: Iterator[distill.Data] = _batches(experiment, done, iterations, experts, mesh)
-        self._close = self._batches.close
-        if crew.count > 1 and done < iterations:
-            # Compiled before they meet, or the first to finish would wait within a step.
-            first = next(self._batches)
-            self._step = self._step.lower(state, first, key).compile()
-            self._batches = itertools.chain([first], self._batches)
-            crew.meet()
 
-    @property
-    def state(self) -> distill.State:
-        """The state after the steps so far, on one device."""
-        return self._state if self._mesh is None else parallel.local(self._state)
-
-    def take(self, count: int) -> list[dict[str, jax.Array]]:
-        """Takes steps and returns the metrics of each, without waiting for them."""
-        taken = []
-        for _ in range(count):
-            self._state, metrics = self._step(self._state, next(self._batches), self._key)
-            taken.append(metrics)
-        return taken
-
-    def close(self) -> None:
-        """Ends the reading of data."""
-        self._close()
+def schedule(config: RunConfig, iterations: int) -> optax.Schedule | None:
+    """Returns the factor of the codec's updates over so many outer steps."""
+    return optax.cosine_decay_schedule(1.0, max(iterations, 1)) if config.distill.schedule == "cosine" else None
 
 
 def device_mesh(config: RunConfig) -> Mesh | None:
@@ -273,34 +255,35 @@ def follow(experiment: Experiment, crew: Crew, *, folder: Path, pixel: Callable[
         UserError: The leader ended with an error.
         Stopped: The leader was asked to end, and everything is saved.
     """
-    outer: _Outer | None = None
+    loop: distillation.Loop | None = None
     while (message := crew.hear())["kind"] != "end":
         if message["kind"] == "steps":
-            assert outer is not None
-            outer.take(message["count"])
+            assert loop is not None
+            loop.take(message["count"])
             continue
-        if outer is not None:
-            outer.close()
+        if loop is not None:
+            loop.close()
         codec = experiment.codec if message["arm"] == "main" else pixel()
         shape = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
         start = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(codec.init, jax.random.key(0), shape)
         )
         experts = None
-        if isinstance(experiment.config.objective, TrajectorySpec):
+        if experiment.expert_window is not None:
             experts = Experts.open(folder, **wanted_experts(experiment))
-        outer = _Outer(
+        objective = experiment.objective(codec)
+        loop = _loop(
             experiment,
-            codec,
-            distill.init_state(codec, start, experiment.config.objective, experiment.network),
+            objective,
+            distillation.init_state(objective, start),
             done=message["done"],
             iterations=message["iterations"],
             purpose=message["purpose"],
             experts=experts,
             crew=crew,
         )
-    if outer is not None:
-        outer.close()
+    if loop is not None:
+        loop.close()
     if message["error"] == "":
         raise stopping.Stopped
     if message["error"]:
@@ -320,16 +303,16 @@ def distill_stage(
     experts: Experts | None = None,
     tests: PeriodicTests | None = None,
     crew: Crew | None = None,
-) -> distill.State:
+) -> distillation.State:
     """Runs the outer loop on a codec's parameters, with tests in between if asked for; returns the final state.
 
     In a run of several processes this is what the leader does, with the others as its `crew`.
     """
     crew = crew or Crew()
-    config = experiment.config
+    config, objective = experiment.config, experiment.objective(codec)
     phase = f"{arm}-distill"
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
-        state = distill.init_state(codec, params, config.objective, experiment.network)
+        state = distillation.init_state(objective, params)
         newest, done, seconds = checkpoints.newest(state), 0, 0.0
         if newest is not None:
             done, state, meta = newest
@@ -337,9 +320,9 @@ def distill_stage(
         run.truncate(phase, done)
         saved = done
         crew.say("arm", arm=arm, done=done, iterations=iterations, purpose=purpose)
-        outer = _Outer(
+        loop = _loop(
             experiment,
-            codec,
+            objective,
             state,
             done=done,
             iterations=iterations,
@@ -347,17 +330,17 @@ def distill_stage(
             experts=experts,
             crew=crew,
         )
-        with progress.phase(f"distill {arm}", total=iterations, done=done) as bar, contextlib.closing(outer):
+        with progress.phase(f"distill {arm}", total=iterations, done=done) as bar, loop:
             # Killed in the middle of it, perhaps.
             if tests is not None and tests.due(done):
-                tests.test(done, outer.state)
+                tests.test(done, loop.state)
             while done < iterations:
                 began = time.perf_counter()
                 count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
                 if tests is not None:
                     count = min(count, tests.until_due(done))
                 crew.say("steps", count=count)
-                taken = outer.take(count)
+                taken = loop.take(count)
                 # The only wait for the device: once per logged line, not per step.
                 values = {name: float(value) for name, value in taken[-1].items()}
                 done += count
@@ -369,12 +352,12 @@ def distill_stage(
                 due = tests is not None and tests.due(done)
                 late = done - saved >= config.distill.checkpoint_every
                 if due or done == iterations or late or stopping.requested():
-                    checkpoints.save(done, outer.state, {"seconds": seconds})
+                    checkpoints.save(done, loop.state, {"seconds": seconds})
                     saved = done
                 stopping.raise_if_requested()
                 if tests is not None and due:
-                    tests.test(done, outer.state)
-    return outer.state
+                    tests.test(done, loop.state)
+    return loop.state
 
 
 def _remedy(config: RunConfig, arm: str, values: dict[str, float]) -> str:
@@ -387,115 +370,6 @@ def _remedy(config: RunConfig, arm: str, values: dict[str, float]) -> str:
         f"{values['syn_lr']:g}) in another: in the last iteration the numbers of the student were not finite from its "
         f"step {values['bad_step']:.0f} on"
     )
-
-
-def build_step(experiment: Experiment, codec: codecs.Codec, iterations: int, mesh: Mesh | None = None) -> distill.Step:
-    """Builds the outer step of an experiment for one of its codecs, out of so many, for the devices of a mesh."""
-    cosine = experiment.config.distill.schedule == "cosine"
-    return distill.make_step(
-        codec,
-        experiment.config.objective,
-        network=experiment.network,
-        augment=experiment.config.augment,
-        transform=whiten.apply,
-        schedule=optax.cosine_decay_schedule(1.0, max(iterations, 1)) if cosine else None,
-        mmd=experiment.config.mmd,
-        mesh=mesh,
-    )
-
-
-def device_data(experiment: Experiment, mesh: Mesh | None = None) -> distill.DeviceData:
-    """Puts the training set on the device as uint8, or on those of a mesh by classes."""
-    dataset = experiment.dataset
-    return distill.device_data(
-        dataset.train_images, dataset.train_labels, dataset.num_classes, experiment.whitening, mesh
-    )
-
-
-def _batches(
-    experiment: Experiment, first: int, last: int, experts: Experts | None, mesh: Mesh | None
-) -> Generator[distill.Data, None, None]:
-    """Yields the data argument of every step from ``first`` on."""
-    config = experiment.config
-    mmd, trajectory = config.mmd, isinstance(config.objective, TrajectorySpec)
-    on_device = config.distill.data == "device" and (mmd.weight > 0 or not trajectory)
-    held = device_data(experiment, mesh) if on_device else None
-    if isinstance(config.objective, TrajectorySpec):
-        assert experts is not None
-        matched: Generator[Any, None, None] = _segments(experiment, experts, first, mesh)
-    else:
-        matched = _real(experiment, held, config.objective.batch_real, first, mesh, seed=experiment.host_seed)
-    with contextlib.ExitStack() as open_streams:
-        open_streams.callback(matched.close)
-        if mmd.weight == 0:
-            for _ in range(first, last):
-                yield next(matched)
-            return
-        # Draws apart from those of the objective, of which there may be fewer.
-        real = _real(experiment, held, mmd.samples, first, mesh, seed=experiment.host_seed + MMD_SEED)
-        open_streams.callback(real.close)
-        for step in range(first, last):
-            weights = None
-            if mmd.features == "expert":
-                assert experts is not None and isinstance(config.objective, TrajectorySpec)
-                expert, _ = Segments(experts, config.objective, seed=experiment.host_seed).choice(step)[0]
-                weights = _on_all(experts.row(expert, config.objective.last_epoch), mesh)
-            yield distill.MmdBatch(next(matched), next(real), weights)
-
-
-def _on_all(tree: Any, mesh: Mesh | None) -> Any:
-    """Puts arrays on the device, or on every one of a mesh."""
-    return jax.tree.map(jnp.asarray, tree) if mesh is None else parallel.replicated(tree, mesh)
-
-
-def _segments(
-    experiment: Experiment, experts: Experts, first: int, mesh: Mesh | None
-) -> Generator[distill.ExpertBatch, None, None]:
-    config = experiment.config
-    assert isinstance(config.objective, TrajectorySpec)
-    stream = prefetch(Segments(experts, config.objective, seed=experiment.host_seed), first)
-    whitening = _on_all(experiment.whitening, mesh)
-
-    def put(rows: np.ndarray) -> jax.Array:
-        if mesh is None:
-            return jnp.asarray(rows)
-        by_device = rows.reshape(mesh.size, -1, *rows.shape[1:])
-        return parallel.sharded(np.concatenate(by_device[parallel.places(mesh)]), mesh)
-
-    try:
-        for _, (start, target) in stream:
-            yield distill.ExpertBatch(put(start), put(target), whitening)
-    finally:
-        stream.close()
-
-
-def _real(
-    experiment: Experiment, held: distill.DeviceData | None, count: int, first: int, mesh: Mesh | None, *, seed: int
-) -> Generator[distill.DeviceData | distill.HostBatch, None, None]:
-    """Yields the training set that the devices hold, or ``count`` images per class that the host draws."""
-    dataset = experiment.dataset
-    while held is not None:
-        yield held
-    classes = None
-    if mesh is not None:
-        # What fills up repeats a class, which costs least where all have images.
-        classes = parallel.own_classes(dataset.num_classes, mesh).reshape(-1) % dataset.num_classes
-    sampler = HostSampler(
-        dataset.train_images,
-        dataset.train_labels,
-        num_classes=dataset.num_classes,
-        batch=count,
-        seed=seed,
-        classes=classes,
-    )
-    stream = prefetch(sampler, first)
-    whitening = _on_all(experiment.whitening, mesh)
-    try:
-        for _, images in stream:
-            batch = jnp.asarray(images) if mesh is None else parallel.sharded(images, mesh)
-            yield distill.HostBatch(batch, whitening)
-    finally:
-        stream.close()
 
 
 def _first_bad(taken: list[dict[str, jax.Array]], done: int) -> str:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax.parallel import Share, whole
+from gsdd_jax.parallel import Shard, unsharded
 
 
 class ClassTable(NamedTuple):
@@ -54,7 +54,7 @@ def class_index(labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.nd
     return index.astype(np.int32), count.astype(np.int32)
 
 
-def sample_classes(key: jax.Array, table: ClassTable, batch: int, share: Share | None = None) -> jax.Array:
+def sample_classes(key: jax.Array, table: ClassTable, batch: int, shard: Shard | None = None) -> jax.Array:
     """Draws `batch` images of every class, without replacement as far as a class has images.
 
     A class with `count >= batch` images gives `batch` distinct ones, every subset equally likely, in random order. A
@@ -69,7 +69,7 @@ def sample_classes(key: jax.Array, table: ClassTable, batch: int, share: Share |
         key: PRNG key, consumed.
         table: From `class_table`.
         batch: Images per class, at least 1; static.
-        share: Which classes the rows of the table are, where other devices have the others. The draw of a class is the
+        shard: Which classes the rows of the table are, where other devices have the others. The draw of a class is the
             one that it has in the table of all, if the rows there are as long.
 
     Returns:
@@ -81,9 +81,9 @@ def sample_classes(key: jax.Array, table: ClassTable, batch: int, share: Share |
     if batch < 1:
         raise ValueError(f"batch must be at least 1, found {batch}")
     rows, longest = table.index.shape
-    share = share or whole(rows)
+    shard = shard or unsharded(rows)
     # 31 random bits, so that -1 can mark padding; some two of 5,000 images tie with probability 0.6 %: harmless.
-    bits = share.take(jax.random.bits(key, (share.total, longest), jnp.uint32))
+    bits = shard.take(jax.random.bits(key, (shard.total, longest), jnp.uint32))
     priority = (bits >> 1).astype(jnp.int32)
     priority = jnp.where(jnp.arange(longest) < table.count[:, None], priority, -1)
     _, order = jax.lax.top_k(priority, min(batch, longest))

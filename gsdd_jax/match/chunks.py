@@ -8,28 +8,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsdd_jax.parallel import Share
+from gsdd_jax.parallel import Shard
 
 
-def split_classes(share: Share, class_chunk: int) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+def split_classes(shard: Shard, class_chunk: int) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
     """Returns how to cut a leading axis of a share's classes into chunks, and which of the pieces count.
 
     Args:
-        share: What the axis holds.
+        shard: What the axis holds.
         class_chunk: Classes per chunk; need not divide their number.
 
     Returns:
         A function from ``[own, ...]`` to ``[chunks, chunk, ...]``, the last chunk filled up with the first classes; and
         weights ``[chunks, chunk]``, 0 for what fills up and 1 for the rest.
     """
-    chunk = min(class_chunk, share.own)
-    chunks = -(-share.own // chunk)
+    chunk = min(class_chunk, shard.own)
+    chunks = -(-shard.own // chunk)
     fill = jnp.arange(chunks * chunk)
 
     def split(x: jax.Array) -> jax.Array:
-        return x[fill % share.own].reshape(chunks, chunk, *x.shape[1:])
+        return x[fill % shard.own].reshape(chunks, chunk, *x.shape[1:])
 
-    counts = (fill < share.own) & (share.first + fill < share.total)
+    counts = (fill < shard.own) & (shard.first + fill < shard.total)
     return split, counts.astype(jnp.float32).reshape(chunks, chunk)
 
 

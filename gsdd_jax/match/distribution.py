@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
@@ -13,11 +12,13 @@ from typing_extensions import Doc
 
 from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.codecs import Codec
+from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
+from gsdd_jax.match.needs import RealImages
 from gsdd_jax.nets import Network
-from gsdd_jax.parallel import Share, whole
-
-Transform = Callable[[Any, jax.Array], jax.Array]
+from gsdd_jax.parallel import Shard, unsharded
+from gsdd_jax.whiten import Whitening
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,29 @@ class DistributionSpec:
     ] = 1
 
 
+def make(spec: DistributionSpec, codec: Codec, network: Network, augment: DsaSpec) -> Objective:
+    """Builds the objective; see :func:`gsdd_jax.match.make`."""
+
+    def loss(
+        key: jax.Array, learned: Any, carry: Any, synthetic: Synthetic, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        del learned
+        key_syn, key_loss = jax.random.split(key)
+        value = distribution_loss(
+            key_loss,
+            batch.drawn["real"],
+            synthetic.by_class(key_syn, spec.batch_syn),
+            network=network,
+            augment=augment,
+            whitening=batch.whitening,
+            class_chunk=spec.class_chunk,
+            shard=synthetic.shard,
+        )
+        return value, {}, carry
+
+    return Objective(spec, codec, network, {"real": RealImages(spec.batch_real)}, loss)
+
+
 def distribution_loss(
     key: jax.Array,
     real: jax.Array,
@@ -39,10 +63,9 @@ def distribution_loss(
     *,
     network: Network,
     augment: DsaSpec,
-    transform: Transform,
-    transform_params: Any,
+    whitening: Whitening,
     class_chunk: int,
-    share: Share | None = None,
+    shard: Shard | None = None,
 ) -> jax.Array:
     """Returns ``sum_k || mean phi(real_k) - mean phi(syn_k) ||^2`` for a fresh random network ``phi``.
 
@@ -56,10 +79,9 @@ def distribution_loss(
         syn: ``[k, g, h, w, c]`` float images in [0,1].
         network: The architecture of ``phi``.
         augment: DSA settings.
-        transform: ``(transform_params, images) -> images``: normalization of images in [0,1].
-        transform_params: Its arrays.
+        whitening: What networks see images through.
         class_chunk: Classes per pass through the network; need not divide ``k``.
-        share: Which classes these are, where other devices have the others, and the sum is over these.
+        shard: Which classes these are, where other devices have the others, and the sum is over these.
 
     Returns:
         The loss, a scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps no
@@ -67,16 +89,16 @@ def distribution_loss(
     """
     key_network, key_augment = jax.random.split(key)
     phi_params = network.init(key_network)
-    share = share or whole(real.shape[0])
-    split, weight = split_classes(share, class_chunk)
+    shard = shard or unsharded(real.shape[0])
+    split, weight = split_classes(shard, class_chunk)
 
-    shared = (phi_params, transform_params)
+    shared = (phi_params, whitening)
 
     def embed(shared: Any, keys: jax.Array, images: jax.Array) -> jax.Array:
         """Mean embeddings ``[chunk, f]`` of ``images [chunk, b, h, w, c]``."""
-        phi_params, transform_params = shared
+        phi_params, whitening = shared
         chunk, batch = images.shape[:2]
-        normal = transform(transform_params, images)
+        normal = whitening(images)
         # A loop, not vmap: under vmap every class would pay for all six operations.
         augmented = jax.lax.map(lambda x: dsa(x[0], x[1], augment, siamese=True), (keys, normal))
         _, features = network.outputs(phi_params, augmented.reshape(chunk * batch, *images.shape[2:]))
@@ -85,7 +107,7 @@ def distribution_loss(
     def chunk_loss(shared: Any, syn: jax.Array, keys: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.sum(weight[:, None] * (target - embed(shared, keys, syn)) ** 2)
 
-    keys = split(share.take(jax.random.split(key_augment, share.total)))
+    keys = split(shard.take(jax.random.split(key_augment, shard.total)))
     real_chunks = split(real)
     targets = jax.lax.map(lambda x: embed(shared, x[0], pixels.as_float(x[1], "real")), (keys, real_chunks))
     return sum_of_chunks(chunk_loss, split(syn), (keys, jax.lax.stop_gradient(targets), weight), shared)

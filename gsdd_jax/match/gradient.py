@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,13 @@ from typing_extensions import Doc
 
 from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.codecs import Codec
+from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
-from gsdd_jax.match.distribution import Transform
+from gsdd_jax.match.needs import RealImages
 from gsdd_jax.nets import Network
-from gsdd_jax.parallel import Share, whole
+from gsdd_jax.parallel import Shard, unsharded
+from gsdd_jax.whiten import Whitening
 
 # Beside the product of two norms, as in the reference.
 EPSILON = 1e-6
@@ -53,6 +56,68 @@ class GradientSpec:
         return dataclasses.replace(self, outer_loop=self.outer_loop or outer, inner_loop=self.inner_loop or inner)
 
 
+class Living(NamedTuple):
+    """The network of gradient matching, which lives for several steps."""
+
+    age: jax.Array  # int32 scalar, steps so far
+    params: Any
+
+
+def make(spec: GradientSpec, codec: Codec, network: Network, augment: DsaSpec) -> Objective:
+    """Builds the objective; see :func:`gsdd_jax.match.make`."""
+    if 0 in (spec.outer_loop, spec.inner_loop):
+        raise ValueError("objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc fills them in")
+
+    def init() -> tuple[dict[str, jax.Array], Any]:
+        # Overwritten by the first step, which draws them.
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(network.init, jax.random.key(0)))
+        return {}, Living(jnp.zeros((), jnp.int32), params)
+
+    def loss(
+        key: jax.Array, learned: Any, carry: Any, synthetic: Synthetic, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        del learned
+        key_syn, key_network, key_loss = jax.random.split(key, 3)
+        params = network.init(key_network)
+        if carry:
+            params = jax.tree.map(lambda new, old: jnp.where(carry.age == 0, new, old), params, carry.params)
+            carry = Living(carry.age, params)
+        value = gradient_loss(
+            key_loss,
+            batch.drawn["real"],
+            synthetic.by_class(key_syn, spec.batch_syn),
+            params=params,
+            network=network,
+            augment=augment,
+            whitening=batch.whitening,
+            class_chunk=spec.class_chunk,
+            shard=synthetic.shard,
+        )
+        return value, {}, carry
+
+    def after(key: jax.Array, carry: Living, synthetic: Synthetic, batch: Batch) -> Living:
+        def train() -> Any:
+            # Not at random, where a codec could.
+            images = codec.decode(synthetic.params)
+            return train_between(
+                key,
+                carry.params,
+                images,
+                synthetic.labels,
+                spec=spec,
+                network=network,
+                augment=augment,
+                whitening=batch.whitening,
+            )
+
+        # Its last step leaves a network untrained, for nothing follows.
+        age = (carry.age + 1) % spec.outer_loop
+        return Living(age, jax.lax.cond(age == 0, lambda: carry.params, train))
+
+    objective = Objective(spec, codec, network, {"real": RealImages(spec.batch_real)}, loss)
+    return objective._replace(init=init, after=after) if spec.outer_loop > 1 else objective
+
+
 def gradient_loss(
     key: jax.Array,
     real: jax.Array,
@@ -61,10 +126,9 @@ def gradient_loss(
     params: Any,
     network: Network,
     augment: DsaSpec,
-    transform: Transform,
-    transform_params: Any,
+    whitening: Whitening,
     class_chunk: int,
-    share: Share | None = None,
+    shard: Shard | None = None,
 ) -> jax.Array:
     """Returns ``sum_k D(grad loss(real_k), grad loss(syn_k))`` at the weights ``params`` (DC, Eq. 9; DSA, Eq. 2).
 
@@ -78,22 +142,21 @@ def gradient_loss(
         params: Weights of the network; constants here.
         network: Its architecture.
         augment: DSA settings.
-        transform: ``(transform_params, images) -> images``: normalization of images in [0,1].
-        transform_params: Its arrays.
+        whitening: What networks see images through.
         class_chunk: Classes whose gradients are held at once; need not divide ``k``.
-        share: Which classes these are, where other devices have the others, and the sum is over these.
+        shard: Which classes these are, where other devices have the others, and the sum is over these.
 
     Returns:
         The loss, a scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps
         nothing of a chunk but its gradient.
     """
-    share = share or whole(real.shape[0])
-    split, weight = split_classes(share, class_chunk)
+    shard = shard or unsharded(real.shape[0])
+    split, weight = split_classes(shard, class_chunk)
 
     def gradients(shared: Any, images: jax.Array, keys: jax.Array, labels: jax.Array) -> Any:
         """Gradients of each class of a chunk, as params with a leading axis of classes."""
-        params, transform_params = shared
-        normal = transform(transform_params, images)
+        params, whitening = shared
+        normal = whitening(images)
         # A loop, not vmap: under vmap every class would pay for all six operations.
         augmented = jax.lax.map(lambda x: dsa(x[0], x[1], augment, siamese=True), (keys, normal))
 
@@ -109,9 +172,9 @@ def gradient_loss(
         wanted = jax.lax.stop_gradient(gradients(shared, pixels.as_float(real, "real").astype(syn.dtype), keys, labels))
         return jnp.sum(weight * jax.vmap(layerwise_distance)(wanted, gradients(shared, syn, keys, labels)))
 
-    keys = split(share.take(jax.random.split(key, share.total)))
-    labels = split(share.take(jnp.arange(share.total)))
-    return sum_of_chunks(of_chunk, split(syn), (keys, labels, weight, split(real)), (params, transform_params))
+    keys = split(shard.take(jax.random.split(key, shard.total)))
+    labels = split(shard.take(jnp.arange(shard.total)))
+    return sum_of_chunks(of_chunk, split(syn), (keys, labels, weight, split(real)), (params, whitening))
 
 
 def layerwise_distance(real: Any, syn: Any) -> jax.Array:
@@ -162,8 +225,7 @@ def train_between(
     spec: GradientSpec,
     network: Network,
     augment: DsaSpec,
-    transform: Transform,
-    transform_params: Any,
+    whitening: Whitening,
 ) -> Any:
     """Trains the network of gradient matching on the synthetic set, between two iterations of its life.
 
@@ -178,8 +240,7 @@ def train_between(
         spec: ``inner_loop``, the passes over the images, ``net_lr`` and ``net_batch``.
         network: The architecture.
         augment: DSA settings.
-        transform: Normalization.
-        transform_params: Its arrays.
+        whitening: What networks see images through.
 
     Returns:
         The trained weights.
@@ -187,13 +248,13 @@ def train_between(
     n = len(images)
     batch = min(spec.net_batch, n)
     per_epoch = -(-n // batch)
-    normal = transform(transform_params, images)
+    normal = whitening(images)
 
     def step(params: Any, i: jax.Array) -> tuple[Any, None]:
         key_order = jax.random.fold_in(key, 2 * (i // per_epoch))
         key_augment = jax.random.fold_in(key, 2 * i + 1)
-        place = (i % per_epoch) * batch + jnp.arange(batch)
-        index = jax.random.permutation(key_order, n)[place % n]
+        position = (i % per_epoch) * batch + jnp.arange(batch)
+        index = jax.random.permutation(key_order, n)[position % n]
 
         def loss(params: Any) -> jax.Array:
             logits, _ = network.outputs(params, dsa(key_augment, normal[index], augment))

@@ -11,10 +11,14 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from gsdd_jax import pixels
+from gsdd_jax.codecs import Codec
+from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
-from gsdd_jax.match.distribution import Transform
+from gsdd_jax.match.needs import ExpertWeights, Need, RealImages, expert_window
+from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import Network
-from gsdd_jax.parallel import Share, whole
+from gsdd_jax.parallel import Shard, unsharded
+from gsdd_jax.whiten import Whitening
 
 # Widths of D3's Gaussian kernels, which are added up.
 WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -46,6 +50,87 @@ class MmdSpec:
         Literal["joint", "separate"],
         Doc("one optimizer step on the sum, or one on the objective and then one on this term (D3)"),
     ] = "joint"
+
+
+# What the key of a loss is folded with for the term.
+_OF_MMD = 2
+
+
+def with_mmd(objective: Objective, spec: MmdSpec) -> Objective:
+    """Adds the term to an objective.
+
+    Args:
+        objective: Any; an ``ExpertSegments`` among its needs where ``spec.features`` is ``expert``.
+        spec: The term; of weight 0, the objective stays as it is.
+
+    Returns:
+        The objective with the metric ``mmd``, not weighted.
+
+    Raises:
+        ValueError: A class has no two synthetic images, or there are no experts.
+    """
+    if spec.weight == 0:
+        return objective
+    codec, network = objective.codec, objective.network
+    copies, each = samples_of(codec, spec)
+    needs: dict[str, Need] = {"mmd_real": RealImages(spec.samples)}
+    if spec.features == "expert":
+        window = expert_window(objective.needs)
+        if window is None:
+            raise ValueError(
+                f"mmd.features: experts are trained for objective.name=trajectory; expected random with "
+                f"{objective.spec.name}, found 'expert'"
+            )
+        needs["mmd_weights"] = ExpertWeights(window)
+
+    def term(key: jax.Array, synthetic: Synthetic, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        key_syn, key_draw, key_network = jax.random.split(jax.random.fold_in(key, _OF_MMD), 3)
+        # The same images each time, where decoding at random gives several samples of them.
+        draws = jax.random.split(key_draw, copies)
+        syn = jnp.concatenate([synthetic.by_class(key_syn, each, draw=draw) for draw in draws], axis=1)
+        weights = batch.drawn.get("mmd_weights")
+        value = feature_mmd(
+            batch.drawn["mmd_real"],
+            syn,
+            network.init(key_network) if weights is None else flattener(network)[1](weights),
+            network=network,
+            whitening=batch.whitening,
+            shard=synthetic.shard,
+        )
+        return spec.weight * value, {"mmd": synthetic.axis.sum(value)}
+
+    def joint(
+        key: jax.Array, learned: Any, carry: Any, synthetic: Synthetic, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        loss, metrics, carry = objective.loss(key, learned, carry, synthetic, batch)
+        extra, found = term(key, synthetic, batch)
+        return loss + extra, {"loss": synthetic.axis.sum(loss), **metrics, **found}, carry
+
+    def separate(
+        key: jax.Array, learned: Any, carry: Any, synthetic: Synthetic, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        return *term(key, synthetic, batch), carry
+
+    losses: dict[str, Any] = {"loss": joint} if spec.steps == "joint" else {"then": (*objective.then, separate)}
+    return objective._replace(needs={**objective.needs, **needs}, **losses)
+
+
+def samples_of(codec: Codec, spec: MmdSpec) -> tuple[int, int]:
+    """Returns how often the term decodes how many images of each class.
+
+    D3 draws each latent as often as it takes. Where decoding is not random, a copy would be a sample at distance 0.
+
+    Raises:
+        ValueError: A class has no two synthetic images.
+    """
+    g = codec.images_per_class
+    copies, each = (max(spec.samples // g, 1) if codec.draws else 1), min(spec.samples, g)
+    if copies * each < LEAST_SAMPLES:
+        raise ValueError(
+            f"mmd.weight: the term needs {LEAST_SAMPLES} synthetic images per class, the {codec.name} codec has "
+            f"{g}; expected 0, or more images"
+        )
+    return copies, each
 
 
 def mmd(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -94,9 +179,8 @@ def feature_mmd(
     params: Any,
     *,
     network: Network,
-    transform: Transform,
-    transform_params: Any,
-    share: Share | None = None,
+    whitening: Whitening,
+    shard: Shard | None = None,
 ) -> jax.Array:
     """Returns :func:`mmd_loss` of the last feature maps of a network, one class at a time.
 
@@ -107,9 +191,8 @@ def feature_mmd(
         syn: ``[k, b, h, w, c]`` float images in [0,1]; b >= 2.
         params: Of the network; D3: of an expert after its last epoch.
         network: Its architecture.
-        transform: ``(transform_params, images) -> images``: normalization of images in [0,1].
-        transform_params: Its arrays.
-        share: Which classes these are, where other devices have the others, and the sum is over these.
+        whitening: What networks see images through.
+        shard: Which classes these are, where other devices have the others, and the sum is over these.
 
     Returns:
         A scalar. Differentiable once, with respect to ``syn`` and nothing else; the backward pass keeps no activations.
@@ -117,12 +200,12 @@ def feature_mmd(
     Raises:
         ValueError: A class has no pair.
     """
-    split, weight = split_classes(share or whole(len(real)), 1)
-    shared = (params, transform_params)
+    split, weight = split_classes(shard or unsharded(len(real)), 1)
+    shared = (params, whitening)
 
     def embed(shared: Any, images: jax.Array) -> jax.Array:
-        params, transform_params = shared
-        _, features = network.outputs(params, transform(transform_params, images))
+        params, whitening = shared
+        _, features = network.outputs(params, whitening(images))
         return features.reshape(len(images), -1)
 
     def chunk_loss(shared: Any, syn: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

@@ -22,8 +22,11 @@ from jax.flatten_util import ravel_pytree
 from typing_extensions import Doc
 
 from gsdd_jax.augment import DsaSpec, dsa
-from gsdd_jax.match.distribution import Transform
+from gsdd_jax.codecs import Codec
+from gsdd_jax.match.base import Batch, Objective, Synthetic
+from gsdd_jax.match.needs import ExpertSegments
 from gsdd_jax.nets import Network
+from gsdd_jax.whiten import Whitening
 
 # HaBa, SPEED and DDiF: left alone, the rate of the reference can turn negative or NaN.
 MIN_SYN_LR = 1e-3
@@ -89,6 +92,46 @@ class TrajectorySpec:
         return self.min_start_epoch, high
 
 
+def make(spec: TrajectorySpec, codec: Codec, network: Network, augment: DsaSpec) -> Objective:
+    """Builds the objective; see :func:`gsdd_jax.match.make`."""
+
+    def loss(
+        key: jax.Array, learned: Any, carry: Any, synthetic: Synthetic, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        key_syn, key_loss = jax.random.split(key)
+        segments, axis = batch.drawn["segments"], synthetic.axis
+        value, metrics = trajectory_loss(
+            key_loss,
+            synthetic.images(key_syn),
+            synthetic.labels,
+            learned["syn_lr"],
+            segments[:, 0],
+            segments[:, 1],
+            network=network,
+            augment=augment,
+            whitening=batch.whitening,
+            spec=spec,
+        )
+        # The first step that is bad on any device.
+        late = spec.syn_steps + 1
+        first = axis.min(jnp.where(metrics["bad_step"] < 0, late, metrics["bad_step"]))
+        student = axis.sum(axis.part(metrics["student_loss"]))
+        metrics = {"student_loss": student, "bad_step": jnp.where(first == late, -1, first)}
+        return axis.part(value), metrics, carry
+
+    return Objective(
+        spec,
+        codec,
+        network,
+        {"segments": ExpertSegments(spec)},
+        loss,
+        init=lambda: ({"syn_lr": jnp.float32(spec.syn_lr)}, ()),
+        optimizer=lambda: optax.sgd(spec.lr_lr, momentum=LR_MOMENTUM),
+        # NaN stays NaN.
+        project=lambda learned: {"syn_lr": jnp.maximum(learned["syn_lr"], MIN_SYN_LR)},
+    )
+
+
 @lru_cache(maxsize=64)
 def flattener(network: Network) -> tuple[Callable[[Any], jax.Array], Callable[[jax.Array], Any]]:
     """Returns `(flatten, unflatten)` between a network's weights and their flat vector [p]."""
@@ -132,8 +175,7 @@ def trajectory_loss(
     *,
     network: Network,
     augment: DsaSpec,
-    transform: Transform,
-    transform_params: Any,
+    whitening: Whitening,
     spec: TrajectorySpec,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns `||theta_t - target||^2 / ||start - target||^2`, the mean over segments.
@@ -150,13 +192,12 @@ def trajectory_loss(
         key: Decides batches and augmentations; consumed.
         syn: `[n, h, w, c]` float images in [0,1], all of the decoded set.
         labels: int `[n]`.
-        syn_lr: The student's step size, a scalar. Not held above `MIN_SYN_LR` here: see `floor_syn_lr`.
+        syn_lr: The student's step size, a scalar. Not held above `MIN_SYN_LR` here.
         start: Flat weights of the expert, `[p]`, or `[segments, p]`.
         target: Those `spec.expert_epochs` later, of the same shape.
         network: The architecture of expert and student.
         augment: DSA settings.
-        transform: `(transform_params, images) -> images`: normalization of images in [0,1].
-        transform_params: Its arrays.
+        whitening: What networks see images through.
         spec: `syn_steps`, `batch_syn` and `checkpoint` count; the number of segments is that of `start`.
 
     Returns:
@@ -173,7 +214,7 @@ def trajectory_loss(
     batches = student_batches(key_batches, syn.shape[0], spec=spec)
     unflatten = flattener(network)[1]
     # Once for all steps: a batch is drawn from the set several times, and ZCA is a product with a d x d matrix.
-    normal = transform(transform_params, syn)
+    normal = whitening(syn)
 
     def cross_entropy(theta: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         logits, _ = network.outputs(unflatten(theta), x)
@@ -204,16 +245,6 @@ def trajectory_loss(
         distance, losses = (x[None] for x in match(start.reshape(-1), target.reshape(-1)))
     metrics = {"student_loss": losses[:, -1].mean(), "bad_step": _first_bad(losses, distance)}
     return distance.mean(), jax.tree.map(lax.stop_gradient, metrics)
-
-
-def syn_lr_optimizer(spec: TrajectorySpec) -> optax.GradientTransformation:
-    """Returns the optimizer of `syn_lr`: SGD with momentum 0.5 (MTT). Its updates go through `floor_syn_lr`."""
-    return optax.sgd(spec.lr_lr, momentum=LR_MOMENTUM)
-
-
-def floor_syn_lr(syn_lr: jax.Array) -> jax.Array:
-    """Raises the step size to `MIN_SYN_LR`, to be called after each update; NaN stays NaN."""
-    return jnp.maximum(syn_lr, MIN_SYN_LR)
 
 
 def _first_bad(losses: jax.Array, distance: jax.Array) -> jax.Array:

@@ -20,7 +20,6 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.nets import Network
 from gsdd_jax.training import (
     EvalSpec,
-    Transform,
     adam_start,
     adam_step,
     check_images,
@@ -32,17 +31,16 @@ from gsdd_jax.training import (
     stream_start,
     train_network,
 )
+from gsdd_jax.whiten import Whitening
 
 __all__ = [
     "EvalSpec",
     "Tested",
-    "Transform",
     "accuracy",
     "adam_start",
     "adam_step",
     "choose_lr",
-    "evaluate",
-    "evaluate_by_class",
+    "evaluate_networks",
     "lr_factor",
     "sgd_step",
     "stream_batch",
@@ -70,20 +68,18 @@ def accuracy(
     labels: jax.Array,
     *,
     network: Network,
-    transform: Transform | None = None,
-    transform_params: Any = None,
+    whitening: Whitening | None = None,
     batch: int = _TEST_BATCH,
 ) -> jax.Array:
     """Returns the share of images that a network classifies correctly.
 
     Args:
         params: weights of the network.
-        images: [n, h, w, c], uint8 or floating point; with a `transform` real ones in [0,1], without one whatever the
+        images: [n, h, w, c], uint8 or floating point; with a `whitening` real ones in [0,1], without one whatever the
             network sees.
         labels: int [n].
         network: the network.
-        transform: as in `train_network`.
-        transform_params: as in `train_network`.
+        whitening: as in `train_network`.
         batch: images per pass, bounds the memory.
 
     Returns:
@@ -94,41 +90,13 @@ def accuracy(
         ValueError: as `train_network`, or a batch below 1.
         TypeError: as `train_network`.
     """
-    check_images(images, labels, "", real=transform is not None)
+    check_images(images, labels, "", real=whitening is not None)
     if batch < 1:
         raise ValueError(f"batch: {batch}, must be at least 1")
-    return _test(params, images, labels, transform_params, network=network, transform=transform, batch=batch).accuracies
+    return _test(params, images, labels, whitening, network=network, batch=batch).accuracies
 
 
-def evaluate(
-    keys: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-    test_images: jax.Array,
-    test_labels: jax.Array,
-    **settings: Any,
-) -> jax.Array:
-    """Trains one network per key and tests each once, after its last step.
-
-    Args:
-        keys: [s] PRNG keys; they and all else as in `evaluate_by_class`.
-        images: training images.
-        labels: int [n], or soft ones, float [n, k].
-        test_images: [n', h, w, c].
-        test_labels: int [n'].
-        **settings: the others, by name.
-
-    Returns:
-        float32 [s], test accuracies in [0, 1]; NaN for a network that diverged.
-
-    Raises:
-        ValueError: as `evaluate_by_class`.
-        TypeError: as `evaluate_by_class`.
-    """
-    return evaluate_by_class(keys, images, labels, test_images, test_labels, **settings).accuracies
-
-
-def evaluate_by_class(
+def evaluate_networks(
     keys: jax.Array,
     images: jax.Array,
     labels: jax.Array,
@@ -138,8 +106,7 @@ def evaluate_by_class(
     network: Network,
     spec: EvalSpec,
     augment: DsaSpec,
-    transform: Transform | None = None,
-    transform_params: Any = None,
+    whitening: Whitening | None = None,
     lr: jax.Array | float | None = None,
 ) -> Tested:
     """Trains one network per key and tests each once, after its last step, class by class.
@@ -157,8 +124,7 @@ def evaluate_by_class(
         network: as in `train_network`, like all up to `lr`.
         spec: as there; its `seeds` has no effect, the number of keys counts.
         augment: as there.
-        transform: as there; applied to the test images, too.
-        transform_params: as there.
+        whitening: as there; applied to the test images, too.
         lr: as there.
 
     Returns:
@@ -169,15 +135,15 @@ def evaluate_by_class(
         TypeError: as `train_network`.
     """
     check_images(images, labels, "", soft=True)
-    check_images(test_images, test_labels, "test_", real=transform is not None)
+    check_images(test_images, test_labels, "test_", real=whitening is not None)
     if keys.ndim != 1 or keys.shape[0] < 1:
         raise ValueError(f"keys: shape {keys.shape}, must be [s] with s at least 1")
     height, width = test_images.shape[1:3]
     batch = max(1, min(_TEST_BATCH, _TEST_BATCH * _TEST_SIDE**2 // (height * width)))
-    data = jax.tree.map(jnp.asarray, (images, labels, transform_params, rate_of(lr, spec)))
-    held_out = jax.tree.map(jnp.asarray, (test_images, test_labels, transform_params))
-    train = partial(_train_group, network=network, spec=spec.static(), augment=augment, transform=transform)
-    test = partial(_test_group, network=network, transform=transform, batch=batch)
+    data = jax.tree.map(jnp.asarray, (images, labels, whitening, rate_of(lr, spec)))
+    held_out = jax.tree.map(jnp.asarray, (test_images, test_labels, whitening))
+    train = partial(_train_group, network=network, spec=spec.static(), augment=augment)
+    test = partial(_test_group, network=network, batch=batch)
     # A call per group, not one loop in one program: any number of keys runs the same executables. Two of them, so that
     # training sets of all sizes share the test, and validation and test images share the training.
     groups = [keys[first : first + spec.parallel] for first in range(0, keys.shape[0], spec.parallel)]
@@ -208,14 +174,14 @@ def choose_lr(
         valid_labels: int [n'].
         lrs: candidates; of equals, the first wins. One with which a network diverges is out.
         networks: how many networks vote on each.
-        **settings: as in `evaluate`, without `lr`.
+        **settings: as in `evaluate_networks`, without `lr`.
 
     Returns:
         The rate, and the mean accuracy of each candidate, NaN where a network diverged.
 
     Raises:
         ValueError: no candidates or one that is not positive, `networks` below 1, networks that diverge with every
-            candidate, or as `evaluate`.
+            candidate, or as `evaluate_networks`.
         TypeError: as `evaluate`.
     """
     if not lrs or min(lrs) <= 0:
@@ -224,7 +190,9 @@ def choose_lr(
         raise ValueError(f"networks: {networks}, must be at least 1")
     keys = jax.random.split(key, networks)
     table = {
-        float(lr): float(evaluate(keys, images, labels, valid_images, valid_labels, lr=lr, **settings).mean())
+        float(lr): float(
+            evaluate_networks(keys, images, labels, valid_images, valid_labels, lr=lr, **settings).accuracies.mean()
+        )
         for lr in lrs
     }
     sound = [lr for lr in table if math.isfinite(table[lr])]
@@ -279,15 +247,14 @@ def summarize_classes(hits: Sequence[Sequence[int]] | jax.Array, counts: Sequenc
     }
 
 
-@partial(jax.jit, static_argnames=("network", "transform", "batch"))
+@partial(jax.jit, static_argnames=("network", "batch"))
 def _test(
     params: Any,
     images: jax.Array,
     labels: jax.Array,
-    transform_params: Any,
+    whitening: Whitening | None,
     *,
     network: Network,
-    transform: Transform | None,
     batch: int,
 ) -> Tested:
     n = images.shape[0]
@@ -296,7 +263,7 @@ def _test(
     def correct(first: jax.Array) -> tuple[jax.Array, jax.Array]:
         # The last window moves back to stay inside; what it shares with the one before is not counted again.
         start = jnp.minimum(first, n - batch)
-        x = inputs(lax.dynamic_slice_in_dim(images, start, batch), transform, transform_params)
+        x = inputs(lax.dynamic_slice_in_dim(images, start, batch), whitening)
         y = lax.dynamic_slice_in_dim(labels, start, batch)
         logits = network.outputs(params, x)[0]
         hit = logits.argmax(1) == y
@@ -308,18 +275,17 @@ def _test(
     return Tested(jnp.where(finite.all(), hits.sum().astype(jnp.float32) / n, jnp.nan), hits.sum(0))
 
 
-@partial(jax.jit, static_argnames=("network", "spec", "augment", "transform"))
+@partial(jax.jit, static_argnames=("network", "spec", "augment"))
 def _train_group(
     keys: jax.Array,
     images: jax.Array,
     labels: jax.Array,
-    transform_params: Any,
+    whitening: Whitening | None,
     lr: jax.Array,
     *,
     network: Network,
     spec: EvalSpec,
     augment: DsaSpec,
-    transform: Transform | None,
 ) -> Any:
     def one(key: jax.Array) -> Any:
         return train_network(
@@ -329,8 +295,7 @@ def _train_group(
             network=network,
             spec=spec,
             augment=augment,
-            transform=transform,
-            transform_params=transform_params,
+            whitening=whitening,
             lr=lr,
         )
 
@@ -338,19 +303,18 @@ def _train_group(
     return jax.vmap(one)(keys) if keys.shape[0] > 1 else jax.tree.map(lambda leaf: leaf[None], one(keys[0]))
 
 
-@partial(jax.jit, static_argnames=("network", "transform", "batch"))
+@partial(jax.jit, static_argnames=("network", "batch"))
 def _test_group(
     params: Any,
     images: jax.Array,
     labels: jax.Array,
-    transform_params: Any,
+    whitening: Whitening | None,
     *,
     network: Network,
-    transform: Transform | None,
     batch: int,
 ) -> Tested:
     def one(params: Any) -> Tested:
-        return _test(params, images, labels, transform_params, network=network, transform=transform, batch=batch)
+        return _test(params, images, labels, whitening, network=network, batch=batch)
 
     if jax.tree.leaves(params)[0].shape[0] > 1:
         return jax.vmap(one)(params)
