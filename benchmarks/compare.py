@@ -99,7 +99,7 @@ class Way(NamedTuple):
 def ways(dtype: str, n: int, side: int) -> Iterator[Way]:
     """Yields the ways to store ``n`` images; ``dtype`` is the precision of those that have the choice."""
     one: dict[str, Any] = {"images_per_class": n, "dtype": dtype}
-    yield Way("gaussian", lambda m: GaussianSpec(gpc=n, num_points=m, dtype=dtype), 2000)  # type: ignore[arg-type]
+    yield Way("gaussian", lambda m: GaussianSpec(images_per_class=n, num_points=m, dtype=dtype), 2000)  # type: ignore[arg-type]
     if dtype != "float32":
         # A quarter of a pixel for positions; more Gaussians need finer shapes and colors.
         mean = 8 if side <= 32 else 10
@@ -107,7 +107,7 @@ def ways(dtype: str, n: int, side: int) -> Iterator[Way]:
             widths = {"bits_mean": mean, "bits_cholesky": rest[0], "bits_color": rest[1]}
             yield Way(
                 "packed_gaussian",
-                lambda m, widths=widths: PackedGaussianSpec(gpc=n, num_points=m, **widths),
+                lambda m, widths=widths: PackedGaussianSpec(images_per_class=n, num_points=m, **widths),
                 4000,  # type: ignore[misc]
             )
     for layers in (2, 3):
@@ -149,7 +149,7 @@ def ways(dtype: str, n: int, side: int) -> Iterator[Way]:
                 shape = {"hallucinators": styles, "base_channels": channels, **one}
                 yield Way("factor", lambda m, shape=shape: FactorSpec(**shape))  # type: ignore[misc]
     for width in (16, 32, 64):
-        net = {"decoder": "small", "width": width, "sample": False, "lpc": n, "dtype": dtype}
+        net = {"decoder": "small", "width": width, "sample": False, "images_per_class": n, "dtype": dtype}
         yield Way("latent", lambda m, net=net: LatentSpec(latent_dim=m, **net), 4096)  # type: ignore[misc]
 
 
@@ -342,9 +342,9 @@ ACCURACY = {
         "{name: latent, decoder: small, width: 32, latent_dim: 16, dtype: bfloat16, optimizer: adam, lr: 0.01, "
         "lr_decoder: 0.001}"
     ),
-    "gaussian, float32": "{name: gaussian, gpc: 15, num_points: 22, dtype: float32, lr: 0.003}",
-    "gaussian, bfloat16": "{name: gaussian, gpc: 30, num_points: 22, lr: 0.003}",
-    "packed_gaussian": "{name: packed_gaussian, gpc: 86, num_points: 22, bits_cholesky: 7, lr: 0.003}",
+    "gaussian, float32": "{name: gaussian, images_per_class: 15, num_points: 22, dtype: float32, lr: 0.003}",
+    "gaussian, bfloat16": "{name: gaussian, images_per_class: 30, num_points: 22, lr: 0.003}",
+    "packed_gaussian": "{name: packed_gaussian, images_per_class: 86, num_points: 22, bits_cholesky: 7, lr: 0.003}",
 }
 
 

@@ -35,7 +35,7 @@ def sets(n: int, m: int, pixels: int) -> dict[str, SynSet]:
     """Returns the same Gaussians in both codecs."""
     g, _ = scene(n, m, pixels)
     found = {}
-    for spec in (GaussianSpec(gpc=n, num_points=m), PackedGaussianSpec(gpc=n, num_points=m)):
+    for spec in (GaussianSpec(images_per_class=n, num_points=m), PackedGaussianSpec(images_per_class=n, num_points=m)):
         codec = codecs.make(spec, image_shape=(pixels, pixels, 3), num_classes=1, bytes_per_class=1 << 30)
         params = packed.from_gaussians(g, codec.spec) if isinstance(spec, PackedGaussianSpec) else g
         found[spec.name] = SynSet(codec, params, 1 << 30, ("all",))

@@ -42,7 +42,7 @@ def sample(path: Path, count: int) -> tuple[jax.Array, str]:
 
 def codec_of(images: jax.Array, points: int, start: str) -> Codec:
     """Returns a Gaussian codec whose set is exactly these images."""
-    spec = GaussianSpec(gpc=images.shape[0], num_points=points, start=start)  # type: ignore[arg-type]
+    spec = GaussianSpec(images_per_class=images.shape[0], num_points=points, start=start)  # type: ignore[arg-type]
     return codecs.make(spec, image_shape=images.shape[1:], num_classes=1, bytes_per_class=1 << 40)
 
 

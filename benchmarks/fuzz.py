@@ -50,10 +50,10 @@ from train.errors import exit_cleanly
 CLASSES, BUDGET, SHAPE = 2, 1152, (6, 8, 3)
 # One of each codec, and of each way in which one is written; the latent codec cannot draw SHAPE.
 SETS: tuple[tuple[codecs.CodecSpec, tuple[int, int, int]], ...] = (
-    (codecs.GaussianSpec(gpc=2, num_points=3, start="uniform"), SHAPE),
-    (codecs.PackedGaussianSpec(gpc=2, num_points=5, start="uniform"), SHAPE),
-    (codecs.PackedGaussianSpec(gpc=1, num_points=3, order="kept", bits_mean=7, start="uniform"), SHAPE),
-    (codecs.PixelSpec(dtype="bfloat16", ipc=2), SHAPE),
+    (codecs.GaussianSpec(images_per_class=2, num_points=3, start="uniform"), SHAPE),
+    (codecs.PackedGaussianSpec(images_per_class=2, num_points=5, start="uniform"), SHAPE),
+    (codecs.PackedGaussianSpec(images_per_class=1, num_points=3, order="kept", bits_mean=7, start="uniform"), SHAPE),
+    (codecs.PixelSpec(dtype="bfloat16", images_per_class=2), SHAPE),
     (codecs.DownscaleSpec(factor=2), SHAPE),
     (codecs.FrequencySpec(coefficients=5, images_per_class=3), SHAPE),
     (codecs.FrequencySpec(coefficients=9, images_per_class=2), SHAPE),
@@ -67,9 +67,9 @@ SETS: tuple[tuple[codecs.CodecSpec, tuple[int, int, int]], ...] = (
         SHAPE,
     ),
     (codecs.SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=2), SHAPE),
-    (codecs.LatentSpec(decoder="small", width=4, latent_dim=3, lpc=2), (8, 8, 3)),
+    (codecs.LatentSpec(decoder="small", width=4, latent_dim=3, images_per_class=2), (8, 8, 3)),
     (codecs.PackedFrequencySpec(coefficients=7, images_per_class=3, bits=5), SHAPE),
-    (codecs.PixelSpec(dtype="uint8", ipc=3), SHAPE),
+    (codecs.PixelSpec(dtype="uint8", images_per_class=3), SHAPE),
     (codecs.DownscaleSpec(factor=2, dtype="uint8", images_per_class=8), SHAPE),
 )
 # Which of them have soft labels, and how these are written: precision and top_k.

@@ -35,7 +35,7 @@ ipc: 1
 data: {source: digits, per_class: 8, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
-codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.01}
+codec: {name: gaussian, images_per_class: 2, num_points: 5, lr: 0.01}
 fit: {steps: 20}
 experts: {count: 3, batch: 16, lr: 0.1}
 distill: {iterations: 30, log_every: 2, checkpoint_every: 4}

@@ -159,7 +159,7 @@ def measure(name: str, *, run: bool) -> dict[str, Any]:
     pixel = codecs.PixelSpec(optimizer="adam", lr=0.01)
     steps = []
     for spec in size.objectives:
-        for codec_spec in (codecs.GaussianSpec(gpc=GPC, num_points=POINTS), pixel):
+        for codec_spec in (codecs.GaussianSpec(images_per_class=GPC, num_points=POINTS), pixel):
             timed = outer_step(size, spec, codec_spec).compile()
             row = {"objective": spec.name, "codec": codec_spec.name, "compile_seconds": round(timed.compile_seconds, 1)}
             row |= timed.measure(seconds=20, repeats=5) if run else {"memory": timed.memory()}

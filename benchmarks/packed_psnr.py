@@ -108,9 +108,9 @@ def rows(images: jax.Array, points: int, steps: int, layouts: Sequence[tuple[int
         found.append(row)
         print(f"{steps} steps, {method} {layout or ''}: {row['psnr']:.2f} dB, {seconds:.0f} s", file=sys.stderr)
 
-    bfloat16 = codec_of(GaussianSpec(gpc=len(images), num_points=points), images)
+    bfloat16 = codec_of(GaussianSpec(images_per_class=len(images), num_points=points), images)
     add("bfloat16", None, bfloat16, *fitted(bfloat16, images, steps))
-    exact = codec_of(GaussianSpec(gpc=len(images), num_points=points, dtype="float32"), images)
+    exact = codec_of(GaussianSpec(images_per_class=len(images), num_points=points, dtype="float32"), images)
     params, seconds = fitted(exact, images, steps)
     add("float32", None, exact, params, seconds)
     for layout in layouts:

@@ -167,7 +167,7 @@ def parts(size: Size) -> tuple[codecs.Codec, Network]:
     """Builds codec and network of a size, in bytes that just hold its Gaussians."""
     shape = (size.pixels, size.pixels, CHANNELS)
     codec = codecs.make(
-        codecs.GaussianSpec(gpc=size.gpc, num_points=size.points),
+        codecs.GaussianSpec(images_per_class=size.gpc, num_points=size.points),
         image_shape=shape,
         num_classes=size.classes,
         bytes_per_class=2 * size.parameters // size.classes,

@@ -60,6 +60,15 @@ CODES = {
 }
 
 
+# Settings by the names that they had before, in manifests, configurations and results of then.
+FORMER_NAMES = {
+    "gpc": "images_per_class",
+    "ipc": "images_per_class",
+    "lpc": "images_per_class",
+    "optimiser": "optimizer",
+}
+
+
 class Array(NamedTuple):
     """An array that a file should hold, or says it holds."""
 
@@ -101,7 +110,7 @@ class Manifest:
     """A checked manifest.
 
     Attributes:
-        codec: Settings of the codec as they were written; their names and values are for the codec to check.
+        codec: Settings of the codec as they were written, by present names; all for the codec to check.
         image_shape: (h, w, c).
         num_classes: ``k``.
         images_per_class: Images that the codec draws of each class.
@@ -225,7 +234,7 @@ def manifest_of(document: Any) -> Manifest:
     if "sha256" in document and (type(digest) is not str or not re.fullmatch("[0-9a-f]{64}", digest)):
         raise ValueError(f"sha256: expected 64 hexadecimal digits, found {short(digest)}")
     return Manifest(
-        codec=document["codec"],
+        codec=renamed(document["codec"], "codec"),
         image_shape=_image_shape(document["image_shape"]),
         num_classes=classes,
         images_per_class=whole(document["images_per_class"], "images_per_class", 1, IMAGES_PER_CLASS),
@@ -284,6 +293,30 @@ def _class_names(value: list[Any], classes: int) -> tuple[str, ...]:
         if type(name) is not str or len(name) > NAME_LENGTH or any("\ud800" <= letter <= "\udfff" for letter in name):
             raise ValueError(f"class_names.{i}: expected a text of at most {NAME_LENGTH} letters, found {short(name)}")
     return tuple(value)
+
+
+def renamed(settings: Any, section: str = "") -> Any:
+    """Returns settings by their present names, see ``FORMER_NAMES``, those of sections within them too.
+
+    Args:
+        settings: A section, or a list or a value in one.
+        section: Its dotted name; "" for a whole configuration, whose own keys keep their names: ``ipc`` is the budget.
+
+    Raises:
+        ValueError: A setting is there by both names.
+    """
+    if isinstance(settings, list):
+        return [renamed(value, f"{section}.{i}") for i, value in enumerate(settings)]
+    if not isinstance(settings, dict):
+        return settings
+    found: dict[Any, Any] = {}
+    for key, value in settings.items():
+        name = FORMER_NAMES.get(key, key) if section else key
+        if name in found:
+            names = [key for key in settings if FORMER_NAMES.get(key, key) == name]
+            raise ValueError(f"{section}.{name}: expected once, found as {' and '.join(names)}")
+        found[name] = renamed(value, f"{section}.{name}" if section else str(name))
+    return found
 
 
 def settings_of(spec: type, fields: Mapping[str, Any]) -> Any:

@@ -146,8 +146,8 @@ def largest_num_points(bytes_per_class: int, gpc: int, channels: int, dtype: str
     if points < 1:
         most = bytes_per_class // (gaussian_numbers(channels) * ITEMSIZE[dtype])
         raise ValueError(
-            f"codec.gpc: {gpc} images do not fit {bytes_per_class} bytes per class even with one {dtype} Gaussian each "
-            f"({gaussian_numbers(channels) * ITEMSIZE[dtype]} bytes); expected at most {most}"
+            f"codec.images_per_class: {gpc} images do not fit {bytes_per_class} bytes per class even with one {dtype} "
+            f"Gaussian each ({gaussian_numbers(channels) * ITEMSIZE[dtype]} bytes); expected at most {most}"
         )
     return points
 

@@ -24,7 +24,7 @@ ipc: 1
 data: {source: digits, per_class: 20, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
-codec: {name: packed_gaussian, gpc: 2, lr: 0.01}
+codec: {name: packed_gaussian, images_per_class: 2, lr: 0.01}
 fit: {steps: 2}
 objective: {name: distribution, batch_real: 4, class_chunk: 10}
 distill: {iterations: 2, log_every: 1, checkpoint_every: 2}
@@ -59,13 +59,13 @@ def test_every_point_takes_as_many_images_as_fit_and_one_more_does_not(toy):
     for one in budget.candidates(config, dataset, ("bf16", "8+6+6", "4+4+4"), (3, 6, 11)):
 
         def make(gpc, one=one):
-            spec = one.codec.__class__(**{**vars(one.codec), "gpc": gpc})
+            spec = one.codec.__class__(**{**vars(one.codec), "images_per_class": gpc})
             return codecs.make(spec, image_shape=(8, 8, 1), num_classes=10, bytes_per_class=256)
 
-        assert make(one.codec.gpc).spec.num_points == one.codec.num_points
-        if one.codec.gpc < 20:
+        assert make(one.codec.images_per_class).spec.num_points == one.codec.num_points
+        if one.codec.images_per_class < 20:
             with pytest.raises(ValueError, match="codec."):
-                make(one.codec.gpc + 1)
+                make(one.codec.images_per_class + 1)
 
 
 def test_bfloat16_images_per_class_are_those_of_the_papers_formula(toy):
@@ -73,14 +73,14 @@ def test_bfloat16_images_per_class_are_those_of_the_papers_formula(toy):
     dataset = data.load(config.data)
     (one,) = budget.candidates(config, dataset, ("bf16",), (6,))
     # 7 numbers of 2 bytes for gray images.
-    assert one.codec == GaussianSpec(gpc=256 // (6 * 7 * 2), num_points=6, lr=0.01)
+    assert one.codec == GaussianSpec(images_per_class=256 // (6 * 7 * 2), num_points=6, lr=0.01)
 
 
 def test_images_per_class_end_with_those_of_the_data(toy):
     config = configs.load(toy)
     dataset = data.load(config.data)
     (one,) = budget.candidates(config, dataset, ("2+2+2",), (1,))
-    assert one.codec.gpc == 20 and isinstance(one.codec, PackedGaussianSpec)
+    assert one.codec.images_per_class == 20 and isinstance(one.codec, PackedGaussianSpec)
 
 
 def test_held_out_images_are_training_images_that_nothing_else_sees():
@@ -100,7 +100,7 @@ def test_search_keeps_the_best_fit_and_proposes_it(found, toy):
     assert all(row["bytes_per_class"] <= 256 for row in result["rows"])
     # The proposal is a setting of the command line.
     config = configs.load(toy, result["proposal"])
-    assert (config.codec.gpc, config.codec.num_points) == (best["images_per_class"], best["points"])
+    assert (config.codec.images_per_class, config.codec.num_points) == (best["images_per_class"], best["points"])
     # Nor does it lose what the config had set.
     assert config.codec.lr == configs.load(toy).codec.lr == 0.01 and config.ipc == 1
 

@@ -39,7 +39,7 @@ ipc: 1
 data: {source: digits, per_class: 8, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
-codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.01}
+codec: {name: gaussian, images_per_class: 2, num_points: 5, lr: 0.01}
 fit: {steps: 6}
 objective: {name: distribution, batch_real: 4, class_chunk: 10}
 distill: {iterations: 6, log_every: 1, checkpoint_every: 2}
@@ -96,9 +96,9 @@ def test_demo_result_holds_everything_needed_to_cite_it(demo):
     result = json.loads((demo[0] / "result.json").read_text())
     config = configs.load(ROOT / "configs" / "digits.yaml", smoke=True)
     assert (result["codec"], result["objective"], result["dataset"]) == ("gaussian", "distribution", "digits")
-    assert (result["paper_ipc"], result["gpc"]) == (config.ipc, config.codec.gpc)
+    assert (result["paper_ipc"], result["gpc"]) == (config.ipc, config.codec.images_per_class)
     assert result["bytes_per_class"] == config.ipc * 8 * 8 * 4
-    assert result["num_points"] == result["bytes_per_class"] // (config.codec.gpc * 7 * 2)
+    assert result["num_points"] == result["bytes_per_class"] // (config.codec.images_per_class * 7 * 2)
     for name in ("accuracy", "fit_only", "pixel", "random_real", "full_data"):
         row = result[name]
         assert row["n"] == len(row["seeds"]) == len(row["accuracies"]) >= 2, name
@@ -457,7 +457,10 @@ def test_checkpoint_is_a_set_that_another_run_starts_from(toy, whole, tmp_path, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["codec.gpc=1"], "fit.initial_set: RUN has another codec.gpc than this run: 2, expected 1"),
+        (
+            ["codec.images_per_class=1"],
+            "fit.initial_set: RUN has another codec.images_per_class than this run: 2, expected 1",
+        ),
         (
             ["codec={name: pixel}"],
             "RUN has another codec.name than this run: gaussian, expected pixel",
@@ -639,7 +642,7 @@ def test_help_mentions_every_setting(capsys):
     text = capsys.readouterr().out
     listed = {line.split()[0] for line in text.splitlines() if line.strip()}
     keys = settings(configs.RunConfig)
-    assert {"ipc", "codec.gpc", "codec.optimizer", "baselines.pixel_codec.lr", "augment.strategy"} <= keys
+    assert {"ipc", "codec.images_per_class", "codec.optimizer", "baselines.pixel_codec.lr", "augment.strategy"} <= keys
     assert keys - listed == set()
     for option in ("--config", "--out", "--smoke", "--dry-run"):
         assert option in text
@@ -651,21 +654,30 @@ def test_help_mentions_every_setting(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["codec.gcp=3"], "codec.gcp: unknown key; did you mean gpc"),
+        (["codec.image_per_class=3"], "codec.image_per_class: unknown key; did you mean images_per_class"),
         (["distill.iterations=many"], "distill.iterations: expected an integer >= 0, found"),
         (["evaluate.lr=-1"], "evaluate.lr: expected a number > 0, found -1"),
         (["codec.lr=.nan"], "codec.lr: expected a finite number > 0"),
         (["nonsense"], "override 'nonsense': expected section.key=value"),
         (["codec.name=wavelet"], f"codec.name: expected one of {', '.join(codecs.SPECS)}, found"),
-        (["codec.gpc=19", "codec.num_points=0"], "codec.gpc: 19 images do not fit 256 bytes per class"),
+        (
+            ["codec.images_per_class=19", "codec.num_points=0"],
+            "codec.images_per_class: 19 images do not fit 256 bytes per class",
+        ),
         (["codec.num_points=10"], "codec.num_points: 2 images of 10 bfloat16 Gaussians need 280 bytes"),
         (
             ["ipc=0.5", "codec.num_points=0"],
             "baselines.pixel_codec: 1 float32 images of 256 bytes do not fit 128 bytes per class",
         ),
         (["ipc=0.5", "codec.num_points=1"], "raise ipc (found 0.5) or set baselines.pixel=false"),
-        (["codec={name: pixel, ipc: 2}"], "codec.ipc: 2 float32 images of 256 bytes do not fit 256 bytes per class"),
-        (["codec.gpc=9", "codec.num_points=1"], "class '0' has 8 training images, codec.gpc needs 9 (10 classes"),
+        (
+            ["codec={name: pixel, ipc: 2}"],
+            "codec.images_per_class: 2 float32 images of 256 bytes do not fit 256 bytes per class",
+        ),
+        (
+            ["codec.images_per_class=9", "codec.num_points=1"],
+            "class '0' has 8 training images, codec.images_per_class needs 9 (10 classes",
+        ),
         (["network.depth=4"], "network.depth: 4 blocks halve 8x8 px images below one pixel"),
         (["augment.strategy=crop_twirl"], "strategy: 'crop_twirl', must be 'none' or some of"),
         (["data={source: folder, path: /absent/place}"], "/absent/place"),

@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 # What fits the 256 bytes that a class of the demo has; the latent codec shares a decoder that needs more.
 SETTINGS = {
-    "gaussian": ["gpc: 3"],
-    "packed_gaussian": ["gpc: 4"],
+    "gaussian": ["images_per_class: 3"],
+    "packed_gaussian": ["images_per_class: 4"],
     "pixel": [],
     "downscale": ["factor: 2"],
     "frequency": ["coefficients: 8"],
@@ -25,7 +25,7 @@ SETTINGS = {
     "memory": ["bases: 8"],
     "sparse_epitome": ["patch: 4", "width: 8", "blocks: 1", "heads: 1", "tokens: 8", "nonzeros: 12"],
     "spectral": ["matrices: 1", "rank_height: 4", "rank_width: 4"],
-    "latent": ["decoder: small", "width: 8", "latent_dim: 4", "lpc: 3", "dtype: bfloat16"],
+    "latent": ["decoder: small", "width: 8", "latent_dim: 4", "images_per_class: 3", "dtype: bfloat16"],
 }
 BUDGETS = {"latent": 4}
 # The same for every codec; with the demo in test_cli.py.

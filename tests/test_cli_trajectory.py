@@ -23,7 +23,7 @@ ipc: 1
 data: {source: digits, per_class: 8, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
-codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.01}
+codec: {name: gaussian, images_per_class: 2, num_points: 5, lr: 0.01}
 fit: {steps: 2}
 experts: {count: 2, batch: 16, lr: 0.1}
 objective: {name: trajectory, syn_steps: 2, batch_syn: 10, expert_epochs: 1, max_start_epoch: 2, lr_lr: 0.001}
@@ -94,7 +94,7 @@ def test_sigkill_while_matching_is_continued_to_the_same_bits(toy, whole, tmp_pa
 
 
 D3 = [
-    "codec={name: latent, decoder: small, width: 8, latent_dim: 2, lpc: 2, dtype: bfloat16}",
+    "codec={name: latent, decoder: small, width: 8, latent_dim: 2, images_per_class: 2, dtype: bfloat16}",
     "ipc=12",
     "mmd={weight: 1, samples: 4, features: expert, steps: separate}",
     "distill.data=host",
@@ -128,7 +128,7 @@ def test_the_mmd_term_compares_features_of_experts_and_is_continued_to_the_same_
             "baselines.pixel_codec: mmd.weight: the term needs 2 synthetic images per class, the pixel codec has 1",
         ),
         (
-            ["mmd.weight=1", "codec.gpc=1"],
+            ["mmd.weight=1", "codec.images_per_class=1"],
             "mmd.weight: the term needs 2 synthetic images per class, the gaussian codec",
         ),
         (["mmd.weight=-1"], "mmd.weight: expected a number >= 0, found -1"),

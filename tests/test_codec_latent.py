@@ -21,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("lazy_compiler")
 
 SHAPE, CLASSES, BUDGET = (8, 8, 3), 2, 4000
 AUGMENT = DsaSpec(strategy="crop")
-SMALL = LatentSpec(decoder="small", width=8, latent_dim=3, lpc=2)
+SMALL = LatentSpec(decoder="small", width=8, latent_dim=3, images_per_class=2)
 SPECS = {
     "small": SMALL,
     "small batch": dataclasses.replace(SMALL, norm="batch"),
-    "medium": LatentSpec(decoder="medium", width=4, latent_dim=3, lpc=2, dtype="bfloat16"),
-    "large": LatentSpec(decoder="large", width=4, latent_dim=16, lpc=2, sample=False),
+    "medium": LatentSpec(decoder="medium", width=4, latent_dim=3, images_per_class=2, dtype="bfloat16"),
+    "large": LatentSpec(decoder="large", width=4, latent_dim=16, images_per_class=2, sample=False),
 }
 
 
@@ -149,7 +149,7 @@ def test_log_variances_have_a_gradient_with_a_key_and_none_without():
 
 
 def test_start_draws_normal_latents_and_pytorchs_decoder_whatever_the_images():
-    spec = LatentSpec(decoder="small", width=32, latent_dim=64, lpc=50)
+    spec = LatentSpec(decoder="small", width=32, latent_dim=64, images_per_class=50)
     codec = make(spec, bytes_per_class=10**6)
     shape = (codec.num_images, *SHAPE)
     params = jax.jit(codec.init)(jax.random.key(0), jnp.zeros(shape))
@@ -181,7 +181,7 @@ def numbers(spec, side) -> int:
     ],
 )
 def test_published_decoders_have_the_published_numbers_at_64_px(decoder, width, latent_dim, floats, maps):
-    spec = LatentSpec(decoder=decoder, width=width, latent_dim=latent_dim, norm="batch", lpc=1)
+    spec = LatentSpec(decoder=decoder, width=width, latent_dim=latent_dim, norm="batch", images_per_class=1)
     assert (numbers(spec, 64), latent.channels(spec, 64)) == (floats, maps)
     # And the arrays are those that are counted.
     codec = make(spec, image_shape=(64, 64, 3), num_classes=1, bytes_per_class=2**26)
@@ -221,7 +221,7 @@ def test_budgets_of_the_benchmarks_hold_as_many_latents_as_computed_by_hand(
     spec = LatentSpec(decoder="small", width=width, latent_dim=latent_dim)
     codec = make(spec, image_shape=(side, side, 3), num_classes=classes, bytes_per_class=ipc * side * side * 3 * 4)
     assert numbers(spec, side) == floats
-    assert lpc == codec.images_per_class == codec.spec.lpc
+    assert lpc == codec.images_per_class == codec.spec.images_per_class
     available = classes * ipc * side * side * 3
     assert (available - floats) // (classes * 2 * latent_dim) == lpc
     params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((codec.num_images, side, side, 3)))
@@ -229,8 +229,11 @@ def test_budgets_of_the_benchmarks_hold_as_many_latents_as_computed_by_hand(
 
 
 def test_means_alone_or_half_precision_cost_half():
-    both, means = make(dataclasses.replace(SMALL, lpc=0)), make(dataclasses.replace(SMALL, lpc=0, sample=False))
-    half = make(dataclasses.replace(SMALL, lpc=0, dtype="bfloat16"))
+    both, means = (
+        make(dataclasses.replace(SMALL, images_per_class=0)),
+        make(dataclasses.replace(SMALL, images_per_class=0, sample=False)),
+    )
+    half = make(dataclasses.replace(SMALL, images_per_class=0, dtype="bfloat16"))
     # 3 * 32 + 32, 16 * 8 * 4 + 3 * 4, 16 * 4 * 2 + 3 * 2, 9 * 2 * 3 + 3.
     shared = 128 + 524 + 134 + 57
     assert numbers(SMALL, 8) == shared
@@ -339,19 +342,19 @@ def test_another_size_is_the_native_image_resized():
             re.escape("codec.latent_dim: the large decoder has no linear map; expected 4 * codec.width = 32, found 3"),
         ),
         (
-            {"lpc": 97},
+            {"images_per_class": 97},
             {},
-            "codec.lpc: 97 float32 latents per class of 24 bytes and their decoder, 3372 bytes, need 8028 bytes, "
-            "the budget of all classes has 8000; expected at most 96",
+            "codec.images_per_class: 97 float32 latents per class of 24 bytes and their decoder, 3372 bytes, need 8028 "
+            "bytes, the budget of all classes has 8000; expected at most 96",
         ),
         (
-            {"lpc": 0},
+            {"images_per_class": 0},
             {"bytes_per_class": 1000},
             "codec.width: 1 float32 latents per class of 24 bytes and their decoder, 3372 bytes, need 3420 bytes, "
             "the budget of all classes has 2000; expected at most 4, or at least 1710 bytes per class",
         ),
         (
-            {"lpc": 0},
+            {"images_per_class": 0},
             {"bytes_per_class": 100},
             "codec.width: .*the budget of all classes has 200; expected at least 1710 bytes per class",
         ),
@@ -363,11 +366,11 @@ def test_impossible_settings_say_what_would_do(changes, settings, message):
 
 
 def test_what_the_error_offers_fits_and_one_more_does_not():
-    codec = make(dataclasses.replace(SMALL, lpc=96))
+    codec = make(dataclasses.replace(SMALL, images_per_class=96))
     params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((192, *SHAPE)))
     assert codec.nbytes(params) == 3372 + 96 * 48 <= 8000 < 3372 + 97 * 48
-    assert make(dataclasses.replace(SMALL, width=4, lpc=0), bytes_per_class=1000).images_per_class >= 1
-    assert make(dataclasses.replace(SMALL, lpc=0), bytes_per_class=1710).images_per_class == 1
+    assert make(dataclasses.replace(SMALL, width=4, images_per_class=0), bytes_per_class=1000).images_per_class >= 1
+    assert make(dataclasses.replace(SMALL, images_per_class=0), bytes_per_class=1710).images_per_class == 1
     wide = LatentSpec(decoder="large", width=8, latent_dim=32)
     with pytest.raises(ValueError, match="expected at most 6, or at least 1390 bytes per class"):
         make(wide, bytes_per_class=1300)

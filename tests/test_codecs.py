@@ -43,13 +43,15 @@ BUDGET = 2 * 6 * 8 * 3 * 4  # two float32 images per class
 # least two images per class. If the first axis of every leaf is the image, and all is written in the spec's dtype, that
 # is all; otherwise the codec needs a line in TRAITS.
 SPECS: dict[str, codecs.CodecSpec] = {
-    "gaussian": GaussianSpec(gpc=3, num_points=5, cutoff=0.0),
-    "gaussian float32": GaussianSpec(gpc=2, dtype="float32", num_points=4, cutoff=0.0, supersample=1, start="gradient"),
-    "packed": PackedGaussianSpec(gpc=3, num_points=5, cutoff=0.0),
-    "packed fitted": PackedGaussianSpec(gpc=3, num_points=4, ranges="fitted", order="kept", bits_color=9),
+    "gaussian": GaussianSpec(images_per_class=3, num_points=5, cutoff=0.0),
+    "gaussian float32": GaussianSpec(
+        images_per_class=2, dtype="float32", num_points=4, cutoff=0.0, supersample=1, start="gradient"
+    ),
+    "packed": PackedGaussianSpec(images_per_class=3, num_points=5, cutoff=0.0),
+    "packed fitted": PackedGaussianSpec(images_per_class=3, num_points=4, ranges="fitted", order="kept", bits_color=9),
     "pixel": PixelSpec(),
-    "pixel bfloat16": PixelSpec(dtype="bfloat16", optimizer="adam", ipc=3),
-    "pixel uint8": PixelSpec(dtype="uint8", optimizer="adam", ipc=3),
+    "pixel bfloat16": PixelSpec(dtype="bfloat16", optimizer="adam", images_per_class=3),
+    "pixel uint8": PixelSpec(dtype="uint8", optimizer="adam", images_per_class=3),
     "downscale": DownscaleSpec(factor=2),
     "downscale padded": DownscaleSpec(factor=3, dtype="bfloat16", optimizer="adam", images_per_class=9),
     "downscale uint8": DownscaleSpec(factor=2, dtype="uint8", images_per_class=8),
@@ -69,8 +71,10 @@ SPECS: dict[str, codecs.CodecSpec] = {
     "sparse epitome": SparseEpitomeSpec(
         patch=2, width=6, blocks=1, heads=2, tokens=4, nonzeros=20, images_per_class=3, dtype="bfloat16"
     ),
-    "latent": LatentSpec(decoder="medium", width=8, latent_dim=4, lpc=3, dtype="bfloat16"),
-    "latent means": LatentSpec(decoder="medium", width=4, latent_dim=5, lpc=3, sample=False, optimizer="adam", lr=0.01),
+    "latent": LatentSpec(decoder="medium", width=8, latent_dim=4, images_per_class=3, dtype="bfloat16"),
+    "latent means": LatentSpec(
+        decoder="medium", width=4, latent_dim=5, images_per_class=3, sample=False, optimizer="adam", lr=0.01
+    ),
 }
 # Codecs that cannot draw SHAPE.
 SHAPES = {"latent": (8, 8, 3)}
@@ -491,7 +495,7 @@ def test_gaussians_fill_the_budget_exactly_as_the_paper_counts():
     # GSDD, section 4.1: floor(3 res^2 ipc 2 / (gpc 9)); 32 px, ipc 1 and 10.
     for ipc, gpc in ((1, 30), (10, 170), (1, 64)):
         budget = storage.budget_bytes(ipc, (32, 32, 3))
-        codec = make(GaussianSpec(gpc=gpc), image_shape=(32, 32, 3), bytes_per_class=budget)
+        codec = make(GaussianSpec(images_per_class=gpc), image_shape=(32, 32, 3), bytes_per_class=budget)
         assert codec.spec.num_points == 3 * 32**2 * ipc * 2 // (gpc * 9)
         params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((CLASSES * gpc, 32, 32, 3)))
         free = CLASSES * budget - codec.nbytes(params)
@@ -499,22 +503,22 @@ def test_gaussians_fill_the_budget_exactly_as_the_paper_counts():
 
 
 def test_gray_gaussians_cost_seven_numbers():
-    codec = make(GaussianSpec(gpc=1), image_shape=(8, 8, 1), bytes_per_class=256)
+    codec = make(GaussianSpec(images_per_class=1), image_shape=(8, 8, 1), bytes_per_class=256)
     assert codec.spec.num_points == 256 // (7 * 2)
 
 
 def test_too_many_gaussian_images_say_how_many_fit():
-    message = r"codec.gpc: 65 images do not fit 1152 bytes.*\(18 bytes\); expected at most 64"
+    message = r"codec.images_per_class: 65 images do not fit 1152 bytes.*\(18 bytes\); expected at most 64"
     with pytest.raises(ValueError, match=message):
-        make(GaussianSpec(gpc=65))
+        make(GaussianSpec(images_per_class=65))
 
 
 def test_too_many_gaussians_say_how_many_fit():
     message = "codec.num_points: 4 images of 17 bfloat16 Gaussians need 1224 bytes, the budget per class has 1152; "
     with pytest.raises(ValueError, match=message + "expected at most 16 Gaussians per image"):
-        make(GaussianSpec(gpc=4, num_points=17))
+        make(GaussianSpec(images_per_class=4, num_points=17))
     with pytest.raises(ValueError, match="4 images of 9 float32 Gaussians.*expected at most 8"):
-        make(GaussianSpec(gpc=4, num_points=9, dtype="float32"))
+        make(GaussianSpec(images_per_class=4, num_points=9, dtype="float32"))
 
 
 def test_projection_keeps_centers_inside_and_nothing_else(gaussians):
@@ -534,9 +538,9 @@ def test_boundary_loss_is_the_mean_log_barrier(gaussians):
     expected = np.mean(-np.log(1 - x**2))
     np.testing.assert_allclose(gaussian_codec.boundary_loss(gaussians), expected, rtol=1e-5)
     np.testing.assert_allclose(make(SPECS["gaussian"]).regularize(gaussians), 0.1 * expected, rtol=1e-5)
-    weighted = make(GaussianSpec(gpc=3, num_points=5, boundary=2.0)).regularize(gaussians)
+    weighted = make(GaussianSpec(images_per_class=3, num_points=5, boundary=2.0)).regularize(gaussians)
     np.testing.assert_allclose(weighted, 2 * expected, rtol=1e-5)
-    assert make(GaussianSpec(gpc=3, num_points=5, boundary=0.0)).regularize(gaussians) == 0
+    assert make(GaussianSpec(images_per_class=3, num_points=5, boundary=0.0)).regularize(gaussians) == 0
 
 
 def test_boundary_loss_pushes_centers_inwards_and_never_overflows(gaussians):
@@ -585,7 +589,7 @@ def random_gradients(params, count):
 
 
 def test_distillation_is_adam_with_the_configured_rate_of_each_leaf(gaussians):
-    codec = make(GaussianSpec(gpc=3, num_points=5, lr=0.02, lr_mean=0.1, lr_cholesky=3.0, lr_color=0.5))
+    codec = make(GaussianSpec(images_per_class=3, num_points=5, lr=0.02, lr_mean=0.1, lr_cholesky=3.0, lr_color=0.5))
     gradients = random_gradients(gaussians, 4)
     total = run_optimizer(codec.optimizer(), gaussians, gradients)
     for name, rate in {"mean": 0.002, "cholesky": 0.06, "color": 0.01, "opacity": 0.01}.items():
@@ -593,7 +597,7 @@ def test_distillation_is_adam_with_the_configured_rate_of_each_leaf(gaussians):
 
 
 def test_factor_of_zero_freezes_a_leaf(gaussians):
-    codec = make(GaussianSpec(gpc=3, num_points=5, lr_mean=0.0))
+    codec = make(GaussianSpec(images_per_class=3, num_points=5, lr_mean=0.0))
     total = run_optimizer(codec.optimizer(), gaussians, random_gradients(gaussians, 2))
     assert not np.asarray(total.mean).any() and np.asarray(total.color).all()
 
@@ -650,7 +654,7 @@ def test_colors_of_the_cluster_start_solve_the_ridge_regression():
 def test_pixels_are_the_images_themselves():
     codec = make(PixelSpec())
     images = np.random.default_rng(9).uniform(0, 1, (4, *SHAPE)).astype(np.float32)
-    assert codec.images_per_class == codec.spec.ipc == 2
+    assert codec.images_per_class == codec.spec.images_per_class == 2
     params = codec.init(jax.random.key(0), images)
     assert bits(codec.decode(params)) == bits(images)
     assert bits(codec.project(params)["images"]) == bits(images)
@@ -677,7 +681,7 @@ def test_bytes_of_pixels_are_a_quarter_of_the_budget_each_and_rounded_in_the_for
 def test_bytes_of_pixels_stay_where_they_have_a_gradient_and_others_where_they_are():
     images = np.random.default_rng(9).uniform(-3, 4, (4, *SHAPE)).astype(np.float32)
     for dtype, expected in (("uint8", images.clip(-1, 2)), ("bfloat16", images), ("float32", images)):
-        codec = make(PixelSpec(dtype=dtype, ipc=2))
+        codec = make(PixelSpec(dtype=dtype, images_per_class=2))
         projected = codec.project({"images": images})
         np.testing.assert_array_equal(projected["images"], expected)
         # Not what is shown changes, only what it is learned from.
@@ -711,10 +715,22 @@ def test_fitting_never_changes_pixels():
 @pytest.mark.parametrize(
     ("spec", "budget", "message"),
     [
-        (PixelSpec(), 575, "codec.ipc: 1 float32 images of 576 bytes do not fit 575 bytes.*at most 0"),
-        (PixelSpec(ipc=3), BUDGET, "codec.ipc: 3 float32 images of 576 bytes do not fit 1152 bytes.*at most 2"),
-        (PixelSpec(ipc=5, dtype="bfloat16"), BUDGET, "codec.ipc: 5 bfloat16 images of 288 bytes.*at most 4"),
-        (PixelSpec(ipc=9, dtype="uint8"), BUDGET, "codec.ipc: 9 uint8 images of 144 bytes.*at most 8"),
+        (PixelSpec(), 575, "codec.images_per_class: 1 float32 images of 576 bytes do not fit 575 bytes.*at most 0"),
+        (
+            PixelSpec(images_per_class=3),
+            BUDGET,
+            "codec.images_per_class: 3 float32 images of 576 bytes do not fit 1152 bytes.*at most 2",
+        ),
+        (
+            PixelSpec(images_per_class=5, dtype="bfloat16"),
+            BUDGET,
+            "codec.images_per_class: 5 bfloat16 images of 288 bytes.*at most 4",
+        ),
+        (
+            PixelSpec(images_per_class=9, dtype="uint8"),
+            BUDGET,
+            "codec.images_per_class: 9 uint8 images of 144 bytes.*at most 8",
+        ),
     ],
 )
 def test_too_many_pixel_images_say_how_many_fit(spec, budget, message):

@@ -457,7 +457,9 @@ def test_table_of_fits_goes_from_best_to_worst_within_a_precision(recorded, tmp_
 
 
 def test_unrounded_codec_draws_its_masters_and_moves_its_grids():
-    spec = PackedGaussianSpec(gpc=2, num_points=6, bits_mean=4, bits_cholesky=3, bits_color=3, ranges="fitted")
+    spec = PackedGaussianSpec(
+        images_per_class=2, num_points=6, bits_mean=4, bits_cholesky=3, bits_color=3, ranges="fitted"
+    )
     codec = codecs.make(spec, image_shape=(8, 8, 3), num_classes=2, bytes_per_class=1000)
     later = packed_later.unrounded(codec)
     params = jax.jit(codec.init)(jax.random.key(0), IMAGES[:4])
@@ -511,7 +513,7 @@ def test_both_ways_to_round_are_tested_from_one_fit_and_taken_up_again(toy, tmp_
 
 
 def test_rounding_later_needs_a_packed_codec(toy, tmp_path, capsys):
-    message = refused(capsys, ends(later, toy, tmp_path, "codec={name: gaussian, gpc: 1, num_points: 5}"))
+    message = refused(capsys, ends(later, toy, tmp_path, "codec={name: gaussian, images_per_class: 1, num_points: 5}"))
     assert message == "error: codec.name: expected packed_gaussian, found 'gaussian'\n"
     assert not (tmp_path / "runs").exists()
 

@@ -14,7 +14,7 @@ from train.config import ConfigError, RunConfig, Tagged, defaults, describe, loa
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussSpec:
     name: Literal["gauss"] = "gauss"
-    gpc: Annotated[int, Ge(1), Doc("Gaussian images per class.")]
+    images_per_class: Annotated[int, Ge(1), Doc("Gaussian images per class.")]
     bits: Literal[16, 32] = 16
 
 
@@ -55,7 +55,7 @@ class Config:
     channels: Literal[0, 1, 3] = 0
 
 
-GOOD = "name: a\ncodec: {name: gauss, gpc: 3}\n"
+GOOD = "name: a\ncodec: {name: gauss, images_per_class: 3}\n"
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def message(read, text: str, *overrides: str, smoke: bool = False) -> str:
 
 
 def test_missing_settings_take_the_defaults_of_the_class(read):
-    assert read(GOOD) == Config(name="a", codec=GaussSpec(gpc=3))
+    assert read(GOOD) == Config(name="a", codec=GaussSpec(images_per_class=3))
 
 
 def test_defaults_are_those_of_the_chosen_spec_and_leave_out_what_has_none():
@@ -107,7 +107,7 @@ def test_sections_become_instances_of_the_classes_themselves(read):
 def test_tag_chooses_the_spec_class(read):
     config = read("name: a\ncodec: {name: pixel, scale: 0.5}\nrival: {name: gauss, gpc: 2}\nbaselines: [{name: pixel}]")
     assert config.codec == PixelSpec(scale=0.5)
-    assert config.rival == GaussSpec(gpc=2)
+    assert config.rival == GaussSpec(images_per_class=2)
     assert config.baselines == (PixelSpec(),)
 
 
@@ -128,7 +128,7 @@ def test_integers_are_decimal_unless_marked(read, text, value):
 
 @pytest.mark.parametrize("text", ["on", "off", "yes", "no", "y", "2024-01-01", "12:30", "1_000", "=", "<<", "'1'"])
 def test_words_that_yaml_1_1_converts_stay_text(read, text):
-    assert read(f"name: {text}\ncodec: {{name: gauss, gpc: 3}}").name == text.strip("'")
+    assert read(f"name: {text}\ncodec: {{name: gauss, images_per_class: 3}}").name == text.strip("'")
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,12 @@ def test_words_that_yaml_1_1_converts_stay_text(read, text):
         ("channels: 1.0", "channels: expected one of 0, 1, 3, found 1.0"),
         ("block: 6", "block: expected an integer divisible by 4, found 6"),
         ("clip: 11", "clip: expected a number > 0 and <= 10 or null, found 11"),
-        ("rival: {name: gauss, gpc: 0}", "rival.gpc: expected an integer >= 1, found 0"),
+        ("rival: {name: gauss, images_per_class: 0}", "rival.images_per_class: expected an integer >= 1, found 0"),
         ("rival: 3", "rival: expected a section whose name is one of gauss, pixel or null, found 3"),
-        ("baselines: [{name: pixel}, {name: gauss, gpc: 0}]", "baselines.1.gpc: expected an integer >= 1, found 0"),
+        (
+            "baselines: [{name: pixel}, {name: gauss, images_per_class: 0}]",
+            "baselines.1.images_per_class: expected an integer >= 1, found 0",
+        ),
         ("baselines: [3]", "baselines.0: expected a section whose name is one of gauss, pixel, found 3"),
         ("warmup: {iterations: 5}", "warmup: log_every: found 10, allowed at most iterations = 5"),
     ],
@@ -198,22 +201,25 @@ def test_long_values_are_cut_in_messages(read):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("codec: {gpc: 3}", "codec.name: missing; expected one of gauss, pixel"),
+        ("codec: {images_per_class: 3}", "codec.name: missing; expected one of gauss, pixel"),
         ("codec: {name: guass}", "codec.name: expected one of gauss, pixel, found 'guass'"),
         ("codec: {name: 3}", "codec.name: expected one of gauss, pixel, found 3"),
-        ("codec: {name: gauss}", "codec.gpc: missing; expected an integer >= 1"),
-        ("codec: {name: gauss, gpc: 0}", "codec.gpc: expected an integer >= 1, found 0"),
-        ("codec: {name: gauss, gpc: 3, bits: 8}", "codec.bits: expected one of 16, 32, found 8"),
+        ("codec: {name: gauss}", "codec.images_per_class: missing; expected an integer >= 1"),
+        ("codec: {name: gauss, images_per_class: 0}", "codec.images_per_class: expected an integer >= 1, found 0"),
+        ("codec: {name: gauss, images_per_class: 3, bits: 8}", "codec.bits: expected one of 16, 32, found 8"),
         ("codec: gauss", "codec: expected a section whose name is one of gauss, pixel, found 'gauss'"),
         (
-            "codec: {name: pixel, gpc: 3}",
-            "codec.gpc: unknown key; known only when codec.name is gauss; allowed: name, scale",
+            "codec: {name: pixel, images_per_class: 3}",
+            "codec.images_per_class: unknown key; known only when codec.name is gauss; allowed: name, scale",
         ),
-        ("codec: {name: gauss, gcp: 3}", "codec.gcp: unknown key; did you mean gpc? allowed: name, gpc, bits"),
+        (
+            "codec: {name: gauss, image_per_class: 3}",
+            "codec.image_per_class: unknown key; did you mean images_per_class? allowed: name, images_per_class, bits",
+        ),
     ],
 )
 def test_tagged_section_reports_in_terms_of_the_chosen_spec(read, text, expected):
-    # The second error of the misspelled key is that gpc is missing.
+    # The second error of the misspelled key is that images_per_class is missing.
     assert message(read, f"name: a\n{text}").removesuffix(" (and 1 more)") == f"{expected} (in x.yaml)"
 
 
@@ -239,15 +245,18 @@ def test_unknown_key_names_the_nearest_and_all_allowed(read):
 def test_unknown_key_that_stands_in_other_sections_names_them(read):
     text = message(read, GOOD + "iterations: 3")
     assert "iterations: unknown key; did you mean distill.iterations or warmup.iterations? allowed: name," in text
-    assert "gpc: unknown key; did you mean codec.gpc or rival.gpc? allowed: name," in message(read, GOOD + "gpc: 3")
+    assert (
+        "images_per_class: unknown key; did you mean codec.images_per_class or rival.images_per_class? allowed: name,"
+        in message(read, GOOD + "images_per_class: 3")
+    )
 
 
 def test_unknown_section_is_reported_at_the_top(read):
-    assert message(read, GOOD + "distill: {lr: 1}").startswith("distill: unknown key; did you mean distill? ")
+    assert message(read, GOOD + "dstill: {lr: 1}").startswith("dstill: unknown key; did you mean distill? ")
 
 
 def test_missing_key_says_what_is_expected(read):
-    assert message(read, "codec: {name: gauss, gpc: 3}") == "name: missing; expected text (in x.yaml)"
+    assert message(read, "codec: {name: gauss, images_per_class: 3}") == "name: missing; expected text (in x.yaml)"
 
 
 @pytest.mark.parametrize(
@@ -309,9 +318,9 @@ def test_message_of_a_spec_that_names_its_own_key_is_not_prefixed_twice(write):
 
 
 def test_first_error_in_document_order_and_the_number_of_others(read):
-    text = "name: a\ndistill: {lr: -1, iterations: 0}\ncodec: {name: gauss, gpc: 0}\nseed: x\n"
+    text = "name: a\ndistill: {lr: -1, iterations: 0}\ncodec: {name: gauss, images_per_class: 0}\nseed: x\n"
     assert message(read, text) == "distill.lr: expected a number > 0, found -1 (in x.yaml) (and 3 more)"
-    text = "seed: x\ncodec: {name: gauss, gpc: 0}\n"
+    text = "seed: x\ncodec: {name: gauss, images_per_class: 0}\n"
     assert message(read, text).startswith("seed: ") and message(read, text).endswith(" (and 2 more)")
 
 
@@ -324,8 +333,10 @@ def test_missing_key_comes_after_those_of_its_section(read):
 
 
 def test_overrides_replace_values_and_create_sections(read):
-    config = read(GOOD, "distill.iterations=100", "codec.gpc=30", "distill.lr=1e-3", "whiten=none")
-    assert config == Config(name="a", whiten="none", codec=GaussSpec(gpc=30), distill=StepSpec(iterations=100, lr=1e-3))
+    config = read(GOOD, "distill.iterations=100", "codec.images_per_class=30", "distill.lr=1e-3", "whiten=none")
+    assert config == Config(
+        name="a", whiten="none", codec=GaussSpec(images_per_class=30), distill=StepSpec(iterations=100, lr=1e-3)
+    )
 
 
 def test_override_of_a_section_replaces_it_whole(read):
@@ -334,13 +345,27 @@ def test_override_of_a_section_replaces_it_whole(read):
 
 
 def test_override_reaches_into_lists(read):
-    text = GOOD + "baselines: [{name: pixel}, {name: gauss, gpc: 3}]\n"
-    assert read(text, "baselines.1.gpc=7").baselines == (PixelSpec(), GaussSpec(gpc=7))
-    assert "(in override baselines.1.gpc=0)" in message(read, text, "baselines.1.gpc=0")
+    text = GOOD + "baselines: [{name: pixel}, {name: gauss, images_per_class: 3}]\n"
+    assert read(text, "baselines.1.images_per_class=7").baselines == (PixelSpec(), GaussSpec(images_per_class=7))
+    assert "(in override baselines.1.images_per_class=0)" in message(read, text, "baselines.1.images_per_class=0")
 
 
 def test_later_override_wins(read):
     assert read(GOOD, "seed=1", "seed=2").seed == 2
+
+
+def test_former_names_of_settings_are_read(read):
+    text = "name: a\ncodec: {name: gauss, gpc: 3}\nbaselines: [{name: gauss, lpc: 4}]\nsmoke: {codec: {gpc: 1}}\n"
+    assert read(text) == read(GOOD + "baselines: [{name: gauss, images_per_class: 4}]")
+    assert read(text, smoke=True).codec == read(text, "codec.gpc=1").codec == GaussSpec(images_per_class=1)
+    assert read(text, "codec={name: gauss, ipc: 2}", "baselines.0.gpc=9").baselines[0].images_per_class == 9
+    twice = "codec.images_per_class: expected once, found as gpc and images_per_class (in "
+    assert message(read, "name: a\ncodec: {name: gauss, gpc: 3, images_per_class: 3}").startswith(twice)
+    assert message(read, GOOD, "codec={name: gauss, gpc: 3, images_per_class: 3}").startswith(twice)
+    text = message(read, GOOD, "codec.gpc=3", "codec.images_per_class=3")
+    assert text == "codec.images_per_class: expected once, found as codec.gpc and codec.images_per_class (in overrides)"
+    # The root's own keys keep their names.
+    assert "ipc: unknown key" in message(read, GOOD + "ipc: 3")
 
 
 def test_override_leaves_an_aliased_section_alone(read):
@@ -351,12 +376,18 @@ def test_override_leaves_an_aliased_section_alone(read):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("codec.gpc=many", "codec.gpc: expected an integer >= 1, found 'many' (in override codec.gpc=many)"),
-        ("codec.gpc=", "codec.gpc: expected an integer >= 1, found null (in override codec.gpc=)"),
         (
-            "distill.iterations=3",
-            "distill: unknown key; did you mean distill? allowed: name, seed, whiten, codec, distill, warmup, "
-            "baselines, rival, size, widths, batch, folder, clip, block, channels (in override distill.iterations=3)",
+            "codec.images_per_class=many",
+            "codec.images_per_class: expected an integer >= 1, found 'many' (in override codec.images_per_class=many)",
+        ),
+        (
+            "codec.images_per_class=",
+            "codec.images_per_class: expected an integer >= 1, found null (in override codec.images_per_class=)",
+        ),
+        (
+            "dstill.iterations=3",
+            "dstill: unknown key; did you mean distill? allowed: name, seed, whiten, codec, distill, warmup, "
+            "baselines, rival, size, widths, batch, folder, clip, block, channels (in override dstill.iterations=3)",
         ),
         (
             "warmup.iterations=5",
@@ -381,7 +412,7 @@ def test_cross_check_after_an_override_names_the_file_and_the_override(read):
     )
 
 
-FULL = "name: a\ncodec: {name: gauss, gpc: 3, bits: 32}\nsmoke: {codec: {gpc: 8}}\n"
+FULL = "name: a\ncodec: {name: gauss, images_per_class: 3, bits: 32}\nsmoke: {codec: {images_per_class: 8}}\n"
 
 
 @pytest.mark.parametrize("smoke", [False, True])
@@ -399,13 +430,13 @@ def test_overrides_of_a_section_that_begins_anew_hold_in_any_order(read, overrid
 
 
 def test_the_same_spec_keeps_what_the_file_says_of_it(read):
-    assert read(FULL, "codec.name=gauss").codec == GaussSpec(gpc=3, bits=32)
-    assert read(FULL, "codec.name=gauss", smoke=True).codec == GaussSpec(gpc=8, bits=32)
-    assert read(FULL, "codec.name=gauss", "codec.gpc=5").codec == GaussSpec(gpc=5, bits=32)
+    assert read(FULL, "codec.name=gauss").codec == GaussSpec(images_per_class=3, bits=32)
+    assert read(FULL, "codec.name=gauss", smoke=True).codec == GaussSpec(images_per_class=8, bits=32)
+    assert read(FULL, "codec.name=gauss", "codec.images_per_class=5").codec == GaussSpec(images_per_class=5, bits=32)
 
 
 def test_the_last_name_decides_whether_a_section_begins_anew(read):
-    assert read(FULL, "codec.name=pixel", "codec.name=gauss").codec == GaussSpec(gpc=3, bits=32)
+    assert read(FULL, "codec.name=pixel", "codec.name=gauss").codec == GaussSpec(images_per_class=3, bits=32)
     assert read(FULL, "codec.name=gauss", "codec.name=pixel").codec == PixelSpec()
 
 
@@ -434,10 +465,13 @@ def test_a_key_that_both_specs_have_is_not_taken_over(write):
 
 
 def test_elements_of_lists_and_sections_that_may_be_null_begin_anew_alone(read):
-    text = GOOD + "baselines: [{name: pixel, scale: 0.5}, {name: gauss, gpc: 3}]\nrival: {name: gauss, gpc: 2}\n"
+    text = (
+        GOOD
+        + "baselines: [{name: pixel, scale: 0.5}, {name: gauss, images_per_class: 3}]\nrival: {name: gauss, gpc: 2}\n"
+    )
     found = read(text, "baselines.1.name=pixel", "rival.name=pixel")
     assert found.baselines == (PixelSpec(scale=0.5), PixelSpec())
-    assert (found.rival, found.codec) == (PixelSpec(), GaussSpec(gpc=3))
+    assert (found.rival, found.codec) == (PixelSpec(), GaussSpec(images_per_class=3))
 
 
 def test_a_name_completes_a_section_that_has_none(read):
@@ -465,9 +499,9 @@ def test_a_name_that_chooses_no_spec_replaces_itself_alone(write):
     ("overrides", "expected"),
     [
         (
-            ["codec.name=pixel", "codec.gpc=3"],
-            "codec.gpc: unknown key; known only when codec.name is gauss; allowed: name, scale "
-            "(in override codec.gpc=3)",
+            ["codec.name=pixel", "codec.images_per_class=3"],
+            "codec.images_per_class: unknown key; known only when codec.name is gauss; allowed: name, scale "
+            "(in override codec.images_per_class=3)",
         ),
         (
             ["codec.bits=16", "codec.name=pixel"],
@@ -489,7 +523,7 @@ def test_error_in_a_section_that_begins_anew_names_the_override(read, overrides,
 
 def test_setting_that_the_chosen_spec_needs_is_missing_in_the_override_and_not_in_the_file(read):
     text = message(read, "name: a\ncodec: {name: pixel, scale: 0.5}\n", "codec.bits=32", "codec.name=gauss")
-    assert text == "codec.gpc: missing; expected an integer >= 1 (in override codec.name=gauss)"
+    assert text == "codec.images_per_class: missing; expected an integer >= 1 (in override codec.name=gauss)"
 
 
 def test_cross_check_of_a_replaced_section_names_all_overrides_of_it(read):
@@ -504,7 +538,7 @@ SMOKE = GOOD + "distill: {iterations: 500, lr: 2}\nsmoke:\n  distill: {iteration
 
 
 def test_smoke_block_is_merged_deeply_when_asked_for_and_dropped_otherwise(read):
-    full = Config(name="a", codec=GaussSpec(gpc=3), distill=StepSpec(iterations=500, lr=2.0))
+    full = Config(name="a", codec=GaussSpec(images_per_class=3), distill=StepSpec(iterations=500, lr=2.0))
     assert read(SMOKE) == full
     small = dataclasses.replace(full, distill=StepSpec(iterations=20, lr=2.0), widths=(1,))
     assert read(SMOKE, smoke=True) == small
@@ -548,8 +582,8 @@ def test_written_config_loads_back_equal(read):
         name="1e-3",
         codec=PixelSpec(scale=1e-5),
         distill=StepSpec(iterations=20, lr=1e-7, donate=False),
-        baselines=(GaussSpec(gpc=1, bits=32), PixelSpec()),
-        rival=GaussSpec(gpc=9),
+        baselines=(GaussSpec(images_per_class=1, bits=32), PixelSpec()),
+        rival=GaussSpec(images_per_class=9),
         folder=Path("a/b"),
         batch=4,
         clip=0.5,
@@ -570,7 +604,7 @@ def test_description_lists_every_setting_with_type_default_and_sentence():
     assert rows["name"] == ["text", "required"]
     assert rows["seed"] == ["integer >= 0 and < 2147483648", "0"]
     assert rows["codec.name"] == ["one of gauss, pixel", "required", "The parameterization."]
-    assert rows["codec.gpc"] == ["integer >= 1", "required", "Gaussian images per class."]
+    assert rows["codec.images_per_class"] == ["integer >= 1", "required", "Gaussian images per class."]
     assert rows["codec.scale"] == ["number > 0 and <= 1", "1.0", "Share of the side that is stored."]
     assert rows["distill.iterations"] == ["integer >= 1", "1000", "Outer steps."]
     assert rows["warmup.iterations"] == ["integer >= 1", "50", "Outer steps."]

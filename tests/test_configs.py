@@ -74,7 +74,7 @@ def test_trajectory_settings_are_those_of_tables_7_to_9(name):
     found = load(name)
     objective = found.objective
     assert (found.data.resolution, found.ipc, found.whiten == "zca") == (resolution, ipc, zca)
-    assert (found.codec.gpc, found.codec.num_points) == (gpc, points)
+    assert (found.codec.images_per_class, found.codec.num_points) == (gpc, points)
     assert (objective.name, objective.syn_steps, objective.batch_syn) == ("trajectory", steps, batch)
     assert (objective.max_start_epoch, objective.expert_epochs) == (max_start, span)
     assert (objective.min_start_epoch, objective.segments, objective.first_max_start_epoch) == (0, 1, 0)
@@ -91,7 +91,7 @@ def test_settings_on_real_batches_are_those_of_tables_10_to_12(name):
     objective, resolution, gpc, points, real, syn, iterations = REAL[name]
     found = load(name)
     assert (found.data.resolution, found.ipc, found.whiten) == (resolution, 1, "meanstd")
-    assert (found.codec.gpc, found.codec.num_points) == (gpc, points)
+    assert (found.codec.images_per_class, found.codec.num_points) == (gpc, points)
     assert (found.objective.name, found.objective.batch_real) == (objective, real)
     assert found.distill.iterations == iterations
     # Read per class, as the released code does, the table's number is at least the whole class.
@@ -113,7 +113,7 @@ def test_what_all_rows_share_is_as_in_section_4_and_appendix_a(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_points_are_the_most_that_the_budget_holds_by_the_papers_formula_and_in_bytes(name):
     found = load(name)
-    resolution, gpc, points = found.data.resolution, found.codec.gpc, found.codec.num_points
+    resolution, gpc, points = found.data.resolution, found.codec.images_per_class, found.codec.num_points
     assert points == 3 * resolution**2 * int(found.ipc) * 2 // (gpc * 9)
     available = int(found.ipc) * resolution**2 * 3 * 4
     assert available == storage.budget_bytes(found.ipc, (resolution, resolution, 3))
@@ -185,7 +185,7 @@ def test_packed_config_fills_the_budget_and_differs_in_the_codec_alone(name):
     shape, available = (side, side, 3), storage.budget_bytes(packed.ipc, (side, side, 3))
     codecs.make(packed.codec, image_shape=shape, num_classes=10, bytes_per_class=available)
     with pytest.raises(ValueError, match="codec.num_points"):
-        one_more = dataclasses.replace(packed.codec, gpc=packed.codec.gpc + 1)
+        one_more = dataclasses.replace(packed.codec, images_per_class=packed.codec.images_per_class + 1)
         codecs.make(one_more, image_shape=shape, num_classes=10, bytes_per_class=available)
 
 
@@ -232,14 +232,14 @@ def test_packed_gaussians_have_no_number_of_images_by_default(smoke):
     with pytest.raises(configs.ConfigError) as caught:
         load("cifar10_dm_ipc1_cpu", "codec.name=packed_gaussian", "codec.num_points=22", smoke=smoke)
     assert str(caught.value) == (
-        "codec.gpc: missing; expected an integer >= 1 (in override codec.name=packed_gaussian)"
+        "codec.images_per_class: missing; expected an integer >= 1 (in override codec.name=packed_gaussian)"
     )
 
 
 # As in the commands of benchmarks/results/cifar10_packed_dc_ipc1 and cifar10_packed_tm_ipc1.
 RECORDED = (
     "codec.name=packed_gaussian",
-    "codec.gpc=86",
+    "codec.images_per_class=86",
     "codec.num_points=22",
     "codec.bits_cholesky=7",
     "codec.lr=0.01",
@@ -248,7 +248,7 @@ RECORDED = (
 
 @pytest.mark.parametrize("name", ["cifar10_dm_ipc1_cpu", "cifar10_dc_ipc1_cpu", "cifar10_tm_ipc1_cpu"])
 def test_recorded_overrides_give_the_packed_codec_that_they_spell_out(name):
-    wanted = codecs.PackedGaussianSpec(gpc=86, num_points=22, bits_cholesky=7, lr=0.01)
+    wanted = codecs.PackedGaussianSpec(images_per_class=86, num_points=22, bits_cholesky=7, lr=0.01)
     assert load(name, *RECORDED) == dataclasses.replace(load(name), codec=wanted)
     assert load("cifar10_packed_dm_ipc1_cpu").codec == wanted
 

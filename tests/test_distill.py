@@ -35,7 +35,7 @@ def on_device(digits) -> Data:
 
 
 def make_codec(**changes) -> codecs.Codec:
-    spec = GaussianSpec(gpc=GPC, num_points=POINTS, **{"lr": 0.02, "boundary": 0.1} | changes)
+    spec = GaussianSpec(images_per_class=GPC, num_points=POINTS, **{"lr": 0.02, "boundary": 0.1} | changes)
     return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=GPC * POINTS * 7 * 2)
 
 
@@ -270,7 +270,7 @@ def test_batch_syn_of_all_images_is_the_whole_set(codec, start, on_device, five,
 
 
 def test_distillation_of_digits_lowers_the_loss_on_fixed_keys(digits, on_device, start):
-    codec = codecs.make(PixelSpec(ipc=2), image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=512)
+    codec = codecs.make(PixelSpec(images_per_class=2), image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=512)
     step = jax.jit(make_step(codec, batch_real=20))
 
     def held_out(params) -> float:

@@ -57,7 +57,7 @@ def test_numpy_draws_what_jax_draws_at_another_size(place, size, tmp_path):
 @pytest.mark.parametrize("cutoff", [0.0, 0.1])
 def test_numpy_cuts_gaussians_where_jax_does(cutoff, tmp_path):
     rng = np.random.default_rng(3)
-    spec = codecs.GaussianSpec(gpc=1, num_points=6, dtype="float32", cutoff=cutoff, supersample=3)
+    spec = codecs.GaussianSpec(images_per_class=1, num_points=6, dtype="float32", cutoff=cutoff, supersample=3)
     codec = codecs.make(spec, image_shape=(12, 7, 2), num_classes=2, bytes_per_class=600)
     leaves = {"mean": (2, 6, 2), "cholesky": (2, 6, 3), "color": (2, 6, 2), "opacity": (2, 6)}
     # Some centers lie outside, some shapes are needles or have a negative diagonal.

@@ -44,7 +44,7 @@ ipc: 2
 data: {source: digits, per_class: 8, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: none}
-codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.01}
+codec: {name: gaussian, images_per_class: 2, num_points: 5, lr: 0.01}
 fit: {steps: 0}
 objective: {name: distribution, batch_real: 4, class_chunk: 10}
 distill: {iterations: 4, log_every: 1, checkpoint_every: 2}
@@ -52,7 +52,9 @@ evaluate: {steps: 4, batch: 8, lr: 0.1, seeds: 2}
 baselines: {fit_only: false, pixel: false, full_data: false}
 """
 # A decoder that the images of a subtask share; as many images as of Gaussians, so that programs are compiled once.
-LATENT = "codec={name: latent, decoder: small, width: 4, latent_dim: 2, dtype: bfloat16, sample: false, lpc: 2}"
+LATENT = (
+    "codec={name: latent, decoder: small, width: 4, latent_dim: 2, dtype: bfloat16, sample: false, images_per_class: 2}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +240,9 @@ def test_search_compares_settings_on_the_same_classes(toy, tmp_path, capsys):
 
 SHAPE, BUDGET = (6, 8, 3), 1152
 SPECS = {
-    "gaussian": GaussianSpec(gpc=2, num_points=3, start="uniform"),
-    "packed_gaussian": PackedGaussianSpec(gpc=2, num_points=5, start="uniform"),
-    "pixel": PixelSpec(ipc=1),
+    "gaussian": GaussianSpec(images_per_class=2, num_points=3, start="uniform"),
+    "packed_gaussian": PackedGaussianSpec(images_per_class=2, num_points=5, start="uniform"),
+    "pixel": PixelSpec(images_per_class=1),
     "downscale": DownscaleSpec(factor=2),
     "frequency": FrequencySpec(coefficients=5, images_per_class=3),
     "packed_frequency": PackedFrequencySpec(coefficients=5, images_per_class=3),
@@ -670,7 +672,7 @@ def test_subtasks_may_differ_in_what_follows_from_their_size_and_the_merge_in_it
     ("key", "value", "message"),
     [
         ("dataset_sha256", "abc", 'dataset_sha256 is "'),
-        ("codec", {"name": "gaussian", "gpc": 3}, "codec.gpc is 2 there and 3 here"),
+        ("codec", {"name": "gaussian", "images_per_class": 3}, "codec.images_per_class is 2 there and 3 here"),
     ],
 )
 def test_mismatch_of_data_or_of_the_codec_asked_for_is_named(copies, capsys, key, value, message):

@@ -27,7 +27,7 @@ def targets(digits) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def codec() -> codecs.Codec:
-    spec = GaussianSpec(gpc=2, num_points=POINTS)
+    spec = GaussianSpec(images_per_class=2, num_points=POINTS)
     return codecs.make(spec, image_shape=(8, 8, 1), num_classes=2, bytes_per_class=2 * POINTS * 7 * 2)
 
 
@@ -80,7 +80,10 @@ def test_images_are_fitted_as_if_each_were_alone(codec, advance, start, fitted, 
 
 def test_one_image_by_itself_is_fitted_as_in_the_batch(codec, start, fitted, targets):
     single = codecs.make(
-        dataclasses.replace(codec.spec, gpc=1), image_shape=(8, 8, 1), num_classes=2, bytes_per_class=POINTS * 14
+        dataclasses.replace(codec.spec, images_per_class=1),
+        image_shape=(8, 8, 1),
+        num_classes=2,
+        bytes_per_class=POINTS * 14,
     )
     params = start.params[jnp.array([2])]
     state = fitting.FitState(params, single.fitter(STEPS).init(params), jnp.zeros((), jnp.int32))

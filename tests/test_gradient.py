@@ -192,7 +192,10 @@ def setting():
     images, labels = full.train_images[keep], full.train_labels[keep]
     on_device = Data(NORMAL, hold(images, labels, CLASSES), {})
     codec = codecs.make(
-        PixelSpec(ipc=GPC), image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=GPC * 4 * int(np.prod(SHAPE))
+        PixelSpec(images_per_class=GPC),
+        image_shape=SHAPE,
+        num_classes=CLASSES,
+        bytes_per_class=GPC * 4 * int(np.prod(SHAPE)),
     )
     chosen = np.concatenate([np.flatnonzero(labels == label)[:GPC] for label in range(CLASSES)])
     params = codec.init(KEY, jnp.asarray(images[chosen], jnp.float32) / 255)

@@ -33,7 +33,7 @@ ipc: 1
 data: {source: digits, per_class: 8, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
-codec: {name: gaussian, gpc: 2, num_points: 4, lr: 0.01, dtype: float32}
+codec: {name: gaussian, images_per_class: 2, num_points: 4, lr: 0.01, dtype: float32}
 fit: {steps: 2}
 objective: {name: distribution, batch_real: 4, class_chunk: 10}
 distill: {iterations: 8, log_every: 1, checkpoint_every: 2, devices: 0}

@@ -240,7 +240,7 @@ def test_pixels_and_their_labels_fill_the_budget():
 
 def test_gaussians_give_way_to_labels():
     # 14 bytes a Gaussian of one channel; 256 bytes hold 3 x 6 of them, and beside 3 labels of 10 bytes 3 x 5.
-    spec = GaussianSpec(gpc=3)
+    spec = GaussianSpec(images_per_class=3)
     assert make(spec, LabelSpec(), 256).spec.num_points == 6
     assert make(spec, soft("uint8"), 256).spec.num_points == 5
     assert make(spec, soft("uint8"), 3 * (5 * 14 + 10)).spec.num_points == 5
@@ -249,7 +249,7 @@ def test_gaussians_give_way_to_labels():
 
 def test_latents_beside_a_shared_decoder_give_way_to_labels():
     spec = LatentSpec(decoder="small", width=4, latent_dim=3)
-    decoder = make(dataclasses.replace(spec, lpc=1), LabelSpec(), 10**5).layout()
+    decoder = make(dataclasses.replace(spec, images_per_class=1), LabelSpec(), 10**5).layout()
     shared = 4 * sum(int(np.prod(leaf.shape)) for name, leaf in decoder.items() if "mean" not in name)
     shared -= 4 * 10 * 3  # log-variances
     # Mean and log-variance, 24 bytes, and a label of 20 bytes: 44 per latent.
@@ -259,20 +259,23 @@ def test_latents_beside_a_shared_decoder_give_way_to_labels():
 
 
 def test_hard_labels_leave_the_codec_as_it_is():
-    spec, budget = GaussianSpec(gpc=3), {"image_shape": (8, 8, 1), "num_classes": 10, "bytes_per_class": 256}
+    spec, budget = (
+        GaussianSpec(images_per_class=3),
+        {"image_shape": (8, 8, 1), "num_classes": 10, "bytes_per_class": 256},
+    )
     assert labels.make_codec(spec, LabelSpec(dtype="uint8"), **budget).spec == codecs.make(spec, **budget).spec
 
 
 def test_given_images_that_do_not_fit_with_their_labels_say_what_would():
     with pytest.raises(ValueError) as caught:
-        make(PixelSpec(ipc=2), soft(), 532)
+        make(PixelSpec(images_per_class=2), soft(), 532)
     assert str(caught.value) == (
         "labels: 2 float32 labels per class of 40 bytes and the pixel codec's 512 bytes do not fit 532 bytes per "
         "class; expected labels of at most 10 bytes (labels.top_k, labels.dtype), fewer or smaller images, or at least "
         "592 bytes per class (ipc)"
     )
-    assert make(PixelSpec(ipc=2), soft("uint8"), 532).images_per_class == 2
-    assert make(PixelSpec(ipc=2), soft(), 592).images_per_class == 2
+    assert make(PixelSpec(images_per_class=2), soft("uint8"), 532).images_per_class == 2
+    assert make(PixelSpec(images_per_class=2), soft(), 592).images_per_class == 2
     with pytest.raises(ValueError, match="do not fit 256 bytes per class; expected fewer or smaller images, or at "):
         make(PixelSpec(), soft(), 256)
 
@@ -281,7 +284,7 @@ def test_given_images_that_do_not_fit_with_their_labels_say_what_would():
 
 
 def labeled(spec: LabelSpec) -> SynSet:
-    codec = make(PixelSpec(ipc=2), spec, 2000, shape=(4, 4, 1), classes=3)
+    codec = make(PixelSpec(images_per_class=2), spec, 2000, shape=(4, 4, 1), classes=3)
     images = np.random.default_rng(3).uniform(size=(6, 4, 4, 1)).astype(np.float32)
     return SynSet(codec, codec.init(None, images), 2000, ("a", "b", "c"), {}, labels.pack(rows(6, 3), spec))
 

@@ -180,7 +180,7 @@ OBJECTIVES = {
 
 
 def pixels():
-    spec = PixelSpec(ipc=PER_CLASS, optimizer="sgd", lr=LR)
+    spec = PixelSpec(images_per_class=PER_CLASS, optimizer="sgd", lr=LR)
     return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=PER_CLASS * 256)
 
 
@@ -259,7 +259,7 @@ def test_without_given_weights_the_network_is_another_in_each_step():
 
 
 def latents(**changes):
-    spec = LatentSpec(decoder="small", width=8, latent_dim=4, lpc=2, **changes)
+    spec = LatentSpec(decoder="small", width=8, latent_dim=4, images_per_class=2, **changes)
     return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=100_000)
 
 
@@ -269,7 +269,7 @@ def test_each_latent_is_drawn_as_often_as_makes_up_the_samples_and_images_withou
     assert samples_of(latents(sample=False), spec) == (1, 2)
     assert samples_of(latents(), MmdSpec(samples=2)) == (1, 2)
     assert samples_of(pixels(), MmdSpec(samples=2)) == (1, 2)
-    one = PixelSpec(ipc=1)
+    one = PixelSpec(images_per_class=1)
     with pytest.raises(ValueError, match="mmd.weight: the term needs 2 synthetic images per class, the pixel codec"):
         samples_of(codecs.make(one, image_shape=SHAPE, num_classes=2, bytes_per_class=256), spec)
 

@@ -48,7 +48,7 @@ def network_of(dtype):
 
 def make(name, *, dtype=jnp.float32):
     spec, mmd = ROWS[name]
-    pixels = codecs.PixelSpec(ipc=2, optimizer="adam", lr=0.01)
+    pixels = codecs.PixelSpec(images_per_class=2, optimizer="adam", lr=0.01)
     codec = codecs.make(pixels, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=512)
     if dtype != jnp.float32:
         codec = codec._replace(

@@ -139,7 +139,9 @@ def test_values_beyond_all_bounds_take_the_end_of_the_grid(hostile):
 @pytest.mark.parametrize(("order", "widths"), [("sorted", (8, 6, 6)), ("kept", (5, 2, 16)), ("sorted", (16, 16, 2))])
 def test_decode_draws_the_values_on_the_grids(order, widths):
     names = ("bits_mean", "bits_cholesky", "bits_color")
-    spec = PackedGaussianSpec(gpc=2, num_points=5, order=order, cutoff=0.0, **dict(zip(names, widths, strict=True)))
+    spec = PackedGaussianSpec(
+        images_per_class=2, num_points=5, order=order, cutoff=0.0, **dict(zip(names, widths, strict=True))
+    )
     codec, params = make(spec), random_params(spec)
     low, step = bfloat16(params.low), bfloat16(params.step)
     # The centers of 2^b equal cells of [-1, 1].
@@ -163,7 +165,7 @@ def test_decode_draws_the_values_on_the_grids(order, widths):
 
 
 def test_fit_begins_unrounded_and_the_grids_follow_until_the_switch():
-    spec = PackedGaussianSpec(gpc=2, num_points=5, draft=0.4, cutoff=0.0)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5, draft=0.4, cutoff=0.0)
     codec, params = make(spec), random_params(spec)
     draw, project = codec.draft.decode, codec.draft.project
     before, after = jnp.float32(0.39), jnp.float32(0.4)
@@ -185,7 +187,7 @@ def test_fit_begins_unrounded_and_the_grids_follow_until_the_switch():
 
 @pytest.mark.parametrize(("ranges", "order"), [("learned", "sorted"), ("fitted", "kept")])
 def test_what_is_trained_is_what_the_file_shows_bit_by_bit(ranges, order, tmp_path):
-    spec = PackedGaussianSpec(gpc=2, num_points=7, order=order, ranges=ranges)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=7, order=order, ranges=ranges)
     codec = make(spec)
     images = jnp.asarray(np.random.default_rng(3).uniform(0, 1, (4, *SIZE, 3)), jnp.float32)
     state = jax.jit(lambda x: fitting.init_fit(jax.random.key(0), x, codec=codec, steps=30))(images)
@@ -211,7 +213,7 @@ def test_what_is_trained_is_what_the_file_shows_bit_by_bit(ranges, order, tmp_pa
 
 
 def test_images_of_a_sorted_set_do_not_depend_on_the_order_of_the_masters():
-    spec = PackedGaussianSpec(gpc=2, num_points=40)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=40)
     codec, params = make(spec, bytes_per_class=10**6), random_params(spec, m=40)
     rank = np.random.default_rng(4).permutation(40)
     leaves = ("mean", "cholesky", "color")
@@ -227,7 +229,7 @@ def test_images_of_a_sorted_set_do_not_depend_on_the_order_of_the_masters():
 
 
 def test_gradient_passes_straight_through_to_the_masters():
-    spec = PackedGaussianSpec(gpc=2, num_points=5, cutoff=0.0)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5, cutoff=0.0)
     codec = make(spec)
     params = packed.from_gaussians(random_gaussians(), spec)
     weights = np.random.default_rng(5).normal(size=(4, *SIZE, 3))
@@ -242,7 +244,7 @@ def test_gradient_passes_straight_through_to_the_masters():
 
 
 def test_projection_fits_fitted_ranges_to_the_masters_and_leaves_learned_ones():
-    spec = PackedGaussianSpec(gpc=2, num_points=5)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5)
     params = packed.from_gaussians(random_gaussians(), spec)
     moved = dataclasses.replace(params, color=2 * params.color, cholesky=0.5 * params.cholesky)
     learned = make(spec).project(moved)
@@ -253,7 +255,7 @@ def test_projection_fits_fitted_ranges_to_the_masters_and_leaves_learned_ones():
 
 def test_fitted_ranges_are_quantiles_widened_by_no_more_than_the_rounding_needs():
     for width in (6, 16):
-        spec = PackedGaussianSpec(gpc=2, num_points=5, bits_cholesky=width, bits_color=width)
+        spec = PackedGaussianSpec(images_per_class=2, num_points=5, bits_cholesky=width, bits_color=width)
         params = packed.from_gaussians(random_gaussians(), spec)
         masters = np.concatenate([params.cholesky, params.color], axis=-1).reshape(-1, 6).astype(np.float64)
         low, step = np.asarray(params.low, np.float64), np.asarray(params.step, np.float64)
@@ -267,7 +269,7 @@ def test_fitted_ranges_are_quantiles_widened_by_no_more_than_the_rounding_needs(
 def test_folding_and_canonical_signs_keep_the_image():
     g = random_gaussians()
     assert ((np.asarray(g.cholesky)[..., [0, 2]] + 0.5) < 0).any()
-    params = packed.from_gaussians(g, PackedGaussianSpec(gpc=2, num_points=5))
+    params = packed.from_gaussians(g, PackedGaussianSpec(images_per_class=2, num_points=5))
     assert ((np.asarray(params.cholesky)[..., [0, 2]] + 0.5) >= 0).all()
     plain = Gaussians(params.mean, params.cholesky, params.color, jnp.ones((4, 5)), size=SIZE)
     for before, after in zip(to_pixels(g), to_pixels(plain), strict=True):
@@ -290,7 +292,7 @@ def test_canonical_signs_are_a_projection_that_keeps_the_bits_of_what_is_canonic
 
 
 def test_projection_clips_positions_and_makes_signs_canonical():
-    spec = PackedGaussianSpec(gpc=2, num_points=5)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5)
     params = random_params(spec)
     far = dataclasses.replace(params, mean=3 * params.mean, cholesky=params.cholesky - 2)
     projected = make(spec).project(far)
@@ -300,7 +302,9 @@ def test_projection_clips_positions_and_makes_signs_canonical():
 
 
 def test_ranges_learn_at_their_own_rate_and_steps_at_that_over_their_number():
-    spec = PackedGaussianSpec(gpc=2, num_points=5, lr=0.01, lr_cholesky=2.0, lr_color=0.5, lr_ranges=0.1, bits_color=4)
+    spec = PackedGaussianSpec(
+        images_per_class=2, num_points=5, lr=0.01, lr_cholesky=2.0, lr_color=0.5, lr_ranges=0.1, bits_color=4
+    )
     params = random_params(spec)
     gradients = jax.tree.map(jnp.ones_like, params)
     transformation = make(spec).optimizer()
@@ -320,7 +324,7 @@ def test_ranges_learn_at_their_own_rate_and_steps_at_that_over_their_number():
 
 
 def test_nan_masters_spoil_their_image_alone_and_get_code_zero():
-    spec = PackedGaussianSpec(gpc=2, num_points=5, ranges="fitted")
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5, ranges="fitted")
     codec, params = make(spec), random_params(spec)
     for name in ("mean", "cholesky", "color"):
         leaf = getattr(params, name)
@@ -333,7 +337,7 @@ def test_nan_masters_spoil_their_image_alone_and_get_code_zero():
 
 
 def test_set_without_a_finite_number_has_a_range():
-    spec = PackedGaussianSpec(gpc=2, num_points=5)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5)
     params = random_params(spec)
     bad = packed.fit_ranges(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params), spec)
     assert np.isfinite(bad.low).all() and np.isfinite(bad.step).all()
@@ -342,7 +346,7 @@ def test_set_without_a_finite_number_has_a_range():
 @pytest.mark.parametrize("value", [0.0, 0.3, -17.7, 1000.1])
 @pytest.mark.parametrize("width", [2, 6, 16])
 def test_range_of_zero_width_draws_the_one_value(value, width):
-    spec = PackedGaussianSpec(gpc=2, num_points=5, bits_cholesky=width, bits_color=width)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5, bits_cholesky=width, bits_color=width)
     params = random_params(spec)
     flat = packed.fit_ranges(dataclasses.replace(params, color=jnp.full_like(params.color, value)), spec)
     codec = make(spec)
@@ -356,7 +360,7 @@ def test_range_of_zero_width_draws_the_one_value(value, width):
 
 @pytest.mark.parametrize("step", [0.0, -1.0, 1e-30])
 def test_step_that_vanishes_or_turns_negative_is_the_finest(step):
-    spec = PackedGaussianSpec(gpc=2, num_points=5)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5)
     codec, params = make(spec), random_params(spec)
     bad = dataclasses.replace(params, step=jnp.full_like(params.step, step), low=jnp.full_like(params.low, -4.0))
     stored = codec.stored(bad)
@@ -368,7 +372,7 @@ def test_step_that_vanishes_or_turns_negative_is_the_finest(step):
 
 @pytest.mark.parametrize("order", ["sorted", "kept"])
 def test_equal_positions_come_back_with_their_own_shapes_and_colors(order):
-    spec = PackedGaussianSpec(gpc=2, num_points=5, order=order)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5, order=order)
     codec, params = make(spec), random_params(spec)
     crowded = dataclasses.replace(params, mean=jnp.full_like(params.mean, 0.9995).at[:, 3].set(-0.9995))
     stored = codec.stored(crowded)
@@ -383,7 +387,7 @@ def test_equal_positions_come_back_with_their_own_shapes_and_colors(order):
 
 
 def test_payload_is_the_codes_in_binary_one_kind_after_the_other():
-    spec = PackedGaussianSpec(gpc=2, num_points=3, bits_mean=5, bits_cholesky=3, bits_color=7)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=3, bits_mean=5, bits_cholesky=3, bits_color=7)
     codec = make(spec)
     stored = jax.device_get(codec.stored(random_params(spec, m=3)))
     width = math.ceil(math.log2(math.comb(2**10 + 2, 3)))
@@ -405,20 +409,22 @@ def test_52_bits_hold_2_8_times_the_images_of_bfloat16():
     # CIFAR-10 at 12,288 bytes per class: 16 + 18 + 18 bits, less the order, which is worth 16 - 283/22 bits.
     settings = {"image_shape": (32, 32, 3), "num_classes": 10, "bytes_per_class": 12288}
     for widths, order, bits_per_image in (((8, 6), "kept", 22 * 52), ((8, 6), "sorted", 283 + 22 * 36)):
-        spec = PackedGaussianSpec(gpc=1, num_points=22, bits_mean=widths[0], bits_cholesky=widths[1], order=order)
+        spec = PackedGaussianSpec(
+            images_per_class=1, num_points=22, bits_mean=widths[0], bits_cholesky=widths[1], order=order
+        )
         most = (8 * (122880 - 24)) // bits_per_image // 10
-        codec = codecs.make(dataclasses.replace(spec, gpc=most), **settings)
+        codec = codecs.make(dataclasses.replace(spec, images_per_class=most), **settings)
         size = -(-10 * most * bits_per_image // 8) + 24
         assert codec.nbytes(None) == storage.nbytes(codec.layout()) == size <= 122880
         with pytest.raises(ValueError, match="codec.num_points"):
-            codecs.make(dataclasses.replace(spec, gpc=most + 1), **settings)
-    assert most == 91 and codecs.make(PackedGaussianSpec(gpc=85), **settings).spec.num_points == 23
+            codecs.make(dataclasses.replace(spec, images_per_class=most + 1), **settings)
+    assert most == 91 and codecs.make(PackedGaussianSpec(images_per_class=85), **settings).spec.num_points == 23
 
 
 @pytest.mark.parametrize("order", ["sorted", "kept"])
 @pytest.mark.parametrize(("gpc", "channels"), [(1, 3), (7, 3), (20, 1)])
 def test_open_number_of_points_fills_the_budget(order, gpc, channels):
-    spec = PackedGaussianSpec(gpc=gpc, order=order)
+    spec = PackedGaussianSpec(images_per_class=gpc, order=order)
     codec = make(spec, image_shape=(*SIZE, channels))
     m, available = codec.spec.num_points, CLASSES * BUDGET
 
@@ -430,24 +436,24 @@ def test_open_number_of_points_fills_the_budget(order, gpc, channels):
 
 
 def test_impossible_budgets_say_what_would_fit():
-    spec = PackedGaussianSpec(gpc=4, num_points=100)
+    spec = PackedGaussianSpec(images_per_class=4, num_points=100)
     message = "codec.num_points: 4 images per class of 100 packed Gaussians need 4[0-9]{3} bytes, the budget of all "
     with pytest.raises(ValueError, match=message + "classes has 4000; expected at most 8[0-9] Gaussians per image"):
         make(spec)
-    few = make(PackedGaussianSpec(gpc=4)).spec.num_points
-    assert few == make(PackedGaussianSpec(gpc=4, num_points=few)).spec.num_points
+    few = make(PackedGaussianSpec(images_per_class=4)).spec.num_points
+    assert few == make(PackedGaussianSpec(images_per_class=4, num_points=few)).spec.num_points
     message = (
-        r"codec.gpc: 400 images per class with one packed Gaussian each \(52 bits\) need 5224 bytes, the budget of "
+        r"codec.images_per_class: 400 images per class with one packed Gaussian each \(52 bits\) need 5224 bytes, .*of "
     )
     with pytest.raises(ValueError, match=message + "all classes has 4000; expected at most 305"):
-        make(PackedGaussianSpec(gpc=400, num_points=3))
-    assert make(PackedGaussianSpec(gpc=305)).spec.num_points == 1
+        make(PackedGaussianSpec(images_per_class=400, num_points=3))
+    assert make(PackedGaussianSpec(images_per_class=305)).spec.num_points == 1
     with pytest.raises(ValueError, match="budget of all classes has 20; expected at most 0"):
-        make(PackedGaussianSpec(gpc=1), bytes_per_class=10)
+        make(PackedGaussianSpec(images_per_class=1), bytes_per_class=10)
 
 
 def test_one_gaussian_per_image_survives_the_file(tmp_path):
-    spec = PackedGaussianSpec(gpc=1, num_points=1, bits_mean=2, bits_cholesky=2, bits_color=2)
+    spec = PackedGaussianSpec(images_per_class=1, num_points=1, bits_mean=2, bits_cholesky=2, bits_color=2)
     codec = make(spec)
     made = SynSet(codec, random_params(spec, n=2, m=1), BUDGET, ("a", "b"))
     sizes = made.save(tmp_path)
@@ -458,7 +464,7 @@ def test_one_gaussian_per_image_survives_the_file(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    spec = PackedGaussianSpec(gpc=2, num_points=3, bits_cholesky=5)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=3, bits_cholesky=5)
     SynSet(make(spec), random_params(spec, m=3), BUDGET, ("a", "b")).save(tmp_path)
     return tmp_path
 
@@ -510,7 +516,7 @@ def test_benchmark_counts_the_bits_of_a_gaussian_in_every_coding():
     assert packed_psnr.entropy(np.repeat(np.arange(8), 5)) == 3
     assert packed_psnr.entropy(np.array([0, 0, 0, 1])) == pytest.approx(2 - 0.75 * math.log2(3))
     assert packed_psnr.entropy(np.zeros(9, np.int64)) == 0
-    spec = PackedGaussianSpec(gpc=2, num_points=5, bits_mean=7, bits_color=5)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5, bits_mean=7, bits_color=5)
     codec, params = make(spec), random_params(spec)
     found = packed_psnr.bits_per_gaussian(codec, params)
     assert found["kept"] == 14 + 18 + 15

@@ -51,8 +51,8 @@ class Case(NamedTuple):
 
 
 # In float32, for bfloat16 rounds the last bits of parameters to other images in the second step.
-GAUSSIANS = GaussianSpec(gpc=SYN, num_points=6, dtype="float32")
-LATENTS = LatentSpec(decoder="small", width=8, latent_dim=4, lpc=SYN)
+GAUSSIANS = GaussianSpec(images_per_class=SYN, num_points=6, dtype="float32")
+LATENTS = LatentSpec(decoder="small", width=8, latent_dim=4, images_per_class=SYN)
 CASES = {
     "distribution": Case(
         GAUSSIANS, DistributionSpec(batch_real=REAL, batch_syn=2, class_chunk=1), devices=(3, DEVICES)

@@ -34,7 +34,9 @@ def _loss(loss: Callable, real: jax.Array, **more: object) -> jax.Array:
 
 
 def _pixel_codec() -> codecs.Codec:
-    return codecs.make(codecs.PixelSpec(ipc=3), image_shape=SHAPE, num_classes=2, bytes_per_class=3 * 64 * 4)
+    return codecs.make(
+        codecs.PixelSpec(images_per_class=3), image_shape=SHAPE, num_classes=2, bytes_per_class=3 * 64 * 4
+    )
 
 
 def _moved(images: np.ndarray) -> jax.Array:

@@ -20,7 +20,7 @@ ipc: 1
 data: {source: digits, per_class: 8, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
-codec: {name: gaussian, gpc: 2, num_points: 5, lr: 0.05}
+codec: {name: gaussian, images_per_class: 2, num_points: 5, lr: 0.05}
 fit: {steps: 2}
 objective: {name: distribution, batch_real: 4, class_chunk: 10}
 distill: {iterations: 5, log_every: 3, checkpoint_every: 4}

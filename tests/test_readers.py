@@ -24,7 +24,7 @@ NAMES = ("a/b", "cat 😀", "naïve 犬", "\"q' \\", ".dot", "con.", "x" * 200, 
 def made(soft: bool, channels: int = 3, names=NAMES) -> SynSet:
     shape, k = (5, 4, channels), len(names)
     each = 2 * 4 * int(np.prod(shape)) + (2 * 4 * k if soft else 0)
-    codec = codecs.make(codecs.PixelSpec(ipc=2), image_shape=shape, num_classes=k, bytes_per_class=each)
+    codec = codecs.make(codecs.PixelSpec(images_per_class=2), image_shape=shape, num_classes=k, bytes_per_class=each)
     rng = np.random.default_rng(k)
     images = rng.uniform(-0.1, 1.1, (2 * k, *shape)).astype(np.float32)
     rows = labels.pack(rng.dirichlet(np.ones(k), 2 * k), labels.LabelSpec(kind="soft")) if soft else None

@@ -43,6 +43,16 @@ def test_config_is_stored_and_accepted_again(tmp_path):
         }
 
 
+def test_former_names_of_settings_are_no_other_config(tmp_path):
+    before = {"ipc": 1.0, "codec": {"gpc": 3}, "evaluate": {"optimiser": "sgd"}}
+    now = {"ipc": 1.0, "codec": {"images_per_class": 3}, "evaluate": {"optimizer": "sgd"}}
+    with RunDir(tmp_path) as run:
+        run.configure(before)
+        assert run.configure(now) is True
+        with pytest.raises(UserError, match="codec.images_per_class is 3 there and 4 now"):
+            run.configure(now | {"codec": {"images_per_class": 4}})
+
+
 def test_config_survives_yaml_for_awkward_values(tmp_path):
     config = {"a": float("inf"), "b": float("nan"), "c": "1e-5", "d": "null", "e": [], "f": np.float32(0.1), "g": 1e22}
     with RunDir(tmp_path) as run:

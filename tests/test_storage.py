@@ -176,7 +176,9 @@ def test_float32_halves_the_points_and_one_channel_has_fewer_numbers():
 
 
 def test_an_impossible_budget_says_what_would_fit():
-    message = r"codec.gpc: 8 images do not fit 128 bytes .* one bfloat16 Gaussian each \(18 bytes\); .*at most 7"
+    message = (
+        r"codec.images_per_class: 8 images do not fit 128 bytes .* one bfloat16 Gaussian each \(18 bytes\); .*at most 7"
+    )
     with pytest.raises(ValueError, match=message):
         storage.largest_num_points(128, 8, 3)
     assert storage.largest_num_points(128, 7, 3) == 1

@@ -40,13 +40,13 @@ SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152
 NAMES = ("cat", "naïve 犬")
 META = {"dataset": "toy", "channel_mean": [0.5, 0.25, 0.125]}
 SPECS = {
-    "gaussian": GaussianSpec(gpc=2, num_points=3),
-    "gaussian float32": GaussianSpec(gpc=1, dtype="float32", num_points=3),
-    "packed": PackedGaussianSpec(gpc=2, num_points=5),
-    "packed in order": PackedGaussianSpec(gpc=1, num_points=3, order="kept", bits_mean=7, ranges="fitted"),
-    "pixel": PixelSpec(ipc=1),
-    "pixel bfloat16": PixelSpec(dtype="bfloat16", ipc=2),
-    "pixel uint8": PixelSpec(dtype="uint8", ipc=3),
+    "gaussian": GaussianSpec(images_per_class=2, num_points=3),
+    "gaussian float32": GaussianSpec(images_per_class=1, dtype="float32", num_points=3),
+    "packed": PackedGaussianSpec(images_per_class=2, num_points=5),
+    "packed in order": PackedGaussianSpec(images_per_class=1, num_points=3, order="kept", bits_mean=7, ranges="fitted"),
+    "pixel": PixelSpec(images_per_class=1),
+    "pixel bfloat16": PixelSpec(dtype="bfloat16", images_per_class=2),
+    "pixel uint8": PixelSpec(dtype="uint8", images_per_class=3),
     "downscale": DownscaleSpec(factor=2),
     "downscale uint8": DownscaleSpec(factor=2, dtype="uint8", images_per_class=8),
     "frequency": FrequencySpec(coefficients=5, images_per_class=3),
@@ -59,7 +59,7 @@ SPECS = {
         patch=2, width=5, blocks=1, heads=1, tokens=3, nonzeros=9, images_per_class=2, dtype="bfloat16"
     ),
     "spectral": SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=2),
-    "latent": LatentSpec(decoder="small", width=4, latent_dim=3, lpc=2),
+    "latent": LatentSpec(decoder="small", width=4, latent_dim=3, images_per_class=2),
 }
 # Codecs that cannot draw SHAPE.
 SHAPES = {"latent": (8, 8, 3)}
@@ -393,12 +393,28 @@ HUGE = 10**30
         (lambda m: m.update(surprise=1), "'surprise': unknown; expected format, codec"),
         (lambda m: m.update(codec=[]), "codec: expected a dict, found a list"),
         (lambda m: m.update(meta=None), "meta: expected a dict, found None"),
-        (lambda m: m["codec"].update(surprise=1), "codec.surprise: unknown; expected name, gpc"),
-        (lambda m: m["codec"].pop("gpc"), "codec.gpc: missing"),
-        (lambda m: m["codec"].update(gpc="many"), "codec.gpc: expected a value of type int, found 'many'"),
-        (lambda m: m["codec"].update(gpc=True), "codec.gpc: expected a value of type int, found True"),
-        (lambda m: m["codec"].update(gpc=0), r"codec.gpc: expected a value of Ge\(ge=1\), found 0"),
-        (lambda m: m["codec"].update(gpc=HUGE), "codec.gpc: expected at most 65536, found 1000"),
+        (lambda m: m["codec"].update(surprise=1), "codec.surprise: unknown; expected name, images_per_class"),
+        (lambda m: m["codec"].pop("images_per_class"), "codec.images_per_class: missing"),
+        (
+            lambda m: m["codec"].update(gpc=2),
+            "codec.images_per_class: expected once, found as images_per_class and gpc",
+        ),
+        (
+            lambda m: m["codec"].update(images_per_class="many"),
+            "codec.images_per_class: expected a value of type int, found 'many'",
+        ),
+        (
+            lambda m: m["codec"].update(images_per_class=True),
+            "codec.images_per_class: expected a value of type int, found True",
+        ),
+        (
+            lambda m: m["codec"].update(images_per_class=0),
+            r"codec.images_per_class: expected a value of Ge\(ge=1\), found 0",
+        ),
+        (
+            lambda m: m["codec"].update(images_per_class=HUGE),
+            "codec.images_per_class: expected at most 65536, found 1000",
+        ),
         (lambda m: m["codec"].update(supersample=99), "codec.supersample: expected at most 64, found 99"),
         (lambda m: m["codec"].update(lr=math.nan), "codec.lr: expected a finite number, found nan"),
         (lambda m: m["codec"].update(lr=10**400), "codec.lr: expected a finite number, found 1000"),
@@ -407,7 +423,10 @@ HUGE = 10**30
         (lambda m: m["codec"].update(dtype="int4"), "codec.dtype: expected one of bfloat16, float32; found 'int4'"),
         (lambda m: m["codec"].update(dtype=[]), "codec.dtype: expected one of bfloat16, float32; found a list"),
         (lambda m: m["codec"].update(num_points=0), "codec.num_points: expected what the set was made with, found 0"),
-        (lambda m: m["codec"].update(gpc=60000), "codec: the 216 bytes of synset.safetensors are no such set"),
+        (
+            lambda m: m["codec"].update(images_per_class=60000),
+            "codec: the 216 bytes of synset.safetensors are no such set",
+        ),
         (lambda m: m.update(images_per_class=3), "images_per_class: expected 2, found 3"),
         (lambda m: m.update(image_shape=[6, 8]), r"image_shape: expected \[height, width, channels\], found 2 numbers"),
         (lambda m: m.update(image_shape="large"), "image_shape: expected a list, found 'large'"),
@@ -611,7 +630,10 @@ def test_files_of_two_sets_do_not_pass_for_one(folder, tmp_path_factory):
 
 
 def test_numbers_of_numpy_make_the_same_set(tmp_path):
-    plain, counted = GaussianSpec(gpc=2, num_points=3), GaussianSpec(gpc=np.int64(2), num_points=np.int32(3))
+    plain, counted = (
+        GaussianSpec(images_per_class=2, num_points=3),
+        GaussianSpec(images_per_class=np.int64(2), num_points=np.int32(3)),
+    )
     for name, spec, kind in (("plain", plain, int), ("numpy", counted, np.int64)):
         codec = codecs.make(spec, image_shape=np.array(SHAPE), num_classes=kind(CLASSES), bytes_per_class=kind(BUDGET))
         params = codec.init(jax.random.key(0), jnp.full((4, *SHAPE), 0.5))

@@ -121,7 +121,11 @@ def folder(tmp_path_factory):
 
 def test_the_training_split_as_test_split_is_one_line_before_anything_is_computed(folder, tmp_path, capsys):
     config, out = ROOT / "configs" / "digits.yaml", tmp_path / "run"
-    of_folder = ["data={source: folder, path: " + str(folder) + "}", "baselines.pixel=false", "codec.gpc=1"]
+    of_folder = [
+        "data={source: folder, path: " + str(folder) + "}",
+        "baselines.pixel=false",
+        "codec.images_per_class=1",
+    ]
     for more in (["--dry-run"], []):
         line = refused(capsys, start(config, out, "--smoke", *more, *of_folder, "data.test_split=train"))
         assert "data.test_split: 8 of the 8 test images" in line and "evaluate.overlap=allow" in line

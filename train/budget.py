@@ -129,9 +129,9 @@ def candidates(
     for layout in bits:
         for count in points:
             spec = _spec(config.codec, layout, count)
-            gpc, refusal = _largest_gpc(spec, config, dataset)
-            if gpc:
-                found.append(Candidate(layout, dataclasses.replace(spec, gpc=gpc)))
+            images, refusal = _most_images(spec, config, dataset)
+            if images:
+                found.append(Candidate(layout, dataclasses.replace(spec, images_per_class=images)))
             else:
                 refusals.append(refusal)
     if not found:
@@ -142,27 +142,27 @@ def candidates(
 def _spec(base: GaussianSpec | PackedGaussianSpec, layout: str, points: int) -> GaussianSpec | PackedGaussianSpec:
     cls: type[GaussianSpec | PackedGaussianSpec] = GaussianSpec if layout == "bf16" else PackedGaussianSpec
     # What both have in common is kept: the rates of the optimizer, the start, the renderer.
-    known = {field.name for field in dataclasses.fields(cls)} - {"name", "gpc", "num_points", "dtype"}
+    known = {field.name for field in dataclasses.fields(cls)} - {"name", "images_per_class", "num_points", "dtype"}
     shared = {name: value for name, value in vars(base).items() if name in known}
     if layout != "bf16":
         parts = layout.split("+")
         if len(parts) != 3 or not all(part.isdecimal() and 2 <= int(part) <= 16 for part in parts):
             raise ConfigError(f"--bits: expected bf16 or three numbers from 2 to 16 such as 8+6+6, found {layout!r}")
         shared |= dict(zip(("bits_mean", "bits_cholesky", "bits_color"), map(int, parts), strict=True))
-    return cls(gpc=1, num_points=points, **shared)
+    return cls(images_per_class=1, num_points=points, **shared)
 
 
-def _largest_gpc(
+def _most_images(
     spec: GaussianSpec | PackedGaussianSpec, config: configs.RunConfig, dataset: data.Dataset
 ) -> tuple[int, str]:
     """Returns the most images per class, or 0 and why."""
     refusal = ""
 
-    def fits(gpc: int) -> bool:
+    def fits(count: int) -> bool:
         nonlocal refusal
         try:
             labels.make_codec(
-                dataclasses.replace(spec, gpc=gpc),
+                dataclasses.replace(spec, images_per_class=count),
                 config.labels,
                 image_shape=dataset.image_shape,
                 num_classes=dataset.num_classes,
@@ -236,7 +236,7 @@ def _row(
         "name": one.name,
         "bits": one.bits,
         "points": one.codec.num_points,
-        "images_per_class": one.codec.gpc,
+        "images_per_class": one.codec.images_per_class,
         "bytes_per_class": result["accuracy"]["bytes_per_class"],
         "accuracy": result["accuracy"],
         "psnr": result["fit_psnr"],

@@ -15,6 +15,7 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import PixelSpec
 from gsdd_jax.data import DataSpec
 from gsdd_jax.evaluation import EvalSpec
+from gsdd_jax.exchange import FORMER_NAMES, renamed
 from gsdd_jax.experts import ExpertSpec
 from gsdd_jax.fitting import FitSpec
 from gsdd_jax.labels import LabelSpec
@@ -23,7 +24,7 @@ from gsdd_jax.nets import NetSpec
 from train import schema, yaml12
 from train.errors import ConfigError
 from train.rundir import HISTORY
-from train.schema import TAG, Place, Registered, Tagged, build, describe, has_tag, plain
+from train.schema import TAG, Place, Registered, Tagged, build, describe, dotted, has_tag, plain
 
 __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 
@@ -211,12 +212,21 @@ def load(
     origins: dict[Place, str] = {}
     block = data.pop(SMOKE, None)
     data.pop(HISTORY, None)
+    try:
+        data, block = renamed(data), renamed(block)
+    except ValueError as error:
+        raise ConfigError(f"{error} (in {source})") from None
     if smoke:
         if not isinstance(block, dict) or not block:
             raise ConfigError(f"{source}: a smoke test needs the block 'smoke:' with the keys that shrink the run")
         for place, value in _leaves(block):
             data = _replaced(data, place, value, origins, f"{source}, smoke block")
     changes = [(*_parsed_override(override), f"override {override}") for override in overrides]
+    written: dict[Place, str] = {}
+    for (place, *_), override in zip(changes, overrides, strict=True):
+        key = override.partition("=")[0].replace(" ", "")
+        if written.setdefault(place, key) != key:
+            raise ConfigError(f"{dotted(place)}: expected once, found as {written[place]} and {key} (in overrides)")
     for place, origin in _begun_anew(cls, data, changes).items():
         data = _replaced(data, place, {}, origins, origin)
     for place, value, origin in changes:
@@ -250,10 +260,15 @@ def _leaves(block: dict[str, Any], prefix: Place = ()) -> list[tuple[Place, Any]
 
 def _parsed_override(override: str) -> tuple[Place, Any]:
     key, equals, text = override.partition("=")
-    place = tuple(part.strip() for part in key.split("."))
+    root, *rest = (part.strip() for part in key.split("."))
+    place = (root, *(FORMER_NAMES.get(part, part) for part in rest))
     if not equals or not all(place):
         raise ConfigError(f"override '{override}': expected section.key=value, such as distill.iterations=100")
-    return place, yaml12.parse(text, source=f"override '{override}'")
+    value = yaml12.parse(text, source=f"override '{override}'")
+    try:
+        return place, renamed(value, dotted(place))
+    except ValueError as error:
+        raise ConfigError(f"{error} (in override {override})") from None
 
 
 def _begun_anew(cls: type, data: Any, changes: Sequence[tuple[Place, Any, str]]) -> dict[Place, str]:

@@ -136,7 +136,7 @@ def _training_set(
         return jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
     if arm == "random_real":
         pixels = codecs.make(
-            codecs.PixelSpec(ipc=int(config.ipc)),
+            codecs.PixelSpec(images_per_class=int(config.ipc)),
             image_shape=dataset.image_shape,
             num_classes=dataset.num_classes,
             bytes_per_class=experiment.bytes_per_class,

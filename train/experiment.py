@@ -190,7 +190,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
             baselines = dataclasses.replace(baselines, pixel_codec=pixel.spec)
         except ValueError as error:
             raise ConfigError(
-                f"baselines.pixel_codec: {str(error).removeprefix('codec.ipc: ')}; "
+                f"baselines.pixel_codec: {str(error).removeprefix('codec.images_per_class: ')}; "
                 f"raise ipc (found {config.ipc}) or set baselines.pixel=false"
             ) from error
     whole = None
@@ -263,7 +263,7 @@ def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:
 
 def _count_field(spec: codecs.CodecSpec) -> str:
     """Returns the setting of a codec that says how many images per class there are; of others' it is not known."""
-    return next((f"codec.{name}" for name in ("gpc", "ipc", "lpc", "images_per_class") if hasattr(spec, name)), "codec")
+    return "codec.images_per_class" if hasattr(spec, "images_per_class") else "codec"
 
 
 def _check_start(config: RunConfig) -> None:

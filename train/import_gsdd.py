@@ -149,7 +149,7 @@ def synset_of(
     if n % k:
         raise UserError(f"--classes: {n} images are not equally many for each of {k} classes")
     codec = codecs.make(
-        codecs.GaussianSpec(gpc=n // k, num_points=m, dtype=dtype),  # type: ignore[arg-type]
+        codecs.GaussianSpec(images_per_class=n // k, num_points=m, dtype=dtype),  # type: ignore[arg-type]
         image_shape=(side, side, c),
         num_classes=k,
         bytes_per_class=(budget := n // k * m * storage.gaussian_numbers(c) * storage.ITEMSIZE[dtype]),

@@ -32,6 +32,7 @@ import numpy as np
 
 import gsdd_jax
 from gsdd_jax import data, files, labels, match, nets, storage, synset, whiten
+from gsdd_jax.exchange import renamed
 from gsdd_jax.merged import MergedSet
 from train import config as configs
 from train import experiment as experiments
@@ -44,7 +45,7 @@ from train.progress import Progress
 from train.rundir import RunDir, differences, plain, read_command, write_json
 
 # In which subtasks of one experiment may differ; whether their data are the same is seen by the data themselves.
-MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.sha256", "fit.initial_sha256", "baselines.pixel_codec.ipc")
+MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.sha256", "fit.initial_sha256", "baselines.pixel_codec.images_per_class")
 # Sections and settings that a merge may override: what follows the set, not what made it.
 OVERRIDES = ("name", "data", "network", "augment", "evaluate", "baselines", "labels")
 # How the whole was tested, where its parts were chosen by tests.
@@ -64,7 +65,7 @@ class Subtask(NamedTuple):
     @property
     def origin(self) -> dict[str, Any]:
         """What the exported set says about the split."""
-        return self.synset.meta["subtask"]
+        return renamed(self.synset.meta["subtask"], "subtask")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ import filelock
 import jax
 
 from gsdd_jax import files, synset
+from gsdd_jax.exchange import renamed
 from train import yaml12
 from train.errors import ConfigError, UserError
 
@@ -312,8 +313,8 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _read_config_file(file: Path) -> dict[str, Any]:
     try:
-        config = yaml12.parse(file.read_text(encoding="utf-8"), source=file.name)
-    except (ConfigError, UnicodeDecodeError) as error:
+        config = renamed(yaml12.parse(file.read_text(encoding="utf-8"), source=file.name))
+    except (ConfigError, ValueError) as error:
         raise _damaged(file, error, "restore it or choose another run directory") from error
     if not isinstance(config, dict):
         raise _damaged(file, "it holds no mapping", "restore it or choose another run directory")

@@ -145,7 +145,7 @@ def has_tag(cls: type, place: Sequence[str | int]) -> bool:
 
 
 def dotted(place: Place) -> str:
-    """Writes a place as it is given in an override: `codec.gpc`, `baselines.0.gpc`."""
+    """Writes a place as it is given in an override: `codec.images_per_class`, `baselines.0.images_per_class`."""
     return ".".join(str(part) for part in place)
 
 

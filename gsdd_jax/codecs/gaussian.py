@@ -31,7 +31,7 @@ class GaussianSpec:
     """Settings of the Gaussian codec."""
 
     name: Annotated[Literal["gaussian"], Doc("the parameterization")] = "gaussian"
-    gpc: Annotated[int, Ge(1), Doc("Gaussian images per class (paper, appendix A)")]
+    images_per_class: Annotated[int, Ge(1), Doc("Gaussian images per class (paper, appendix A)")]
     num_points: Annotated[int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds")] = 0
     dtype: Annotated[Literal["bfloat16", "float32"], Doc("precision on disk and in the forward pass")] = "bfloat16"
     supersample: Annotated[int, Ge(1), Doc("samples per pixel and axis (paper, section 3.2: 2)")] = 2
@@ -74,12 +74,12 @@ def fit_rates(size: tuple[int, int], num_points: int) -> dict[str, float]:
 def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
-    fits = storage.largest_num_points(bytes_per_class, spec.gpc, c, spec.dtype)
+    fits = storage.largest_num_points(bytes_per_class, spec.images_per_class, c, spec.dtype)
     if spec.num_points > fits:
         raise ValueError(
-            f"codec.num_points: {spec.gpc} images of {spec.num_points} {spec.dtype} Gaussians need "
-            f"{spec.gpc * spec.num_points * storage.gaussian_numbers(c) * storage.ITEMSIZE[spec.dtype]} bytes, "
-            f"the budget per class has {bytes_per_class}; expected at most {fits} Gaussians per image"
+            f"codec.num_points: {spec.images_per_class} images of {spec.num_points} {spec.dtype} Gaussians need "
+            f"{spec.images_per_class * spec.num_points * storage.gaussian_numbers(c) * storage.ITEMSIZE[spec.dtype]} "
+            f"bytes, the budget per class has {bytes_per_class}; expected at most {fits} Gaussians per image"
         )
     spec = dataclasses.replace(spec, num_points=spec.num_points or fits)
 
@@ -116,7 +116,7 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         spec=spec,
         image_shape=image_shape,
         num_classes=num_classes,
-        images_per_class=spec.gpc,
+        images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
         stored=stored,
@@ -128,7 +128,7 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         fitter=lambda steps: leafwise_adam(
             fit_rates((h, w), spec.num_points), optax.cosine_decay_schedule(1.0, steps, alpha=0.02)
         ),
-        layout=lambda: unpacked_layout(init, stored, image_shape, num_classes * spec.gpc),
+        layout=lambda: unpacked_layout(init, stored, image_shape, num_classes * spec.images_per_class),
         gaussians=rounded,
     )
 

@@ -57,7 +57,9 @@ class LatentSpec:
     """Settings of the latent codec; D3's are those for ImageNet at 64 px, its decoder here is ours for CIFAR-10."""
 
     name: Annotated[Literal["latent"], Doc("the parameterization")] = "latent"
-    lpc: Annotated[int, Ge(0), Doc("latents per class, one image each; 0 = as many as the budget holds")] = 0
+    images_per_class: Annotated[
+        int, Ge(0), Doc("latents per class, one image each; 0 = as many as the budget holds")
+    ] = 0
     decoder: Annotated[
         Literal["small", "medium", "large"],
         Doc("small: 4x4 kernels, channels fall to 1/8; medium: 3x3, to 1/16; large: as medium, without a linear map"),
@@ -94,8 +96,10 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
     _check(spec, h, w)
-    spec = dataclasses.replace(spec, lpc=_lpc(spec, image_shape, num_classes, bytes_per_class))
-    n = num_classes * spec.lpc
+    spec = dataclasses.replace(
+        spec, images_per_class=_images_per_class(spec, image_shape, num_classes, bytes_per_class)
+    )
+    n = num_classes * spec.images_per_class
     latents = ("mean", "log_variance") if spec.sample else ("mean",)
 
     def init(key, images):
@@ -136,7 +140,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
         spec=spec,
         image_shape=image_shape,
         num_classes=num_classes,
-        images_per_class=spec.lpc,
+        images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
         optimizer=optimizer,
@@ -277,7 +281,9 @@ def _check(spec: LatentSpec, h: int, w: int) -> None:
         )
 
 
-def _lpc(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> int:
+def _images_per_class(
+    spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int
+) -> int:
     """Returns the latents per class, the most that fit where the spec leaves them open.
 
     Raises:
@@ -295,15 +301,15 @@ def _lpc(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
 
     shared, each = bytes_of(spec.width)
     fits = max(available - shared, 0) // each
-    wanted = max(spec.lpc, 1)
+    wanted = max(spec.images_per_class, 1)
     if wanted <= fits:
-        return spec.lpc or fits
+        return spec.images_per_class or fits
     needs = (
         f"{wanted} {spec.dtype} latents per class of {each // num_classes} bytes and their decoder, {shared} bytes, "
     )
     needs += f"need {shared + wanted * each} bytes, the budget of all classes has {available}; "
     if fits:
-        raise ValueError(f"codec.lpc: {needs}expected at most {fits}")
+        raise ValueError(f"codec.images_per_class: {needs}expected at most {fits}")
     multiple = _multiple(spec, h)
     widths = [width for width in range(multiple, spec.width, multiple) if sum(bytes_of(width)) <= available]
     narrower = f"at most {widths[-1]}, or " if widths else ""

@@ -41,7 +41,7 @@ class PackedGaussianSpec:
     """Settings of the packed Gaussian codec."""
 
     name: Annotated[Literal["packed_gaussian"], Doc("the parameterization")] = "packed_gaussian"
-    gpc: Annotated[int, Ge(1), Doc("Gaussian images per class")]
+    images_per_class: Annotated[int, Ge(1), Doc("Gaussian images per class")]
     num_points: Annotated[int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds")] = 0
     bits_mean: Annotated[int, Ge(2), Le(16), Doc("bits of each coordinate of a position")] = 8
     bits_cholesky: Annotated[int, Ge(2), Le(16), Doc("bits of each of the three numbers of a shape")] = 6
@@ -112,7 +112,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
     spec = dataclasses.replace(spec, num_points=_num_points(spec, c, num_classes, bytes_per_class))
-    n, m = num_classes * spec.gpc, spec.num_points
+    n, m = num_classes * spec.images_per_class, spec.num_points
     written = _layout(spec, c, n)
 
     def decode(params: PackedGaussians, index=None, *, size=None, key=None) -> jax.Array:
@@ -163,7 +163,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         spec=spec,
         image_shape=image_shape,
         num_classes=num_classes,
-        images_per_class=spec.gpc,
+        images_per_class=spec.images_per_class,
         init=lambda key, images: from_gaussians(
             starts.START[spec.start](key, jnp.asarray(images, jnp.float32), m), spec
         ),
@@ -317,7 +317,7 @@ def _num_points(spec: PackedGaussianSpec, channels: int, num_classes: int, bytes
     """
     available = num_classes * bytes_per_class
 
-    def needed(num_points: int, gpc: int = spec.gpc) -> int:
+    def needed(num_points: int, gpc: int = spec.images_per_class) -> int:
         one = dataclasses.replace(spec, num_points=num_points)
         return storage.nbytes(_layout(one, channels, num_classes * gpc))
 
@@ -326,14 +326,14 @@ def _num_points(spec: PackedGaussianSpec, channels: int, num_classes: int, bytes
     if needed(1) > available:
         most = _most(lambda gpc: needed(1, gpc) <= available)
         raise ValueError(
-            f"codec.gpc: {spec.gpc} images per class with one packed Gaussian each "
+            f"codec.images_per_class: {spec.images_per_class} images per class with one packed Gaussian each "
             f"({image_bits(spec, 1, channels)} bits) need {needed(1)} bytes, the budget of all classes has "
             f"{available}; expected at most {most}"
         )
     fits = _most(lambda points: needed(points) <= available)
     if spec.num_points:
         raise ValueError(
-            f"codec.num_points: {spec.gpc} images per class of {spec.num_points} packed Gaussians need "
+            f"codec.num_points: {spec.images_per_class} images per class of {spec.num_points} packed Gaussians need "
             f"{needed(spec.num_points)} bytes, the budget of all classes has {available}; expected at most {fits} "
             "Gaussians per image"
         )

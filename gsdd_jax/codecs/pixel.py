@@ -19,7 +19,7 @@ class PixelSpec:
     """Settings of the pixel codec."""
 
     name: Annotated[Literal["pixel"], Doc("the parameterization")] = "pixel"
-    ipc: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
+    images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
     dtype: Annotated[
         Literal["float32", "bfloat16", "uint8"],
         Doc("precision on disk; the field counts float32; uint8: multiples of 1/85 from -1 to 2"),
@@ -35,12 +35,12 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
     h, w, c = image_shape
     each = h * w * c * storage.PIXEL_ITEMSIZE[spec.dtype]
     fits = bytes_per_class // each
-    if fits < max(spec.ipc, 1):
+    if fits < max(spec.images_per_class, 1):
         raise ValueError(
-            f"codec.ipc: {max(spec.ipc, 1)} {spec.dtype} images of {each} bytes do not fit {bytes_per_class} bytes "
-            f"per class; expected at most {fits}"
+            f"codec.images_per_class: {max(spec.images_per_class, 1)} {spec.dtype} images of {each} bytes do not fit "
+            f"{bytes_per_class} bytes per class; expected at most {fits}"
         )
-    spec = dataclasses.replace(spec, ipc=spec.ipc or fits)
+    spec = dataclasses.replace(spec, images_per_class=spec.images_per_class or fits)
 
     def init(key, images):
         return {"images": jnp.asarray(images, jnp.float32)}
@@ -62,12 +62,12 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         spec=spec,
         image_shape=image_shape,
         num_classes=num_classes,
-        images_per_class=spec.ipc,
+        images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
         project=project,
         optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.set_to_zero(),
         fitted_by_init=True,
-        **cast_storage(init, spec.dtype, image_shape, num_classes * spec.ipc),
+        **cast_storage(init, spec.dtype, image_shape, num_classes * spec.images_per_class),
     )
