@@ -179,7 +179,7 @@ def psnr_of(codec: Codec, images: jax.Array, *, seed: int, steps: int, factor: f
     """Fits and returns the PSNR as stored against steps, the seconds of all steps, and the memory of one."""
     tuned = codec._replace(fitter=lambda steps: optax.chain(codec.fitter(steps), optax.scale(factor)))
     begin = jax.jit(lambda key, x: fitting.init_fit(key, x, codec=tuned, steps=steps))
-    measure = jax.jit(lambda p, x: fitting.psnr(codec.decode(codec.loaded(codec.stored(p))), x).mean())
+    measure = jax.jit(lambda p, x: fitting.psnr(codec.decode(codec.dequantize(codec.quantize(p))), x).mean())
     state = jax.block_until_ready(begin(jax.random.key(seed), images))
     began = time.perf_counter()
     state = jax.block_until_ready(begin(jax.random.key(seed), images))

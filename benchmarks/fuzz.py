@@ -117,7 +117,7 @@ def original(place: int) -> tuple[Files, SynSet]:
     spec, shape = SETS[place]
     codec = codecs.make(spec, image_shape=shape, num_classes=CLASSES, bytes_per_class=BUDGET)
     images = np.random.default_rng(place).uniform(0, 1, (codec.num_images, *shape)).astype(np.float32)
-    params = codec.loaded(codec.stored(jax.jit(codec.init)(jax.random.key(place), images)))
+    params = codec.dequantize(codec.quantize(jax.jit(codec.init)(jax.random.key(place), images)))
     meta = {"dataset": "toy", "channel_mean": [0.5, 0.25, 0.125], "versions": {"jax": "0"}}
     with tempfile.TemporaryDirectory() as folder:
         made = SynSet(codec, params, BUDGET, ("cat", "naïve 犬"), meta, _soft_labels(place, codec.num_images))

@@ -61,13 +61,15 @@ def fitted(codec: Codec, images: jax.Array, steps: int) -> tuple[Any, float]:
 
 def quality(codec: Codec, params: Any, images: jax.Array) -> dict[str, float]:
     """Returns the PSNR of the images as they come back from disk."""
-    psnr = np.asarray(fitting.psnr(jax.jit(lambda p: codec.decode(codec.loaded(codec.stored(p))))(params), images))
+    psnr = np.asarray(
+        fitting.psnr(jax.jit(lambda p: codec.decode(codec.dequantize(codec.quantize(p))))(params), images)
+    )
     return {"psnr": float(psnr.mean()), "psnr_std": float(psnr.std(ddof=1))}
 
 
 def bits_per_gaussian(codec: Codec, params: Any) -> dict[str, float]:
     """Returns the bits per Gaussian of a packed set: as written, and as other codings would write it."""
-    spec, stored = codec.spec, jax.device_get(codec.stored(params))
+    spec, stored = codec.spec, jax.device_get(codec.quantize(params))
     points, channels = codec.num_images * spec.num_points, codec.image_shape[-1]
     arrays = codec.pack(stored)
     kept = dataclasses.replace(spec, order="kept")
@@ -135,7 +137,7 @@ def layout_spec(layout: tuple[int, int, int], images: jax.Array, points: int) ->
     """Returns the packed codec of these images with so many bits of position, shape and color."""
     mean, cholesky, color = layout
     return PackedGaussianSpec(
-        gpc=len(images), num_points=points, bits_mean=mean, bits_cholesky=cholesky, bits_color=color
+        images_per_class=len(images), num_points=points, bits_mean=mean, bits_cholesky=cholesky, bits_color=color
     )
 
 

@@ -328,7 +328,7 @@ def _start(start: SynSet, codec: Codec) -> Any:
 
 def _set_of(codec: Codec, params: Any, class_names: tuple[str, ...], meta: dict[str, Any]) -> SynSet:
     """Returns the set of parameters at stored precision."""
-    stored = jax.jit(lambda params: codec.loaded(codec.stored(params)))(params)
+    stored = jax.jit(lambda params: codec.dequantize(codec.quantize(params)))(params)
     return SynSet(codec, stored, _bytes_per_class(codec), class_names, meta)
 
 

@@ -132,7 +132,7 @@ class SynSet:
 
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        written = self.codec.pack(self.codec.stored(self.params))
+        written = self.codec.pack(self.codec.quantize(self.params))
         if self.soft is not None:
             found = {name: Array(str(x.dtype), x.shape) for name, x in self.soft.arrays.items()}
             entry = exchange.Labels(self.soft.spec.dtype, self.soft.spec.top_k)
@@ -176,7 +176,7 @@ def fingerprint(parts: Iterable[SynSet]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(repr((part.codec.spec, part.codec.image_shape)).encode())
-        arrays = part.codec.stored(part.params), None if part.soft is None else part.soft.arrays
+        arrays = part.codec.quantize(part.params), None if part.soft is None else part.soft.arrays
         for leaf in jax.tree.leaves(arrays):
             digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
@@ -204,7 +204,7 @@ def load(path: Location) -> SynSet:
             soft = soft_of(entry, rows, manifest.num_classes)
         _check_sparse(codec, written)
         stored = codec.unpack(written)
-    params = codec.loaded(jax.tree.map(jnp.asarray, stored))
+    params = codec.dequantize(jax.tree.map(jnp.asarray, stored))
     return SynSet(codec, params, manifest.bytes_per_class, manifest.class_names, manifest.meta, soft)
 
 

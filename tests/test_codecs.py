@@ -251,7 +251,7 @@ def test_params_are_float32_masters_of_every_image(case):
         assert parts(case, name).any(0).all(), name
         assert name not in case.traits.fixed or (leaf == leaf.round()).all(), name
     assert {*case.traits.parts, *untrained(case.traits)} <= leaves(case.started).keys()
-    assert {*case.traits.written} <= leaves(codec.stored(case.started)).keys()
+    assert {*case.traits.written} <= leaves(codec.quantize(case.started)).keys()
 
 
 def test_resolved_spec_makes_the_same_codec(case):
@@ -328,7 +328,7 @@ def test_regularizer_is_a_finite_scalar(case):
 
 
 def test_nbytes_is_what_is_stored_and_fits_the_budget(case):
-    written = case.codec.pack(case.codec.stored(case.params))
+    written = case.codec.pack(case.codec.quantize(case.params))
     assert case.codec.nbytes(case.params) == sum(np.asarray(x).nbytes for x in written.values())
     layout = {name: (x.shape, np.dtype(x.dtype)) for name, x in case.codec.layout().items()}
     assert layout == {name: (x.shape, np.dtype(x.dtype)) for name, x in written.items()}
@@ -351,7 +351,7 @@ def test_exported_file_holds_exactly_the_counted_bytes_and_loads_to_the_same_ima
 
 
 def test_what_is_written_reads_back_to_what_was_stored(case):
-    stored = case.codec.stored(case.params)
+    stored = case.codec.quantize(case.params)
     back = case.codec.unpack(case.codec.pack(stored))
     assert {name: (bits(x), x.dtype) for name, x in back.items()} == {
         name: (bits(x), x.dtype) for name, x in stored.items()
@@ -359,13 +359,13 @@ def test_what_is_written_reads_back_to_what_was_stored(case):
 
 
 def test_stored_arrays_have_the_declared_precision(case):
-    for name, leaf in leaves(case.codec.stored(case.params)).items():
+    for name, leaf in leaves(case.codec.quantize(case.params)).items():
         expected = case.traits.written.get(name, getattr(case.codec.spec, "dtype", "uint16"))
         assert str(leaf.dtype) == expected, name
 
 
 def test_stored_and_loaded_params_decode_to_the_same_bits(case):
-    loaded = case.codec.loaded(case.codec.stored(case.params))
+    loaded = case.codec.dequantize(case.codec.quantize(case.params))
     assert jax.tree.structure(loaded) == jax.tree.structure(case.params)
     assert bits(case.decode(loaded)) == bits(case.decode(case.params))
     before, after = leaves(case.params), leaves(loaded)

@@ -421,7 +421,7 @@ def test_epitome_draws_the_equations_from_its_largest_coefficients(epitome):
 
 def test_epitome_stores_values_with_16_bit_places(epitome):
     codec, _, params = epitome
-    stored = codec.stored(params)
+    stored = codec.quantize(params)
     assert stored["indices"].dtype == np.uint16 and stored["values"].dtype == jnp.bfloat16
     assert stored["indices"].shape == stored["values"].shape == (6, 2, 7)
     dense = np.zeros((6, 2, 12 * 4))
@@ -572,7 +572,7 @@ def test_a_generator_of_ones_own_becomes_a_codec(tmp_path):
     np.testing.assert_allclose(decode(params), expected, atol=1e-5)
     np.testing.assert_allclose(decode(params, np.array([4, 0])), expected[[4, 0]], atol=1e-5)
     assert jax.eval_shape(lambda p: codec.decode(p, size=(12, 16)), params).shape == (6, 12, 16, 3)
-    assert bits(decode(codec.loaded(codec.stored(params)))) == bits(decode(params))
+    assert bits(decode(codec.dequantize(codec.quantize(params)))) == bits(decode(params))
     # The file has the latents, the count the generator, too.
     sizes = SynSet(codec, params, BUDGET, ("a", "b")).save(tmp_path)
     assert sizes["payload"] == 6 * 5 * 2 and codec.nbytes(params) == 6 * 5 * 2 + 100

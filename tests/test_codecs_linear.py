@@ -273,7 +273,7 @@ def test_frequencies_of_a_class_survive_training(optimizer):
 def test_frequency_writes_the_smaller_of_numbers_and_bits(count, name, dtype, size):
     codec = make(FrequencySpec(coefficients=count, images_per_class=2))
     params = started(codec, pictures(4))
-    written = codec.pack(codec.stored(params))
+    written = codec.pack(codec.quantize(params))
     assert written.keys() == {"coefficients", name}
     assert (str(written[name].dtype), written[name].size) == (dtype, size)
     assert codec.nbytes(params) == 4 * count * 3 * 4 + size

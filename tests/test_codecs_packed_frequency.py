@@ -87,7 +87,7 @@ def test_one_image_per_class_is_stored_to_the_precision_of_its_ends():
 
 def test_bytes_are_codes_of_so_many_bits_two_ends_of_each_grid_and_the_places():
     codec = make(PackedFrequencySpec(coefficients=7, images_per_class=3, bits=5))
-    written = codec.pack(codec.stored(codec.init(None, IMAGES[:6])))
+    written = codec.pack(codec.quantize(codec.init(None, IMAGES[:6])))
     sizes = {name: np.asarray(x).nbytes for name, x in written.items()}
     grids = CLASSES * 7 * 3 * 2
     # 6 images of 21 codes in 5 bits are 630 bits; a bit for each of 48 places of a class beats 7 numbers.
@@ -119,7 +119,7 @@ def test_impossible_requests_say_what_is_possible(spec, budget, message):
 def test_bits_after_the_last_code_are_refused():
     spec = PackedFrequencySpec(coefficients=7, images_per_class=3, bits=5)
     codec = make(spec)
-    written = codec.pack(codec.stored(codec.init(None, IMAGES[:6])))
+    written = codec.pack(codec.quantize(codec.init(None, IMAGES[:6])))
     written["codes"][-1] |= 1
     with pytest.raises(ValueError, match="codes: the 2 bits after the last code must be 0"):
         codec.unpack(written)

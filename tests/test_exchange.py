@@ -61,7 +61,7 @@ def test_numpy_cuts_gaussians_where_jax_does(cutoff, tmp_path):
     codec = codecs.make(spec, image_shape=(12, 7, 2), num_classes=2, bytes_per_class=600)
     leaves = {"mean": (2, 6, 2), "cholesky": (2, 6, 3), "color": (2, 6, 2), "opacity": (2, 6)}
     # Some centers lie outside, some shapes are needles or have a negative diagonal.
-    params = codec.loaded({name: rng.normal(0, 1.5, shape).astype(np.float32) for name, shape in leaves.items()})
+    params = codec.dequantize({name: rng.normal(0, 1.5, shape).astype(np.float32) for name, shape in leaves.items()})
     made = SynSet(codec, params, 600, ("a", "b"))
     made.save(tmp_path)
     np.testing.assert_allclose(decode_numpy.load(tmp_path).images, made.images(), atol=1e-5)
@@ -71,7 +71,7 @@ def test_numpy_cuts_gaussians_where_jax_does(cutoff, tmp_path):
 def test_every_byte_of_a_pixel_is_drawn_as_jax_draws_it(size, tmp_path):
     codec = codecs.make(codecs.PixelSpec(dtype="uint8"), image_shape=(6, 8, 3), num_classes=2, bytes_per_class=144)
     every = np.arange(288).astype(np.uint8).reshape(2, 6, 8, 3)
-    made = SynSet(codec, codec.loaded({"images": every}), 144, ("a", "b"))
+    made = SynSet(codec, codec.dequantize({"images": every}), 144, ("a", "b"))
     made.save(tmp_path)
     found = decode_numpy.load(tmp_path, size).images
     np.testing.assert_allclose(found, made.images(size), rtol=0, atol=0 if size == (6, 8) else 1e-6)

@@ -273,7 +273,7 @@ def part(spec, names: tuple[str, ...], budget: int = BUDGET, shape: tuple[int, i
     codec, init = start_of(spec, len(names), budget, shape)
     images = np.random.default_rng(ord(names[0][0])).uniform(0, 1, (codec.num_images, *shape)).astype(np.float32)
     params = init(jax.random.key(ord(names[0][0])), images)
-    return SynSet(codec, codec.loaded(codec.stored(params)), budget, names, {"of": names[0]})
+    return SynSet(codec, codec.dequantize(codec.quantize(params)), budget, names, {"of": names[0]})
 
 
 @pytest.mark.parametrize("name", codecs.SPECS)

@@ -54,7 +54,7 @@ def make(spec, image_shape, num_classes, bytes_per_class, *, images_per_class=2,
         images = jax.image.resize(chosen["small"], (len(chosen["small"]), *(size or (h, w)), c), "nearest")
         return images + chosen["shift"][:, None, None]
 
-    def stored(params):
+    def quantize(params):
         return params
 
     return Codec(
@@ -65,10 +65,10 @@ def make(spec, image_shape, num_classes, bytes_per_class, *, images_per_class=2,
         images_per_class=images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=stored,
+        quantize=quantize,
+        dequantize=quantize,
         nbytes=lambda params: 4 * sum(math.prod(x.shape) for x in params.values()),
-        layout=layout or (lambda: unpacked_layout(init, stored, image_shape, n)),
+        layout=layout or (lambda: unpacked_layout(init, quantize, image_shape, n)),
         optimizer=lambda: optax.adam(spec.rate),
         fitter=lambda steps: optax.adam(0.01),
     )

@@ -220,7 +220,7 @@ def test_images_of_a_sorted_set_do_not_depend_on_the_order_of_the_masters():
     mixed = dataclasses.replace(params, **{name: getattr(params, name)[:, rank] for name in leaves})
     decode = jax.jit(codec.decode)
     assert bits(decode(params)) == bits(decode(mixed))
-    assert tree_bits(codec.stored(params)) == tree_bits(codec.stored(mixed))
+    assert tree_bits(codec.quantize(params)) == tree_bits(codec.quantize(mixed))
     # The gradients go back to the masters that they belong to.
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(codec.decode(p) ** 2)))
     grads, grads_mixed = gradient(params), gradient(mixed)
@@ -332,8 +332,8 @@ def test_nan_masters_spoil_their_image_alone_and_get_code_zero():
         assert np.isfinite(bad.low).all() and np.isfinite(bad.step).all()
         finite = np.isfinite(codec.decode(bad)).all((1, 2, 3))
         assert finite.tolist() == [True, False, True, True]
-        assert (np.asarray(codec.stored(bad)[name][1]) == 0).any()
-        codec.pack(codec.stored(bad))
+        assert (np.asarray(codec.quantize(bad)[name][1]) == 0).any()
+        codec.pack(codec.quantize(bad))
 
 
 def test_set_without_a_finite_number_has_a_range():
@@ -354,7 +354,7 @@ def test_range_of_zero_width_draws_the_one_value(value, width):
     assert np.abs(drawn - value).max() <= abs(value) * 2.0**-6 / (2**width - 1) + packed.FINEST_STEP * max(
         1, abs(value)
     )
-    loaded = codec.loaded(codec.stored(flat))
+    loaded = codec.dequantize(codec.quantize(flat))
     assert bits(codec.gaussians(loaded).color) == bits(drawn)
 
 
@@ -363,9 +363,9 @@ def test_step_that_vanishes_or_turns_negative_is_the_finest(step):
     spec = PackedGaussianSpec(images_per_class=2, num_points=5)
     codec, params = make(spec), random_params(spec)
     bad = dataclasses.replace(params, step=jnp.full_like(params.step, step), low=jnp.full_like(params.low, -4.0))
-    stored = codec.stored(bad)
+    stored = codec.quantize(bad)
     np.testing.assert_array_equal(np.asarray(stored["step"], np.float32), 4 * packed.FINEST_STEP)
-    assert bits(codec.decode(codec.loaded(stored))) == bits(codec.decode(bad))
+    assert bits(codec.decode(codec.dequantize(stored))) == bits(codec.decode(bad))
     grads = jax.grad(lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(codec.gaussians(p))))(bad)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
@@ -375,12 +375,12 @@ def test_equal_positions_come_back_with_their_own_shapes_and_colors(order):
     spec = PackedGaussianSpec(images_per_class=2, num_points=5, order=order)
     codec, params = make(spec), random_params(spec)
     crowded = dataclasses.replace(params, mean=jnp.full_like(params.mean, 0.9995).at[:, 3].set(-0.9995))
-    stored = codec.stored(crowded)
+    stored = codec.quantize(crowded)
     back = codec.unpack(codec.pack(stored))
     assert all(bits(back[name]) == bits(stored[name]) for name in stored)
-    assert bits(codec.decode(codec.loaded(stored))) == bits(codec.decode(crowded))
+    assert bits(codec.decode(codec.dequantize(stored))) == bits(codec.decode(crowded))
     last = np.asarray(stored["color"])[:, -1]
-    np.testing.assert_array_equal(last, np.asarray(packed.stored(crowded, codec.spec)["color"])[:, 4])
+    np.testing.assert_array_equal(last, np.asarray(packed.codes(crowded, codec.spec)["color"])[:, 4])
 
 
 # Bytes
@@ -389,7 +389,7 @@ def test_equal_positions_come_back_with_their_own_shapes_and_colors(order):
 def test_payload_is_the_codes_in_binary_one_kind_after_the_other():
     spec = PackedGaussianSpec(images_per_class=2, num_points=3, bits_mean=5, bits_cholesky=3, bits_color=7)
     codec = make(spec)
-    stored = jax.device_get(codec.stored(random_params(spec, m=3)))
+    stored = jax.device_get(codec.quantize(random_params(spec, m=3)))
     width = math.ceil(math.log2(math.comb(2**10 + 2, 3)))
     sets = [sorted(32 * y + x for x, y in image) for image in stored["mean"].tolist()]
     text = "".join(f"{sum(math.comb(k + i, i + 1) for i, k in enumerate(keys)):0{width}b}" for keys in sets)

@@ -52,7 +52,7 @@ def test_a_codec_starts_decodes_and_is_fitted_in_float32(name, dtype):
         return
     traced(lambda p: codec.decode(p, np.arange(2), key=KEY()), params)
     traced(jax.grad(lambda p: codec.regularize(p) + codec.decode(p).sum(), allow_int=True), params)
-    traced(codec.stored, params)
+    traced(codec.quantize, params)
     state = traced(lambda: fitting.init_fit(KEY(), images, codec=codec, steps=5))
     assert dtypes(traced(lambda s: fitting.fit_steps(s, images, codec=codec, steps=5, count=2)[0], state)) == dtypes(
         state

@@ -28,7 +28,7 @@ def made(soft: bool, channels: int = 3, names=NAMES) -> SynSet:
     rng = np.random.default_rng(k)
     images = rng.uniform(-0.1, 1.1, (2 * k, *shape)).astype(np.float32)
     rows = labels.pack(rng.dirichlet(np.ones(k), 2 * k), labels.LabelSpec(kind="soft")) if soft else None
-    return SynSet(codec, codec.loaded({"images": images}), each, names, {"channel_mean": [0.5] * channels}, rows)
+    return SynSet(codec, codec.dequantize({"images": images}), each, names, {"channel_mean": [0.5] * channels}, rows)
 
 
 @pytest.fixture(scope="module", params=["soft", "hard", "gray", "merged"])

@@ -72,7 +72,7 @@ def make(name: str) -> SynSet:
     images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *shape)).astype(np.float32)
     params = jax.jit(codec.init)(jax.random.key(0), images)
     # Params of a set are at stored precision.
-    params = codec.loaded(codec.stored(params))
+    params = codec.dequantize(codec.quantize(params))
     return SynSet(codec, params, BUDGET, NAMES, META)
 
 

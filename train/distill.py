@@ -317,7 +317,7 @@ def _set_of(experiment: Experiment, params: Any, learned: Mapping[str, Any], now
     """Returns the set of parameters at stored precision, without soft labels."""
     codec, meta = experiment.codec, _meta(experiment, now)
     meta |= {name: float(value) for name, value in learned.items() if np.ndim(value) == 0}
-    stored = codec.loaded(codec.stored(params))
+    stored = codec.dequantize(codec.quantize(params))
     return synset.SynSet(codec, stored, experiment.bytes_per_class, experiment.dataset.class_names, meta)
 
 

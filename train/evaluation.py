@@ -241,9 +241,9 @@ class PeriodicTests:
 
 def as_stored(codec: codecs.Codec, params: Any) -> jax.Array:
     """Returns the images as they come back from disk."""
-    return _through_disk(params, codec.stored, codec.loaded, codec.decode)
+    return _through_disk(params, codec.quantize, codec.dequantize, codec.decode)
 
 
-@partial(jax.jit, static_argnames=("stored", "loaded", "decode"))
-def _through_disk(params: Any, stored: Any, loaded: Any, decode: Any) -> jax.Array:
-    return decode(loaded(stored(params)))
+@partial(jax.jit, static_argnames=("quantize", "dequantize", "decode"))
+def _through_disk(params: Any, quantize: Any, dequantize: Any, decode: Any) -> jax.Array:
+    return decode(dequantize(quantize(params)))

@@ -161,7 +161,7 @@ def synset_of(
         jnp.asarray(opacity.reshape(n, m)),
         size=(side, side),
     )
-    params = codec.loaded(codec.stored(masters))
+    params = codec.dequantize(codec.quantize(masters))
     return SynSet(codec, params, budget, tuple(class_names), {"source": "released GSDD code", **meta})
 
 

@@ -58,16 +58,16 @@ class Codec(NamedTuple):
         decode: ``(params, index=None, *, size=None, key=None) -> [len(index), h, w, c]``: images around [0,1]; all of
             them without ``index``; at another (height, width) where the parameterization knows how. ``key`` is for
             codecs that decode at random.
-        stored: ``params -> dict`` of arrays that hold exactly the information that is written to disk; jittable.
-        loaded: The inverse of ``stored`` up to the stored precision: ``decode(loaded(stored(p)))`` has the bits of
-            ``decode(p)``.
+        quantize: ``params -> dict`` of arrays that hold exactly the information that is written to disk; jittable.
+        dequantize: The inverse of ``quantize`` up to the stored precision: ``decode(dequantize(quantize(p)))`` has the
+            bits of ``decode(p)``.
         nbytes: ``params -> int``: bytes of the arrays as they are written.
         optimizer: ``() -> optax`` transformation for distillation.
         fitter: ``(steps) -> optax`` transformation for fitting images in that many steps.
         layout: ``() -> dict`` of the shapes and dtypes of the arrays as they are written.
         regularize: ``params -> scalar``, already weighted, added to every objective.
         project: ``params -> params``, applied after each step.
-        pack: ``stored -> dict`` of the arrays as they are written; on the host.
+        pack: ``dict -> dict``: the arrays of ``quantize`` as they are written; on the host.
         unpack: The inverse of ``pack``; raises ValueError where the arrays are none that ``pack`` writes.
         gaussians: ``params -> Gaussians`` that ``decode`` draws, or None where it draws no Gaussians.
         fitted_by_init: No parameters come nearer to the images than those of ``init``: fitting takes no step.
@@ -82,8 +82,8 @@ class Codec(NamedTuple):
     images_per_class: int
     init: Callable[..., Any]
     decode: Callable[..., Any]
-    stored: Callable[[Any], Any]
-    loaded: Callable[[Any], Any]
+    quantize: Callable[[Any], Any]
+    dequantize: Callable[[Any], Any]
     nbytes: Callable[[Any], int]
     optimizer: Callable[[], optax.GradientTransformation]
     fitter: Callable[[int], optax.GradientTransformation]
@@ -124,12 +124,12 @@ def cast_storage(init: Callable[..., Any], dtype: str, image_shape: tuple[int, i
     All of them are written in one precision, ``dtype``, as they are.
     """
 
-    def stored(params: Any) -> Any:
+    def quantize(params: Any) -> Any:
         return storage.cast(params, dtype)
 
     return {
-        "stored": stored,
-        "loaded": storage.widen,
-        "nbytes": lambda params: storage.nbytes(jax.eval_shape(stored, params)),
-        "layout": lambda: unpacked_layout(init, stored, image_shape, n),
+        "quantize": quantize,
+        "dequantize": storage.widen,
+        "nbytes": lambda params: storage.nbytes(jax.eval_shape(quantize, params)),
+        "layout": lambda: unpacked_layout(init, quantize, image_shape, n),
     }

@@ -92,7 +92,7 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
         )
         return CENTER + SPREAD * inverse(spectra.reshape(-1, h, w, c), size or (h, w))
 
-    def stored(params):
+    def quantize(params):
         index = params[INDEX].astype(_index_dtype(h * w))
         return {COEFFICIENTS: storage.cast(params[COEFFICIENTS], spec.dtype), INDEX: index}
 
@@ -104,8 +104,8 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
         images_per_class=per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()},
+        quantize=quantize,
+        dequantize=lambda tree: {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()},
         nbytes=lambda params: storage.nbytes(written),
         optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
         # The start is the projection onto the coefficients: no other values are nearer to the images.

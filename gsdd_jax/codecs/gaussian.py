@@ -94,11 +94,11 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         chosen = params if index is None else params[index]
         return render(rounded(chosen), size, supersample=spec.supersample, cutoff=spec.cutoff)
 
-    def stored(params: Gaussians) -> dict[str, jax.Array]:
+    def quantize(params: Gaussians) -> dict[str, jax.Array]:
         leaves = {name: getattr(params, name) for name in ("mean", "cholesky", "color", "opacity")}
         return storage.cast(leaves, spec.dtype)
 
-    def loaded(tree: dict[str, jax.Array]) -> Gaussians:
+    def dequantize(tree: dict[str, jax.Array]) -> Gaussians:
         return Gaussians(**{name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}, size=(h, w))
 
     def optimizer() -> optax.GradientTransformation:
@@ -119,16 +119,16 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=loaded,
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
+        quantize=quantize,
+        dequantize=dequantize,
+        nbytes=lambda params: storage.nbytes(jax.eval_shape(quantize, params)),
         regularize=lambda params: spec.boundary * boundary_loss(params),
         project=clip_positions,
         optimizer=optimizer,
         fitter=lambda steps: leafwise_adam(
             fit_rates((h, w), spec.num_points), optax.cosine_decay_schedule(1.0, steps, alpha=0.02)
         ),
-        layout=lambda: unpacked_layout(init, stored, image_shape, num_classes * spec.images_per_class),
+        layout=lambda: unpacked_layout(init, quantize, image_shape, num_classes * spec.images_per_class),
         gaussians=rounded,
     )
 

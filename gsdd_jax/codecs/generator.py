@@ -2,7 +2,7 @@
 
 GLaD (Cazenavette et al. 2023) distills latents of a pretrained StyleGAN-XL. Nothing here knows that generator: whoever
 brings one, or any other function from latents to images, gets a :class:`~gsdd_jax.codecs.Codec` of it. A function is no
-setting, so this codec is in no config, and :func:`gsdd_jax.load` cannot read its sets back; ``loaded`` can.
+setting, so this codec is in no config, and :func:`gsdd_jax.load` cannot read its sets back; ``dequantize`` can.
 
 Deviations from GLaD: latents obey a budget, which GLaD's exceed, and whether the generator counts is said aloud.
 """
@@ -73,14 +73,14 @@ def generator_prior(
         images = decode_fn(jax.tree.map(lambda x: storage.quantize(x, spec.dtype), chosen))
         return resized(images, size)
 
-    def stored(params):
+    def quantize(params):
         return storage.cast(params, spec.dtype)
 
     def layout():
-        return unpacked_layout(init_fn, stored, image_shape, n)
+        return unpacked_layout(init_fn, quantize, image_shape, n)
 
     def nbytes(params):
-        return spec.generator_bytes + storage.nbytes(jax.eval_shape(stored, params))
+        return spec.generator_bytes + storage.nbytes(jax.eval_shape(quantize, params))
 
     latents = jax.eval_shape(init_fn, jax.random.key(0), jax.ShapeDtypeStruct((n, *image_shape), jnp.float32))
     wrong = {name: leaf.shape for name, leaf in latents.items() if leaf.shape[:1] != (n,)}
@@ -107,8 +107,8 @@ def generator_prior(
         images_per_class=spec.images_per_class,
         init=init_fn,
         decode=decode,
-        stored=stored,
-        loaded=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
+        quantize=quantize,
+        dequantize=lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree),
         nbytes=nbytes,
         optimizer=optimizer,
         fitter=fitter,

@@ -120,7 +120,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         chosen = params if index is None else params[index]
         return render(quantized(chosen, spec), size, supersample=spec.supersample, cutoff=spec.cutoff)
 
-    def loaded(tree: dict[str, jax.Array]) -> PackedGaussians:
+    def dequantize(tree: dict[str, jax.Array]) -> PackedGaussians:
         codes = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}
         ends = {name: codes.pop(name) for name in (LOW, STEP)}
         grids = _grids(**ends, spec=spec)
@@ -168,8 +168,8 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
             starts.START[spec.start](key, jnp.asarray(images, jnp.float32), m), spec
         ),
         decode=decode,
-        stored=lambda params: stored(params, spec),
-        loaded=loaded,
+        quantize=lambda params: codes(params, spec),
+        dequantize=dequantize,
         nbytes=lambda params: storage.nbytes(written),
         regularize=lambda params: spec.boundary * boundary_loss(params),
         project=project,
@@ -238,7 +238,7 @@ def quantized(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bo
     return Gaussians(**leaves, opacity=jnp.ones(params.mean.shape[:-1], jnp.float32), size=params.size)
 
 
-def stored(params: PackedGaussians, spec: PackedGaussianSpec) -> dict[str, jax.Array]:
+def codes(params: PackedGaussians, spec: PackedGaussianSpec) -> dict[str, jax.Array]:
     """Returns the codes, uint16, in the order of the file, and the grids, bfloat16. A NaN gets code 0."""
     grids = _grids(params.low, params.step, spec)
     codes = {

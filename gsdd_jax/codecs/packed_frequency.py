@@ -72,7 +72,7 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
     def decode(params, index=None, *, size=None, key=None):
         return plain.decode(quantized(params, spec.bits), index, size=size, key=key)
 
-    def stored(params):
+    def quantize(params):
         low, step = grids(params[LOW], params[STEP])
         codes = jnp.nan_to_num(storage.grid_codes(by_class(params[COEFFICIENTS], num_classes), low, step, spec.bits))
         codes = codes.astype(jnp.uint16).reshape(n, spec.coefficients, c)
@@ -81,7 +81,7 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
         ends = {LOW: low.reshape(shape), STEP: step.reshape(shape)}
         return {COEFFICIENTS: codes, INDEX: index} | storage.cast(ends, "bfloat16")
 
-    def loaded(tree):
+    def dequantize(tree):
         params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}
         low, step = grids(params[LOW], params[STEP])
         values = low + by_class(params[COEFFICIENTS], num_classes) * step
@@ -100,8 +100,8 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=loaded,
+        quantize=quantize,
+        dequantize=dequantize,
         nbytes=lambda params: storage.nbytes(written),
         project=lambda params: fit_ranges(params, spec.bits),
         optimizer=optimizer,

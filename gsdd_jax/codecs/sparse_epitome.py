@@ -105,14 +105,14 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
         images = CENTER + SPREAD * from_patches(output, (h, w), spec.patch)
         return resized(images, size)
 
-    def stored(params):
+    def quantize(params):
         shared = {name: leaf for name, leaf in params.items() if name != "coefficients"}
         flat = params["coefficients"].reshape(-1, spec.heads, places)
         index = _largest(flat, spec.nonzeros)
         values = jnp.take_along_axis(flat, index, axis=-1)
         return storage.cast(shared | {"values": values}, spec.dtype) | {"indices": index.astype(jnp.uint16)}
 
-    def loaded(tree):
+    def dequantize(tree):
         params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items() if name != "indices"}
         flat = _scatter(params.pop("values"), jnp.asarray(tree["indices"], jnp.int32), places)
         return params | {"coefficients": flat.reshape(-1, spec.heads, count, spec.tokens)}
@@ -143,9 +143,9 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        stored=stored,
-        loaded=loaded,
-        nbytes=lambda params: storage.nbytes(jax.eval_shape(stored, params)),
+        quantize=quantize,
+        dequantize=dequantize,
+        nbytes=lambda params: storage.nbytes(jax.eval_shape(quantize, params)),
         optimizer=lambda: rates(
             spec.lr,
             spec.lr * spec.lr_epitome,
@@ -153,7 +153,7 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
             optax.adam if spec.optimizer == "adam" else functools.partial(optax.sgd, momentum=0.95),
         ),
         fitter=fitter,
-        layout=lambda: unpacked_layout(init, stored, image_shape, n),
+        layout=lambda: unpacked_layout(init, quantize, image_shape, n),
     )
 
 
