@@ -216,8 +216,9 @@ def evaluate(
     test_images = pixels.check(test_images, "test_images")
     test_labels = np.asarray(test_labels)
     seen = _whitening_of(synset) if whitening is None else whitening
-    net = _network(network, test_images.shape[1:], len(synset.class_names))
-    images = synset.images(test_images.shape[1:3])
+    h, w, c = test_images.shape[1:]
+    net = _network(network, (h, w, c), len(synset.class_names))
+    images = synset.images((h, w))
     soft = synset.soft_labels
     training_set = images, jnp.asarray(synset.labels) if soft is None else soft
     keys, tested = jax.random.split(key, training.seeds), []
@@ -238,11 +239,11 @@ def evaluate(
             )
             last = tested[-1].accuracies
             advance(lambda last=last: f"accuracy {100 * float(last[-1]):.1f} %", len(group))
-    accuracies, hits = (np.concatenate(parts) for parts in zip(*tested, strict=True))
+    accuracies, hits = (np.concatenate(parts).tolist() for parts in zip(*tested, strict=True))
     summary = evaluation.summarize(accuracies, range(len(accuracies)))
     counts = np.bincount(test_labels, minlength=len(synset.class_names))
     per_class = evaluation.summarize_classes(hits, counts)["per_class"]
-    return Accuracy(summary["mean"], summary["std"], tuple(map(float, accuracies)), tuple(per_class))
+    return Accuracy(summary["mean"], summary["std"], tuple(accuracies), tuple(per_class))
 
 
 def _training_set(
@@ -274,11 +275,11 @@ def _bytes_per_class(codec: Codec) -> int:
     return -(-stored // codec.num_classes)
 
 
-def _network(network: Any, image_shape: Sequence[int], num_classes: int) -> Network:
+def _network(network: Any, image_shape: tuple[int, int, int], num_classes: int) -> Network:
     if network is None:
         depth = max(2, round(math.log2(min(image_shape[:2]) / _LAST_SIDE)))
         network = nets.NetSpec(depth=depth, width=64)
-    return nets.build(network, tuple(image_shape), num_classes)
+    return nets.build(network, image_shape, num_classes)
 
 
 def _fitted(

@@ -61,8 +61,8 @@ class Zca(NamedTuple):
         return jnp.matmul(flat, self.matrix, precision=jax.lax.Precision.HIGHEST).reshape(images.shape)
 
 
-# A pytree, too.
-Whitening = Callable[[jax.Array], jax.Array]
+# Any function that is a pytree, too.
+Whitening = Identity | MeanStd | Zca | Callable[[jax.Array], jax.Array]
 
 
 class Published(NamedTuple):
@@ -94,7 +94,7 @@ MEAN_STD: dict[str, Published] = {
 }
 
 
-def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Identity | MeanStd | Zca:
+def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Whitening:
     """Computes a whitening from training images; on the host, in float64.
 
     "zca" follows kornia's ZCAWhitening as MTT and its successors use it: unbiased covariance of the [0,1] pixels
