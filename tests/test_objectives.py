@@ -4,6 +4,7 @@ That several devices take the step of one is in test_parallel.py, that every cod
 """
 
 import json
+import re
 import sys
 
 import jax
@@ -145,40 +146,7 @@ def test_vmap_over_keys_takes_the_step_of_each(name):
     assert bits(each[0][0].params) != bits(each[1][0].params)
 
 
-TOY = '''
-import dataclasses
-from typing import Annotated, Literal
-
-import jax.numpy as jnp
-import optax
-from annotated_types import Ge
-from typing_extensions import Doc
-
-from gsdd_jax import match, pixels
-
-
-@match.register
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeanImageSpec:
-    """Matches the mean image of each class, times a learned gain; no network."""
-
-    name: Annotated[Literal["mean_image"], Doc("the objective")] = "mean_image"
-    batch_real: Annotated[int, Ge(1), Doc("real images per class")] = 8
-
-
-def make(spec, codec, network, augment):
-    def loss(key, learned, carry, synthetic, batch):
-        real = pixels.as_float(batch.drawn["real"], "real").mean(1)
-        value = jnp.sum((real - learned["gain"] * synthetic.by_class(key).mean(1)) ** 2)
-        return value, {"steps_so_far": carry}, carry
-
-    return match.Objective(
-        spec, codec, network, {"real": match.RealImages(spec.batch_real)}, loss,
-        init=lambda: ({"gain": jnp.float32(1)}, jnp.float32(0)),
-        after=lambda key, carry, synthetic, batch: carry + 1,
-        optimizer=lambda: optax.sgd(1e-3),
-    )
-'''
+(TOY,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "matching.md").read_text(), re.DOTALL)
 
 
 def test_an_objective_from_outside_goes_through_the_command_line(tmp_path, monkeypatch, capsys):
