@@ -1,6 +1,5 @@
 """Runs of the command line inside the test process, and what they leave."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -37,7 +36,7 @@ def assert_same(found: dict, expected: dict) -> None:
         assert found[key] == expected[key], key
 
 
-def kill_while_distilling(config: Path, out: Path, step: int, settings: dict) -> None:
+def kill_while_distilling(config: Path, out: Path, step: int) -> None:
     """Runs the command line in a process that SIGKILL ends right after the line of metrics of a step."""
     program = f"""
 import os, signal
@@ -51,8 +50,7 @@ def wrapper(self, phase, step, **values):
 RunDir.append = wrapper
 distill.main(["--config", {str(config)!r}, "--quiet", "--out", {str(out)!r}])
 """
-    environment = {name.upper(): str(value) for name, value in settings.items()}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert read_metrics(out)[-1]["step"] == step

@@ -1,8 +1,8 @@
 """Shared test set-up: the platform, the real data, and the `gpu` marker."""
 
+import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,23 @@ _GENERATOR = "xla_cpu_use_fusion_emitters"
 if PLATFORM == "cpu" and version("jaxlib").startswith("0.10.") and _GENERATOR not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_GENERATOR}=false".strip()
 
-# The persistent compilation cache stays off even where the shell switches it on: a stale executable would hide a
-# broken lowering.
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# Nor are LLVM's expensive passes worth their time, for most programs run once; XLA's own passes stay. A program that
+# comes again, in another test or in a process that a test starts, is read from a cache. It starts empty: a stale
+# executable would hide a broken lowering. Each worker has its own, for entries are not written in one go.
+_COMPILED = tempfile.TemporaryDirectory(prefix="gsdd_jax-compiled-")
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that was imported out of Python's garbage collection, and lets it run less: it took 5 % of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,39 +73,3 @@ def default_code() -> dict[str, Any]:
         return {}
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     return options | ({_GENERATOR: True} if _GENERATOR in os.environ.get("XLA_FLAGS", "") else {})
-
-
-@pytest.fixture(scope="module")
-def lazy_compiler() -> Iterator[None]:
-    """Spares LLVM's expensive passes: compiling takes longer than running in most tests, and XLA's own passes stay."""
-    with _jax_settings({"jax_disable_most_optimizations": True}):
-        yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A lazy compiler and a compilation cache of the file's own, for tests that start the same run again and again."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    with _jax_settings(settings):
-        compilation_cache.reset_cache()
-        yield settings
-    compilation_cache.reset_cache()
-
-
-@contextmanager
-def _jax_settings(settings: dict[str, Any]) -> Iterator[None]:
-    import jax
-
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)

@@ -12,8 +12,6 @@ import pytest
 from gsdd_jax import augment
 from gsdd_jax.augment import FULL_STRATEGY, DsaSpec, dsa
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 OPERATIONS = FULL_STRATEGY.split("_")
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(3, 8, 8, 3)).astype(np.float32)

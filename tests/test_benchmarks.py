@@ -19,8 +19,6 @@ from PIL import Image
 
 from benchmarks import correctness, figure5, gpu, plots, record, siren, table16, timing
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 ROOT = Path(__file__).resolve().parent.parent
 REFUSAL = "needs a CUDA device; JAX runs on cpu; --smoke runs everything at tiny sizes on the XLA path\n"
 

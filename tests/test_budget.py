@@ -16,8 +16,6 @@ from train.errors import DivergedError
 from train.progress import Progress
 from train.rundir import RunDir, read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOY = """
 name: toy
 ipc: 1

@@ -28,8 +28,6 @@ from train import distill, evaluate, evaluation, export, merge, report, stages
 from train.checkpoint import Checkpoints
 from train.rundir import RunDir, read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parent.parent
 
 # Every stage and every baseline but the full data, as small as it goes; two checkpoints in each stage.
@@ -74,13 +72,12 @@ def whole(toy, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, quick_compilation):
+def demo(tmp_path_factory):
     """``(run directory, finished process, seconds)`` of the smoke run of the demo."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    environment = {name.upper(): str(value) for name, value in quick_compilation.items()}
     command = [sys.executable, "-m", "train.distill", "--config", "configs/digits.yaml", "--smoke", "--out", str(out)]
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     return out, done, time.perf_counter() - began
 
 
@@ -526,9 +523,9 @@ def test_data_are_known_by_their_content_wherever_they_are(toy, digits_on_disk, 
 
 # Kills inside the process are above, and processes are killed in test_hosts.py too.
 @pytest.mark.slow
-def test_sigkill_in_the_distillation_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
+def test_sigkill_in_the_distillation_is_continued_to_the_same_bits(toy, whole, tmp_path):
     out = tmp_path / "run"
-    kill_while_distilling(toy, out, 3, quick_compilation)
+    kill_while_distilling(toy, out, 3)
     assert start(toy, out) == 0
     assert_same(findings(out), findings(whole))
 

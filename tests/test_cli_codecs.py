@@ -10,7 +10,7 @@ from command_line import ROOT, start
 import gsdd_jax
 from gsdd_jax import codecs
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 # What fits the 256 bytes that a class of the demo has; the latent codec shares a decoder that needs more.
 SETTINGS = {

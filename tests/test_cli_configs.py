@@ -13,8 +13,6 @@ from gsdd_jax import labels, storage
 from train import config as configs
 from train import experiment
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

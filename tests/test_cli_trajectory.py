@@ -14,8 +14,6 @@ from train import experts
 from train.rundir import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Both arms, two checkpoints in each, a window of two starting epochs.
 TOY = """
 name: toy
@@ -86,9 +84,9 @@ def test_evaluation_may_use_the_learned_step_size(toy, whole, tmp_path):
 
 # Kills inside the process are in test_cli.py, and processes are killed in test_hosts.py too.
 @pytest.mark.slow
-def test_sigkill_while_matching_is_continued_to_the_same_bits(toy, whole, tmp_path, quick_compilation):
+def test_sigkill_while_matching_is_continued_to_the_same_bits(toy, whole, tmp_path):
     out = tmp_path / "run"
-    kill_while_distilling(toy, out, 3, quick_compilation)
+    kill_while_distilling(toy, out, 3)
     assert start(toy, out) == 0
     assert_same(findings(out), findings(whole))
 
@@ -146,7 +144,7 @@ def test_experts_trained_beforehand_serve_several_runs(toy, whole, tmp_path, cap
     assert [(folder / name).read_bytes() for name in chunks] == [
         (whole / "experts" / name).read_bytes() for name in chunks
     ]
-    shared = [f"experts.path={folder}", "experts.train=false"]
+    shared = [f"experts.path={folder}", "experts.train=false", *SHORT]
     assert start(toy, tmp_path / "run", *shared) == 0
     assert not (tmp_path / "run" / "experts").exists()
     exports = [run / "export" / "synset.safetensors" for run in (tmp_path / "run", whole)]

@@ -17,8 +17,6 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import LatentSpec, latent
 from gsdd_jax.match import DistributionSpec, TrajectorySpec
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SHAPE, CLASSES, BUDGET = (8, 8, 3), 2, 4000
 AUGMENT = DsaSpec(strategy="crop")
 SMALL = LatentSpec(decoder="small", width=8, latent_dim=3, images_per_class=2)

@@ -17,8 +17,6 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.match import GradientSpec, TrajectorySpec
 from gsdd_jax.nets import NetSpec, Network, build
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 # Distribution matching of every codec is in test_determinism.py.
 OBJECTIVES = {
     # Some of the images of a class, where it has more.

@@ -34,8 +34,6 @@ from gsdd_jax.codecs import gaussian as gaussian_codec
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.render import render
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SHAPE, CLASSES = (6, 8, 3), 2
 BUDGET = 2 * 6 * 8 * 3 * 4  # two float32 images per class
 

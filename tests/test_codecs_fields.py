@@ -16,8 +16,6 @@ from gsdd_jax import SynSet, codecs, fitting, storage
 from gsdd_jax.codecs import FactorSpec, NeuralFieldSpec, SparseEpitomeSpec, neural_field, sparse_epitome
 from gsdd_jax.codecs.generator import GeneratorSpec, generator_prior
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SHAPE, CLASSES = (6, 8, 3), 2
 BUDGET = 2 * 6 * 8 * 3 * 4
 

@@ -15,8 +15,6 @@ from gsdd_jax.codecs import memory as memory_codec
 from gsdd_jax.codecs import spectral as spectral_codec
 from train import results
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152  # bytes of two float32 images per class
 CIFAR, IMAGENET = (32, 32, 3), (128, 128, 3)
 

@@ -10,8 +10,6 @@ from gsdd_jax import codecs
 from gsdd_jax.codecs import FrequencySpec, PackedFrequencySpec, packed_frequency
 from gsdd_jax.codecs.base import CENTER, SPREAD
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE, CLASSES = (6, 8, 3), 2
 IMAGES = np.random.default_rng(0).uniform(0, 1, (8, *SHAPE)).astype(np.float32)
 

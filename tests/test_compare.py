@@ -18,8 +18,6 @@ from gsdd_jax.codecs import FactorSpec, PackedGaussianSpec
 from gsdd_jax.gaussians import Gaussians
 from train import config as configs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (12, 8, 8, 3)), jnp.float32)
 # Codecs that store integer codes and nothing else.

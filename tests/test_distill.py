@@ -11,8 +11,6 @@ from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.match import DistributionSpec, distribution_loss
 from gsdd_jax.nets import NetSpec, build
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 CLASSES, SHAPE, GPC, POINTS = 2, (8, 8, 1), 3, 4
 NETWORK = build(NetSpec(depth=2, width=8), SHAPE, CLASSES)
 AUGMENT = DsaSpec(strategy="crop_cutout")

@@ -8,8 +8,6 @@ from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.match import distribution_loss
 from gsdd_jax.nets import NetSpec, build
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 CLASSES, SHAPE = 3, (8, 8, 2)
 NETWORK = build(NetSpec(depth=2, width=6), SHAPE, CLASSES)
 NONE = DsaSpec(strategy="none")

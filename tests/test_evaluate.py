@@ -28,8 +28,6 @@ from gsdd_jax.evaluation import (
 from gsdd_jax.nets import NetSpec, Network, build
 from gsdd_jax.recipes import recipe_for
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 NO_DSA = DsaSpec(strategy="none")
 CONVNET = build(NetSpec(depth=1, width=4, norm="none"), (4, 4, 3), 3)
 

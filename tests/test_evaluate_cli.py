@@ -15,8 +15,6 @@ from gsdd_jax import evaluation as library
 from gsdd_jax.evaluation import EvalSpec
 from train import evaluate
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 CONFIG = """
 name: tiny
 ipc: 1

@@ -18,8 +18,6 @@ import gsdd_jax
 from benchmarks import fuzz
 from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, labels, synset
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 ROOT = Path(__file__).resolve().parent.parent
 LIGHT = [place for place, (spec, _) in enumerate(fuzz.SETS) if spec.name in decode_numpy.DECODERS]
 GAUSSIAN, PACKED, PIXEL, FREQUENCY = 0, 1, 3, 5

@@ -23,8 +23,6 @@ from gsdd_jax.experts import (
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import NetSpec, Network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OBJECTIVE = TrajectorySpec(syn_steps=2, max_start_epoch=3, expert_epochs=2)
 EPOCHS = 4
 SPEC = ExpertSpec(count=5, batch=16, lr=0.05, group=2)

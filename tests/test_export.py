@@ -22,8 +22,6 @@ from train import config as configs
 from train import export, import_gsdd, yaml12
 from train.rundir import plain
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 NAMES = ("cat/../x", "naïve 犬", "con.")
 META = {"dataset": "toy", "whiten": "meanstd", "channel_mean": [0.5, 0.25, 0.125], "channel_std": "broken"}
 

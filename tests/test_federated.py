@@ -36,8 +36,6 @@ from train.errors import ConfigError
 from train.progress import Progress
 from train.rundir import RunDir
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOY = """
 name: toy
 ipc: 2

@@ -9,8 +9,6 @@ import pytest
 from gsdd_jax import codecs, data, fitting
 from gsdd_jax.codecs import GaussianSpec, PixelSpec
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 STEPS, POINTS = 40, 12
 
 

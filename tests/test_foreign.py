@@ -26,8 +26,6 @@ from train import experiment as experiments
 from train import report, results
 from train.rundir import RunDir
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SHAPE, CLASSES = (8, 8, 1), 3
 
 

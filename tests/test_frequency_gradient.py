@@ -10,8 +10,6 @@ from benchmarks import frequency_gradient as bench
 from gsdd_jax import codecs
 from gsdd_jax.codecs import FrequencySpec
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 H, W = 6, 8
 DRAWN = np.random.default_rng(0)
 # Some bright and some dark, so that the mean of an image varies most.

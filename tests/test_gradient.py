@@ -14,8 +14,6 @@ from gsdd_jax.match import GradientSpec, gradient_loss
 from gsdd_jax.match.gradient import layerwise_distance, train_between
 from gsdd_jax.nets import NetSpec, build
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 CLASSES, SHAPE, GPC = 3, (8, 8, 1), 2
 NETWORK = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
 init = jax.jit(NETWORK.init)

@@ -25,15 +25,15 @@ from train.checkpoint import Checkpoints
 from train.errors import EXIT_USER_ERROR, ConfigError
 from train.rundir import is_wall_clock, read_metrics
 
-# As small as it goes: a line for every iteration, a checkpoint for every second one. In float32, for bfloat16 rounds
-# the last bits of parameters to other images.
+# As small as it goes: a line for every iteration, a checkpoint for every second one. The codec that takes least to
+# compile: steps of Gaussians on several devices are in test_parallel.py.
 TOY = """
 name: toy
 ipc: 1
 data: {source: digits, per_class: 8, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
-codec: {name: gaussian, images_per_class: 2, num_points: 4, lr: 0.01, dtype: float32}
+codec: {name: downscale, images_per_class: 4}
 fit: {steps: 2}
 objective: {name: distribution, batch_real: 4, class_chunk: 10}
 distill: {iterations: 8, log_every: 1, checkpoint_every: 2, devices: 0}
@@ -62,7 +62,7 @@ sys.exit(distill.main())
 class Processes:
     """The processes of one run."""
 
-    def __init__(self, folder: Path, commands: Sequence[Sequence[str]], environment: dict[str, str]):
+    def __init__(self, folder: Path, commands: Sequence[Sequence[str]]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -72,7 +72,7 @@ class Processes:
         for index, command in enumerate(commands):
             where = ["--coordinator", address, "--processes", str(len(commands)), "--process", str(index)]
             with open(folder / f"{index}.out", "wb") as out, open(folder / f"{index}.err", "wb") as err:
-                process = subprocess.Popen([*command, *where], cwd=ROOT, env=environment, stdout=out, stderr=err)
+                process = subprocess.Popen([*command, *where], cwd=ROOT, stdout=out, stderr=err)
             self.started.append(process)
 
     def output(self, index: int) -> str:
@@ -129,18 +129,17 @@ def toy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launch(toy, tmp_path_factory, quick_compilation):
+def launch(toy, tmp_path_factory):
     """Starts one command in several processes: ``launch(out, count, [program], [settings of each])``."""
     if jax.default_backend() != "cpu":
         pytest.skip("several processes cannot share a GPU")
-    environment = os.environ | {name.upper(): str(value) for name, value in quick_compilation.items()}
     with contextlib.ExitStack() as running:
 
         def started(out: Path, count: int = 2, program: str | None = None, settings=None) -> Processes:
             what = ["-m", "train.distill"] if program is None else ["-c", program]
             command = [sys.executable, *what, "--config", str(toy), "--quiet", "--out", str(out)]
             commands = [[*command, *(settings[i] if settings else [])] for i in range(count)]
-            processes = Processes(tmp_path_factory.mktemp("said") / "of", commands, environment)
+            processes = Processes(tmp_path_factory.mktemp("said") / "of", commands)
             running.callback(processes.end)
             return processes
 
@@ -148,7 +147,7 @@ def launch(toy, tmp_path_factory, quick_compilation):
 
 
 @pytest.fixture(scope="module")
-def alone(toy, tmp_path_factory, quick_compilation) -> Path:
+def alone(toy, tmp_path_factory) -> Path:
     """The run in a single process; read only."""
     out = tmp_path_factory.mktemp("alone") / "run"
     with contextlib.chdir(ROOT):

@@ -26,8 +26,6 @@ from train.errors import ConfigError, UserError
 from train.progress import Progress
 from train.rundir import RunDir
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def soft(dtype: str = "float32", top_k: int = 0) -> LabelSpec:
     return LabelSpec(kind="soft", dtype=dtype, top_k=top_k)

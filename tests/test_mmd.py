@@ -14,8 +14,6 @@ from gsdd_jax.match.mmd import feature_mmd, mmd, mmd_loss, samples_of
 from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import NetSpec, build
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 jitted = jax.jit(mmd)
 
 

@@ -15,8 +15,6 @@ from jax import lax
 from gsdd_jax.nets import NetSpec, build
 from gsdd_jax.nets.conv import conv_same
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SMALL = NetSpec(depth=2, width=6)
 
 

@@ -16,8 +16,6 @@ from gsdd_jax.nets import NetSpec, build, layers
 from gsdd_jax.nets.conv import conv_same
 from train.config import ConfigError, RunConfig, load
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 FAMILIES = ("alexnet", "vgg11", "resnet18", "vit")
 # The sides at which gradients are computed, for all tests that need one. VGG11 takes no smaller images; ResNet18's are
 # halved from an even and from odd sides, and its last map has room for a kernel; the others pool or cut as at 32 px.

@@ -21,8 +21,6 @@ from gsdd_jax.match import Batch, DistributionSpec, GradientSpec, MmdSpec, Synth
 from gsdd_jax.nets import NetSpec, build
 from train import schema
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 DIGITS = ROOT / "configs" / "digits.yaml"
 CLASSES, SHAPE, KEY = 2, (8, 8, 1), jax.random.key(5)
 ROWS = {

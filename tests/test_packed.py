@@ -19,8 +19,6 @@ from gsdd_jax.codecs import PackedGaussianSpec, packed
 from gsdd_jax.codecs.packed import PackedGaussians
 from gsdd_jax.gaussians import Gaussians, to_pixels
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SIZE, CLASSES, BUDGET = (6, 8), 2, 2000
 
 

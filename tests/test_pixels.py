@@ -13,8 +13,6 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.match import distribution_loss, feature_mmd, gradient_loss
 from gsdd_jax.nets import NetSpec, build
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SHAPE = (8, 8, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, *SHAPE), dtype=np.uint8)
 LABELS = np.array([0, 1, 0, 1, 0, 1], np.int32)

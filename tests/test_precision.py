@@ -16,8 +16,6 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.match import DistributionSpec
 from gsdd_jax.nets import NetSpec, build
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 KEY = functools.partial(jax.random.key, 0)
 OBJECTIVES = test_codec_objectives.OBJECTIVES | {"distribution": DistributionSpec(batch_real=4, batch_syn=2)}
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)

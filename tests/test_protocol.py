@@ -12,8 +12,6 @@ from train import evaluate, evaluation, results
 from train.checkpoint import Checkpoints
 from train.rundir import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOY = """
 name: toy
 ipc: 1

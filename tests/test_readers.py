@@ -11,7 +11,6 @@ from gsdd_jax import MergedSet, SynSet, codecs, labels
 from train import export
 
 pytestmark = [
-    pytest.mark.usefixtures("lazy_compiler"),
     # Of the readers' own making.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

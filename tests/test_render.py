@@ -14,9 +14,6 @@ from gsdd_jax import Gaussians, render
 from gsdd_jax.gaussians import MAX_PIXELS, to_pixels
 from kernels import DEFAULT_CUTOFF, splat
 
-# What users get is compiled with `default_code`.
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 LEAVES = ("mean", "cholesky", "color", "opacity")
 # Share of the larger of 1 and the oracle's largest value.
 VALUE_TOLERANCE = 1e-5

@@ -12,9 +12,6 @@ from gsdd_jax.gaussians import to_pixels
 from kernels import DEFAULT_CUTOFF, _splat_xla, splat
 from kernels.spec import SplatSpec
 
-# What users get is tested in test_render.py, with `default_code`.
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 OPERANDS = ("centers", "conics", "colors")
 HEIGHT, WIDTH = 19, 26
 # Two programs may sum in different orders; the same program gives the same bits.

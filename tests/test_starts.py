@@ -9,8 +9,6 @@ import pytest
 from gsdd_jax import Gaussians, render, starts
 from kernels import DEFAULT_CUTOFF
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 NAMES = sorted(starts.START)
 
 

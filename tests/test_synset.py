@@ -34,8 +34,6 @@ from gsdd_jax.codecs import (
 from gsdd_jax.exchange import KEYS, short
 from train.evaluation import as_stored
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152
 NAMES = ("cat", "naïve 犬")
 META = {"dataset": "toy", "channel_mean": [0.5, 0.25, 0.125]}

@@ -17,8 +17,6 @@ from gsdd_jax.match.trajectory import (
 )
 from gsdd_jax.nets import NetSpec, build
 
-pytestmark = pytest.mark.usefixtures("lazy_compiler")
-
 SHAPE, CLASSES, N = (8, 8, 1), 10, 10
 # Two blocks where the gradient is at stake; one, which compiles in half the time, elsewhere.
 NETWORK = build(NetSpec(depth=2, width=4), SHAPE, CLASSES)
