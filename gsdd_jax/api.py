@@ -299,14 +299,12 @@ def _fitted(
     )
     targets = pixels.as_float(images[chosen])
     steps = 0 if codec.fitted_by_init else steps
-    begin = jax.jit(lambda key, x: fitting.init_fit(key, x, codec=codec, steps=max(steps, 1)))
-    advance_fit: Any = jax.jit(
-        lambda state, x: fitting.fit_steps(state, x, codec=codec, steps=steps, count=1), donate_argnums=0
-    )
-    state = begin(key_init, targets)
+    begin: Any = jax.jit(fitting.init_fit, static_argnames=("codec", "steps"))
+    step_fit: Any = jax.jit(fitting.fit_steps, static_argnames=("codec", "steps", "count"), donate_argnums=0)
+    state = begin(key_init, targets, codec=codec, steps=max(steps, 1))
     with _bar("fit", steps, shown=progress) as advance:
         for step in range(1, steps + 1):
-            state, psnr = advance_fit(state, targets)
+            state, psnr = step_fit(state, targets, codec=codec, steps=steps, count=1)
             if on_step is not None:
                 on_step(step, {"psnr": psnr})
             advance(lambda psnr=psnr: f"PSNR {float(psnr):.2f} dB")
@@ -363,7 +361,7 @@ def _schedule(schedule: str | optax.Schedule, steps: int) -> optax.Schedule | No
         return schedule
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"schedule: expected cosine, constant or a function of the step, found {schedule!r}")
-    return optax.cosine_decay_schedule(1.0, max(steps, 1)) if schedule == "cosine" else None
+    return distillation.cosine(steps) if schedule == "cosine" else None
 
 
 def _seed(key: jax.Array) -> int:

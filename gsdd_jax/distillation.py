@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -37,6 +38,12 @@ class State(NamedTuple):
 
 
 Step = Callable[[State, Data, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
+@functools.lru_cache(maxsize=64)
+def cosine(steps: int) -> optax.Schedule:
+    """Returns the factor that falls from 1 to 0 along a cosine over so many outer steps."""
+    return optax.cosine_decay_schedule(1.0, max(steps, 1))
 
 
 class Loop:
@@ -135,6 +142,7 @@ def init_state(objective: Objective, params: Any) -> State:
     return State(params, learned, opt_state, carry, jnp.zeros((), jnp.int32))
 
 
+@functools.lru_cache(maxsize=64)
 def make_step(objective: Objective, *, schedule: optax.Schedule | None = None, mesh: Mesh | None = None) -> Step:
     """Builds the outer step; pure, to be jitted with its state donated. Works under ``lax.scan`` and ``vmap``.
 
@@ -145,10 +153,11 @@ def make_step(objective: Objective, *, schedule: optax.Schedule | None = None, m
             trajectory matching. State and key are then held by all of them, and data as `batches` puts them.
 
     Returns:
-        ``step(state, data, key)``. The randomness of step ``i`` is ``fold_in(key, i)``, so an interrupted run that
-        resumes from a state repeats the same bits. Metrics are device scalars: ``loss`` (the objective's own, without
-        its terms), ``regularizer``, ``grad_norm``, ``param_norm`` after the step, those of the objective, and scalars
-        that it learns. Norms are those of the step on its first loss.
+        ``step(state, data, key)``, the same object for equal arguments, so that it is traced once. The randomness of
+        step ``i`` is ``fold_in(key, i)``, so an interrupted run that resumes from a state repeats the same bits.
+        Metrics are device scalars: ``loss`` (the objective's own, without its terms), ``regularizer``, ``grad_norm``,
+        ``param_norm`` after the step, those of the objective, and scalars that it learns. Norms are those of the step
+        on its first loss.
 
     Raises:
         ValueError: So many devices cannot share out what the objective needs.

@@ -65,12 +65,14 @@ def fit_stage(
     unfitted = config.fit.to == "random" or codec.fitted_by_init or given is not None
     steps = 0 if unfitted else config.fit.steps
     phase, key = f"{arm}-fit", experiment.key("start")
-    start: Any = jax.jit(lambda key, x: fitting.init_fit(key, x, codec=codec, steps=max(steps, 1))).lower(key, targets)
-    state = start.out_info
-    advance: Any = jax.jit(
-        lambda state, x: fitting.fit_steps(state, x, codec=codec, steps=steps, count=1), donate_argnums=0
+    start: Any = jax.jit(fitting.init_fit, static_argnames=("codec", "steps")).lower(
+        key, targets, codec=codec, steps=max(steps, 1)
     )
-    programs = [start, *([advance := advance.lower(state, targets)] if steps else [])]
+    state = start.out_info
+    advance: Any = jax.jit(fitting.fit_steps, static_argnames=("codec", "steps", "count"), donate_argnums=0)
+    programs = [start]
+    if steps:
+        programs.append(advance := advance.lower(state, targets, codec=codec, steps=steps, count=1))
     if given is None:
         _take_over(_made_from(programs, key, targets, steps), fitted, phase, run)
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
@@ -229,7 +231,7 @@ def _loop(
 
 def schedule(config: RunConfig, iterations: int) -> optax.Schedule | None:
     """Returns the factor of the codec's updates over so many outer steps."""
-    return optax.cosine_decay_schedule(1.0, max(iterations, 1)) if config.distill.schedule == "cosine" else None
+    return distillation.cosine(iterations) if config.distill.schedule == "cosine" else None
 
 
 def device_mesh(config: RunConfig) -> Mesh | None:

@@ -7,6 +7,7 @@ A new one is a file here, with a spec whose ``name`` is a ``Literal`` and a func
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
@@ -81,12 +82,17 @@ def make(spec: CodecSpec, *, image_shape: Sequence[int], num_classes: int, bytes
     """
     if spec.name not in SPECS:
         raise ValueError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
-    file = sys.modules[SPECS[spec.name].__module__]
     # Plain numbers, as a manifest holds them, also of those who count with NumPy.
     plain = {name: value.item() for name, value in vars(spec).items() if isinstance(value, np.generic)}
     shape = tuple(integer(side, "image_shape") for side in image_shape)
     classes, spec = integer(num_classes, "num_classes"), dataclasses.replace(spec, **plain)
-    codec = file.make(spec, shape, classes, int(bytes_per_class))
+    return _make(spec, shape, classes, int(bytes_per_class))
+
+
+# One object for one codec: what is jitted with it is traced once, however often it is made.
+@functools.lru_cache(maxsize=64)
+def _make(spec: CodecSpec, shape: tuple[int, ...], classes: int, bytes_per_class: int) -> Codec:
+    codec = sys.modules[SPECS[spec.name].__module__].make(spec, shape, classes, bytes_per_class)
 
     def init(key: jax.Array, images: Any) -> Any:
         return codec.init(key, pixels.as_float(pixels.check(images, real=False)))

@@ -6,8 +6,11 @@ A new one is a file here, with a spec whose ``name`` is a ``Literal`` and a func
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
+
+import flax.core
 
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
@@ -83,8 +86,14 @@ def make(
     if SPECS.get(spec.name) is not type(spec):
         raise ValueError(f"objective.name: expected one of {', '.join(SPECS)}; found {spec.name!r}")
     network.check(codec.image_shape, codec.num_classes)
-    objective = sys.modules[type(spec).__module__].make(spec, codec, network, augment or DsaSpec())
-    return objective if mmd is None else with_mmd(objective, mmd)
+    return _made(spec, codec, network, augment or DsaSpec(), mmd or MmdSpec())
+
+
+# One object for one objective: what is jitted with it is traced once, however often it is made.
+@functools.lru_cache(maxsize=64)
+def _made(spec: Any, codec: Codec, network: Network, augment: DsaSpec, mmd: MmdSpec) -> Objective:
+    objective = with_mmd(sys.modules[type(spec).__module__].make(spec, codec, network, augment), mmd)
+    return objective._replace(needs=flax.core.freeze(objective.needs))
 
 
 def resolved(spec: Any, ipc: float) -> Any:
