@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,9 @@ class LabelSpec:
     teacher_steps: Annotated[int, Ge(0), Doc("Its training steps, in place of epochs; 0 = by epochs.")] = 0
 
 
-class SoftLabels(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftLabels:
     """The labels of a set as they are written.
 
     Attributes:
@@ -78,8 +80,8 @@ class SoftLabels(NamedTuple):
         arrays: As :func:`layout` describes them.
     """
 
-    spec: LabelSpec
-    num_classes: int
+    spec: LabelSpec = dataclasses.field(metadata={"static": True})
+    num_classes: int = dataclasses.field(metadata={"static": True})
     arrays: dict[str, np.ndarray]
 
     @property
@@ -93,8 +95,13 @@ class SoftLabels(NamedTuple):
         return {"kind": "soft", "dtype": self.spec.dtype, "top_k": self.spec.top_k}
 
     def probabilities(self) -> jax.Array:
-        """Returns the labels ``[n, k]`` as float32, each with sum 1."""
-        return jnp.asarray(unpack(self.arrays, self.spec, self.num_classes))
+        """Returns the labels ``[n, k]`` as float32, each with sum 1; also under transformations, without a gradient."""
+        read = partial(unpack, spec=self.spec, num_classes=self.num_classes)
+        if not any(isinstance(x, jax.core.Tracer) for x in self.arrays.values()):
+            return jnp.asarray(read(self.arrays))
+        rows = jax.ShapeDtypeStruct((self.arrays[LABELS].shape[0], self.num_classes), jnp.float32)
+        # Reading checks values and counts in float64: NumPy does it, on the host.
+        return jax.pure_callback(read, rows, lax.stop_gradient(self.arrays), vmap_method="sequential")
 
 
 def layout(spec: LabelSpec, num_images: int, num_classes: int) -> dict[str, jax.ShapeDtypeStruct]:

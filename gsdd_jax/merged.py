@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -102,10 +102,10 @@ class MergedSet:
 
         return jnp.concatenate([part.images(size) for part in self.parts])
 
-    def save(self, path: synset.Location) -> dict[str, int]:
+    def save(self, path: synset.Location, *, format: Literal["safetensors", "orbax"] = "safetensors") -> dict[str, int]:
         """Writes the set into the directory ``path``: a directory for each part, and a manifest that names them.
 
-        Labels of the whole are a file beside them.
+        Labels of the whole are a file beside them. With ``format="orbax"`` every part is an orbax checkpoint.
 
         The directory of a part is named after its content, and the manifest is replaced last: a crash leaves the old
         set or the new one. Then the parts of the set that was replaced are removed.
@@ -114,7 +114,7 @@ class MergedSet:
             Sizes in bytes, summed over the parts, as `SynSet.save` returns them; the manifest of the whole included.
         """
         names = [f"part{i}-{_digest(part)}" for i, part in enumerate(self.parts)]
-        written = [part.save(f"{path}/{name}") for name, part in zip(names, self.parts, strict=True)]
+        written = [part.save(f"{path}/{name}", format=format) for name, part in zip(names, self.parts, strict=True)]
         keys = dict.fromkeys(key for each in written for key in each)
         sizes = {key: sum(each.get(key, 0) for each in written) for key in keys}
         entry: dict[str, Any] = {}

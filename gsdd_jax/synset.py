@@ -1,8 +1,9 @@
 """The distilled set as an artifact: stored parameters, labels and metadata.
 
-One safetensors file and one JSON manifest. Data only, never code: reading a set decodes arrays and JSON, nothing is
-unpickled. The manifest says how to decode; the safetensors file holds exactly the bytes that the budget counts, plus
-its own header of names and shapes, which is counted apart. What `exchange` checks happens before an array is read.
+One safetensors file and one JSON manifest, or both as an orbax checkpoint, see `orbax_set`. Data only, never code:
+reading a set decodes arrays and JSON, nothing is unpickled. The manifest says how to decode; the safetensors file holds
+exactly the bytes that the budget counts, plus its own header of names and shapes, which is counted apart. What
+`exchange` checks happens before an array is read.
 
 JAX is imported where it is needed, so that `read` works without it.
 """
@@ -12,19 +13,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from gsdd_jax import exchange, files
+from gsdd_jax import exchange, files, orbax_set
 from gsdd_jax.exchange import Array, Manifest
 
 if TYPE_CHECKING:
@@ -59,7 +61,10 @@ D = TypeVar("D", bound=_Decoder)
 
 @dataclasses.dataclass(frozen=True)
 class SynSet:
-    """A distilled set, ready to render and to train on.
+    """A distilled set, ready to render and to train on; a pytree of its parameters and soft labels.
+
+    All else is the same before and after a transformation of JAX, ``meta`` included: what is compiled for one set
+    serves others of equal codec, names and meta, and sets are stacked where these are equal.
 
     Attributes:
         codec: How ``params`` become images.
@@ -84,7 +89,8 @@ class SynSet:
     params: Any
     bytes_per_class: int
     class_names: tuple[str, ...]
-    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # No part of the hash, which dictionaries do not have.
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     soft: SoftLabels | None = None
 
     @property
@@ -114,8 +120,17 @@ class SynSet:
         # Compiled once for each size: JAX knows the codec's function again, as it would not know a new lambda.
         return jax.jit(self.codec.decode, static_argnames="size")(self.params, size=size and tuple(size))
 
-    def save(self, path: Location) -> dict[str, int]:
+    def save(
+        self, path: Location, *, format: Literal["safetensors", "orbax"] = "safetensors", state: Any = None
+    ) -> dict[str, int]:
         """Writes the set into the directory ``path``.
+
+        Args:
+            path: The directory; with orbax, absent or empty.
+            format: ``safetensors``: a file of arrays and a manifest, which take the place of a set that is there;
+                ``orbax``: a checkpoint of the same arrays, with the manifest as its metadata.
+            state: With orbax, what a distillation goes on from, a pytree with the float32 masters as ``params``, such
+                as the state of a run; it is a checkpoint of its own in ``state``.
 
         Returns:
             Sizes in bytes: ``payload`` (what the budget counts), ``header`` (names and shapes of the safetensors
@@ -123,15 +138,16 @@ class SynSet:
             their part of the payload.
 
         Raises:
-            ValueError: Soft labels that are not one per image, or a set beyond what :func:`load` accepts of anyone.
+            ValueError: Soft labels that are not one per image, a set beyond what :func:`load` accepts of anyone, an
+                unknown format, or a directory with something in it where a checkpoint should be.
         """
-        import jax.numpy as jnp
-        from safetensors.flax import save
-
         from gsdd_jax import storage
 
+        if format not in ("safetensors", "orbax"):
+            raise ValueError(f"format: expected safetensors or orbax, found {format!r}")
+        if state is not None and format != "orbax":
+            raise ValueError("state: only format='orbax' keeps it")
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         written = self.codec.pack(self.codec.quantize(self.params))
         if self.soft is not None:
             found = {name: Array(str(x.dtype), x.shape) for name, x in self.soft.arrays.items()}
@@ -139,8 +155,8 @@ class SynSet:
             with naming(folder / ARRAYS):
                 exchange.compare(found, entry.arrays(self.codec.num_images, self.codec.num_classes))
             written = {**written, **self.soft.arrays}
-        data = save({name: jnp.asarray(x) for name, x in written.items()})
-        header = 8 + struct.unpack("<Q", data[:8])[0]
+        data = exchange.serialize(written)
+        header = 8 + int.from_bytes(data[:8], "little")
         digest = hashlib.sha256(data).hexdigest()
         sizes = {"payload": storage.nbytes(written), "header": header, "file": len(data)}
         sizes |= {} if self.soft is None else {"labels": self.soft.nbytes}
@@ -161,12 +177,29 @@ class SynSet:
         # What could not be read again does not replace what can.
         document = exchange.parse_json(text, exchange.MANIFEST_BYTES)
         exchange.settings_of(type(self.codec.spec), exchange.manifest_of(document).codec)
+        if format == "orbax":
+            orbax_set.write(folder, written, document, state)
+            return {**sizes, "manifest": len(text)}
+        folder.mkdir(parents=True, exist_ok=True)
         # The new arrays stand beside the old ones, under their sum, until the new manifest, which says it, is there.
         fresh = files.write_bytes(_named(folder, digest), data)
         files.write_bytes(folder / MANIFEST, text)
         fresh.replace(folder / ARRAYS)
         tidy(folder, {ARRAYS})
         return {**sizes, "manifest": len(text)}
+
+
+if find_spec("jax") is not None:
+    from jax.tree_util import GetAttrKey, register_pytree_with_keys
+
+    register_pytree_with_keys(
+        SynSet,
+        lambda whole: (
+            ((GetAttrKey("params"), whole.params), (GetAttrKey("soft"), whole.soft)),
+            dataclasses.replace(whole, params=None, soft=None),
+        ),
+        lambda rest, data: dataclasses.replace(rest, **dict(zip(("params", "soft"), data, strict=True))),
+    )
 
 
 def fingerprint(parts: Iterable[SynSet]) -> str:
@@ -186,7 +219,7 @@ def load(path: Location) -> SynSet:
     """Reads a distilled set back; the training data need not be there.
 
     Args:
-        path: A directory that :meth:`SynSet.save` wrote, or the directory of a run that exported one.
+        path: A directory that :meth:`SynSet.save` wrote in either form, or that of a run that exported one.
 
     Raises:
         FileNotFoundError: There is no manifest, or no file of arrays.
@@ -197,7 +230,8 @@ def load(path: Location) -> SynSet:
 
     manifest, codec, written = read(path, _codec, bfloat16=lambda bits: bits.view(jnp.bfloat16))
     soft, entry = None, manifest.labels
-    with naming(folder_of(path) / ARRAYS):
+    folder = folder_of(path)
+    with naming(folder / ARRAYS if (folder / MANIFEST).exists() else folder):
         if entry is not None:
             rows = {name: written.pop(name) for name in entry.arrays(manifest.num_images, manifest.num_classes)}
             exchange.soft_labels(rows, entry, manifest.num_classes)
@@ -230,31 +264,59 @@ def read(
         ValueError: The files are damaged, do not belong together, or come from a newer format.
     """
     folder = folder_of(path)
-    names = folder / MANIFEST
+    in_file = (folder / MANIFEST).exists()
+    names = folder / (MANIFEST if in_file else orbax_set.METADATA)
     with opened(names) as (file, _), naming(names):
-        manifest = _manifest(file.read(exchange.MANIFEST_BYTES + 1))
-    # Under this name only where the writer was killed before its last step.
-    arrays = _named(folder, manifest.sha256)
-    if not manifest.sha256 or not arrays.exists():
-        arrays = folder / ARRAYS
-    if not arrays.exists():
-        raise FileNotFoundError(f"{arrays}: missing, although {MANIFEST} is there")
-    with opened(arrays) as (file, size):
-        with naming(arrays):
-            header = exchange.read_header(file, size)
+        manifest = _manifest(file.read(exchange.MANIFEST_BYTES + 1), (lambda x: x) if in_file else orbax_set.metadata)
+    with (_file if in_file else _checkpoint)(folder, manifest) as (arrays, found, get):
         with naming(names):
-            decoder = make(manifest, header.payload)
+            decoder = make(manifest, sum(array.nbytes for array in found.values()))
             expected = expected_arrays(decoder, manifest)
             needed = -(-sum(array.nbytes for array in expected.values()) // manifest.num_classes)
             exchange.whole(manifest.bytes_per_class, "bytes_per_class", needed, exchange.BUDGET)
         with naming(arrays):
-            exchange.compare(header.arrays, expected)
-            written = exchange.read_arrays(file, header, manifest.sizes, manifest.sha256)
+            exchange.compare(found, expected)
+            written = get()
     return (
         manifest,
         decoder,
         {name: bfloat16(x) if expected[name].dtype == "bfloat16" else x for name, x in written.items()},
     )
+
+
+# Where a set's arrays are, what they are, and how they are read once that was compared with what the set needs.
+Arrays = tuple[Path, Mapping[str, Array], Callable[[], dict[str, np.ndarray]]]
+
+
+@contextmanager
+def _file(folder: Path, manifest: Manifest) -> Iterator[Arrays]:
+    # Under this name only where the writer was killed before its last step.
+    path = _named(folder, manifest.sha256)
+    if not manifest.sha256 or not path.exists():
+        path = folder / ARRAYS
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: missing, although {MANIFEST} is there")
+    with opened(path) as (file, size):
+        with naming(path):
+            header = exchange.read_header(file, size)
+        yield (
+            path,
+            header.arrays,
+            lambda: exchange.read_arrays(file, header, manifest.sizes, manifest.sha256),
+        )
+
+
+@contextmanager
+def _checkpoint(folder: Path, manifest: Manifest) -> Iterator[Arrays]:
+    with naming(folder):
+        found, restore = orbax_set.contents(folder)
+
+    def get() -> dict[str, np.ndarray]:
+        data = exchange.serialize(restore())
+        header = exchange.read_header(file := io.BytesIO(data), len(data))
+        return exchange.read_arrays(file, header, manifest.sizes, manifest.sha256)
+
+    yield folder, found, get
 
 
 def expected_arrays(decoder: _Decoder, manifest: Manifest) -> dict[str, Array]:
@@ -264,7 +326,7 @@ def expected_arrays(decoder: _Decoder, manifest: Manifest) -> dict[str, Array]:
 
 
 def folder_of(path: Location) -> Path:
-    """Returns the folder with the manifest of a set: the path itself, or the export of a run directory.
+    """Returns the folder with the manifest of a set, in either form: the path itself, or the export of a run.
 
     Raises:
         FileNotFoundError: There is no manifest.
@@ -272,7 +334,7 @@ def folder_of(path: Location) -> Path:
     folder = Path(path)
     if not (folder / MANIFEST).exists() and (folder / EXPORT / MANIFEST).exists():
         folder = folder / EXPORT
-    if not (folder / MANIFEST).exists():
+    if not (folder / MANIFEST).exists() and not (folder / orbax_set.METADATA).exists():
         raise FileNotFoundError(
             f"{folder}: no distilled set here (expected {MANIFEST}, or {EXPORT}/{MANIFEST} of a run)"
         )
@@ -297,12 +359,12 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _manifest(raw: bytes) -> Manifest:
+def _manifest(raw: bytes, inside: Callable[[Any], Any]) -> Manifest:
     try:
         document = exchange.parse_json(raw, exchange.MANIFEST_BYTES)
     except ValueError as error:
         raise ValueError(f"damaged manifest ({error})") from error
-    return exchange.manifest_of(document)
+    return exchange.manifest_of(inside(document))
 
 
 def _codec(manifest: Manifest, payload: int) -> codecs.Codec:
@@ -322,7 +384,7 @@ def _codec(manifest: Manifest, payload: int) -> codecs.Codec:
     try:
         codec = _made(spec, repr(spec), manifest.image_shape, manifest.num_classes, room)
     except ValueError as error:
-        raise ValueError(f"codec: the {payload} bytes of {ARRAYS} are no such set ({error})") from error
+        raise ValueError(f"codec: {payload} bytes of arrays are no such set ({error})") from error
     for field in dataclasses.fields(spec):
         if getattr(spec, field.name) != getattr(codec.spec, field.name):
             found = exchange.short(getattr(spec, field.name))
@@ -416,11 +478,8 @@ def write_labels(path: Location, soft: SoftLabels) -> tuple[dict[str, Any], int]
     Returns:
         The entries of the manifest, and the size of the file.
     """
-    import jax.numpy as jnp
-    from safetensors.flax import save
-
     folder = Path(path)
-    data = save({name: jnp.asarray(x) for name, x in soft.arrays.items()})
+    data = exchange.serialize(soft.arrays)
     digest = hashlib.sha256(data).hexdigest()
     name = f"labels-{digest[:12]}.safetensors"
     files.write_bytes(folder / name, data)

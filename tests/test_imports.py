@@ -39,7 +39,13 @@ EXEMPT = {
 FORBIDDEN_CALLS = {"breakpoint", "eval", "exec", "exit", "input", "print", "quit"}
 FORBIDDEN_ATTRIBUTES = {("sys", "exit"), ("sys", "stdout"), ("sys", "stderr"), ("jax", "debug"), ("jax", "config")}
 # The rooms of the library that read and write files.
-FILE_ROOMS = ("gsdd_jax/data/", "gsdd_jax/experts.py", "gsdd_jax/files.py", "gsdd_jax/synset.py")
+FILE_ROOMS = (
+    "gsdd_jax/data/",
+    "gsdd_jax/experts.py",
+    "gsdd_jax/files.py",
+    "gsdd_jax/orbax_set.py",
+    "gsdd_jax/synset.py",
+)
 
 
 def imported_modules(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -321,8 +321,8 @@ def _set_of(experiment: Experiment, params: Any, learned: Mapping[str, Any], now
     return synset.SynSet(codec, stored, experiment.bytes_per_class, experiment.dataset.class_names, meta)
 
 
-def from_checkpoint(path: Path) -> synset.SynSet:
-    """Returns the set of the newest checkpoint of a run that is not finished: distilled so far, or fitted only.
+def from_checkpoint(path: Path) -> tuple[synset.SynSet, Any]:
+    """Returns the set of the newest checkpoint of a run, distilled so far or fitted only, and the checkpointed state.
 
     Soft labels are made as at the end of the run. Its meta says the phase and the step.
 
@@ -351,7 +351,7 @@ def from_checkpoint(path: Path) -> synset.SynSet:
             if experiment.expert_window is not None and config.labels.teacher == "experts":
                 experts = stages.expert_stage(experiment, experiments.expert_path(config, path), progress=quiet)
             label = labeling.label_stage(experiment, experts=experts, run=rundir, progress=quiet)
-            return dataclasses.replace(made, soft=label(made.images()))
+            return dataclasses.replace(made, soft=label(made.images())), found
     raise UserError(f"--checkpoint: {path} has no checkpoint yet; expected one of main-fit or main-distill")
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gsdd_jax import codecs, data, fitting, labels, match, nets, pixels, storage, synset, whiten
+from gsdd_jax import codecs, data, fitting, labels, match, nets, orbax_set, pixels, storage, synset, whiten
 from gsdd_jax.experts import Experts
 from gsdd_jax.merged import load
 from train import testset
@@ -217,12 +217,13 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
 
 
 def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tuple[Any, str]:
-    """Reads the parameters of a set for a codec, and the fingerprint of the set."""
+    """Reads the parameters of a set for a codec, float32 masters where it has some, and the set's fingerprint."""
     try:
         found = load(path)
+        start = orbax_set.with_masters(path, found) if isinstance(found, synset.SynSet) else None
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"fit.initial_set: {error}") from error
-    if not isinstance(found, synset.SynSet):
+    if start is None:
         raise ConfigError(
             f"fit.initial_set: {path} is a merged set; expected that of one run, such as one of its parts"
         )
@@ -231,14 +232,14 @@ def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tu
         settings = {f"codec.{key}": value for key, value in vars(one.spec).items() if not key.startswith(RATES)}
         return settings | {"image_shape": tuple(one.image_shape), "class_names": names}
 
-    wanted, there = described(codec, class_names), described(found.codec, found.class_names)
+    wanted, there = described(codec, class_names), described(start.codec, start.class_names)
     apart = [key for key in wanted | there if wanted.get(key) != there.get(key)]
     if apart:
         key = "codec.name" if "codec.name" in apart else apart[0]
         raise ConfigError(
             f"fit.initial_set: {path} has another {key} than this run: {there.get(key)}, expected {wanted.get(key)}"
         )
-    return found.params, synset.fingerprint([found])
+    return start.params, synset.fingerprint(found.parts)
 
 
 def known_data(config: RunConfig, dataset: data.Dataset) -> RunConfig:

@@ -14,13 +14,15 @@
     huggingface  ``data/train-*.parquet`` for ``load_dataset`` of Hugging Face ``datasets``, and a card; columns
                  ``image``, ``label`` (a ClassLabel with the names of the classes), ``soft_label``.
     set          the set itself, which `gsdd_jax.load` reads, such as that of a checkpoint (``--checkpoint``).
+    orbax        the set as an orbax checkpoint, which `gsdd_jax.load` and `orbax.checkpoint` alone read; of a merged
+                 set, one for each part. ``--masters`` adds the state of the run's newest checkpoint.
 
 All have a ``metadata.json``: the names of the classes as they are, what the set recorded (whitening, statistics of the
 channels, learned rate), and how the run trained its test networks.
 
-Images are those of the codec before any whitening, around [0,1]. PNGs, hence all forms but ``npz`` and ``set``, have 8
-bits: values are clipped to [0,1] and rounded. What a form lacks that the accuracies of the run needed is said in one
-line.
+Images are those of the codec before any whitening, around [0,1]. PNGs, hence ``png``, ``tfds`` and ``huggingface``,
+have 8 bits: values are clipped to [0,1] and rounded. What a form lacks that the accuracies of the run needed is said in
+one line.
 
 The target must not exist or be empty. It appears under its name when all of it is written.
 """
@@ -48,8 +50,9 @@ from train.errors import UserError, exit_cleanly, explain
 
 # In letters; file systems take 255 bytes, and a letter has at most four.
 NAME_LENGTH = 50
-# Forms that hold any value.
-UNCLIPPED = ("set", "npz")
+# Forms of the set itself, and those that hold any value.
+SETS = ("set", "orbax")
+UNCLIPPED = (*SETS, "npz")
 TFDS_NAME, TFDS_VERSION = "distilled", "1.0.0"
 # TFDS shows a file of this name as ``builder.info.metadata``.
 METADATA = "metadata.json"
@@ -66,6 +69,7 @@ class Export(NamedTuple):
         zca: The whitening of the run, where it is known and needed.
         metadata: What is written beside the images.
         left_out: What is not written although the accuracies of the run needed it, and why.
+        state: What the distillation goes on from, where it is asked for.
     """
 
     synset: SynSet | MergedSet
@@ -75,6 +79,7 @@ class Export(NamedTuple):
     zca: whiten.Zca | None
     metadata: dict[str, Any]
     left_out: dict[str, str]
+    state: Any = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,11 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.to not in FORMS:
             raise UserError(f"--to: unknown form {args.to!r}; allowed: {', '.join(FORMS)}")
         size = _size(args.size) if args.size else None
-        if size and args.to == "set":
+        if args.masters and args.to != "orbax":
+            raise UserError(f"--masters: only --to orbax holds them, found --to {args.to}")
+        if size and args.to in SETS:
             raise UserError(f"--size: a set is drawn at any size later; leave it out, found {args.size!r}")
         out = Path(args.out)
         check_target(out)
-        export = export_of(Path(args.run), args.to, size, checkpoint=args.checkpoint)
+        export = export_of(Path(args.run), args.to, size, checkpoint=args.checkpoint, masters=args.masters)
         files.write_folder(out, lambda folder: _write(export, FORMS[args.to], folder))
         n, h, w, c = export.images.shape
         clipped = f"{100 * np.mean((export.images < 0) | (export.images > 1)):.2f} % of all values were outside [0,1]"
@@ -100,9 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export_of(run: Path, to: str, size: tuple[int, int] | None, *, checkpoint: bool = False) -> Export:
+def export_of(
+    run: Path, to: str, size: tuple[int, int] | None, *, checkpoint: bool = False, masters: bool = False
+) -> Export:
     """Reads and draws a set, and gathers what else its accuracies needed, as far as it is known."""
-    made = _source(run, checkpoint=checkpoint)
+    made, state = _source(run, checkpoint=checkpoint or masters)
     images = np.asarray(made.images(size), np.float32)
     soft = None if made.soft_labels is None else np.asarray(made.soft_labels)
     kind, zca, training = made.meta.get("whiten"), None, None
@@ -131,7 +140,8 @@ def export_of(run: Path, to: str, size: tuple[int, int] | None, *, checkpoint: b
         "soft_labels": soft is not None,
         "left_out": list(left_out),
     }
-    return Export(made, images, [] if to in UNCLIPPED else pngs_of(images), soft, zca, metadata, left_out)
+    pngs = [] if to in UNCLIPPED else pngs_of(images)
+    return Export(made, images, pngs, soft, zca, metadata, left_out, state if masters else None)
 
 
 def config_of(run: Path) -> configs.RunConfig:
@@ -203,15 +213,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", action="store_true", help="the set of the newest checkpoint of the run, which is not finished"
     )
+    parser.add_argument(
+        "--masters",
+        action="store_true",
+        help="with --to orbax, of a run: the set of its newest checkpoint, with float32 masters and optimizer state",
+    )
     parser.add_argument("--size", metavar="SIDE", help="such as 64 or 64x96; default: the size of the set")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     return parser
 
 
-def _source(run: Path, *, checkpoint: bool) -> SynSet | MergedSet:
-    """Returns the set that is written: the exported one of a run, or that of its newest checkpoint."""
+def _source(run: Path, *, checkpoint: bool) -> tuple[SynSet | MergedSet, Any]:
+    """Returns the set that is written: the exported one of a run, or that of its newest checkpoint with the state."""
     if not checkpoint:
-        return results.exported(run)
+        return results.exported(run), None
     # Needs the data and all of training, which exported sets do not.
     from train import distill
 
@@ -451,12 +466,20 @@ def write_set(export: Export, folder: Path) -> None:
     export.synset.save(folder)
 
 
+def write_orbax(export: Export, folder: Path) -> None:
+    """Writes the set as an orbax checkpoint."""
+    # Merged sets are of several runs, hence of no one state.
+    state = {} if export.state is None else {"state": export.state}
+    export.synset.save(folder, format="orbax", **state)
+
+
 FORMS: dict[str, Callable[[Export, Path], None]] = {
     "png": write_png,
     "npz": write_npz,
     "tfds": write_tfds,
     "huggingface": write_huggingface,
     "set": write_set,
+    "orbax": write_orbax,
 }
 
 

@@ -1,0 +1,188 @@
+"""A stored set as an orbax checkpoint: its arrays under their names, and the manifest as JSON metadata.
+
+Any program with orbax restores it without this library, onto the devices of its own. The manifest is that of
+`synset`, to the letter; its sizes and its sum are those of the safetensors file of the same arrays, since orbax itself
+returns other numbers where a bit was flipped. Beside the arrays may lie what a distillation goes on from, float32
+masters and the optimizer's state, as a checkpoint of its own in ``state``.
+
+Reading stays what it is for the other form: JSON and numbers of zarr, no code, and names, dtypes and shapes are known
+before a number is read. Orbax is imported where it is needed: it brings JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gsdd_jax import exchange, files
+from gsdd_jax.exchange import Array
+
+if TYPE_CHECKING:
+    from gsdd_jax.synset import SynSet
+
+# Where orbax keeps the metadata of its user, under this key, and those of the arrays.
+METADATA, KEY, TREE = "_CHECKPOINT_METADATA", "custom_metadata", "_METADATA"
+STATE = "state"
+STATE_FORMAT = "gsdd_jax state/1"
+# Zeros compress well, and chunks of zeros need not be there: arrays may take so much, or so many times their files.
+UNPACKED, UNPACKED_PER_BYTE = 1 << 28, 64
+
+
+def write(path: Path, arrays: dict[str, Any], manifest: dict[str, Any], state: Any = None) -> None:
+    """Writes a checkpoint, all of it or nothing.
+
+    Args:
+        path: Absent, or an empty directory.
+        arrays: As they are written, by their names.
+        manifest: JSON-able.
+        state: A pytree of numbers and arrays that is kept beside them, or None.
+
+    Raises:
+        ValueError: There is something at the path, or the manifest could not be read again.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: expected an absent or empty directory: checkpoints are not written over")
+    # One level deeper than in a file of its own.
+    exchange.parse_json(json.dumps({KEY: manifest}, indent=1).encode(), exchange.MANIFEST_BYTES)
+
+    def fill(folder: Path) -> None:
+        _save(folder, arrays, manifest)
+        if state is not None:
+            digest = hashlib.sha256(exchange.serialize(_named(state))).hexdigest()
+            _save(folder / STATE, state, {"format": STATE_FORMAT, "sha256": digest})
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_folder(path, fill)
+
+
+def _save(folder: Path, tree: Any, metadata: dict[str, Any]) -> None:
+    import jax
+
+    ocp = _orbax()
+    # The other processes of a run do not wait for this one.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"set-of-{own}"
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    # Numbers of NumPy are bound to no device.
+    arguments = ocp.args.StandardSave(jax.tree.map(np.asarray, tree))
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(folder.resolve(), args=arguments, force=True, custom_metadata=metadata)
+
+
+def metadata(document: Any) -> dict[str, Any]:
+    """Returns what a checkpoint's ``METADATA`` say of themselves: a manifest, or what is none by its format."""
+    found = document.get(KEY) if type(document) is dict else None
+    return {"format": None} | (found if type(found) is dict else {})
+
+
+def contents(folder: Path) -> tuple[dict[str, Array], Callable[[], dict[str, np.ndarray]]]:
+    """Returns the arrays of a checkpoint as it describes them, by their dotted paths, and a function that reads them.
+
+    Raises:
+        ValueError: It is damaged, or its arrays stand for more than its files could hold.
+    """
+    ocp = _orbax()
+    import jax
+
+    folder = folder.resolve()
+    size = 0
+    for file in folder.rglob("*"):
+        if not file.is_dir() and not file.is_file():
+            raise ValueError(f"{file.relative_to(folder)}: expected a regular file")
+        size += file.stat().st_size
+    handler = ocp.StandardCheckpointHandler()
+    with _damage():
+        if (folder / TREE).stat().st_size > exchange.MANIFEST_BYTES:
+            raise ValueError(f"{TREE}: expected at most {exchange.MANIFEST_BYTES} bytes, found more")
+        tree = handler.metadata(folder).tree
+        described = _named(tree)
+        found = {name: Array(str(np.dtype(leaf.dtype)), tuple(leaf.shape)) for name, leaf in described.items()}
+        for name, array in found.items():
+            if array.dtype not in exchange.CODES.values():
+                raise ValueError(f"{name}: expected one of {', '.join(exchange.CODES.values())}, found {array}")
+            # A chunk is allocated as a whole.
+            if math.prod(described[name].storage.chunk_shape) > max(math.prod(array.shape), 1):
+                raise ValueError(f"{name}: expected chunks no larger than {array}")
+    needed, allowed = sum(array.nbytes for array in found.values()), max(UNPACKED, UNPACKED_PER_BYTE * size)
+    if needed > allowed:
+        raise ValueError(f"expected at most {allowed} bytes of arrays in {size} bytes of files, found {needed}")
+
+    def restore() -> dict[str, np.ndarray]:
+        with _damage():
+            target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+            return _named(handler.restore(folder, args=ocp.args.StandardRestore(target)))
+
+    return found, restore
+
+
+def with_masters(path: str | Path, synset: SynSet) -> SynSet:
+    """Returns a set with the float32 masters that lie beside it in its checkpoint, or as it is where none do.
+
+    Args:
+        path: Where the set was read.
+        synset: The set; its parameters are replaced.
+
+    Raises:
+        ValueError: They are damaged, or of another set.
+    """
+    import jax
+
+    folder = Path(path) / STATE
+    if not (folder / METADATA).exists():
+        return synset
+    try:
+        with (folder / METADATA).open("rb") as file:
+            document = metadata(exchange.parse_json(file.read(exchange.MANIFEST_BYTES + 1), exchange.MANIFEST_BYTES))
+        if document["format"] != STATE_FORMAT:
+            raise ValueError(f"format: expected {STATE_FORMAT!r}, found {exchange.short(document['format'])}")
+        shape = jax.ShapeDtypeStruct((synset.codec.num_images, *synset.codec.image_shape), np.float32)
+        like = jax.eval_shape(synset.codec.init, jax.eval_shape(lambda: jax.random.key(0)), shape)
+        expected = {name: Array(str(leaf.dtype), leaf.shape) for name, leaf in _named({"params": like}).items()}
+        found, restore = contents(folder)
+        exchange.compare({name: array for name, array in found.items() if name.startswith("params.")}, expected)
+        arrays = restore()
+        digest = hashlib.sha256(exchange.serialize(arrays)).hexdigest()
+        if digest != document.get("sha256"):
+            raise ValueError(f"sha256: expected {exchange.short(document.get('sha256'))}, found {digest!r}")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    masters = jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(arrays[name]) for name in expected])
+    return dataclasses.replace(synset, params=masters)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their dotted paths, the same for a tuple with names and a dictionary."""
+    import jax
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Turns whatever orbax raises of files that it cannot read into one line."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"damaged checkpoint ({text if len(text) <= 160 else text[:157] + '...'})") from error
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError("an orbax checkpoint needs orbax: pip install orbax-checkpoint") from error
+    return orbax.checkpoint
