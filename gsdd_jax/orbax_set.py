@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,10 +170,29 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 @contextmanager
+def ignoring_abandoned_reads() -> Iterator[None]:
+    """Keeps the tracebacks of orbax's abandoned reads off stderr.
+
+    When one read fails, orbax closes the event loop on which tensorstore's threads want to report the others. They do
+    so at any later time, so after a failure the hook stays.
+    """
+
+    def unless_abandoned(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    hook = sys.unraisablehook
+    sys.unraisablehook = unless_abandoned
+    yield
+    sys.unraisablehook = hook
+
+
+@contextmanager
 def _damage() -> Iterator[None]:
     """Turns whatever orbax raises of files that it cannot read into one line."""
     try:
-        yield
+        with ignoring_abandoned_reads():
+            yield
     except MemoryError:
         raise
     except Exception as error:

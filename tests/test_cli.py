@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from command_line import assert_same, findings, kill_while_distilling, refused, start
 from PIL import Image
@@ -440,9 +441,22 @@ def test_checkpoint_is_a_set_that_another_run_starts_from(toy, whole, tmp_path, 
     assert (found.meta["phase"], found.meta["step"]) == ("main-distill", 4)
     assert found.meta.keys() - gsdd_jax.load(short).meta.keys() == {"phase", "step"}
 
-    begun = tmp_path / "begun"
+    # With masters, from which another run starts in place of the rounded parameters.
+    begun, kept = tmp_path / "begun", tmp_path / "kept"
+    assert export.main(["--run", str(out), "--masters", "--to", "orbax", "--out", str(kept)]) == 0
     settings = ["distill.iterations=0", "codec.lr=0.5", *ALONE]
-    assert start(toy, begun, f"fit.initial_set={made}", *settings) == 0
+    assert start(toy, begun, f"fit.initial_set={kept}", *settings) == 0
+    with ocp.StandardCheckpointer() as reader:
+        state = reader.restore(kept / "state")
+        of_begun, of_short = (
+            reader.restore(run / "checkpoints" / phase / "tree")
+            for run, phase in ((begun, "main-fit/0"), (short, "main-distill/4"))
+        )
+    assert state["step"] == 4 and set(state["params"]) == {"mean", "cholesky", "color", "opacity"}
+    for name, master in state["params"].items():
+        assert (master != getattr(found.params, name)).any()
+        for other in (of_begun, of_short):
+            np.testing.assert_array_equal(other[f"params.{name}"], master)
     assert (begun / "export" / "synset.safetensors").read_bytes() == arrays
     moved = Path(shutil.move(made, tmp_path / "moved"))
     assert start(toy, begun, f"fit.initial_set={moved}", *settings) == 0

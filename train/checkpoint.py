@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gsdd_jax import orbax_set
 from train.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -375,28 +376,21 @@ def _os_error_code(error: BaseException) -> int | None:
 def _quiet() -> Iterator[None]:
     """Keeps orbax's own log lines, and the tracebacks of its abandoned reads, off stderr; errors are raised as ever.
 
-    When one read fails, orbax closes the event loop on which tensorstore's threads want to report the others, or nobody
-    asks for what they report. They do so at any later time, so after a failure these filters stay.
+    Nobody may ask for what they report at any later time, so after a failure the filter of the loops stays.
     """
 
     def not_of_orbax(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    def unless_abandoned(unraisable: sys.UnraisableHookArgs) -> None:
-        if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
     def unless_forgotten(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Task exception was never retrieved")
 
-    hook = sys.unraisablehook
     logger, loops = logging.getLogger("absl"), logging.getLogger("asyncio")
     logger.addFilter(not_of_orbax)
     loops.addFilter(unless_forgotten)
-    sys.unraisablehook = unless_abandoned
     try:
-        yield
-        sys.unraisablehook = hook
+        with orbax_set.ignoring_abandoned_reads():
+            yield
         loops.removeFilter(unless_forgotten)
     finally:
         logger.removeFilter(not_of_orbax)
