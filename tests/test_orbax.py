@@ -40,7 +40,7 @@ def make(name: str, *, soft: bool = False, names=NAMES, meta=None, shape=SHAPE) 
     codec = codecs.make(SPECS[name], image_shape=shape, num_classes=CLASSES, bytes_per_class=2000)
     rows = np.random.default_rng(1).dirichlet(np.ones(CLASSES), codec.num_images)
     kept = labels.pack(rows, labels.LabelSpec(kind="soft", dtype="bfloat16", top_k=1)) if soft else None
-    params = codec.loaded(codec.stored(masters_of(codec)))
+    params = codec.dequantize(codec.quantize(masters_of(codec)))
     return SynSet(codec, params, 2100, names, {"toy": [0.5, None]} if meta is None else meta, kept)
 
 
@@ -128,7 +128,7 @@ def test_documentation_reads_a_checkpoint_without_this_library_and_onto_eight_de
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    written = made.codec.pack(made.codec.stored(made.params)) | made.soft.arrays
+    written = made.codec.pack(made.codec.quantize(made.params)) | made.soft.arrays
     expected = {name: np.asarray(array).tobytes().hex() for name, array in sorted(written.items())}
     assert done.stdout.splitlines()[-1] == str(expected)
 
