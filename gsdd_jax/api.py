@@ -7,7 +7,6 @@ own: `codecs.make`, `nets.make`, `match.make`, `distillation.make_step`. What is
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,8 +34,8 @@ OnStep = Callable[[int, dict[str, jax.Array]], None]
 TRAINING = EvalSpec(epochs=200, batch=64, lr=0.01, seeds=3)
 # Side of the last feature map of the default ConvNet.
 _LAST_SIDE = 4
-# Seconds between numbers on a progress bar, for each of which the device is waited for.
-_SHOWN = 0.5
+# How often a progress bar shows a number, for each of which the device is waited for.
+_SHOWN = 50
 
 
 class Accuracy(NamedTuple):
@@ -213,7 +212,7 @@ def evaluate(
     Raises:
         ValueError, TypeError: Images or labels that do not fit, or a set whose whitening has to be given.
     """
-    test_images = pixels.check(test_images, "test_images")
+    test_images = _gray_levels(test_images, "test_images")
     test_labels = np.asarray(test_labels)
     seen = _whitening_of(synset) if whitening is None else whitening
     h, w, c = test_images.shape[1:]
@@ -250,12 +249,21 @@ def _training_set(
     images: Any, labels: Any, class_names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Checks a training set; returns it as NumPy arrays, and the names of its classes."""
-    images, labels = np.asarray(pixels.check(images)), np.asarray(labels)
+    images, labels = _gray_levels(images, "images"), np.asarray(labels)
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected one per image, {list(images.shape[:1])}; found shape {list(labels.shape)}")
     num_classes = len(class_names) or int(labels.max(initial=0)) + 1
     class_index(labels, num_classes)
     return images, labels, tuple(class_names) or tuple(map(str, range(num_classes)))
+
+
+def _gray_levels(images: Any, name: str) -> np.ndarray:
+    """Returns images as NumPy arrays; floats that are gray levels as such, so that either form gives the same bits."""
+    images = np.asarray(pixels.check(images, name))
+    if images.dtype == np.uint8:
+        return images
+    levels = np.clip(np.round(images * 255.0), 0, 255)
+    return levels.astype(np.uint8) if np.abs(images * 255.0 - levels).max() < 1e-3 else images
 
 
 def _codec(codec: Any, images: np.ndarray, labels: np.ndarray, bytes_per_class: int | None) -> Codec:
@@ -383,13 +391,13 @@ def _check_finite(losses: Sequence[jax.Array], params: Any) -> None:
 def _bar(name: str, total: int, *, shown: bool) -> Iterator[Callable[..., None]]:
     """Shows a bar; yields a function that moves it on, with what gives its text where it is time for one."""
     with Progress(disable=not (shown and total), transient=True) as bar:
-        task, last = bar.add_task(name, total=total), time.monotonic()
+        task, done = bar.add_task(name, total=total), 0
 
         def advance(text: Callable[[], str], count: int = 1) -> None:
-            nonlocal last
+            nonlocal done
+            done += count
             bar.advance(task, count)
-            if shown and time.monotonic() - last > _SHOWN:
+            if shown and done % max(total // _SHOWN, 1) == 0:
                 bar.update(task, description=f"{name}: {text()}")
-                last = time.monotonic()
 
         yield advance

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("lazy_compiler")
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, CLASSES, NAMES = (6, 8, 3), 2, ("cat", "naïve 犬")
 SPECS = {
-    "gaussian": codecs.GaussianSpec(gpc=4, num_points=3),
-    "packed": codecs.PackedGaussianSpec(gpc=2, num_points=5),
+    "gaussian": codecs.GaussianSpec(images_per_class=4, num_points=3),
+    "packed": codecs.PackedGaussianSpec(images_per_class=2, num_points=5),
     "pixel": codecs.PixelSpec(dtype="uint8", ipc=3),
 }
 
