@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -55,13 +56,21 @@ def write(path: Path, arrays: dict[str, Any], manifest: dict[str, Any], state: A
     exchange.parse_json(json.dumps({KEY: manifest}, indent=1).encode(), exchange.MANIFEST_BYTES)
 
     def fill(folder: Path) -> None:
-        _save(folder, arrays, manifest)
+        _save(folder, _on_host(arrays), manifest)
         if state is not None:
-            digest = hashlib.sha256(exchange.serialize(_named(state))).hexdigest()
-            _save(folder / STATE, state, {"format": STATE_FORMAT, "sha256": digest})
+            kept = _on_host(state)
+            digest = hashlib.sha256(exchange.serialize(_named(kept))).hexdigest()
+            _save(folder / STATE, kept, {"format": STATE_FORMAT, "sha256": digest})
 
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_folder(path, fill)
+
+
+def _on_host(tree: Any) -> Any:
+    """Returns a tree with arrays of NumPy, which are bound to no device."""
+    import jax
+
+    return jax.tree.map(np.asarray, tree)
 
 
 def _save(folder: Path, tree: Any, metadata: dict[str, Any]) -> None:
@@ -74,10 +83,8 @@ def _save(folder: Path, tree: Any, metadata: dict[str, Any]) -> None:
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"set-of-{own}"
     )
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    # Numbers of NumPy are bound to no device.
-    arguments = ocp.args.StandardSave(jax.tree.map(np.asarray, tree))
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(folder.resolve(), args=arguments, force=True, custom_metadata=metadata)
+        checkpointer.save(folder.resolve(), args=ocp.args.StandardSave(tree), force=True, custom_metadata=metadata)
 
 
 def metadata(document: Any) -> dict[str, Any]:
@@ -173,18 +180,23 @@ def _named(tree: Any) -> dict[str, Any]:
 def ignoring_abandoned_reads() -> Iterator[None]:
     """Keeps the tracebacks of orbax's abandoned reads off stderr.
 
-    When one read fails, orbax closes the event loop on which tensorstore's threads want to report the others. They do
-    so at any later time, so after a failure the hook stays.
+    When one read fails, orbax closes the event loop on which tensorstore's threads want to report the others, or nobody
+    asks for what they report. They do so at any later time, so after a failure these filters stay.
     """
 
     def unless_abandoned(unraisable: sys.UnraisableHookArgs) -> None:
         if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    hook = sys.unraisablehook
+    def unless_forgotten(record: logging.LogRecord) -> bool:
+        return " exception was never retrieved" not in record.getMessage()
+
+    hook, loops = sys.unraisablehook, logging.getLogger("asyncio")
     sys.unraisablehook = unless_abandoned
+    loops.addFilter(unless_forgotten)
     yield
     sys.unraisablehook = hook
+    loops.removeFilter(unless_forgotten)
 
 
 @contextmanager

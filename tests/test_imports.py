@@ -31,22 +31,18 @@ PICKLING_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelv
 # The choice of the backend: the GPU to compile for where there is none, the warning that a package is missing, and
 # one of that package that must not reach users.
 # What a reader passed over, which no value that it returns can say. The verbs show progress where they are asked to.
+# The filter of what orbax logs of reads that it abandoned.
 EXEMPT = {
     "kernels/splat.py": {"os", "warnings"},
     "kernels/_splat_triton.py": {"warnings"},
     "gsdd_jax/api.py": {"rich"},
     "gsdd_jax/data/__init__.py": {"warnings"},
+    "gsdd_jax/orbax_set.py": {"logging"},
 }
 FORBIDDEN_CALLS = {"breakpoint", "eval", "exec", "exit", "input", "print", "quit"}
 FORBIDDEN_ATTRIBUTES = {("sys", "exit"), ("sys", "stdout"), ("sys", "stderr"), ("jax", "debug"), ("jax", "config")}
 # The rooms of the library that read and write files.
-FILE_ROOMS = (
-    "gsdd_jax/data/",
-    "gsdd_jax/experts.py",
-    "gsdd_jax/files.py",
-    "gsdd_jax/orbax_set.py",
-    "gsdd_jax/synset.py",
-)
+FILE_ROOMS = tuple(f"gsdd_jax/{room}" for room in ("data/", "experts.py", "files.py", "orbax_set.py", "synset.py"))
 
 
 def imported_modules(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.flax import load_file, save_file
+from safetensors.numpy import save
 
 import gsdd_jax
-from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, synset
+from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, exchange, synset
 from gsdd_jax.codecs import (
     DownscaleSpec,
     FactorSpec,
@@ -145,6 +146,15 @@ def test_file_is_payload_plus_header(saved):
     assert len(raw) == made.nbytes + header
     assert json.loads((folder / "manifest.json").read_text())["sizes"]["payload"] == made.nbytes
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "synset.safetensors"]
+
+
+def test_serialized_arrays_are_the_file_of_the_safetensors_package():
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{place}.é-{dtype}": np.asarray(9 * rng.normal(size=rng.integers(0, 4, place % 4))).astype(jnp.dtype(dtype))
+        for place, dtype in enumerate(reversed(exchange.CODES.values()))
+    }
+    assert exchange.serialize(arrays) == save(arrays) and exchange.serialize({}) == save({})
 
 
 def test_images_at_another_size_survive_the_file(saved):

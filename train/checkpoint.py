@@ -374,23 +374,15 @@ def _os_error_code(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps orbax's own log lines, and the tracebacks of its abandoned reads, off stderr; errors are raised as ever.
-
-    Nobody may ask for what they report at any later time, so after a failure the filter of the loops stays.
-    """
+    """Keeps orbax's own log lines, and the tracebacks of its abandoned reads, off stderr; errors are raised as ever."""
 
     def not_of_orbax(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    def unless_forgotten(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Task exception was never retrieved")
-
-    logger, loops = logging.getLogger("absl"), logging.getLogger("asyncio")
+    logger = logging.getLogger("absl")
     logger.addFilter(not_of_orbax)
-    loops.addFilter(unless_forgotten)
     try:
         with orbax_set.ignoring_abandoned_reads():
             yield
-        loops.removeFilter(unless_forgotten)
     finally:
         logger.removeFilter(not_of_orbax)
