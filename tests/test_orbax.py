@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import gsdd_jax
-from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, files, labels, orbax_set, synset
+from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, labels, orbax_set, synset
 from train import export
 
 pytestmark = pytest.mark.usefixtures("lazy_compiler")
@@ -85,19 +85,15 @@ def test_merged_set_is_a_checkpoint_for_each_part(tmp_path):
     assert all(orbax_set.METADATA in map(lambda x: x.name, part.iterdir()) for part in (tmp_path / "out").glob("part*"))
 
 
-def test_documentation_reads_a_checkpoint_without_this_library_and_onto_eight_devices(tmp_path):
+def test_documentation_reads_a_checkpoint_without_this_library_and_onto_eight_devices(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "exchange.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text.split("## Orbax")[1], re.DOTALL)
     made = make("gaussian", soft=True)
     made.save(tmp_path / "runs" / "digits" / "export")
     masters = masters_of(made.codec)
-    here = os.getcwd()
-    try:
-        os.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
         exec(compile(blocks[0], "exchange.md", "exec"), {})
-    finally:
-        os.chdir(here)
-    files.write_folder(tmp_path / "state", lambda folder: None)
     made.save(tmp_path / "both", format="orbax", state={"params": masters, "opt_state": [jnp.int32(3)]})
     (tmp_path / "both" / "state").rename(tmp_path / "digits_orbax" / "state")
     program = "\n".join(blocks[1:]) + textwrap.dedent(
