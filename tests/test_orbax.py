@@ -26,7 +26,7 @@ SHAPE, CLASSES, NAMES = (6, 8, 3), 2, ("cat", "naïve 犬")
 SPECS = {
     "gaussian": codecs.GaussianSpec(images_per_class=4, num_points=3),
     "packed": codecs.PackedGaussianSpec(images_per_class=2, num_points=5),
-    "pixel": codecs.PixelSpec(dtype="uint8", ipc=3),
+    "pixel": codecs.PixelSpec(dtype="uint8", images_per_class=3),
 }
 
 
