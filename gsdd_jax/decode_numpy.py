@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gsdd_jax import exchange, merged, packing, synset
-from gsdd_jax.exchange import SETTING, SETTINGS, SORTED_POINTS, Array, Manifest, short, whole, widened
+from gsdd_jax.exchange import SETTING, Array, Manifest, check_integer, short, widened
 
 # Of `codecs.base`, `gaussians` and `codecs.packed`, which import JAX.
 CENTER, SPREAD = 0.5, 0.25
@@ -30,6 +30,8 @@ FINEST_STEP = 2.0**-16
 PADDING = 0.5
 # Of `storage`: the number that stands for 0 in a byte, and the distance of its values.
 BYTE_ZERO, BYTE_STEP = 85, 1 / 85
+# Of the specs: what takes long beyond it.
+SUPERSAMPLE, FACTOR, SORTED_POINTS = 64, 16, 1 << 12
 
 Arrays = dict[str, np.ndarray]
 Size = tuple[int, int]
@@ -149,7 +151,7 @@ def decoder_of(manifest: Manifest, payload: int) -> Decoder:
 
 
 def _setting(manifest: Manifest, name: str, high: int = SETTING) -> int:
-    return whole(manifest.codec.get(name), f"codec.{name}", 1, min(high, SETTINGS.get(name, high)))
+    return check_integer(manifest.codec.get(name), f"codec.{name}", 1, high)
 
 
 def _choice(manifest: Manifest, name: str, *allowed: str) -> str:
@@ -176,7 +178,7 @@ def _divided(manifest: Manifest, name: str, divisor: int) -> int:
 def _gaussian(manifest: Manifest) -> Decoder:
     (h, w, c), dtype = manifest.image_shape, _dtype(manifest)
     lead = (manifest.num_images, _setting(manifest, "num_points"))
-    supersample, cutoff = _setting(manifest, "supersample"), _cutoff(manifest)
+    supersample, cutoff = _setting(manifest, "supersample", SUPERSAMPLE), _cutoff(manifest)
     shapes = {"mean": (*lead, 2), "cholesky": (*lead, 3), "color": (*lead, c), "opacity": lead}
 
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
@@ -191,7 +193,7 @@ def _packed_gaussian(manifest: Manifest) -> Decoder:
     sort = _choice(manifest, "order", "sorted", "kept") == "sorted"
     m = _setting(manifest, "num_points", SORTED_POINTS if sort else SETTING)
     bits = {name: _setting(manifest, f"bits_{name}", 16) for name in ("mean", "cholesky", "color")}
-    supersample, cutoff = _setting(manifest, "supersample"), _cutoff(manifest)
+    supersample, cutoff = _setting(manifest, "supersample", SUPERSAMPLE), _cutoff(manifest)
     place = packing.multiset_bits(m, 4 ** bits["mean"]) if sort else 2 * m * bits["mean"]
     sizes = [n * place, n * m * 3 * bits["cholesky"], n * m * c * bits["color"]]
     layout = {
@@ -304,7 +306,7 @@ def _pixel(manifest: Manifest) -> Decoder:
 
 def _downscale(manifest: Manifest) -> Decoder:
     h, w, c = manifest.image_shape
-    f = _setting(manifest, "factor")
+    f = _setting(manifest, "factor", FACTOR)
     height, width = -(-h // f), -(-w // f)
     array = _pixel_array(manifest, _divided(manifest, "factor", f * f))
 
@@ -408,7 +410,7 @@ def _cosines(frequencies: int, positions: int) -> np.ndarray:
 
 def _memory(manifest: Manifest) -> Decoder:
     (h, w, c), dtype = manifest.image_shape, _dtype(manifest)
-    f, bases = _setting(manifest, "factor"), _setting(manifest, "bases")
+    f, bases = _setting(manifest, "factor", FACTOR), _setting(manifest, "bases")
     layout = {
         "coefficients": Array(dtype, (manifest.num_images, bases)),
         "bases": Array(dtype, (bases, -(-h // f), -(-w // f), c)),

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -29,10 +30,13 @@ DEPTH = 32
 CLASSES, IMAGES_PER_CLASS, SIDE, VALUES, NAME_LENGTH = 1 << 16, 1 << 20, 1 << 13, 1 << 24, 1 << 10
 BUDGET = 1 << 40
 SETTING, LARGEST = 1 << 16, 1e300
-# Settings that a codec loops over, or whose square it draws.
-SETTINGS = {"supersample": 64, "layers": 64, "blocks": 64, "factor": 16}
-# Finding a sorted image of so many from its number takes seconds, of a quarter as many a tenth of one.
-SORTED_POINTS = 1 << 12
+# Of the annotations of settings.
+BOUNDS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
 # The arrays of soft labels, and the precisions of their probabilities.
 LABELS, LABEL_INDICES = "labels", "label_indices"
 LABEL_DTYPES = ("float32", "bfloat16", "uint8")
@@ -193,7 +197,7 @@ def constants(meta: Mapping[str, Any], key: str) -> tuple[float, ...] | None:
     return tuple(map(float, value))
 
 
-def whole(value: Any, key: str, low: int, high: int) -> int:
+def check_integer(value: Any, key: str, low: int, high: int) -> int:
     """Returns an integer of a document.
 
     Raises:
@@ -226,7 +230,7 @@ def manifest_of(document: Any) -> Manifest:
     for key, kind in (("codec", dict), ("meta", dict), ("sizes", dict), ("class_names", list), ("image_shape", list)):
         if type(document[key]) is not kind:
             raise ValueError(f"{key}: expected a {kind.__name__}, found {short(document[key])}")
-    classes, sizes = whole(document["num_classes"], "num_classes", 1, CLASSES), document["sizes"]
+    classes, sizes = check_integer(document["num_classes"], "num_classes", 1, CLASSES), document["sizes"]
     labels = labels_of(document["labels"], classes) if "labels" in document else None
     named = ("payload", "header", "file", *(() if labels is None else (LABELS,)))
     if set(sizes) != set(named):
@@ -238,11 +242,11 @@ def manifest_of(document: Any) -> Manifest:
         codec=renamed(document["codec"], "codec"),
         image_shape=_image_shape(document["image_shape"]),
         num_classes=classes,
-        images_per_class=whole(document["images_per_class"], "images_per_class", 1, IMAGES_PER_CLASS),
-        bytes_per_class=whole(document["bytes_per_class"], "bytes_per_class", 1, BUDGET),
+        images_per_class=check_integer(document["images_per_class"], "images_per_class", 1, IMAGES_PER_CLASS),
+        bytes_per_class=check_integer(document["bytes_per_class"], "bytes_per_class", 1, BUDGET),
         class_names=_class_names(document["class_names"], classes),
         meta=document["meta"],
-        sizes={key: whole(value, f"sizes.{key}", 0, BUDGET) for key, value in sizes.items()},
+        sizes={key: check_integer(value, f"sizes.{key}", 0, BUDGET) for key, value in sizes.items()},
         sha256=digest,
         labels=labels,
     )
@@ -281,7 +285,7 @@ def _check_format(found: Any) -> None:
 def _image_shape(value: list[Any]) -> tuple[int, int, int]:
     if len(value) != 3:
         raise ValueError(f"image_shape: expected [height, width, channels], found {len(value)} numbers")
-    h, w, c = (whole(side, f"image_shape.{i}", 1, SIDE) for i, side in enumerate(value))
+    h, w, c = (check_integer(side, f"image_shape.{i}", 1, SIDE) for i, side in enumerate(value))
     if h * w * c > VALUES:
         raise ValueError(f"image_shape: expected at most {VALUES} values per image, found {h} x {w} x {c}")
     return h, w, c
@@ -364,18 +368,13 @@ def _check_setting(name: str, value: Any, annotation: Any) -> None:
     # False for NaN as well, and for integers that no float holds.
     if float in kinds and not -LARGEST < value < LARGEST:
         raise ValueError(f"codec.{name}: expected a finite number, found {short(value)}")
-    if float not in kinds and value > SETTINGS.get(name, SETTING):
-        raise ValueError(f"codec.{name}: expected at most {SETTINGS.get(name, SETTING)}, found {short(value)}")
+    if float not in kinds and value > SETTING:
+        raise ValueError(f"codec.{name}: expected at most {SETTING}, found {short(value)}")
     for bound in metadata:
-        low, above = getattr(bound, "ge", None), getattr(bound, "gt", None)
-        high, below = getattr(bound, "le", None), getattr(bound, "lt", None)
-        if (
-            (low is not None and value < low)
-            or (above is not None and value <= above)
-            or (high is not None and value > high)
-            or (below is not None and value >= below)
-        ):
-            raise ValueError(f"codec.{name}: expected a value of {bound}, found {short(value)}")
+        for key, (holds, words) in BOUNDS.items():
+            limit = getattr(bound, key, None)
+            if limit is not None and not holds(value, limit):
+                raise ValueError(f"codec.{name}: expected {words} {limit}, found {short(value)}")
 
 
 def serialize(arrays: Mapping[str, Any]) -> bytes:
@@ -441,7 +440,7 @@ def _header(document: dict[str, Any], nbytes: int, payload: int) -> Header:
             if type(numbers) is not list or len(numbers) > DEPTH:
                 raise ValueError(f"{short(name)}: {key}: expected a list of numbers, found {short(numbers)}")
             for number in numbers:
-                whole(number, f"{short(name)}: {key}", 0, BUDGET)
+                check_integer(number, f"{short(name)}: {key}", 0, BUDGET)
         if len(offsets) != 2:
             raise ValueError(f"{short(name)}: data_offsets: expected 2 numbers, found {len(offsets)}")
         arrays[name] = Array(CODES[dtype], tuple(shape))

@@ -20,7 +20,6 @@ D3's labels are float32, complete, softmax at temperature 1 of one teacher, of t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -31,7 +30,7 @@ from annotated_types import Ge, Gt
 from jax import lax
 from typing_extensions import Doc
 
-from gsdd_jax import codecs, exchange, pixels, storage
+from gsdd_jax import exchange, pixels, storage
 from gsdd_jax.exchange import LABEL_INDICES, LABELS
 from gsdd_jax.nets import Network
 from gsdd_jax.training import inputs
@@ -175,66 +174,6 @@ def unpack(arrays: dict[str, np.ndarray], spec: LabelSpec, num_classes: int) -> 
     return exchange.soft_labels(arrays, exchange.Labels(spec.dtype, spec.top_k), num_classes)
 
 
-def make_codec(
-    spec: codecs.CodecSpec,
-    labels: LabelSpec,
-    *,
-    image_shape: Sequence[int],
-    num_classes: int,
-    bytes_per_class: int,
-) -> codecs.Codec:
-    """Builds the codec that fits a budget together with the labels of its images.
-
-    The codec gets the largest share of the bytes that leaves room for its own labels. What a codec leaves open, the
-    number of images or of points, is therefore the most that fits beside them. With hard labels this is
-    :func:`gsdd_jax.codecs.make`.
-
-    Args:
-        spec: Which parameterization and its settings.
-        labels: The labels.
-        image_shape: (h, w, c).
-        num_classes: ``k``.
-        bytes_per_class: The budget of images and labels.
-
-    Raises:
-        ValueError: The images do not fit together with their labels; the message says what would. As
-            :func:`gsdd_jax.codecs.make`, too.
-    """
-
-    def make(available: int) -> codecs.Codec:
-        return codecs.make(spec, image_shape=image_shape, num_classes=num_classes, bytes_per_class=available)
-
-    def made(available: int) -> codecs.Codec | None:
-        try:
-            return make(available)
-        except ValueError:
-            return None
-
-    each, codec = nbytes(labels, 1, num_classes), make(bytes_per_class)
-    if not each:
-        return codec
-
-    def fits(available: int) -> bool:
-        found = made(available)
-        return found is None or available + found.images_per_class * each <= bytes_per_class
-
-    # Both a codec's images and whether it can be made at all grow with its share.
-    share = _largest(fits, bytes_per_class)
-    best = made(share)
-    if best is not None:
-        return best
-    needed = 1 + _largest(lambda available: made(available) is None, bytes_per_class)
-    images = make(needed).images_per_class
-    room = (bytes_per_class - needed) // images
-    least = nbytes(LabelSpec(kind="soft", dtype="uint8", top_k=1), 1, num_classes)
-    smaller = f"labels of at most {room} bytes (labels.top_k, labels.dtype), " if room >= least else ""
-    raise ValueError(
-        f"labels: {images} {labels.dtype} labels per class of {each} bytes and the {codec.name} codec's {needed} bytes "
-        f"do not fit {bytes_per_class} bytes per class; expected {smaller}fewer or smaller images, or at least "
-        f"{needed + images * each} bytes per class (ipc)"
-    )
-
-
 @partial(jax.jit, static_argnames=("network", "batch"))
 def label(
     params: Any,
@@ -284,12 +223,3 @@ def _shared_out(parts: np.ndarray) -> np.ndarray:
     left = exchange.LABEL_STEPS - codes.sum(1, keepdims=True)
     np.put_along_axis(codes, order, np.take_along_axis(codes, order, 1) + (np.arange(parts.shape[1]) < left), 1)
     return codes.astype(np.uint8)
-
-
-def _largest(holds: Callable[[int], bool], most: int) -> int:
-    """Returns the last number up to ``most`` of those, from 0 on, for which a condition holds; 0 if for none."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

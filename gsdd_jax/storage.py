@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,6 @@ PIXEL_ITEMSIZE = ITEMSIZE | {"uint8": 1}
 # The values of a byte: multiples of 1/85 from -1 to 2, since distilled pixels leave [0, 1].
 BYTE_LOW, BYTE_HIGH, BYTE_PER_UNIT = -1.0, 2.0, 85.0
 BYTE_STEP = np.float32(1 / BYTE_PER_UNIT)
-# Numbers of one Gaussian besides its color: mean 2, cholesky 3, opacity 1 (GSDD, section 3.1: 9 with three channels).
-GEOMETRY_NUMBERS = 6
 
 
 @jax.custom_jvp
@@ -126,81 +124,6 @@ def quantize(x: jax.Array, dtype: str) -> jax.Array:
 def budget_bytes(ipc: float, image_shape: Sequence[int]) -> int:
     """Returns the bytes per class of ``ipc`` float32 pixel images of shape (h, w, c): the field's unit of budgets."""
     return int(ipc * int(np.prod(image_shape)) * ITEMSIZE["float32"])
-
-
-def gaussian_numbers(channels: int, *, opacity: bool = True) -> int:
-    """Returns the stored numbers per Gaussian: 9 for three channels, 8 where opacity is folded into color."""
-    return GEOMETRY_NUMBERS + channels - (not opacity)
-
-
-def largest_num_points(bytes_per_class: int, gpc: int, channels: int, dtype: str = "bfloat16") -> int:
-    """Returns the most Gaussians per image such that ``gpc`` images fit ``bytes_per_class``.
-
-    With bfloat16 this equals the paper's ``floor(3 res^2 ipc 2 / (gpc 9))`` (section 4.1), whose factor 2 is the
-    ratio of float32 pixels to bfloat16 parameters.
-
-    Raises:
-        ValueError: Not even one Gaussian per image fits.
-    """
-    points = bytes_per_class // (gpc * gaussian_numbers(channels) * ITEMSIZE[dtype])
-    if points < 1:
-        most = bytes_per_class // (gaussian_numbers(channels) * ITEMSIZE[dtype])
-        raise ValueError(
-            f"codec.images_per_class: {gpc} images do not fit {bytes_per_class} bytes per class even with one {dtype} "
-            f"Gaussian each ({gaussian_numbers(channels) * ITEMSIZE[dtype]} bytes); expected at most {most}"
-        )
-    return points
-
-
-class BudgetRow(NamedTuple):
-    """One way to spend a budget; counts are per class."""
-
-    what: str
-    images: int
-    points_per_image: int
-    floats: int
-    bytes: int
-    bytes_available: int
-
-
-def budget_table(
-    ipc: float, image_shape: Sequence[int], gpc: int, num_points: int, dtype: str, *, packed_bytes: int = 0
-) -> list[BudgetRow]:
-    """Sets the paper's accounting and ours side by side.
-
-    The paper counts floats and grants its own floats half a count each, because they are bfloat16; we count bytes for
-    all.
-
-    Args:
-        ipc: Budget per class in float32 pixel images.
-        image_shape: (h, w, c).
-        gpc: Gaussian images per class of the run.
-        num_points: Its Gaussians per image.
-        dtype: Its precision; ``"packed"`` for codes.
-        packed_bytes: With ``"packed"``, its bytes per class as written, rounded up.
-    """
-    channels = image_shape[-1]
-    available = budget_bytes(ipc, image_shape)
-    numbers = gaussian_numbers(channels)
-
-    def row(what: str, images: int, points: int, itemsize: int) -> BudgetRow:
-        floats = images * points * numbers
-        return BudgetRow(what, images, points, floats, floats * itemsize, available)
-
-    pixels = int(ipc * int(np.prod(image_shape)))
-    rows = [BudgetRow("pixels, float32", int(ipc), 0, pixels, pixels * 4, available)]
-    for name, size in ITEMSIZE.items():
-        points = available // (gpc * numbers * size)
-        if points:
-            note = " (the paper's count)" if name == "bfloat16" else " (the rivals' count)"
-            rows.append(row(f"{gpc} Gaussian images, {name}{note}", gpc, points, size))
-    name = f"this run: {gpc} Gaussian images, {dtype}"
-    if dtype == "packed":
-        floats = gpc * num_points * gaussian_numbers(channels, opacity=False)
-        rows.append(BudgetRow(name, gpc, num_points, floats, packed_bytes, available))
-    else:
-        rows.append(row(name, gpc, num_points, ITEMSIZE[dtype]))
-    return rows
 
 
 def nbytes(stored: object) -> int:

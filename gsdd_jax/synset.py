@@ -11,7 +11,6 @@ JAX is imported where it is needed, so that `read` works without it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -42,9 +41,6 @@ MANIFEST = "manifest.json"
 _PARTS = re.compile(r"synset(-[0-9a-f]{12})?\.safetensors|labels-[0-9a-f]{12}\.safetensors|part\d+-[0-9a-f]{12}")
 # Where a run directory keeps its exported set.
 EXPORT = "export"
-
-# Sparse sets become dense: in bytes, the larger of the two. SPEED's own are ten times their file.
-UNPACKED, UNPACKED_PER_BYTE = 1 << 28, 64
 
 Location = str | Path
 
@@ -208,7 +204,10 @@ def fingerprint(parts: Iterable[SynSet]) -> str:
 
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(repr((part.codec.spec, part.codec.image_shape)).encode())
+        spec = part.codec.spec
+        # Names of settings as they were at first: sums that runs wrote down stay what they are.
+        settings = ", ".join(f"{spec.FORMER.get(name, name)}={value!r}" for name, value in vars(spec).items())
+        digest.update(f"({type(spec).__qualname__}({settings}), {part.codec.image_shape!r})".encode())
         arrays = part.codec.quantize(part.params), None if part.soft is None else part.soft.arrays
         for leaf in jax.tree.leaves(arrays):
             digest.update(np.asarray(leaf).tobytes())
@@ -236,9 +235,7 @@ def load(path: Location) -> SynSet:
             rows = {name: written.pop(name) for name in entry.arrays(manifest.num_images, manifest.num_classes)}
             exchange.soft_labels(rows, entry, manifest.num_classes)
             soft = soft_of(entry, rows, manifest.num_classes)
-        _check_sparse(codec, written)
-        stored = codec.unpack(written)
-    params = codec.dequantize(jax.tree.map(jnp.asarray, stored))
+        params = codec.dequantize(jax.tree.map(jnp.asarray, codec.unpack(written)))
     return SynSet(codec, params, manifest.bytes_per_class, manifest.class_names, manifest.meta, soft)
 
 
@@ -273,7 +270,7 @@ def read(
             decoder = make(manifest, sum(array.nbytes for array in found.values()))
             expected = expected_arrays(decoder, manifest)
             needed = -(-sum(array.nbytes for array in expected.values()) // manifest.num_classes)
-            exchange.whole(manifest.bytes_per_class, "bytes_per_class", needed, exchange.BUDGET)
+            exchange.check_integer(manifest.bytes_per_class, "bytes_per_class", needed, exchange.BUDGET)
         with naming(arrays):
             exchange.compare(found, expected)
             written = get()
@@ -378,11 +375,11 @@ def _codec(manifest: Manifest, payload: int) -> codecs.Codec:
     if type(name) is not str or name not in codecs.SPECS:
         raise ValueError(f"codec.name: expected one of {', '.join(codecs.SPECS)}; found {exchange.short(name)}")
     spec = exchange.settings_of(codecs.SPECS[name], manifest.codec)
-    if getattr(spec, "order", "") == "sorted":
-        exchange.whole(spec.num_points, "codec.num_points", 1, exchange.SORTED_POINTS)
     room = -(-(2 * payload + exchange.SLACK) // manifest.num_classes)
     try:
-        codec = _made(spec, repr(spec), manifest.image_shape, manifest.num_classes, room)
+        codec = codecs.make(
+            spec, image_shape=manifest.image_shape, num_classes=manifest.num_classes, bytes_per_class=room
+        )
     except ValueError as error:
         raise ValueError(f"codec: {payload} bytes of arrays are no such set ({error})") from error
     for field in dataclasses.fields(spec):
@@ -440,36 +437,6 @@ def check_codec(codec: codecs.Codec) -> None:
         raise refused(error) from error
     if read.layout() != layout:
         raise refused(f"expected arrays {layout}, found {read.layout()} from the settings in its spec")
-
-
-@functools.lru_cache(maxsize=32)
-def _made(spec: codecs.CodecSpec, shown: str, image_shape: tuple[int, ...], classes: int, room: int) -> codecs.Codec:
-    """Makes a codec, the same one for the same settings: what JAX has compiled for one set then serves the next.
-
-    Settings that are equal but do not look the same, such as 1 and 1.0, are written differently and stay apart.
-    """
-    from gsdd_jax import codecs
-
-    del shown
-    return codecs.make(spec, image_shape=image_shape, num_classes=classes, bytes_per_class=room)
-
-
-def _check_sparse(codec: codecs.Codec, written: dict[str, np.ndarray]) -> None:
-    """Refuses what `sparse_epitome`, which wrote its file itself, unpacks unchecked.
-
-    These are places beyond the coefficients of an image, and a few numbers that stand for gigabytes of zeros.
-    """
-    if codec.name != "sparse_epitome":
-        return
-    h, w, _ = codec.image_shape
-    places = (h // codec.spec.patch) * (w // codec.spec.patch) * codec.spec.tokens
-    index = written["indices"].astype(np.int64)
-    if index.max() >= places or (np.diff(index, axis=-1) <= 0).any():
-        raise ValueError(f"indices: expected places below {places} in rising order for each image and head")
-    unpacked = index[..., 0].size * places * np.dtype(np.float32).itemsize
-    allowed = max(UNPACKED, UNPACKED_PER_BYTE * sum(array.nbytes for array in written.values()))
-    if unpacked > allowed:
-        raise ValueError(f"values: expected at most {allowed} bytes of coefficients, zeros included, found {unpacked}")
 
 
 def write_labels(path: Location, soft: SoftLabels) -> tuple[dict[str, Any], int]:

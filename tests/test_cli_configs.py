@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_line import start
 
-from gsdd_jax import labels, storage
+from gsdd_jax import codecs, labels, storage
 from train import config as configs
 from train import experiment
 
@@ -78,8 +78,12 @@ def test_config_fits_its_data_and_uses_its_budget(path, request):
     if full.subtasks > 1 and full.data.source != "digits":
         # The digits stand in for more classes than they have.
         classes = {"imagenet2012": 1000, "": 200}[full.data.name] // full.subtasks
-    codec = labels.make_codec(
-        full.codec, full.labels, image_shape=shape, num_classes=classes, bytes_per_class=available
+    codec = codecs.make(
+        full.codec,
+        image_shape=shape,
+        num_classes=classes,
+        bytes_per_class=available,
+        label_bytes=labels.nbytes(full.labels, 1, classes),
     )
     images = jax.ShapeDtypeStruct((codec.num_images, *shape), np.float32)
     spent = codec.nbytes(jax.eval_shape(codec.init, jax.random.key(0), images))

@@ -237,19 +237,6 @@ def test_a_field_costs_the_numbers_of_its_layers():
     assert codec.images_per_class == BUDGET // (each * 4)
 
 
-def test_too_many_fields_say_how_many_or_how_wide_fit():
-    message = "codec.images_per_class: 5 float32 networks of 252 bytes do not fit 1152 bytes per class; "
-    with pytest.raises(ValueError, match=message + "expected at most 4"):
-        make(NeuralFieldSpec(layers=2, width=5, images_per_class=5))
-    message = (
-        "1 float32 networks of 2172 bytes do not fit 1152 bytes per class; expected at least 2172 bytes per class "
-    )
-    with pytest.raises(ValueError, match=message + "or codec.width of at most 13"):
-        make(NeuralFieldSpec(layers=2, width=20))
-    with pytest.raises(ValueError, match="expected at least 36 bytes per class$"):
-        make(NeuralFieldSpec(layers=1, width=1), bytes_per_class=20)
-
-
 # Bases and hallucinators
 
 
@@ -315,7 +302,9 @@ def test_factor_counts_the_hallucinators_that_haba_does_not(ipc, published, ours
     if ours:
         assert images(ipc) == ours
     else:
-        with pytest.raises(ValueError, match="codec.hallucinators: 5 hallucinators of 22272 bytes and 1 bases"):
+        with pytest.raises(
+            ValueError, match="codec.hallucinators: .*codec.base_channels=1 with codec.hallucinators of at most 3"
+        ):
             images(ipc)
 
 
@@ -326,37 +315,10 @@ def test_a_factor_costs_bases_and_hallucinators():
     assert codec.nbytes(params) == 2 * (CLASSES * 2 * 6 * 8 + 2 * hallucinator)
 
 
-def test_factors_that_do_not_fit_say_what_would():
-    with pytest.raises(ValueError, match="codec.images_per_class: .* expected at most 12$"):
-        make(FactorSpec(hallucinators=2, base_channels=1, dtype="bfloat16", images_per_class=14))
-    message = (
-        "codec.hallucinators: 5 hallucinators of 1032 bytes and 1 bases per class need 5544 bytes, the budget of all "
-        "classes has 2304; expected codec.hallucinators of at most 1, or at least 2772 bytes per class"
-    )
-    with pytest.raises(ValueError, match=message):
-        make(FactorSpec(base_channels=1))
-    message = "expected codec.base_channels=1 with codec.hallucinators of at most 1, or at least 1200 bytes per class"
-    with pytest.raises(ValueError, match=message):
-        make(FactorSpec(hallucinators=1))
-    with pytest.raises(ValueError, match="; expected at least 1200 bytes per class"):
-        make(FactorSpec(hallucinators=1), bytes_per_class=600)
-
-
 def test_factors_at_128_pixels_need_single_channel_bases():
     # Five hallucinators are 97 % of the budget, and ten bases all of it.
     with pytest.raises(ValueError, match="codec.base_channels=1 with codec.hallucinators of at most 3"):
         make(FactorSpec(), image_shape=(128, 128, 3), num_classes=10, bytes_per_class=4 * 49_152)
-
-
-def test_settings_of_a_factor_that_make_no_sense_are_named():
-    with pytest.raises(ValueError, match="codec.base_channels: expected 0, 1 or the 3 of the images; found 2"):
-        make(FactorSpec(base_channels=2))
-    with pytest.raises(
-        ValueError, match="codec.images_per_class: expected a multiple of codec.hallucinators=5, found 7"
-    ):
-        make(FactorSpec(images_per_class=7))
-    with pytest.raises(ValueError, match="codec.name: factor needs images of at least 3 x 3 pixels, found 2 x 8"):
-        make(FactorSpec(), image_shape=(2, 8, 3))
 
 
 # Sparse epitomes
@@ -515,25 +477,12 @@ def test_epitomes_fill_the_budget_as_speed_counts(size, classes, ipc, settings, 
     assert codec.nbytes(params) == 4 * numbers
 
 
-def test_epitomes_that_do_not_fit_say_what_would():
-    settings = {"patch": 2, "blocks": 1, "heads": 2, "tokens": 4, "nonzeros": 7}
-    message = (
-        "codec.images_per_class: 5 images per class of 84 bytes and what they share, 1552 bytes, need 2392 bytes, "
-    )
-    with pytest.raises(ValueError, match=message + "the budget of all classes has 2304; expected at most 4"):
-        make(SparseEpitomeSpec(width=8, images_per_class=5, **settings))
-    with pytest.raises(ValueError, match="codec.width: .* expected at most 8, or at least 1168 bytes per class"):
-        make(SparseEpitomeSpec(width=10, **settings))
-    with pytest.raises(ValueError, match="codec.width: .* expected at least .* bytes per class"):
-        make(SparseEpitomeSpec(width=2, **settings), bytes_per_class=100)
-
-
 def test_settings_of_an_epitome_that_make_no_sense_are_named():
     good = {"patch": 2, "width": 6, "blocks": 1, "heads": 2, "tokens": 4, "nonzeros": 7}
     for changes, message in (
         ({"patch": 4}, "codec.patch: expected a divisor of 6 and 8, found 4"),
-        ({"heads": 4}, "codec.heads: expected a divisor of codec.width=6, found 4"),
-        ({"nonzeros": 49}, "codec.nonzeros: expected at most 48, the coefficients of an image and head; found 49"),
+        ({"heads": 4}, "codec.width: expected a multiple of 4, found 6"),
+        ({"nonzeros": 49}, "codec.nonzeros: expected at most 48, found 49"),
         ({"tokens": 5462}, "codec.tokens: 12 patches of 5462 coefficients .* 65536 places .*; expected at most 5461"),
     ):
         with pytest.raises(ValueError, match=message):

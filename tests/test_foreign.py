@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 from command_line import ROOT
 from objectives import data_of
 from typing_extensions import Doc
@@ -18,7 +18,7 @@ from typing_extensions import Doc
 import gsdd_jax
 from gsdd_jax import codecs, distillation, evaluation, match, nets, whiten
 from gsdd_jax.augment import DsaSpec
-from gsdd_jax.codecs.base import Codec, unpacked_layout
+from gsdd_jax.codecs.base import Codec, Spec, arrays
 from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec, distribution_loss, gradient_loss
 from gsdd_jax.nets import Network
 from train import config as configs
@@ -30,17 +30,22 @@ SHAPE, CLASSES = (8, 8, 1), 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlatSpec:
-    """A codec's settings, none of which has a name of ours but the one that the registry asks for."""
+class FlatSpec(Spec):
+    """A codec's settings, none of which has a name of ours but those that the registry asks for."""
 
     name: Annotated[Literal["flat"], Doc("the parameterization")] = "flat"
+    images_per_class: Annotated[int, Ge(0), Doc("images per class")] = 0
     rate: Annotated[float, Gt(0), Doc("learning rate")] = 0.05
 
+    def layout(self, image_shape, num_classes):
+        (h, w, c), n = image_shape, num_classes * self.images_per_class
+        return arrays("float32", {"small": (n, h // 2, w // 2, c), "shift": (n, c)})
 
-def make(spec, image_shape, num_classes, bytes_per_class, *, images_per_class=2, layout=None):
+
+def make(spec, image_shape, num_classes):
     """A quarter of the pixels and a shift, in float32."""
     h, w, c = image_shape
-    n = num_classes * images_per_class
+    n = num_classes * spec.images_per_class
 
     def init(key, images):
         del key
@@ -60,13 +65,13 @@ def make(spec, image_shape, num_classes, bytes_per_class, *, images_per_class=2,
         spec=spec,
         image_shape=image_shape,
         num_classes=num_classes,
-        images_per_class=images_per_class,
+        images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
         quantize=quantize,
         dequantize=quantize,
         nbytes=lambda params: 4 * sum(math.prod(x.shape) for x in params.values()),
-        layout=layout or (lambda: unpacked_layout(init, quantize, image_shape, n)),
+        layout=lambda: spec.layout(image_shape, num_classes),
         optimizer=lambda: optax.adam(spec.rate),
         fitter=lambda steps: optax.adam(0.01),
     )
@@ -100,9 +105,13 @@ OBJECTIVES = {
 }
 
 
+def flat():
+    return make(FlatSpec(images_per_class=2), SHAPE, CLASSES)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_of_every_objective_moves_a_foreign_codec_by_a_foreign_network(name):
-    codec, net, objective = make(FlatSpec(), SHAPE, CLASSES, 256), network(), OBJECTIVES[name]
+    codec, net, objective = flat(), network(), OBJECTIVES[name]
     # With the MMD term beside trajectory matching.
     mmd = MmdSpec(weight=float(name == "trajectory"), samples=2)
     objective = match.make(objective, codec=codec, network=net, mmd=mmd, **SETTINGS)
@@ -153,7 +162,10 @@ def test_outputs_that_are_no_logits_and_features_are_refused_by_every_user_of_a_
         ),
         "label": lambda: gsdd_jax.labels.label(jax.tree.map(lambda x: x[None], params), images, network=wrong),
         "make": lambda: match.make(
-            OBJECTIVES["trajectory"], codec=make(FlatSpec(), SHAPE, CLASSES, 256), network=wrong, **SETTINGS
+            OBJECTIVES["trajectory"],
+            codec=make(FlatSpec(images_per_class=2), SHAPE, CLASSES),
+            network=wrong,
+            **SETTINGS,
         ),
     }
     for call in calls.values():
@@ -208,7 +220,7 @@ def config(monkeypatch):
     monkeypatch.setitem(nets._NETWORKS, "dense", lambda spec, shape, classes: Dense(classes))
     few = ["data.per_class=8", "data.test_limit=20", "ipc=2", "baselines.pixel=false"]
     tiny = configs.load(ROOT / "configs" / "digits.yaml", few, smoke=True)
-    return dataclasses.replace(tiny, codec=FlatSpec(), network=nets.NetSpec(name="dense"))
+    return dataclasses.replace(tiny, codec=FlatSpec(images_per_class=2), network=nets.NetSpec(name="dense"))
 
 
 def test_a_set_of_a_foreign_codec_is_saved_read_counted_and_reported(config, tmp_path):
@@ -230,10 +242,11 @@ def test_a_set_of_a_foreign_codec_is_saved_read_counted_and_reported(config, tmp
     assert "2 flat images" in report.write(tmp_path, result, {}).read_text()
 
 
-def test_too_few_images_for_a_foreign_codec_are_named(config, monkeypatch):
-    monkeypatch.setattr("test_foreign.make.__kwdefaults__", {"images_per_class": 9, "layout": None})
-    with pytest.raises(ValueError, match="class '0' has 8 training images, codec needs 9"):
-        experiments.prepare(config)
+def test_too_few_images_for_a_foreign_codec_are_named(config):
+    # 17 numbers each: 512 bytes hold 7, and three times as many more than there are.
+    assert experiments.prepare(dataclasses.replace(config, codec=FlatSpec())).codec.images_per_class == 7
+    with pytest.raises(ValueError, match="class '0' has 8 training images, codec.images_per_class needs 22"):
+        experiments.prepare(dataclasses.replace(config, codec=FlatSpec(), ipc=6.0))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +258,7 @@ def test_too_few_images_for_a_foreign_codec_are_named(config, monkeypatch):
     ],
 )
 def test_a_codec_whose_sets_no_file_could_hold_is_refused_at_the_start(config, monkeypatch, layout, what):
-    monkeypatch.setattr("test_foreign.make.__kwdefaults__", {"images_per_class": 2, "layout": lambda: layout})
+    monkeypatch.setattr(FlatSpec, "layout", lambda *_: layout)
+    codecs._built.cache_clear()
     with pytest.raises(ValueError, match=f"codec.name: sets of 'flat' could not be read back: {what}"):
         experiments.prepare(config)

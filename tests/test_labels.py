@@ -225,7 +225,7 @@ def test_unusable_soft_labels_are_refused():
 
 def make(spec, label_spec, bytes_per_class, shape=(8, 8, 1), classes=10):
     budget = {"image_shape": shape, "num_classes": classes, "bytes_per_class": bytes_per_class}
-    return labels.make_codec(spec, label_spec, **budget)
+    return codecs.make(spec, **budget, label_bytes=labels.nbytes(label_spec, 1, classes))
 
 
 def test_pixels_and_their_labels_fill_the_budget():
@@ -256,25 +256,17 @@ def test_latents_beside_a_shared_decoder_give_way_to_labels():
     assert make(spec, soft("bfloat16"), available - 1).images_per_class == 6
 
 
-def test_hard_labels_leave_the_codec_as_it_is():
-    spec, budget = (
-        GaussianSpec(images_per_class=3),
-        {"image_shape": (8, 8, 1), "num_classes": 10, "bytes_per_class": 256},
-    )
-    assert labels.make_codec(spec, LabelSpec(dtype="uint8"), **budget).spec == codecs.make(spec, **budget).spec
-
-
 def test_given_images_that_do_not_fit_with_their_labels_say_what_would():
     with pytest.raises(ValueError) as caught:
         make(PixelSpec(images_per_class=2), soft(), 532)
     assert str(caught.value) == (
-        "labels: 2 float32 labels per class of 40 bytes and the pixel codec's 512 bytes do not fit 532 bytes per "
-        "class; expected labels of at most 10 bytes (labels.top_k, labels.dtype), fewer or smaller images, or at least "
-        "592 bytes per class (ipc)"
+        "labels: 5920 bytes for images_per_class=2 and 20 labels of 40 bytes, the budget of all classes has 5320; "
+        "expected codec.images_per_class of at most 1, or labels of at most 10 bytes (labels.top_k, labels.dtype), or "
+        "at least 592 bytes per class"
     )
     assert make(PixelSpec(images_per_class=2), soft("uint8"), 532).images_per_class == 2
     assert make(PixelSpec(images_per_class=2), soft(), 592).images_per_class == 2
-    with pytest.raises(ValueError, match="do not fit 256 bytes per class; expected fewer or smaller images, or at "):
+    with pytest.raises(ValueError, match="labels: .* budget of all classes has 2560; expected at least 296 bytes"):
         make(PixelSpec(), soft(), 256)
 
 
@@ -553,7 +545,10 @@ def test_agreement_counts_images_whose_best_class_is_their_own():
         ),
         (["labels.top_k=10"], "labels.top_k: expected 0 (all) to 9 with 10 classes, found 10"),
         (["labels.top_k=0", "labels.dtype=float32"], "expected labels of at most 32 bytes"),
-        (["baselines.pixel_codec.dtype=float32"], "baselines.pixel_codec: labels: 1 uint8 labels per class of 8 bytes"),
+        (
+            ["baselines.pixel_codec.dtype=float32"],
+            "baselines.pixel_codec: labels: 2640 bytes for images_per_class=1 and 10 labels of 8 bytes",
+        ),
         (["labels.temperature=0"], "labels.temperature: expected a number > 0, found 0"),
     ],
 )

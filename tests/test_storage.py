@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gsdd_jax import codecs, storage
+from train import results
 
 # GSDD, appendix: (edge in pixels, ipc, Gaussian images per class, Gaussians per image).
 PAPER_ROWS = [
@@ -146,8 +147,6 @@ def test_only_pixels_and_their_canvases_may_be_bytes():
     for name, dtypes in allowed.items():
         known = storage.PIXEL_ITEMSIZE if name in ("pixel", "downscale") else storage.ITEMSIZE
         assert set(dtypes) == set(known), name
-    with pytest.raises(KeyError):
-        storage.largest_num_points(12288, 30, 3, "uint8")
 
 
 def test_the_gradient_passes_straight_through():
@@ -164,28 +163,16 @@ def test_the_gradient_passes_straight_through():
 def test_num_points_match_the_tables_of_the_paper(edge, ipc, gpc, points):
     bytes_per_class = storage.budget_bytes(ipc, (edge, edge, 3))
     assert bytes_per_class == ipc * edge * edge * 3 * 4
-    assert storage.largest_num_points(bytes_per_class, gpc, 3) == points == 3 * edge**2 * ipc * 2 // (gpc * 9)
+    spec = codecs.GaussianSpec(images_per_class=gpc)
+    made = codecs.make(spec, image_shape=(edge, edge, 3), num_classes=10, bytes_per_class=bytes_per_class)
+    assert made.spec.num_points == points == 3 * edge**2 * ipc * 2 // (gpc * 9)
     # One more Gaussian per image would not fit.
     assert gpc * points * 9 * 2 <= bytes_per_class < gpc * (points + 1) * 9 * 2
 
 
-def test_float32_halves_the_points_and_one_channel_has_fewer_numbers():
-    assert storage.gaussian_numbers(3) == 9 and storage.gaussian_numbers(1) == 7
-    assert storage.largest_num_points(12288, 30, 3, "float32") == 11
-    assert storage.largest_num_points(storage.budget_bytes(1, (8, 8, 1)), 4, 1) == 256 // (4 * 7 * 2)
-
-
-def test_an_impossible_budget_says_what_would_fit():
-    message = (
-        r"codec.images_per_class: 8 images do not fit 128 bytes .* one bfloat16 Gaussian each \(18 bytes\); .*at most 7"
-    )
-    with pytest.raises(ValueError, match=message):
-        storage.largest_num_points(128, 8, 3)
-    assert storage.largest_num_points(128, 7, 3) == 1
-
-
 def test_budget_table_counts_ours_and_the_papers_way():
-    table = storage.budget_table(1, (32, 32, 3), 30, 20, "bfloat16")
+    spec = codecs.GaussianSpec(images_per_class=30, num_points=20)
+    table = results.budget_rows(1, codecs.make(spec, image_shape=(32, 32, 3), num_classes=10), 108_000)
     assert {row.bytes_available for row in table} == {12288}
     pixels, float32, bfloat16, run = table
     assert pixels[1:5] == (1, 0, 3072, 12288)
@@ -193,11 +180,16 @@ def test_budget_table_counts_ours_and_the_papers_way():
     assert bfloat16[1:5] == (30, 22, 5940, 11880)
     assert run[1:5] == (30, 20, 5400, 10800)
     assert "the paper's count" in bfloat16.what and "the rivals' count" in float32.what and "this run" in run.what
+    packed = codecs.PackedGaussianSpec(images_per_class=86, num_points=22)
+    run = results.budget_rows(1, codecs.make(packed, image_shape=(32, 32, 3), num_classes=10), 122_690)[-1]
+    what = "this run: 86 images of packed_gaussian, codes of 8, 6 and 6 bits"
+    assert run == (what, 86, 22, 86 * 22 * 8, 12269, 12288)
 
 
 def test_budget_table_leaves_out_what_does_not_fit():
     # 256 bytes: ten Gaussians of 18 bytes fit ten images, in float32 none does.
-    table = storage.budget_table(1, (8, 8, 1), 10, 1, "bfloat16")
+    spec = codecs.GaussianSpec(images_per_class=10, num_points=1)
+    table = results.budget_rows(1, codecs.make(spec, image_shape=(8, 8, 1), num_classes=10), 1400)
     assert [row.points_per_image for row in table] == [0, 1, 1]
 
 

@@ -31,6 +31,7 @@ from gsdd_jax.codecs import (
     PixelSpec,
     SparseEpitomeSpec,
     SpectralSpec,
+    sparse_epitome,
 )
 from gsdd_jax.exchange import KEYS, short
 from train.evaluation import as_stored
@@ -402,7 +403,10 @@ HUGE = 10**30
         (lambda m: m.update(codec=[]), "codec: expected a dict, found a list"),
         (lambda m: m.update(meta=None), "meta: expected a dict, found None"),
         (lambda m: m["codec"].update(surprise=1), "codec.surprise: unknown; expected name, images_per_class"),
-        (lambda m: m["codec"].pop("images_per_class"), "codec.images_per_class: missing"),
+        (
+            lambda m: m["codec"].pop("images_per_class"),
+            "codec.images_per_class: expected what the set was made with, found 0",
+        ),
         (
             lambda m: m["codec"].update(gpc=2),
             "codec.images_per_class: expected once, found as images_per_class and gpc",
@@ -417,7 +421,7 @@ HUGE = 10**30
         ),
         (
             lambda m: m["codec"].update(images_per_class=0),
-            r"codec.images_per_class: expected a value of Ge\(ge=1\), found 0",
+            r"codec.images_per_class: expected what the set was made with, found 0",
         ),
         (
             lambda m: m["codec"].update(images_per_class=HUGE),
@@ -426,8 +430,8 @@ HUGE = 10**30
         (lambda m: m["codec"].update(supersample=99), "codec.supersample: expected at most 64, found 99"),
         (lambda m: m["codec"].update(lr=math.nan), "codec.lr: expected a finite number, found nan"),
         (lambda m: m["codec"].update(lr=10**400), "codec.lr: expected a finite number, found 1000"),
-        (lambda m: m["codec"].update(lr=0), r"codec.lr: expected a value of Gt\(gt=0\), found 0"),
-        (lambda m: m["codec"].update(cutoff=1), r"codec.cutoff: expected a value of Lt\(lt=1\), found 1"),
+        (lambda m: m["codec"].update(lr=0), r"codec.lr: expected more than 0, found 0"),
+        (lambda m: m["codec"].update(cutoff=1), r"codec.cutoff: expected less than 1, found 1"),
         (lambda m: m["codec"].update(dtype="int4"), "codec.dtype: expected one of bfloat16, float32; found 'int4'"),
         (lambda m: m["codec"].update(dtype=[]), "codec.dtype: expected one of bfloat16, float32; found a list"),
         (lambda m: m["codec"].update(num_points=0), "codec.num_points: expected what the set was made with, found 0"),
@@ -579,13 +583,13 @@ def test_places_beyond_the_coefficients_are_refused(tmp_path):
 def test_few_numbers_that_stand_for_gigabytes_of_zeros_are_refused(tmp_path, monkeypatch):
     make("sparse epitome").save(tmp_path)
     # 4 images, 36 places of 4 bytes each, in a file of less than 600 bytes of arrays.
-    monkeypatch.setattr(synset, "UNPACKED", 575)
-    monkeypatch.setattr(synset, "UNPACKED_PER_BYTE", 0)
+    monkeypatch.setattr(sparse_epitome, "UNPACKED", 575)
+    monkeypatch.setattr(sparse_epitome, "UNPACKED_PER_BYTE", 0)
     with pytest.raises(
         ValueError, match="values: expected at most 575 bytes of coefficients, zeros included, found 576"
     ):
         gsdd_jax.load(tmp_path)
-    monkeypatch.setattr(synset, "UNPACKED", 576)
+    monkeypatch.setattr(sparse_epitome, "UNPACKED", 576)
     assert gsdd_jax.load(tmp_path).codec.name == "sparse_epitome"
 
 
@@ -596,7 +600,7 @@ def sha256(folder) -> str:
 def test_sorted_set_of_too_many_points_is_refused_before_it_is_numbered(tmp_path):
     make("packed").save(tmp_path)
     edit(tmp_path, lambda m: m["codec"].update(num_points=5000))
-    with pytest.raises(ValueError, match="codec.num_points: expected an integer from 1 to 4096, found 5000"):
+    with pytest.raises(ValueError, match="codec.num_points: expected .* 4096, found 5000"):
         gsdd_jax.load(tmp_path)
 
 

@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from gsdd_jax import data, files, labels, storage
+from gsdd_jax import codecs, data, files, labels, storage
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
 from train import config as configs
 from train import distill, testset
@@ -121,19 +121,27 @@ def candidates(
     Raises:
         ConfigError: A layout or number of Gaussians that makes no sense, no Gaussian codec, or nothing fits.
     """
-    if not isinstance(config.codec, GaussianSpec | PackedGaussianSpec):
+    if config.codec.name not in (GaussianSpec.name, PackedGaussianSpec.name):
         raise ConfigError(f"codec.name: a budget is searched for Gaussians, found {config.codec.name!r}")
     if min(points) < 1:
         raise ConfigError(f"--points: expected numbers of at least 1, found {min(points)}")
     found, refusals = [], []
+    smallest = int(np.bincount(dataset.train_labels, minlength=dataset.num_classes).min())
     for layout in bits:
         for count in points:
             spec = _spec(config.codec, layout, count)
-            images, refusal = _most_images(spec, config, dataset)
-            if images:
-                found.append(Candidate(layout, dataclasses.replace(spec, images_per_class=images)))
-            else:
-                refusals.append(refusal)
+            try:
+                most = codecs.make(
+                    spec,
+                    image_shape=dataset.image_shape,
+                    num_classes=dataset.num_classes,
+                    bytes_per_class=storage.budget_bytes(config.ipc, dataset.image_shape),
+                    label_bytes=labels.nbytes(config.labels, 1, dataset.num_classes),
+                ).images_per_class
+            except ValueError as error:
+                refusals.append(error)
+                continue
+            found.append(Candidate(layout, dataclasses.replace(spec, images_per_class=min(most, smallest))))
     if not found:
         raise ConfigError(f"bytes_per_class: no combination of --bits and --points fits; {refusals[0]}")
     return found
@@ -149,35 +157,7 @@ def _spec(base: GaussianSpec | PackedGaussianSpec, layout: str, points: int) -> 
         if len(parts) != 3 or not all(part.isdecimal() and 2 <= int(part) <= 16 for part in parts):
             raise ConfigError(f"--bits: expected bf16 or three numbers from 2 to 16 such as 8+6+6, found {layout!r}")
         shared |= dict(zip(("bits_mean", "bits_cholesky", "bits_color"), map(int, parts), strict=True))
-    return cls(images_per_class=1, num_points=points, **shared)
-
-
-def _most_images(
-    spec: GaussianSpec | PackedGaussianSpec, config: configs.RunConfig, dataset: data.Dataset
-) -> tuple[int, str]:
-    """Returns the most images per class, or 0 and why."""
-    refusal = ""
-
-    def fits(count: int) -> bool:
-        nonlocal refusal
-        try:
-            labels.make_codec(
-                dataclasses.replace(spec, images_per_class=count),
-                config.labels,
-                image_shape=dataset.image_shape,
-                num_classes=dataset.num_classes,
-                bytes_per_class=storage.budget_bytes(config.ipc, dataset.image_shape),
-            )
-        except ValueError as error:
-            refusal = str(error)
-            return False
-        return True
-
-    low, high = 0, int(np.bincount(dataset.train_labels, minlength=dataset.num_classes).min()) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low, refusal
+    return cls(num_points=points, **shared)
 
 
 def search(

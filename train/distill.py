@@ -404,12 +404,12 @@ def _pixel_start(experiment: Experiment) -> tuple[codecs.Codec, Any]:
 
 
 def _pixel_codec(experiment: Experiment) -> codecs.Codec:
-    return labels.make_codec(
+    return codecs.make(
         experiment.config.baselines.pixel_codec,
-        experiment.config.labels,
         image_shape=experiment.dataset.image_shape,
         num_classes=experiment.dataset.num_classes,
         bytes_per_class=experiment.bytes_per_class,
+        label_bytes=labels.nbytes(experiment.config.labels, 1, experiment.dataset.num_classes),
     )
 
 

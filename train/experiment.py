@@ -32,10 +32,6 @@ PURPOSES = (
 )
 # Settings that say where data are, not which.
 WHEREABOUTS = ("data.source", "data.name", "data.path")
-# Settings of a codec that its parameters do not depend on, by how they begin.
-RATES = ("lr", "start", "boundary")
-# Starts of codecs that look at no image.
-NOISE = ("uniform", "xavier")
 
 
 class Whole(NamedTuple):
@@ -175,18 +171,23 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     dataset = own_classes(config, every)
     shape, classes = dataset.image_shape, dataset.num_classes
     available = storage.budget_bytes(config.ipc, shape)
-    budget: dict[str, Any] = {"image_shape": shape, "num_classes": classes, "bytes_per_class": available}
-    codec = labels.make_codec(config.codec, config.labels, **budget)
+    budget: dict[str, Any] = {
+        "image_shape": shape,
+        "num_classes": classes,
+        "bytes_per_class": available,
+        "label_bytes": labels.nbytes(config.labels, 1, classes),
+    }
+    codec = codecs.make(config.codec, **budget)
     synset.check_codec(codec)
     if config.fit.to == "real" and not config.fit.initial_set:
-        data.require_per_class(dataset, codec.images_per_class, _count_field(codec.spec))
+        data.require_per_class(dataset, codec.images_per_class, "codec.images_per_class")
     data.require_per_class(dataset, 1, "objective.batch_real")
     network = nets.build(config.network, shape, classes)
     config = dataclasses.replace(config, objective=match.resolved(config.objective, config.ipc))
     baselines, pixel = config.baselines, None
     if baselines.pixel:
         try:
-            pixel = labels.make_codec(baselines.pixel_codec, config.labels, **budget)
+            pixel = codecs.make(baselines.pixel_codec, **budget)
             baselines = dataclasses.replace(baselines, pixel_codec=pixel.spec)
         except ValueError as error:
             raise ConfigError(
@@ -229,7 +230,9 @@ def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tu
         )
 
     def described(one: codecs.Codec, names: tuple[str, ...]) -> dict[str, Any]:
-        settings = {f"codec.{key}": value for key, value in vars(one.spec).items() if not key.startswith(RATES)}
+        settings = {
+            f"codec.{key}": value for key, value in vars(one.spec).items() if not key.startswith(one.spec.TRAINING)
+        }
         return settings | {"image_shape": tuple(one.image_shape), "class_names": names}
 
     wanted, there = described(codec, class_names), described(start.codec, start.class_names)
@@ -262,24 +265,19 @@ def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:
     return channels
 
 
-def _count_field(spec: codecs.CodecSpec) -> str:
-    """Returns the setting of a codec that says how many images per class there are; of others' it is not known."""
-    return "codec.images_per_class" if hasattr(spec, "images_per_class") else "codec"
-
-
 def _check_start(config: RunConfig) -> None:
     """Refuses a start that would look at real images although the fit is asked not to, or cannot do without them."""
     if config.fit.to == "real" or config.fit.initial_set:
         return
-    start = getattr(config.codec, "start", None)
-    if start is None:
+    starts = config.codec.NOISE
+    if not starts:
         raise ConfigError(
             f"fit.to: the {config.codec.name} codec starts from real images; expected real, found {config.fit.to!r}"
         )
-    if start not in NOISE:
+    start = getattr(config.codec, "start", None)
+    if start not in starts:
         raise ConfigError(
-            f"codec.start: fit.to={config.fit.to} starts from noise; expected {' or '.join(NOISE)} (whichever the "
-            f"codec has), found {start!r}"
+            f"codec.start: fit.to={config.fit.to} starts from noise; expected {' or '.join(starts)}, found {start!r}"
         )
 
 

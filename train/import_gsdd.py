@@ -152,7 +152,6 @@ def synset_of(
         codecs.GaussianSpec(images_per_class=n // k, num_points=m, dtype=dtype),  # type: ignore[arg-type]
         image_shape=(side, side, c),
         num_classes=k,
-        bytes_per_class=(budget := n // k * m * storage.gaussian_numbers(c) * storage.ITEMSIZE[dtype]),
     )
     masters = Gaussians(
         jnp.asarray(xy.reshape(n, m, 2)),
@@ -162,7 +161,9 @@ def synset_of(
         size=(side, side),
     )
     params = codec.dequantize(codec.quantize(masters))
-    return SynSet(codec, params, budget, tuple(class_names), {"source": "released GSDD code", **meta})
+    return SynSet(
+        codec, params, codec.nbytes(params) // k, tuple(class_names), {"source": "released GSDD code", **meta}
+    )
 
 
 if __name__ == "__main__":

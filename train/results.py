@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import labels, nets, storage, synset
-from gsdd_jax.codecs import Codec, GaussianSpec, PackedFrequencySpec, PackedGaussianSpec
+from gsdd_jax.codecs import Codec
 from gsdd_jax.merged import MergedSet, load
 from train import testset
 from train.errors import UserError
@@ -174,44 +174,46 @@ def _budget(experiment: Experiment, sizes: dict[str, int]) -> dict[str, Any]:
     return budget
 
 
-def budget_rows(ipc: float, codec: Codec, payload: int) -> list[storage.BudgetRow]:
-    """Returns the ways to spend the budget and the one of this codec; nothing for pixels.
+class BudgetRow(NamedTuple):
+    """One way to spend a budget; counts are per class."""
+
+    what: str
+    images: int
+    points_per_image: int
+    floats: int
+    bytes: int
+    bytes_available: int
+
+
+def budget_rows(ipc: float, codec: Codec, payload: int) -> list[BudgetRow]:
+    """Returns ways to spend the budget, the one of this codec last; nothing for pixels.
+
+    For Gaussians the paper's accounting stands beside ours: it counts floats and grants its own floats half a count
+    each, because they are bfloat16; we count bytes for all.
 
     Args:
-        ipc: The budget.
+        ipc: The budget per class in float32 pixel images.
         codec: The codec of the run.
         payload: Bytes of its whole set without labels.
     """
-    per_class = -(-payload // codec.num_classes)
-    if isinstance(codec.spec, GaussianSpec | PackedGaussianSpec):
-        return storage.budget_table(
-            ipc,
-            codec.image_shape,
-            codec.images_per_class,
-            codec.spec.num_points,
-            getattr(codec.spec, "dtype", "packed"),
-            packed_bytes=per_class,
-        )
     if codec.name == "pixel":
         return []
-    available = storage.budget_bytes(ipc, codec.image_shape)
-    pixels = available // storage.ITEMSIZE["float32"]
-    layout = codec.layout()
-    if isinstance(codec.spec, PackedFrequencySpec):
-        precision = f"codes of {codec.spec.bits} bits"
-        numbers = 8 * layout["codes"].size // codec.spec.bits
-    else:
-        # Neither places nor masks, where the spec says in what precision its numbers are.
-        arrays = list(layout.values())
-        counted = [leaf for leaf in arrays if str(leaf.dtype) == getattr(codec.spec, "dtype", None)] or arrays
-        precision = ", ".join(dict.fromkeys(str(leaf.dtype) for leaf in counted))
-        numbers = sum(leaf.size for leaf in counted)
-    name = f"this run: {codec.images_per_class} images of {codec.name}, {precision}"
-    return [
-        storage.BudgetRow("pixels, float32", int(ipc), 0, pixels, available, available),
-        # What all classes share is split evenly.
-        storage.BudgetRow(name, codec.images_per_class, 0, -(-numbers // codec.num_classes), per_class, available),
-    ]
+    images, points = codec.images_per_class, getattr(codec.spec, "num_points", 0)
+    available, pixels = storage.budget_bytes(ipc, codec.image_shape), int(ipc * int(np.prod(codec.image_shape)))
+    rows = [BudgetRow("pixels, float32", int(ipc), 0, pixels, pixels * storage.ITEMSIZE["float32"], available)]
+    # Mean 2, Cholesky factor 3, opacity 1, and a color: GSDD, section 3.1.
+    each = 6 + codec.image_shape[-1]
+    for name, size in storage.ITEMSIZE.items() if points else ():
+        if most := available // (images * each * size):
+            whose = "the paper's" if name == "bfloat16" else "the rivals'"
+            floats = images * most * each
+            what = f"{images} Gaussian images, {name} ({whose} count)"
+            rows.append(BudgetRow(what, images, most, floats, floats * size, available))
+    numbers, precision = codec.spec.numbers(codec.image_shape, codec.num_classes)
+    name = f"this run: {images} images of {codec.name}, {precision}"
+    # What all classes share is split evenly.
+    floats, size = -(-numbers // codec.num_classes), -(-payload // codec.num_classes)
+    return [*rows, BudgetRow(name, images, points, floats, size, available)]
 
 
 def _seconds(run: RunDir, accuracies: dict[str, dict[str, Any]]) -> float:

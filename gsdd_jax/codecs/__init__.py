@@ -1,7 +1,7 @@
 """Parameterizations of a distilled set behind one interface.
 
-A new one is a file here, with a spec whose ``name`` is a ``Literal`` and a function ``make``, and its spec in
-``CodecSpec``; docs/codecs.md has an example.
+A new one is a file here, with a :class:`~gsdd_jax.codecs.base.Spec` whose ``name`` is a ``Literal`` and a function
+``make``, and its spec in ``CodecSpec``; docs/codecs.md has an example.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from gsdd_jax import pixels
+from gsdd_jax.codecs import budget
 from gsdd_jax.codecs.base import Codec
 from gsdd_jax.codecs.downscale import DownscaleSpec
 from gsdd_jax.codecs.factor import FactorSpec
@@ -68,31 +69,55 @@ CodecSpec = (
 SPECS: dict[str, type] = {get_args(get_type_hints(spec)["name"])[0]: spec for spec in get_args(CodecSpec)}
 
 
-def make(spec: CodecSpec, *, image_shape: Sequence[int], num_classes: int, bytes_per_class: int) -> Codec:
+def make(
+    spec: CodecSpec,
+    *,
+    image_shape: Sequence[int],
+    num_classes: int,
+    bytes_per_class: int | None = None,
+    label_bytes: int = 0,
+) -> Codec:
     """Builds the codec of a spec for a dataset and a budget.
+
+    What a spec leaves open, the number of images or of Gaussians, is the most that fits the budget together with the
+    labels of the images. Arguments that come to the same settings give the same object, so that what ``jax.jit`` has
+    compiled for its functions is found again.
 
     Args:
         spec: Which parameterization and its settings.
         image_shape: (h, w, c) of the images.
         num_classes: ``k``.
-        bytes_per_class: The budget; the codec's ``nbytes`` of a whole set is at most ``k`` times it.
+        bytes_per_class: The budget: the codec's ``nbytes`` of a whole set, and its labels, are at most ``k`` times it.
+            None = what the spec takes, which then has to leave nothing open.
+        label_bytes: Of the label of an image; 0 = hard labels, see :func:`gsdd_jax.labels.nbytes`.
 
     Raises:
-        ValueError: The budget is impossible; the message names the setting and what would fit.
+        ValueError: The spec or the budget is impossible; the message names the setting and what would fit.
     """
     if spec.name not in SPECS:
         raise ValueError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
     # Plain numbers, as a manifest holds them, also of those who count with NumPy.
     plain = {name: value.item() for name, value in vars(spec).items() if isinstance(value, np.generic)}
-    shape = tuple(integer(side, "image_shape") for side in image_shape)
+    h, w, c = (integer(side, "image_shape") for side in image_shape)
     classes, spec = integer(num_classes, "num_classes"), dataclasses.replace(spec, **plain)
-    return _make(spec, shape, classes, int(bytes_per_class))
+    spec = budget.resolve(
+        spec,
+        image_shape=(h, w, c),
+        num_classes=classes,
+        bytes_per_class=None if bytes_per_class is None else int(bytes_per_class),
+        label_bytes=label_bytes,
+    )
+    return _built(spec, repr(spec), (h, w, c), classes)
 
 
-# One object for one codec: what is jitted with it is traced once, however often it is made.
-@functools.lru_cache(maxsize=64)
-def _make(spec: CodecSpec, shape: tuple[int, ...], classes: int, bytes_per_class: int) -> Codec:
-    codec = sys.modules[SPECS[spec.name].__module__].make(spec, shape, classes, bytes_per_class)
+@functools.lru_cache(maxsize=128)
+def _built(spec: CodecSpec, shown: str, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
+    """Builds the codec of a resolved spec, once.
+
+    Settings that are equal but do not look the same, such as 1 and 1.0, are written differently and stay apart.
+    """
+    del shown
+    codec = sys.modules[SPECS[spec.name].__module__].make(spec, image_shape, num_classes)
 
     def init(key: jax.Array, images: Any) -> Any:
         return codec.init(key, pixels.as_float(pixels.check(images, real=False)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,60 @@ from gsdd_jax.gaussians import Gaussians
 # Codecs whose references parameterize normalized images draw CENTER + SPREAD * output instead: the mean and the spread
 # of natural images, so that published learning rates carry over and no statistics of a dataset are needed.
 CENTER, SPREAD = 0.5, 0.25
+# More images per class, or Gaussians per image, than any set has.
+MOST = 1 << 40
+
+Shape = tuple[int, int, int]
+Layout = dict[str, jax.ShapeDtypeStruct]
+
+
+class Spec:
+    """What the settings of a codec know before it is built; the base of every spec.
+
+    A spec is a frozen dataclass. Beside it, in the same file, is ``make(spec, image_shape, num_classes) -> Codec``,
+    which builds the codec of a spec with every default resolved.
+
+    Attributes:
+        name: Key of the registry.
+        images_per_class: Images per class; 0 = as many as the budget holds.
+        NOISE: Values of the setting ``start`` that look at no image.
+        TRAINING: How the settings begin on which the meaning of parameters does not depend.
+        FORMER: Settings with another name before, and that name: it is part of the sums of sets.
+    """
+
+    name: Any
+    images_per_class: int
+    NOISE: ClassVar[tuple[str, ...]] = ()
+    TRAINING: ClassVar[tuple[str, ...]] = ("lr", "start")
+    FORMER: ClassVar[dict[str, str]] = {"optimizer": "optimiser"}
+
+    def resolved(self, image_shape: Shape) -> Any:
+        """Returns the spec with the defaults that follow from the images' shape.
+
+        Raises:
+            ValueError: Settings contradict each other or the shape.
+        """
+        return self
+
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        """Returns the settings that a refusal may ask to be smaller, and their possible values, rising.
+
+        More of any of them is more bytes. One of them may be 0, and is then as large as the budget allows.
+        """
+        return {"images_per_class": range(1, MOST)}
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        """Returns the shapes and dtypes of all arrays as they are written; of a resolved spec."""
+        raise NotImplementedError
+
+    def numbers(self, image_shape: Shape, num_classes: int) -> tuple[int, str]:
+        """Returns how many numbers a set holds, and their precision; of a resolved spec.
+
+        Neither indices nor masks count where the setting ``dtype`` says in what precision the numbers are.
+        """
+        arrays = list(self.layout(image_shape, num_classes).values())
+        counted = [leaf for leaf in arrays if str(leaf.dtype) == getattr(self, "dtype", None)] or arrays
+        return sum(leaf.size for leaf in counted), ", ".join(dict.fromkeys(str(leaf.dtype) for leaf in counted))
 
 
 def _unchanged(arrays: Any) -> Any:
@@ -103,12 +157,9 @@ class Codec(NamedTuple):
         return self.num_classes * self.images_per_class
 
 
-def unpacked_layout(
-    init: Callable[..., Any], stored: Callable[[Any], Any], image_shape: tuple[int, int, int], n: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the layout of a codec whose arrays are written as ``stored`` gives them."""
-    images = jax.ShapeDtypeStruct((n, *image_shape), jnp.float32)
-    return jax.eval_shape(lambda images: stored(init(jax.random.key(0), images)), images)
+def arrays(dtype: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Returns the layout of arrays of one dtype."""
+    return {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in shapes.items()}
 
 
 def resized(images: jax.Array, size: tuple[int, int] | None) -> jax.Array:
@@ -118,18 +169,18 @@ def resized(images: jax.Array, size: tuple[int, int] | None) -> jax.Array:
     return jax.image.resize(images, (images.shape[0], *size, images.shape[-1]), "bilinear")
 
 
-def cast_storage(init: Callable[..., Any], dtype: str, image_shape: tuple[int, int, int], n: int) -> dict[str, Any]:
-    """Returns ``stored``, ``loaded``, ``nbytes`` and ``layout`` of a codec whose ``n`` images are a dict of arrays.
+def cast_storage(spec: Any, image_shape: Shape, num_classes: int) -> dict[str, Any]:
+    """Returns ``quantize``, ``dequantize``, ``nbytes`` and ``layout`` of a codec whose parameters are a dict of arrays.
 
-    All of them are written in one precision, ``dtype``, as they are.
+    All of them are written in one precision, ``spec.dtype``, as they are.
     """
 
     def quantize(params: Any) -> Any:
-        return storage.cast(params, dtype)
+        return storage.cast(params, spec.dtype)
 
     return {
         "quantize": quantize,
         "dequantize": storage.widen,
         "nbytes": lambda params: storage.nbytes(jax.eval_shape(quantize, params)),
-        "layout": lambda: unpacked_layout(init, quantize, image_shape, n),
+        "layout": lambda: spec.layout(image_shape, num_classes),
     }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import Codec, cast_storage
+from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays, cast_storage
 
 # What the reference pads canvases with: gray, which an image keeps at its border where the factor does not divide.
 PADDING = 0.5
@@ -22,12 +23,12 @@ FIT_RATE = 0.003
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DownscaleSpec:
+class DownscaleSpec(Spec):
     """Settings of the codec of small images."""
 
     name: Annotated[Literal["downscale"], Doc("the parameterization")] = "downscale"
     factor: Annotated[
-        int, Ge(1), Doc("cells of a canvas along each axis, one image each (IDC: 2 at 32 px, 3 on ImageNet)")
+        int, Ge(1), Le(16), Doc("cells of a canvas along each axis, one image each (IDC: 2 at 32 px, 3 on ImageNet)")
     ] = 2
     images_per_class: Annotated[
         int, Ge(0), Doc("images per class, a multiple of factor^2; 0 = as many as the budget holds")
@@ -43,8 +44,26 @@ class DownscaleSpec:
         Doc("learning rate in distillation, for pixels in [0, 1]; as for plain pixels (IDC, own objective: 5e-4 ipc)"),
     ] = 0.1
 
+    def resolved(self, image_shape: Shape) -> DownscaleSpec:
+        h, w, _ = image_shape
+        possible = [f for f in range(1, self.factor + 1) if all((f - 1) * -(-x // f) < x for x in (h, w))]
+        if self.factor not in possible:
+            raise ValueError(
+                f"codec.factor: {self.factor} x {self.factor} cells of "
+                f"{'x'.join(map(str, cell_size(self.factor, (h, w))))} pixels leave cells without a pixel on a canvas "
+                f"of {h}x{w}; the next smaller factor that does not is {possible[-1]}"
+            )
+        return self
 
-def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        return {"images_per_class": range(self.factor**2, MOST, self.factor**2)}
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        canvases = num_classes * self.images_per_class // self.factor**2
+        return arrays(self.dtype, {"canvases": (canvases, *image_shape)})
+
+
+def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`.
 
     A canvas has the size of an image and is cut into ``factor`` x ``factor`` equal cells, padded at the bottom and the
@@ -56,8 +75,6 @@ def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: in
     """
     h, w, c = image_shape
     f, cell = spec.factor, cell_size(spec.factor, (h, w))
-    spec = dataclasses.replace(spec, images_per_class=_images_per_class(spec, image_shape, bytes_per_class))
-    n = num_classes * spec.images_per_class
 
     def init(key, images):
         blocks = (jnp.asarray(images, jnp.float32) - PADDING).reshape(-1, f, f, h, w, c)
@@ -88,7 +105,7 @@ def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: in
         project=project,
         optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.adam(optax.cosine_decay_schedule(FIT_RATE, steps, alpha=0.02)),
-        **cast_storage(init, spec.dtype, image_shape, n),
+        **cast_storage(spec, image_shape, num_classes),
     )
 
 
@@ -120,32 +137,3 @@ def _inverses(length: int, cell: int, factor: int) -> list[jax.Array]:
 
 def _both_axes(rows: jax.Array, images: jax.Array, columns: jax.Array) -> jax.Array:
     return jnp.einsum("ih,nhwc,jw->nijc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
-
-
-def _images_per_class(spec: DownscaleSpec, image_shape: tuple[int, int, int], bytes_per_class: int) -> int:
-    """Returns the images per class, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit or leave cells unused, or a cell lies beyond the canvas; the message says what does.
-    """
-    h, w, c = image_shape
-    possible = [f for f in range(1, spec.factor + 1) if all((f - 1) * -(-x // f) < x for x in (h, w))]
-    if spec.factor not in possible:
-        raise ValueError(
-            f"codec.factor: {spec.factor} x {spec.factor} cells of {'x'.join(map(str, cell_size(spec.factor, (h, w))))}"
-            f" pixels leave cells without a pixel on a canvas of {h}x{w}; the next smaller factor that does not is "
-            f"{possible[-1]}"
-        )
-    per_canvas, each = spec.factor**2, h * w * c * storage.PIXEL_ITEMSIZE[spec.dtype]
-    fits = per_canvas * (bytes_per_class // each)
-    if spec.images_per_class % per_canvas:
-        raise ValueError(
-            f"codec.images_per_class: expected a multiple of factor^2 = {per_canvas}, found {spec.images_per_class}"
-        )
-    if fits < max(spec.images_per_class, 1):
-        less = f"at most {fits}" if fits else f"a budget of at least {each} bytes per class"
-        raise ValueError(
-            f"codec.images_per_class: {max(spec.images_per_class, per_canvas)} images on {spec.dtype} canvases of "
-            f"{each} bytes, {per_canvas} images each, do not fit {bytes_per_class} bytes per class; expected {less}"
-        )
-    return spec.images_per_class or fits

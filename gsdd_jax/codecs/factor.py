@@ -13,6 +13,7 @@ at random. HaBa does not fit images (``fit.steps=0``): five real images per base
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
@@ -23,7 +24,18 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage, resized
+from gsdd_jax.codecs.base import (
+    CENTER,
+    MOST,
+    SPREAD,
+    Codec,
+    Layout,
+    Shape,
+    Spec,
+    arrays,
+    cast_storage,
+    resized,
+)
 
 # Side of both convolutions.
 SIDE = 3
@@ -33,7 +45,7 @@ FIT_HALLUCINATOR = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FactorSpec:
+class FactorSpec(Spec):
     """Settings of the codec of bases and hallucinators."""
 
     name: Annotated[Literal["factor"], Doc("the parameterization")] = "factor"
@@ -50,11 +62,37 @@ class FactorSpec:
     optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd has HaBa's momentum of 0.95")] = "adam"
     lr: Annotated[float, Gt(0), Doc("learning rate in distillation, for every leaf (HaBa with TM: sgd, 100)")] = 0.01
 
+    def resolved(self, image_shape: Shape) -> FactorSpec:
+        h, w, c = image_shape
+        if min(h, w) < SIDE:
+            raise ValueError(f"codec.name: factor needs images of at least {SIDE} x {SIDE} pixels, found {h} x {w}")
+        return dataclasses.replace(self, base_channels=self.base_channels or c)
 
-def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        return {
+            "images_per_class": range(self.hallucinators, MOST, self.hallucinators),
+            "hallucinators": range(1, MOST),
+            "base_channels": sorted({1, image_shape[-1]}),
+        }
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        (h, w, c), styles, channels = image_shape, self.hallucinators, self.base_channels
+        inner = (styles, h - SIDE + 1, w - SIDE + 1, c)
+        shapes = {
+            "base": (num_classes * self.images_per_class // styles, h, w, channels),
+            "scale": inner,
+            "shift": inner,
+            "conv": (styles, SIDE, SIDE, channels, c),
+            "conv_bias": (styles, c),
+            "deconv": (styles, SIDE, SIDE, c, c),
+            "deconv_bias": (styles, c),
+        }
+        return arrays(self.dtype, shapes)
+
+
+def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
-    spec = _resolved(spec, image_shape, num_classes, bytes_per_class)
     styles = spec.hallucinators
     n = num_classes * spec.images_per_class
 
@@ -88,7 +126,7 @@ def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int, 
         decode=decode,
         optimizer=lambda: optax.adam(spec.lr) if spec.optimizer == "adam" else optax.sgd(spec.lr, momentum=0.95),
         fitter=fitter,
-        **cast_storage(init, spec.dtype, image_shape, n),
+        **cast_storage(spec, image_shape, num_classes),
     )
 
 
@@ -143,50 +181,3 @@ def hallucinators(
         )
         params |= {name: kernel, f"{name}_bias": own[:, -1]}
     return params
-
-
-def _resolved(
-    spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int
-) -> FactorSpec:
-    """Fills in the images per class and the channels of a base.
-
-    Raises:
-        ValueError: A setting makes no sense or does not fit; the message says what would.
-    """
-    h, w, c = image_shape
-    if spec.base_channels not in (0, 1, c):
-        raise ValueError(f"codec.base_channels: expected 0, 1 or the {c} of the images; found {spec.base_channels}")
-    if min(h, w) < SIDE:
-        raise ValueError(f"codec.name: factor needs images of at least {SIDE} x {SIDE} pixels, found {h} x {w}")
-    if spec.images_per_class % spec.hallucinators:
-        raise ValueError(
-            f"codec.images_per_class: expected a multiple of codec.hallucinators={spec.hallucinators}, "
-            f"found {spec.images_per_class}"
-        )
-    available, itemsize = num_classes * bytes_per_class, storage.ITEMSIZE[spec.dtype]
-
-    def base(channels: int) -> int:
-        return num_classes * h * w * channels * itemsize
-
-    def style(channels: int) -> int:
-        return (SIDE**2 * (channels + c) * c + 2 * c + 2 * (h - SIDE + 1) * (w - SIDE + 1) * c) * itemsize
-
-    channels = spec.base_channels or c
-    taken = spec.hallucinators * style(channels)
-    fits = max(available - taken, 0) // base(channels)
-    wanted = max(spec.images_per_class // spec.hallucinators, 1)
-    if wanted <= fits:
-        count = (wanted if spec.images_per_class else fits) * spec.hallucinators
-        return dataclasses.replace(spec, images_per_class=count, base_channels=channels)
-    needs = f"{spec.hallucinators} hallucinators of {style(channels)} bytes and {wanted} bases per class need "
-    needs += f"{taken + wanted * base(channels)} bytes, the budget of all classes has {available}; "
-    if fits:
-        raise ValueError(f"codec.images_per_class: {needs}expected at most {fits * spec.hallucinators}")
-    remedies = []
-    if available >= base(channels) + style(channels):
-        remedies.append(f"codec.hallucinators of at most {(available - base(channels)) // style(channels)}")
-    if channels > 1 and available >= base(1) + style(1):
-        most = min((available - base(1)) // style(1), spec.hallucinators)
-        remedies.append(f"codec.base_channels=1 with codec.hallucinators of at most {most}")
-    remedies.append(f"at least {-(-(taken + base(channels)) // num_classes)} bytes per class")
-    raise ValueError(f"codec.hallucinators: {needs}expected {', or '.join(remedies)}")

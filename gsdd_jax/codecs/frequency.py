@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -13,14 +14,14 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, SPREAD, Codec
+from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays
 
 # Arrays of the file.
 COEFFICIENTS, INDEX, MASK = "coefficients", "index", "mask"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FrequencySpec:
+class FrequencySpec(Spec):
     """Settings of the frequency codec."""
 
     name: Annotated[Literal["frequency"], Doc("the parameterization")] = "frequency"
@@ -50,8 +51,17 @@ class FrequencySpec:
         ),
     ] = 0.1
 
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        h, w, _ = image_shape
+        return {"images_per_class": range(1, MOST), "coefficients": range(1, h * w + 1)}
 
-def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        shape = (num_classes * self.images_per_class, self.coefficients, image_shape[-1])
+        places = places_layout(self.coefficients, image_shape[:2], num_classes)
+        return arrays(self.dtype, {COEFFICIENTS: shape}) | places
+
+
+def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`.
 
     An image is ``CENTER + SPREAD`` times the inverse DCT of its coefficients. Which coefficients a class has, for all
@@ -66,11 +76,8 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
     smaller.
     """
     h, w, c = image_shape
-    spec = dataclasses.replace(
-        spec, images_per_class=_images_per_class(spec, image_shape, num_classes, bytes_per_class)
-    )
     per_class, n = spec.images_per_class, num_classes * spec.images_per_class
-    written = _layout(spec, image_shape, num_classes, per_class)
+    written = spec.layout(image_shape, num_classes)
 
     def init(key, images):
         spectra = forward((jnp.asarray(images, jnp.float32) - CENTER) / SPREAD).reshape(n, h * w, c)
@@ -196,52 +203,9 @@ def _index_dtype(places: int) -> np.dtype:
     return np.min_scalar_type(places - 1)
 
 
-def _layout(
-    spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: int, per_class: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the arrays that a set of so many images per class is written as."""
-    h, w, c = image_shape
-    coefficients = jax.ShapeDtypeStruct((num_classes * per_class, spec.coefficients, c), jnp.dtype(spec.dtype))
-    return {COEFFICIENTS: coefficients} | places_layout(spec.coefficients, (h, w), num_classes)
-
-
 def places_layout(count: int, size: tuple[int, int], num_classes: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape of the array that says which ``count`` places each class has: bits or numbers."""
     h, w = size
     index = jax.ShapeDtypeStruct((num_classes, count), _index_dtype(h * w))
     mask = jax.ShapeDtypeStruct((-(-num_classes * h * w // 8),), np.uint8)
     return {MASK: mask} if storage.nbytes(mask) < storage.nbytes(index) else {INDEX: index}
-
-
-def _images_per_class(
-    spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int
-) -> int:
-    """Returns the images per class, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit, or there are fewer coefficients than asked for; the message says what would do.
-    """
-    h, w, c = image_shape
-    if spec.coefficients > h * w:
-        raise ValueError(f"codec.coefficients: a channel of {h}x{w} has {h * w}, found {spec.coefficients}")
-    available = num_classes * bytes_per_class
-
-    def needed(per_class: int, count: int = spec.coefficients) -> int:
-        return storage.nbytes(
-            _layout(dataclasses.replace(spec, coefficients=count), image_shape, num_classes, per_class)
-        )
-
-    def says(per_class: int) -> str:
-        return (
-            f"{per_class} images per class of {spec.coefficients} {spec.dtype} coefficients per channel and their "
-            f"places need {needed(per_class)} bytes, the budget of all classes has {available}"
-        )
-
-    fits = (available - needed(0)) // (needed(1) - needed(0))
-    if fits < 1:
-        most = max((count for count in range(1, spec.coefficients) if needed(1, count) <= available), default=0)
-        less = f"at most {most}" if most else f"a budget of at least {-(-needed(1, 1) // num_classes)} bytes per class"
-        raise ValueError(f"codec.coefficients: {says(1)}; expected {less}")
-    if spec.images_per_class > fits:
-        raise ValueError(f"codec.images_per_class: {says(spec.images_per_class)}; expected at most {fits}")
-    return spec.images_per_class or fits

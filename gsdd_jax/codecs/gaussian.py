@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
 from gsdd_jax import starts, storage
-from gsdd_jax.codecs.base import Codec, unpacked_layout
+from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.render import render
 from kernels import DEFAULT_CUTOFF
@@ -27,14 +27,18 @@ LOG_FLOOR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GaussianSpec:
+class GaussianSpec(Spec):
     """Settings of the Gaussian codec."""
 
     name: Annotated[Literal["gaussian"], Doc("the parameterization")] = "gaussian"
-    images_per_class: Annotated[int, Ge(1), Doc("Gaussian images per class (paper, appendix A)")]
-    num_points: Annotated[int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds")] = 0
+    images_per_class: Annotated[
+        int, Ge(0), Doc("Gaussian images per class (paper, appendix A); 0 = as many as the budget holds")
+    ] = 0
+    num_points: Annotated[
+        int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds in each of so many images")
+    ] = 0
     dtype: Annotated[Literal["bfloat16", "float32"], Doc("precision on disk and in the forward pass")] = "bfloat16"
-    supersample: Annotated[int, Ge(1), Doc("samples per pixel and axis (paper, section 3.2: 2)")] = 2
+    supersample: Annotated[int, Ge(1), Le(64), Doc("samples per pixel and axis (paper, section 3.2: 2)")] = 2
     cutoff: Annotated[float, Ge(0), Lt(1), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
     boundary: Annotated[float, Ge(0), Doc("weight of the boundary loss (paper, Eq. 10 and section 4.1: 0.1)")] = 0.1
     start: Annotated[
@@ -49,6 +53,17 @@ class GaussianSpec:
     lr_mean: Annotated[float, Ge(0), Doc("factor of lr for the positions")] = 1.0
     lr_cholesky: Annotated[float, Ge(0), Doc("factor of lr for the shapes")] = 1.0
     lr_color: Annotated[float, Ge(0), Doc("factor of lr for colors and opacities")] = 1.0
+    NOISE = ("uniform",)
+    TRAINING = (*Spec.TRAINING, "boundary")
+    FORMER = Spec.FORMER | {"images_per_class": "gpc"}
+
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        return {"num_points": range(1, MOST), "images_per_class": range(1, MOST)}
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        lead = (num_classes * self.images_per_class, self.num_points)
+        shapes = {"mean": (*lead, 2), "cholesky": (*lead, 3), "color": (*lead, image_shape[-1]), "opacity": lead}
+        return arrays(self.dtype, shapes)
 
 
 # Adam's rates when fitting images, in units that make them independent of the size of image and Gaussians: positions
@@ -71,17 +86,9 @@ def fit_rates(size: tuple[int, int], num_points: int) -> dict[str, float]:
     }
 
 
-def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
-    h, w, c = image_shape
-    fits = storage.largest_num_points(bytes_per_class, spec.images_per_class, c, spec.dtype)
-    if spec.num_points > fits:
-        raise ValueError(
-            f"codec.num_points: {spec.images_per_class} images of {spec.num_points} {spec.dtype} Gaussians need "
-            f"{spec.images_per_class * spec.num_points * storage.gaussian_numbers(c) * storage.ITEMSIZE[spec.dtype]} "
-            f"bytes, the budget per class has {bytes_per_class}; expected at most {fits} Gaussians per image"
-        )
-    spec = dataclasses.replace(spec, num_points=spec.num_points or fits)
+    h, w, _ = image_shape
 
     def init(key: jax.Array, images: jax.Array) -> Gaussians:
         return starts.START[spec.start](key, jnp.asarray(images, jnp.float32), spec.num_points)
@@ -128,7 +135,7 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         fitter=lambda steps: leafwise_adam(
             fit_rates((h, w), spec.num_points), optax.cosine_decay_schedule(1.0, steps, alpha=0.02)
         ),
-        layout=lambda: unpacked_layout(init, quantize, image_shape, num_classes * spec.images_per_class),
+        layout=lambda: spec.layout(image_shape, num_classes),
         gaussians=rounded,
     )
 
@@ -139,7 +146,7 @@ class Positioned(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def mean(self) -> jax.Array: ...  # noqa: D102
+    def mean(self) -> jax.Array: ...
 
 
 P = TypeVar("P", bound=Positioned)

@@ -20,11 +20,11 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import Codec, resized, unpacked_layout
+from gsdd_jax.codecs.base import Codec, Spec, resized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeneratorSpec:
+class GeneratorSpec(Spec):
     """What a manifest can say about a codec of latents."""
 
     name: Annotated[Literal["generator"], Doc("the parameterization")] = "generator"
@@ -76,9 +76,6 @@ def generator_prior(
     def quantize(params):
         return storage.cast(params, spec.dtype)
 
-    def layout():
-        return unpacked_layout(init_fn, quantize, image_shape, n)
-
     def nbytes(params):
         return spec.generator_bytes + storage.nbytes(jax.eval_shape(quantize, params))
 
@@ -112,5 +109,5 @@ def generator_prior(
         nbytes=nbytes,
         optimizer=optimizer,
         fitter=fitter,
-        layout=layout,
+        layout=lambda: jax.eval_shape(quantize, latents),
     )

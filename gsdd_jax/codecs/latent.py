@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
@@ -29,7 +30,18 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage, resized
+from gsdd_jax.codecs.base import (
+    CENTER,
+    MOST,
+    SPREAD,
+    Codec,
+    Layout,
+    Shape,
+    Spec,
+    arrays,
+    cast_storage,
+    resized,
+)
 
 # What tanh is multiplied by: CENTER + REACH tanh is [0, 1].
 REACH = 2 * SPREAD
@@ -53,7 +65,7 @@ FIT_DECODER = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentSpec:
+class LatentSpec(Spec):
     """Settings of the latent codec; D3's are those for ImageNet at 64 px, its decoder here is ours for CIFAR-10."""
 
     name: Annotated[Literal["latent"], Doc("the parameterization")] = "latent"
@@ -90,17 +102,46 @@ class LatentSpec:
     lr_decoder: Annotated[
         float, Gt(0), Doc("Adam's learning rate of the decoder in distillation (D3: 3e-4 small, 8e-5 medium and large)")
     ] = 3e-4
+    NOISE = ("uniform",)
+    FORMER = Spec.FORMER | {"images_per_class": "lpc"}
+
+    def resolved(self, image_shape: Shape) -> LatentSpec:
+        h, w, _ = image_shape
+        if h != w or h < LEAST_SIDE or h.bit_count() != 1:
+            raise ValueError(
+                f"codec.name: latent doubles maps of {START_SIDE} x {START_SIDE} and needs square images whose side is "
+                f"a power of two from {LEAST_SIDE}, found {h} x {w}"
+            )
+        if self.decoder == "large" and self.latent_dim != START_SIDE**2 * self.width:
+            raise ValueError(
+                f"codec.latent_dim: the large decoder has no linear map; expected 4 * codec.width = "
+                f"{START_SIDE**2 * self.width}, found {self.latent_dim}"
+            )
+        return self
+
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        # Every map has a whole number of channels.
+        least = LEAST_SHARE[self.decoder]
+        multiple = least // min(channels(dataclasses.replace(self, width=least), image_shape[0]))
+        return {"images_per_class": range(1, MOST), "width": range(multiple, MOST, multiple)}
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        # The large decoder's latents are its first map.
+        numbers = START_SIDE**2 * self.width if self.decoder == "large" else self.latent_dim
+        latents = dict.fromkeys(self.latents, (num_classes * self.images_per_class, numbers))
+        return arrays(self.dtype, latents | shapes(self, image_shape[0], image_shape[-1]))
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """The arrays of latents."""
+        return ("mean", "log_variance") if self.sample else ("mean",)
 
 
-def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
-    _check(spec, h, w)
-    spec = dataclasses.replace(
-        spec, images_per_class=_images_per_class(spec, image_shape, num_classes, bytes_per_class)
-    )
     n = num_classes * spec.images_per_class
-    latents = ("mean", "log_variance") if spec.sample else ("mean",)
+    latents = spec.latents
 
     def init(key, images):
         del images
@@ -146,7 +187,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, 
         optimizer=optimizer,
         fitter=fitter,
         draws=spec.sample,
-        **cast_storage(init, spec.dtype, image_shape, n),
+        **cast_storage(spec, image_shape, num_classes),
     )
 
 
@@ -231,11 +272,6 @@ def shapes(spec: LatentSpec, side: int, image_channels: int) -> dict[str, tuple[
     return arrays | {"out": (OUT_KERNEL, OUT_KERNEL, widths[-1], image_channels), "out_bias": (image_channels,)}
 
 
-def floats_shared(spec: LatentSpec, side: int, image_channels: int) -> int:
-    """Returns the numbers of the decoder."""
-    return sum(math.prod(shape) for shape in shapes(spec, side, image_channels).values())
-
-
 def draw_decoder(key: jax.Array, arrays: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
     """Draws a decoder as PyTorch does: kernel and bias from U(+-1 / sqrt(fan_in)); scale 1, shift 0.
 
@@ -254,65 +290,3 @@ def draw_decoder(key: jax.Array, arrays: dict[str, tuple[int, ...]]) -> dict[str
             bound = 1 / math.sqrt(fan_in)
         params[name] = bound * part.reshape(shape)
     return params
-
-
-def _multiple(spec: LatentSpec, side: int) -> int:
-    """Returns what the width must be a multiple of, so that every map has a whole number of channels."""
-    return LEAST_SHARE[spec.decoder] // min(channels(dataclasses.replace(spec, width=LEAST_SHARE[spec.decoder]), side))
-
-
-def _check(spec: LatentSpec, h: int, w: int) -> None:
-    """Refuses images that no doubling ends at, and widths that do not divide."""
-    if h != w or h < LEAST_SIDE or h.bit_count() != 1:
-        raise ValueError(
-            f"codec.name: latent doubles maps of {START_SIDE} x {START_SIDE} and needs square images whose side is a "
-            f"power of two from {LEAST_SIDE}, found {h} x {w}"
-        )
-    multiple = _multiple(spec, h)
-    if spec.width % multiple:
-        raise ValueError(
-            f"codec.width: expected a multiple of {multiple} for the {spec.decoder} decoder at {h} px, "
-            f"found {spec.width}"
-        )
-    if spec.decoder == "large" and spec.latent_dim != START_SIDE**2 * spec.width:
-        raise ValueError(
-            f"codec.latent_dim: the large decoder has no linear map; expected 4 * codec.width = "
-            f"{START_SIDE**2 * spec.width}, found {spec.latent_dim}"
-        )
-
-
-def _images_per_class(
-    spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int
-) -> int:
-    """Returns the latents per class, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit; the message says what would.
-    """
-    h, _, c = image_shape
-    itemsize, available = storage.ITEMSIZE[spec.dtype], num_classes * bytes_per_class
-
-    def bytes_of(width: int) -> tuple[int, int]:
-        """Returns those of the decoder, and of one latent per class."""
-        own = dataclasses.replace(spec, width=width)
-        # The large decoder's latents are its first map.
-        numbers = START_SIDE**2 * width if spec.decoder == "large" else spec.latent_dim
-        return floats_shared(own, h, c) * itemsize, num_classes * numbers * (1 + spec.sample) * itemsize
-
-    shared, each = bytes_of(spec.width)
-    fits = max(available - shared, 0) // each
-    wanted = max(spec.images_per_class, 1)
-    if wanted <= fits:
-        return spec.images_per_class or fits
-    needs = (
-        f"{wanted} {spec.dtype} latents per class of {each // num_classes} bytes and their decoder, {shared} bytes, "
-    )
-    needs += f"need {shared + wanted * each} bytes, the budget of all classes has {available}; "
-    if fits:
-        raise ValueError(f"codec.images_per_class: {needs}expected at most {fits}")
-    multiple = _multiple(spec, h)
-    widths = [width for width in range(multiple, spec.width, multiple) if sum(bytes_of(width)) <= available]
-    narrower = f"at most {widths[-1]}, or " if widths else ""
-    raise ValueError(
-        f"codec.width: {needs}expected {narrower}at least {-(-(shared + each) // num_classes)} bytes per class"
-    )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage
+from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, cast_storage
 from gsdd_jax.codecs.downscale import cell_size, enlargement
 
 # Adam's rate from the random start. On 50 CIFAR-10 images, 12 bases, 300 steps, any from 0.02 to 0.2 comes as near to
@@ -21,12 +22,12 @@ FIT_RATE = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemorySpec:
+class MemorySpec(Spec):
     """Settings of the memory codec."""
 
     name: Annotated[Literal["memory"], Doc("the parameterization")] = "memory"
     bases: Annotated[int, Ge(1), Doc("images that all classes share (RTP: 16 on CIFAR-10 at 1 image/class)")] = 16
-    factor: Annotated[int, Ge(1), Doc("bases are smaller by it along each axis (RTP: 2)")] = 2
+    factor: Annotated[int, Ge(1), Le(16), Doc("bases are smaller by it along each axis (RTP: 2)")] = 2
     images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
     dtype: Annotated[Literal["float32", "bfloat16"], Doc("precision on disk; the field counts float32")] = "float32"
     start: Annotated[
@@ -40,9 +41,20 @@ class MemorySpec:
         float, Gt(0), Doc("learning rate of the coefficients in distillation (RTP, own objective: 0.1 with sgd)")
     ] = 0.03
     lr_bases: Annotated[float, Ge(0), Doc("factor of lr for the bases")] = 1.0
+    NOISE = ("xavier",)
+
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        height, width = cell_size(self.factor, image_shape[:2])
+        # More bases than their numbers cannot differ.
+        return {"images_per_class": range(1, MOST), "bases": range(1, height * width * image_shape[-1] + 1)}
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        small = (*cell_size(self.factor, image_shape[:2]), image_shape[-1])
+        coefficients = (num_classes * self.images_per_class, self.bases)
+        return arrays(self.dtype, {"coefficients": coefficients, "bases": (self.bases, *small)})
 
 
-def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`.
 
     An image is ``CENTER + SPREAD`` times the bilinear enlargement of ``coefficients @ bases``. Parameters:
@@ -56,10 +68,9 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, 
     """
     h, w, c = image_shape
     small = cell_size(spec.factor, (h, w))
-    spec = dataclasses.replace(
-        spec, images_per_class=_images_per_class(spec, image_shape, num_classes, bytes_per_class)
-    )
     n = num_classes * spec.images_per_class
+    if spec.bases > n:
+        raise ValueError(f"codec.bases: {n} images need at most as many bases, found {spec.bases}")
 
     def init(key, images):
         if spec.start == "svd":
@@ -104,7 +115,7 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, 
         fitter=fitter,
         # No other factors are nearer to the images than those of the SVD.
         fitted_by_init=spec.start == "svd",
-        **cast_storage(init, spec.dtype, image_shape, n),
+        **cast_storage(spec, image_shape, num_classes),
     )
 
 
@@ -137,43 +148,3 @@ def best(images: jax.Array, small: tuple[int, int], count: int) -> dict[str, jax
 def _xavier(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
     limit = (6 / (fan_in + fan_out)) ** 0.5
     return jax.random.uniform(key, shape, jnp.float32, minval=-limit, maxval=limit)
-
-
-def _images_per_class(
-    spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int
-) -> int:
-    """Returns the images per class, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit, or there are more bases than can differ; the message says what would do.
-    """
-    h, w, c = image_shape
-    height, width = cell_size(spec.factor, (h, w))
-    available, itemsize = num_classes * bytes_per_class, storage.ITEMSIZE[spec.dtype]
-    basis, row = height * width * c * itemsize, num_classes * itemsize
-
-    def says(per_class: int) -> str:
-        return (
-            f"{spec.bases} {spec.dtype} bases of {height}x{width} and {per_class} images per class need "
-            f"{spec.bases * (basis + per_class * row)} bytes, the budget of all classes has {available}"
-        )
-
-    fits = (available // spec.bases - basis) // row
-    if fits < 1:
-        most = available // (basis + row)
-        less = (
-            f"at most {most}"
-            if most
-            else f"a larger factor, or at least {-(-(basis + row) // num_classes)} bytes per class"
-        )
-        raise ValueError(f"codec.bases: {says(1)}; expected {less}")
-    if spec.images_per_class > fits:
-        raise ValueError(f"codec.images_per_class: {says(spec.images_per_class)}; expected at most {fits}")
-    per_class = spec.images_per_class or fits
-    most = min(num_classes * per_class, height * width * c)
-    if spec.bases > most:
-        raise ValueError(
-            f"codec.bases: {num_classes * per_class} images of which {height * width * c} numbers differ need at most "
-            f"{most} bases, found {spec.bases}"
-        )
-    return per_class

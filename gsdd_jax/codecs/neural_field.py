@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage
+from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, cast_storage
 
 # Pixels that the checkpointed decode draws at once: enough to fill a GPU, 16 images of 128 px.
 CHUNK_PIXELS = 1 << 18
@@ -33,12 +34,12 @@ FIT_RATE = 0.03
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NeuralFieldSpec:
+class NeuralFieldSpec(Spec):
     """Settings of the neural-field codec."""
 
     name: Annotated[Literal["neural_field"], Doc("the parameterization")] = "neural_field"
     images_per_class: Annotated[int, Ge(0), Doc("networks per class; 0 = as many as the budget holds")] = 0
-    layers: Annotated[int, Ge(1), Doc("sine layers (DDiF: 2 for CIFAR, 3 for ImageNet)")] = 2
+    layers: Annotated[int, Ge(1), Le(64), Doc("sine layers (DDiF: 2 for CIFAR, 3 for ImageNet)")] = 2
     width: Annotated[
         int, Ge(1), Doc("units of each (DDiF: 6 for CIFAR-10 at 1 or 10 images/class, 20 at 50, 20 or 40 for ImageNet)")
     ] = 6
@@ -58,17 +59,22 @@ class NeuralFieldSpec:
     lr: Annotated[
         float, Gt(0), Doc("learning rate in distillation (DDiF: 1e-4 with TM at 128 px, 5e-5 with DM, DC)")
     ] = 1e-4
+    NOISE = ("uniform",)
+
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        return {"images_per_class": range(1, MOST), "width": range(1, MOST)}
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        n, units = num_classes * self.images_per_class, [2, *[self.width] * self.layers, image_shape[-1]]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, (inputs, outputs) in enumerate(itertools.pairwise(units)):
+            shapes |= {f"weight{layer}": (n, inputs, outputs), f"bias{layer}": (n, outputs)}
+        return arrays(self.dtype, shapes)
 
 
-def floats(layers: int, width: int, channels: int) -> int:
-    """Returns the numbers of one network."""
-    return 3 * width + (layers - 1) * (width**2 + width) + channels * (width + 1)
-
-
-def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
-    spec = dataclasses.replace(spec, images_per_class=_images_per_class(spec, c, bytes_per_class))
     n = num_classes * spec.images_per_class
 
     def init(key, images):
@@ -93,7 +99,7 @@ def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: 
         fitter=lambda steps: optax.adam(
             optax.cosine_decay_schedule(FIT_RATE / float(np.sqrt(spec.omega)), steps, alpha=0.02)
         ),
-        **cast_storage(init, spec.dtype, image_shape, n),
+        **cast_storage(spec, image_shape, num_classes),
     )
 
 
@@ -161,30 +167,3 @@ def solve_output(params: dict[str, jax.Array], images: jax.Array, spec: NeuralFi
     gram = inputs @ inputs.mT + RIDGE * h * w * jnp.eye(spec.width + 1, dtype=jnp.float32)
     solution = jnp.linalg.solve(gram, inputs @ target)
     return params | {f"weight{spec.layers}": solution[:, :-1], f"bias{spec.layers}": solution[:, -1]}
-
-
-def _images_per_class(spec: NeuralFieldSpec, channels: int, bytes_per_class: int) -> int:
-    """Returns the networks per class, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit; the message says what would.
-    """
-
-    def needed(width: int) -> int:
-        return floats(spec.layers, width, channels) * storage.ITEMSIZE[spec.dtype]
-
-    each = needed(spec.width)
-    fits = bytes_per_class // each
-    wanted = max(spec.images_per_class, 1)
-    if wanted <= fits:
-        return spec.images_per_class or fits
-    if fits:
-        remedy = f"expected at most {fits}"
-    else:
-        widths = [width for width in range(1, spec.width) if needed(width) <= bytes_per_class]
-        narrower = f" or codec.width of at most {widths[-1]}" if widths else ""
-        remedy = f"expected at least {each} bytes per class{narrower}"
-    raise ValueError(
-        f"codec.images_per_class: {wanted} {spec.dtype} networks of {each} bytes do not fit {bytes_per_class} bytes "
-        f"per class; {remedy}"
-    )

@@ -7,7 +7,7 @@ order of an image's Gaussians, which no image depends on, is not stored. The fil
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
 from gsdd_jax import packing, starts, storage
-from gsdd_jax.codecs.base import Codec, Draft
+from gsdd_jax.codecs.base import MOST, Codec, Draft, Layout, Shape, Spec
 from gsdd_jax.codecs.gaussian import boundary_loss, clip_positions, fit_rates, leafwise_adam
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.render import render
@@ -34,15 +34,19 @@ CLIPPED_SHARE = 0.003
 BFLOAT16_ULP = 2.0**-7
 # Arrays of the file.
 BITS, LOW, STEP = "codes", "low", "step"
+# Finding a sorted image of so many from its number takes seconds, of a quarter as many a tenth of one.
+SORTED_POINTS = 1 << 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedGaussianSpec:
+class PackedGaussianSpec(Spec):
     """Settings of the packed Gaussian codec."""
 
     name: Annotated[Literal["packed_gaussian"], Doc("the parameterization")] = "packed_gaussian"
-    images_per_class: Annotated[int, Ge(1), Doc("Gaussian images per class")]
-    num_points: Annotated[int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds")] = 0
+    images_per_class: Annotated[int, Ge(0), Doc("Gaussian images per class; 0 = as many as the budget holds")] = 0
+    num_points: Annotated[
+        int, Ge(0), Doc("Gaussians per image; 0 = as many as the budget holds in each of so many images")
+    ] = 0
     bits_mean: Annotated[int, Ge(2), Le(16), Doc("bits of each coordinate of a position")] = 8
     bits_cholesky: Annotated[int, Ge(2), Le(16), Doc("bits of each of the three numbers of a shape")] = 6
     bits_color: Annotated[int, Ge(2), Le(16), Doc("bits of each color channel")] = 6
@@ -57,7 +61,7 @@ class PackedGaussianSpec:
         Literal["sorted", "kept"],
         Doc("sorted: an image's Gaussians are stored as a set, which saves log2(m!) bits; kept: as a list"),
     ] = "sorted"
-    supersample: Annotated[int, Ge(1), Doc("samples per pixel and axis (paper, section 3.2: 2)")] = 2
+    supersample: Annotated[int, Ge(1), Le(64), Doc("samples per pixel and axis (paper, section 3.2: 2)")] = 2
     cutoff: Annotated[float, Ge(0), Lt(1), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
     boundary: Annotated[float, Ge(0), Doc("weight of the boundary loss (paper, Eq. 10 and section 4.1: 0.1)")] = 0.1
     start: Annotated[
@@ -78,6 +82,23 @@ class PackedGaussianSpec:
     lr_ranges: Annotated[float, Ge(0), Doc("learned ranges: factor of the rate of what they bound, for both ends")] = (
         0.5
     )
+    NOISE = ("uniform",)
+    TRAINING = (*Spec.TRAINING, "boundary")
+    FORMER = Spec.FORMER | {"images_per_class": "gpc"}
+
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        most = SORTED_POINTS if self.order == "sorted" else MOST
+        return {"num_points": range(1, most + 1), "images_per_class": range(1, MOST)}
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        n, channels = num_classes * self.images_per_class, image_shape[-1]
+        ranges = jax.ShapeDtypeStruct((3 + channels,), jnp.bfloat16)
+        size = -(-n * image_bits(self, self.num_points, channels) // 8)
+        return {BITS: jax.ShapeDtypeStruct((size,), np.uint8), LOW: ranges, STEP: ranges}
+
+    def numbers(self, image_shape: Shape, num_classes: int) -> tuple[int, str]:
+        count = num_classes * self.images_per_class * self.num_points * (5 + image_shape[-1])
+        return count, f"codes of {self.bits_mean}, {self.bits_cholesky} and {self.bits_color} bits"
 
 
 @jax.tree_util.register_dataclass
@@ -108,12 +129,11 @@ class PackedGaussians:
         return dataclasses.replace(self, **chosen)
 
 
-def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
-    spec = dataclasses.replace(spec, num_points=_num_points(spec, c, num_classes, bytes_per_class))
     n, m = num_classes * spec.images_per_class, spec.num_points
-    written = _layout(spec, c, n)
+    written = spec.layout(image_shape, num_classes)
 
     def decode(params: PackedGaussians, index=None, *, size=None, key=None) -> jax.Array:
         del key
@@ -300,56 +320,6 @@ def _position_bits(spec: PackedGaussianSpec, num_points: int) -> int:
     if spec.order == "sorted":
         return packing.multiset_bits(num_points, 4**spec.bits_mean)
     return num_points * 2 * spec.bits_mean
-
-
-def _layout(spec: PackedGaussianSpec, channels: int, n: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the arrays that a set of ``n`` images is written as."""
-    ranges = jax.ShapeDtypeStruct((3 + channels,), jnp.bfloat16)
-    size = -(-n * image_bits(spec, spec.num_points, channels) // 8)
-    return {BITS: jax.ShapeDtypeStruct((size,), np.uint8), LOW: ranges, STEP: ranges}
-
-
-def _num_points(spec: PackedGaussianSpec, channels: int, num_classes: int, bytes_per_class: int) -> int:
-    """Returns the Gaussians per image, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit; the message says what would.
-    """
-    available = num_classes * bytes_per_class
-
-    def needed(num_points: int, gpc: int = spec.images_per_class) -> int:
-        one = dataclasses.replace(spec, num_points=num_points)
-        return storage.nbytes(_layout(one, channels, num_classes * gpc))
-
-    if spec.num_points and needed(spec.num_points) <= available:
-        return spec.num_points
-    if needed(1) > available:
-        most = _most(lambda gpc: needed(1, gpc) <= available)
-        raise ValueError(
-            f"codec.images_per_class: {spec.images_per_class} images per class with one packed Gaussian each "
-            f"({image_bits(spec, 1, channels)} bits) need {needed(1)} bytes, the budget of all classes has "
-            f"{available}; expected at most {most}"
-        )
-    fits = _most(lambda points: needed(points) <= available)
-    if spec.num_points:
-        raise ValueError(
-            f"codec.num_points: {spec.images_per_class} images per class of {spec.num_points} packed Gaussians need "
-            f"{needed(spec.num_points)} bytes, the budget of all classes has {available}; expected at most {fits} "
-            "Gaussians per image"
-        )
-    return fits
-
-
-def _most(fits: Callable[[int], bool]) -> int:
-    """Returns the largest number that fits, 0 if 1 does not."""
-    high = 1
-    while fits(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _grids(low: jax.Array, step: jax.Array, spec: PackedGaussianSpec) -> dict[str, tuple[jax.Array, jax.Array, int]]:

@@ -9,6 +9,7 @@ Gaussians stand to Gaussians.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -20,13 +21,13 @@ from typing_extensions import Doc
 
 from gsdd_jax import packing, storage
 from gsdd_jax.codecs import frequency
-from gsdd_jax.codecs.base import Codec
+from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec
 from gsdd_jax.codecs.frequency import COEFFICIENTS, INDEX, MASK
 from gsdd_jax.codecs.packed import BFLOAT16_ULP, BITS, FINEST_STEP, LOW, STEP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedFrequencySpec:
+class PackedFrequencySpec(Spec):
     """Settings of the packed frequency codec."""
 
     name: Annotated[Literal["packed_frequency"], Doc("the parameterization")] = "packed_frequency"
@@ -43,8 +44,23 @@ class PackedFrequencySpec:
     optimizer: Annotated[Literal["sgd", "adam"], Doc("sgd has the momentum 0.5 of FreD's code")] = "adam"
     lr: Annotated[float, Gt(0), Doc("learning rate in distillation, as for frequency")] = 0.1
 
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        h, w, _ = image_shape
+        return {"images_per_class": range(1, MOST), "coefficients": range(1, h * w + 1)}
 
-def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        h, w, c = image_shape
+        codes = -(-num_classes * self.images_per_class * self.coefficients * c * self.bits // 8)
+        ends = jax.ShapeDtypeStruct((num_classes, self.coefficients, c), jnp.bfloat16)
+        places = frequency.places_layout(self.coefficients, (h, w), num_classes)
+        return {BITS: jax.ShapeDtypeStruct((codes,), np.uint8), LOW: ends, STEP: ends} | places
+
+    def numbers(self, image_shape: Shape, num_classes: int) -> tuple[int, str]:
+        count = num_classes * self.images_per_class * self.coefficients * image_shape[-1]
+        return count, f"codes of {self.bits} bits"
+
+
+def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`.
 
     Parameters: ``coefficients [n, coefficients, c]`` and ``index [k, coefficients]`` as for ``frequency``; ``low`` and
@@ -52,16 +68,12 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
     them.
     """
     h, w, c = image_shape
-    spec = dataclasses.replace(
-        spec, images_per_class=_images_per_class(spec, image_shape, num_classes, bytes_per_class)
-    )
     n = num_classes * spec.images_per_class
-    written = _layout(spec, image_shape, num_classes, spec.images_per_class)
+    written = spec.layout(image_shape, num_classes)
     plain = frequency.make(
         frequency.FrequencySpec(coefficients=spec.coefficients, images_per_class=spec.images_per_class, mask=spec.mask),
         image_shape,
         num_classes,
-        bytes_per_class=1 << 62,
     )
 
     def init(key, images):
@@ -177,49 +189,3 @@ def unpack(
     chosen = {name: arrays[name] for name in (MASK, INDEX) if name in arrays}
     index = frequency.unpack({COEFFICIENTS: ()} | chosen, classes, count, places)[INDEX]
     return {COEFFICIENTS: codes, INDEX: index, LOW: arrays[LOW], STEP: arrays[STEP]}
-
-
-def _layout(
-    spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_classes: int, per_class: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the arrays that a set of so many images per class is written as."""
-    h, w, c = image_shape
-    codes = -(-num_classes * per_class * spec.coefficients * c * spec.bits // 8)
-    ends = jax.ShapeDtypeStruct((num_classes, spec.coefficients, c), jnp.bfloat16)
-    places = frequency.places_layout(spec.coefficients, (h, w), num_classes)
-    return {BITS: jax.ShapeDtypeStruct((codes,), np.uint8), LOW: ends, STEP: ends} | places
-
-
-def _images_per_class(
-    spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int
-) -> int:
-    """Returns the images per class, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit, or there are fewer coefficients than asked for; the message says what would do.
-    """
-    h, w, c = image_shape
-    if spec.coefficients > h * w:
-        raise ValueError(f"codec.coefficients: a channel of {h}x{w} has {h * w}, found {spec.coefficients}")
-    available = num_classes * bytes_per_class
-
-    def needed(per_class: int, count: int = spec.coefficients) -> int:
-        return storage.nbytes(
-            _layout(dataclasses.replace(spec, coefficients=count), image_shape, num_classes, per_class)
-        )
-
-    def says(per_class: int) -> str:
-        return (
-            f"{per_class} images per class of {spec.coefficients} coefficients per channel in {spec.bits} bits, their "
-            f"grids and places need {needed(per_class)} bytes, the budget of all classes has {available}"
-        )
-
-    each = num_classes * spec.coefficients * c * spec.bits
-    fits = (available - needed(0)) * 8 // each
-    if fits < 1:
-        most = max((count for count in range(1, spec.coefficients) if needed(1, count) <= available), default=0)
-        less = f"at most {most}" if most else f"a budget of at least {-(-needed(1, 1) // num_classes)} bytes per class"
-        raise ValueError(f"codec.coefficients: {says(1)}; expected {less}")
-    if spec.images_per_class > fits:
-        raise ValueError(f"codec.images_per_class: {says(spec.images_per_class)}; expected at most {fits}")
-    return spec.images_per_class or fits

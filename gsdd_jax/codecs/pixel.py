@@ -11,11 +11,11 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import Codec, cast_storage, resized
+from gsdd_jax.codecs.base import Codec, Layout, Shape, Spec, arrays, cast_storage, resized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PixelSpec:
+class PixelSpec(Spec):
     """Settings of the pixel codec."""
 
     name: Annotated[Literal["pixel"], Doc("the parameterization")] = "pixel"
@@ -28,19 +28,14 @@ class PixelSpec:
         "sgd"
     )
     lr: Annotated[float, Gt(0), Doc("learning rate in distillation, for pixels in [0, 1]")] = 0.1
+    FORMER = Spec.FORMER | {"images_per_class": "ipc"}
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        return arrays(self.dtype, {"images": (num_classes * self.images_per_class, *image_shape)})
 
 
-def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
-    h, w, c = image_shape
-    each = h * w * c * storage.PIXEL_ITEMSIZE[spec.dtype]
-    fits = bytes_per_class // each
-    if fits < max(spec.images_per_class, 1):
-        raise ValueError(
-            f"codec.images_per_class: {max(spec.images_per_class, 1)} {spec.dtype} images of {each} bytes do not fit "
-            f"{bytes_per_class} bytes per class; expected at most {fits}"
-        )
-    spec = dataclasses.replace(spec, images_per_class=spec.images_per_class or fits)
 
     def init(key, images):
         return {"images": jnp.asarray(images, jnp.float32)}
@@ -69,5 +64,5 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int, b
         optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
         fitter=lambda steps: optax.set_to_zero(),
         fitted_by_init=True,
-        **cast_storage(init, spec.dtype, image_shape, num_classes * spec.images_per_class),
+        **cast_storage(spec, image_shape, num_classes),
     )

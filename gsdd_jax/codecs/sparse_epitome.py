@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, resized, unpacked_layout
+from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, resized
 
 # Standard deviation of epitome and coefficients as SPEED draws them.
 DRAWN = 0.2
@@ -38,7 +39,8 @@ NORM_FLOOR = 1e-5
 RIDGE = 1e-3
 # Places that a stored index can tell apart.
 PLACES = 1 << 16
-INDEX_BYTES = 2
+# What a file may take in memory, its zeros included, in bytes: the larger of the two. SPEED's own take ten times it.
+UNPACKED, UNPACKED_PER_BYTE = 1 << 28, 64
 # Leaves with one entry per block.
 BLOCK = ("mix", "mix_bias", "mlp", "mlp_bias", "norm_scale", "norm_shift")
 # Adam's rates when fitting images; swept over 50 CIFAR-10 images and 300 steps.
@@ -47,14 +49,14 @@ FIT_SHARED = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseEpitomeSpec:
+class SparseEpitomeSpec(Spec):
     """Settings of the sparse-epitome codec; SPEED's for CIFAR-10 at 1 image per class are named."""
 
     name: Annotated[Literal["sparse_epitome"], Doc("the parameterization")] = "sparse_epitome"
     images_per_class: Annotated[int, Ge(0), Doc("images per class; 0 = as many as the budget holds")] = 0
     patch: Annotated[int, Ge(1), Doc("side of a patch in pixels (SPEED: 4, and 8 at 128 px)")] = 4
     width: Annotated[int, Ge(1), Doc("numbers per token (SPEED: 32)")] = 32
-    blocks: Annotated[int, Ge(1), Doc("blocks of the network (SPEED: 1)")] = 1
+    blocks: Annotated[int, Ge(1), Le(64), Doc("blocks of the network (SPEED: 1)")] = 1
     heads: Annotated[int, Ge(1), Doc("sums per patch, each of its own part of the tokens (SPEED: 2)")] = 2
     tokens: Annotated[int, Ge(1), Doc("rows of the epitome (SPEED: 16)")] = 16
     nonzeros: Annotated[int, Ge(1), Doc("non-zero coefficients per image and head (SPEED: 48)")] = 48
@@ -74,17 +76,41 @@ class SparseEpitomeSpec:
     )
     lr_epitome: Annotated[float, Ge(0), Doc("factor of lr for the epitome (SPEED: 0.1)")] = 0.1
     lr_network: Annotated[float, Ge(0), Doc("factor of lr for the network (SPEED: 1e-4)")] = 0.1
+    NOISE = ("uniform",)
+
+    def resolved(self, image_shape: Shape) -> SparseEpitomeSpec:
+        h, w, _ = image_shape
+        if h % self.patch or w % self.patch:
+            raise ValueError(f"codec.patch: expected a divisor of {h} and {w}, found {self.patch}")
+        if (patches := self.patches(image_shape)) * self.tokens > PLACES:
+            raise ValueError(
+                f"codec.tokens: {patches} patches of {self.tokens} coefficients are more than the {PLACES} places of a "
+                f"16-bit index; expected at most {PLACES // patches}"
+            )
+        return self
+
+    def patches(self, image_shape: Shape) -> int:
+        """Returns the patches of an image."""
+        return image_shape[0] // self.patch * (image_shape[1] // self.patch)
+
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        return {
+            "images_per_class": range(1, MOST),
+            "width": range(self.heads, MOST, self.heads),
+            "nonzeros": range(1, self.patches(image_shape) * self.tokens + 1),
+        }
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        chosen = (num_classes * self.images_per_class, self.heads, self.nonzeros)
+        written = arrays(self.dtype, {"values": chosen} | shared_shapes(self, image_shape[-1]))
+        return written | {"indices": jax.ShapeDtypeStruct(chosen, jnp.uint16)}
 
 
-def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
     h, w, c = image_shape
-    _check(spec, h, w)
-    spec = dataclasses.replace(
-        spec, images_per_class=_images_per_class(spec, image_shape, num_classes, bytes_per_class)
-    )
     n = num_classes * spec.images_per_class
-    count = (h // spec.patch) * (w // spec.patch)
+    count = spec.patches(image_shape)
     places = count * spec.tokens
 
     def init(key, images):
@@ -153,8 +179,26 @@ def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes
             optax.adam if spec.optimizer == "adam" else functools.partial(optax.sgd, momentum=0.95),
         ),
         fitter=fitter,
-        layout=lambda: unpacked_layout(init, quantize, image_shape, n),
+        layout=lambda: spec.layout(image_shape, num_classes),
+        unpack=lambda written: checked(written, places),
     )
+
+
+def checked(written: Mapping[str, Any], places: int) -> Mapping[str, Any]:
+    """Returns the arrays of a file as they are.
+
+    Raises:
+        ValueError: An index beyond the ``places`` of an image and head, or so few numbers for so many zeros that the
+            memory that they take here would come as a surprise.
+    """
+    index = np.asarray(written["indices"]).astype(np.int64)
+    if index.max() >= places or (np.diff(index, axis=-1) <= 0).any():
+        raise ValueError(f"indices: expected places below {places} in rising order for each image and head")
+    unpacked = index[..., 0].size * places * np.dtype(np.float32).itemsize
+    allowed = max(UNPACKED, UNPACKED_PER_BYTE * storage.nbytes(dict(written)))
+    if unpacked > allowed:
+        raise ValueError(f"values: expected at most {allowed} bytes of coefficients, zeros included, found {unpacked}")
+    return written
 
 
 def features(params: dict[str, jax.Array]) -> jax.Array:
@@ -275,55 +319,17 @@ def solve_output(params: dict[str, jax.Array], patches: jax.Array, spec: SparseE
     return params | {"out": solution[:-1], "out_bias": solution[-1]}
 
 
-def _check(spec: SparseEpitomeSpec, h: int, w: int) -> None:
-    """Refuses shapes that do not divide, and more coefficients than there are or than an index can name."""
-    if h % spec.patch or w % spec.patch:
-        raise ValueError(f"codec.patch: expected a divisor of {h} and {w}, found {spec.patch}")
-    if spec.width % spec.heads:
-        raise ValueError(f"codec.heads: expected a divisor of codec.width={spec.width}, found {spec.heads}")
-    patches = h * w // spec.patch**2
-    if patches * spec.tokens > PLACES:
-        raise ValueError(
-            f"codec.tokens: {patches} patches of {spec.tokens} coefficients are more than the {PLACES} places of a "
-            f"16-bit index; expected at most {PLACES // patches}"
-        )
-    if spec.nonzeros > patches * spec.tokens:
-        raise ValueError(
-            f"codec.nonzeros: expected at most {patches * spec.tokens}, the coefficients of an image and head; found "
-            f"{spec.nonzeros}"
-        )
-
-
-def floats_shared(spec: SparseEpitomeSpec, channels: int) -> int:
-    """Returns the numbers of epitome and network."""
-    d = spec.width
-    return spec.tokens * d + spec.blocks * (3 * d**2 + 7 * d) + spec.patch**2 * channels * (d + 1)
-
-
-def _images_per_class(
-    spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int
-) -> int:
-    """Returns the images per class, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit; the message says what would.
-    """
-    itemsize, available = storage.ITEMSIZE[spec.dtype], num_classes * bytes_per_class
-    each = num_classes * spec.heads * spec.nonzeros * (itemsize + INDEX_BYTES)
-
-    def shared(width: int) -> int:
-        return floats_shared(dataclasses.replace(spec, width=width), image_shape[-1]) * itemsize
-
-    taken = shared(spec.width)
-    fits = max(available - taken, 0) // each
-    wanted = max(spec.images_per_class, 1)
-    if wanted <= fits:
-        return spec.images_per_class or fits
-    needs = f"{wanted} images per class of {each // num_classes} bytes and what they share, {taken} bytes, need "
-    needs += f"{taken + wanted * each} bytes, the budget of all classes has {available}; "
-    if fits:
-        raise ValueError(f"codec.images_per_class: {needs}expected at most {fits}")
-    widths = [d for d in range(spec.heads, spec.width, spec.heads) if shared(d) + each <= available]
-    narrower = f"at most {widths[-1]}, or " if widths else ""
-    least = -(-(taken + each) // num_classes)
-    raise ValueError(f"codec.width: {needs}expected {narrower}at least {least} bytes per class")
+def shared_shapes(spec: SparseEpitomeSpec, channels: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of epitome and network."""
+    d, r, outputs = spec.width, spec.blocks, spec.patch**2 * channels
+    return {
+        "epitome": (spec.tokens, d),
+        "mix": (r, d, d),
+        "mix_bias": (r, d),
+        "mlp": (r, 2, d, d),
+        "mlp_bias": (r, 2, d),
+        "norm_scale": (r, 2, d),
+        "norm_shift": (r, 2, d),
+        "out": (d, outputs),
+        "out_bias": (outputs,),
+    }

@@ -8,6 +8,7 @@ as a Tucker decomposition, tensors of a class, matrices of the whole set.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import jax
@@ -17,7 +18,18 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, SPREAD, Codec, cast_storage, resized
+from gsdd_jax.codecs.base import (
+    CENTER,
+    MOST,
+    SPREAD,
+    Codec,
+    Layout,
+    Shape,
+    Spec,
+    arrays,
+    cast_storage,
+    resized,
+)
 
 # The leaves of the matrices, one per dimension of a tensor.
 MATRICES = ("rows", "columns", "channels")
@@ -27,7 +39,7 @@ FIT_TENSORS, FIT_MATRICES = 0.2, 0.04
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpectralSpec:
+class SpectralSpec(Spec):
     """Settings of the spectral codec; no layout is known to be published, its sizes are ours for CIFAR-10."""
 
     name: Annotated[Literal["spectral"], Doc("the parameterization")] = "spectral"
@@ -45,8 +57,31 @@ class SpectralSpec:
     )
     lr_matrices: Annotated[float, Ge(0), Doc("factor of lr for the matrices")] = 0.1
 
+    def resolved(self, image_shape: Shape) -> SpectralSpec:
+        return dataclasses.replace(self, rank_channels=self.rank_channels or image_shape[-1])
 
-def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int) -> Codec:
+    def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
+        ranks = zip(("rank_height", "rank_width", "rank_channels"), image_shape, strict=True)
+        return {
+            "images_per_class": range(self.matrices, MOST, self.matrices),
+            "matrices": range(1, MOST),
+            **{name: range(1, length + 1) for name, length in ranks},
+        }
+
+    def layout(self, image_shape: Shape, num_classes: int) -> Layout:
+        (h, w, c), sets = image_shape, self.matrices
+        p, q, r = self.rank_height, self.rank_width, self.rank_channels
+        tensors = num_classes * self.images_per_class // sets
+        shapes = {
+            "tensors": (tensors, p, q, r),
+            "rows": (sets, h, p),
+            "columns": (sets, w, q),
+            "channels": (sets, c, r),
+        }
+        return arrays(self.dtype, shapes)
+
+
+def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
     """Builds the codec; see :func:`gsdd_jax.codecs.make`.
 
     Image ``i`` is ``CENTER + SPREAD`` times tensor ``i // matrices``, multiplied along each of its three dimensions by
@@ -55,10 +90,6 @@ def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int
     rank_channels]``, which all classes share.
     """
     h, w, c = image_shape
-    spec = dataclasses.replace(spec, rank_channels=spec.rank_channels or c)
-    spec = dataclasses.replace(
-        spec, images_per_class=_images_per_class(spec, image_shape, num_classes, bytes_per_class)
-    )
     sets, n = spec.matrices, num_classes * spec.images_per_class
     ranks = (spec.rank_height, spec.rank_width, spec.rank_channels)
 
@@ -97,7 +128,7 @@ def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int
         decode=decode,
         optimizer=optimizer,
         fitter=fitter,
-        **cast_storage(init, spec.dtype, image_shape, n),
+        **cast_storage(spec, image_shape, num_classes),
     )
 
 
@@ -128,43 +159,3 @@ def higher_order_svd(targets: jax.Array, ranks: tuple[int, int, int]) -> dict[st
     return {"tensors": tensors} | {
         name: jnp.tile(x, (sets, 1, 1)) for name, x in zip(MATRICES, directions, strict=True)
     }
-
-
-def _images_per_class(
-    spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int, bytes_per_class: int
-) -> int:
-    """Returns the images per class, the most that fit where the spec leaves them open.
-
-    Raises:
-        ValueError: They do not fit or leave combinations unused, or a rank is larger than what it stands for; the
-            message says what would do.
-    """
-    ranks = {"rank_height": spec.rank_height, "rank_width": spec.rank_width, "rank_channels": spec.rank_channels}
-    for (name, rank), length in zip(ranks.items(), image_shape, strict=True):
-        if rank > length:
-            raise ValueError(f"codec.{name}: expected at most {length} for images of {image_shape}, found {rank}")
-    if spec.images_per_class % spec.matrices:
-        raise ValueError(
-            f"codec.images_per_class: expected a multiple of matrices = {spec.matrices}, found {spec.images_per_class}"
-        )
-    available, itemsize = num_classes * bytes_per_class, storage.ITEMSIZE[spec.dtype]
-    tensors = num_classes * spec.rank_height * spec.rank_width * spec.rank_channels * itemsize
-    one_set = itemsize * sum(rank * length for rank, length in zip(ranks.values(), image_shape, strict=True))
-
-    def says(per_class: int) -> str:
-        return (
-            f"{per_class} images per class of {per_class // spec.matrices} {spec.dtype} tensors "
-            f"{'x'.join(map(str, ranks.values()))} and {spec.matrices} sets of matrices need "
-            f"{per_class // spec.matrices * tensors + spec.matrices * one_set} bytes, the budget of all classes has "
-            f"{available}"
-        )
-
-    fits = spec.matrices * ((available - spec.matrices * one_set) // tensors)
-    if fits < 1:
-        most = (available - tensors) // one_set
-        least = -(-(tensors + one_set) // num_classes)
-        less = f"at most {most}" if most > 0 else f"smaller ranks, or at least {least} bytes per class"
-        raise ValueError(f"codec.matrices: {says(spec.matrices)}; expected {less}")
-    if spec.images_per_class > fits:
-        raise ValueError(f"codec.images_per_class: {says(spec.images_per_class)}; expected at most {fits}")
-    return spec.images_per_class or fits
