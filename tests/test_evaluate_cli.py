@@ -155,7 +155,7 @@ def test_resolution_renders_the_set_and_reads_the_data_at_that_size(run, mock, t
     assert call.images.shape == (10, 16, 16, 1) and call.test_images.shape == (40, 16, 16, 1)
     larger = data.load(data.DataSpec(per_class=12, test_limit=40, resolution=16))
     np.testing.assert_array_equal(call.test_images, larger.test_images)
-    assert {"conv0", "conv1", "conv2", "conv3"} <= set(jax.eval_shape(call.network.init, jax.random.key(0))["layers"])
+    assert {"conv0", "conv1", "conv2", "conv3"} <= set(jax.eval_shape(call.network.init, jax.random.key(0)))
     written = json.loads(out.read_text())
     assert (written["native_size"], written["size"]) == ([8, 8], [16, 16])
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 from annotated_types import Ge, Gt
 from command_line import ROOT
+from flax import nnx
 from objectives import data_of
 from typing_extensions import Doc
 
@@ -161,12 +162,7 @@ def test_outputs_that_are_no_logits_and_features_are_refused_by_every_user_of_a_
             jax.random.key(0), images, labels, network=wrong, spec=evaluation.EvalSpec(steps=1), augment=DsaSpec()
         ),
         "label": lambda: gsdd_jax.labels.label(jax.tree.map(lambda x: x[None], params), images, network=wrong),
-        "make": lambda: match.make(
-            OBJECTIVES["trajectory"],
-            codec=make(FlatSpec(images_per_class=2), SHAPE, CLASSES),
-            network=wrong,
-            **SETTINGS,
-        ),
+        "make": lambda: match.make(OBJECTIVES["trajectory"], codec=flat(), network=wrong, **SETTINGS),
     }
     for call in calls.values():
         with pytest.raises(ValueError, match=rf"^network.apply: expected a pair \(logits .*{what}"):
@@ -186,15 +182,6 @@ def test_weights_that_cannot_be_trained_and_wrong_counts_are_named():
         network().check(SHAPE, 4)
 
 
-class WithStatistics(nn.Module):
-    """A module with batch normalization, whose statistics are no weights."""
-
-    @nn.compact
-    def __call__(self, images):
-        features = nn.BatchNorm(use_running_average=False)(small(images))
-        return nn.Dense(CLASSES)(features), features
-
-
 class Dense(nn.Module):
     """An ordinary Flax module, as others write it, with an embedding in place of a kernel."""
 
@@ -207,10 +194,123 @@ class Dense(nn.Module):
         return features @ self.param("w", nn.initializers.normal(0.5), (4, self.classes)), features
 
 
-def test_a_module_with_running_statistics_is_refused_when_it_is_built(monkeypatch):
-    monkeypatch.setitem(nets._NETWORKS, "foreign", lambda spec, shape, classes: WithStatistics())
-    with pytest.raises(ValueError, match=r"network.name: foreign keeps batch_stats beside its weights"):
-        nets.build(nets.NetSpec(name="foreign"), SHAPE, CLASSES)
+class Linen(nn.Module):
+    """A module as Flax users write it; `extra` is what is special about it."""
+
+    extra: str = ""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(2, (3, 3), strides=2, conv_general_dilated=nets.conv_general_dilated, name="conv")(images)
+        if self.extra == "statistics":
+            x = nn.BatchNorm(use_running_average=True)(x)
+        x = nn.relu(nn.Dense(5, name="hidden")(small(x)))
+        if self.extra.startswith("sown"):
+            self.sow("intermediates", "features", 2 * x)
+        if self.extra == "sown twice":
+            self.sow("intermediates", "features", x)
+        x = nn.Dropout(0.5, deterministic=self.extra != "random")(x)
+        if self.extra == "no dense":
+            return x[:, :CLASSES]
+        out = (nn.remat(nn.Dense) if self.extra == "remat" else nn.Dense)(CLASSES, name="out")
+        return (out(x), small(images)) if self.extra == "pair" else out(x)
+
+
+class Nnx(nnx.Module):
+    """The same for nnx."""
+
+    def __init__(self, extra: str = "", *, rngs: nnx.Rngs):
+        self.extra = extra
+        self.conv = nnx.Conv(1, 2, (3, 3), strides=2, conv_general_dilated=nets.conv_general_dilated, rngs=rngs)
+        self.hidden = nnx.Linear(32, 5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(5, CLASSES, rngs=rngs)
+        if extra == "statistics":
+            self.norm = nnx.BatchNorm(2, rngs=rngs)
+        if extra == "constant":
+            self.shift = jnp.ones(2)
+
+    def __call__(self, images):
+        x = nnx.relu(self.hidden(small(self.conv(images))))
+        if self.extra.startswith("sown"):
+            self.sow(nnx.Intermediate, "features", 2 * x)
+        if self.extra == "sown twice":
+            self.sow(nnx.Intermediate, "features", x)
+        x = self.dropout(x, deterministic=False if self.extra == "random" else None)
+        if self.extra == "no dense":
+            return x[:, :CLASSES]
+        logits = nnx.remat(lambda out, x: out(x))(self.out, x) if self.extra == "remat" else self.out(x)
+        return (logits, small(images)) if self.extra == "pair" else logits
+
+
+def flax_modules(extra):
+    return Linen(extra), lambda rngs: Nnx(extra, rngs=rngs)
+
+
+@pytest.mark.parametrize("extra", ["", "sown", "pair"])
+def test_a_module_of_linen_and_of_nnx_gives_the_logits_and_features_of_numpy(extra):
+    found = [nets.build(module, SHAPE, CLASSES) for module in flax_modules(extra)]
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = jax.vmap(found[0].init)(keys)
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(found[1].init, keys[0]))
+    assert [net.num_params for net in found] == [20 + 165 + 18] * 2
+    images = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    outputs = [jax.jit(jax.vmap(net.apply, (0, None)))(params, images) for net in found]
+
+    for i in range(2):
+        p = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i], np.float64), params)
+        # At stride 2, "SAME" pads 8 px by one row and one column behind the last.
+        padded = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)))
+        taps = [padded[:, i : i + 7 : 2, j : j + 7 : 2] @ p["conv"]["kernel"][i, j] for i in range(3) for j in range(3)]
+        x = np.maximum(small(sum(taps)) @ p["hidden"]["kernel"], 0)
+        features = {"": x, "sown": 2 * x, "pair": small(images)}[extra]
+        for logits_found, features_found in outputs:
+            np.testing.assert_allclose(logits_found[i], x @ p["out"]["kernel"], atol=1e-5)
+            np.testing.assert_allclose(features_found[i], features, atol=1e-5)
+
+
+def test_a_class_and_a_function_of_rngs_draw_by_the_initializers_of_the_module():
+    by_class, by_function = (nets.build(module, SHAPE, CLASSES) for module in (Nnx, lambda r: Nnx(rngs=r)))
+    linen, again = (nets.build(Linen(), SHAPE, CLASSES) for _ in range(2))
+    assert linen is again and nets.build(Nnx, SHAPE, CLASSES) is by_class
+    assert nets.build(by_class, SHAPE, CLASSES) is by_class
+    drawn = [net.init(jax.random.key(1)) for net in (by_class, by_function, linen)]
+    for a, b in zip(jax.tree.leaves(drawn[0]), jax.tree.leaves(drawn[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for params in drawn:
+        assert (params["hidden"]["bias"] == 0).all()
+        np.testing.assert_allclose(params["hidden"]["kernel"].std(), 1 / math.sqrt(32), rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("statistics", r"network: .* keeps (batch_stats.BatchNorm_0.mean|norm.mean) beside its weights; .*GroupNorm"),
+        ("constant", "network: .* keeps shift beside its weights"),
+        ("random", r"network: .* draws random numbers when it is called: [dD]ropout.*expected .*deterministic=True"),
+        ("sown twice", "network: logits come alone, and 2 arrays were sown as 'features'; expected one, or"),
+        ("no dense", r"network: logits come alone, and 0 arrays .* or \(logits, features\) as outputs"),
+        ("remat", "network: logits come alone, and 0 arrays .* outside of remat"),
+    ],
+)
+def test_a_module_that_is_no_function_of_weights_and_images_is_refused(extra, message):
+    for module in flax_modules(extra)[extra == "constant" :]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            nets.build(module, SHAPE, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Nnx(rngs=nnx.Rngs(0)), r"this Nnx has its weights already.*such as lambda rngs: Nnx\(..., rngs=rngs\)"),
+        (Linen, "expected a NetSpec, .* found the class Linen"),
+        ("convnet", "expected a NetSpec, .* found 'convnet'"),
+        (lambda rngs: Linen(), "expected <lambda> to return a flax.nnx module, found Linen"),
+    ],
+)
+def test_what_is_no_network_is_refused(network, message):
+    with pytest.raises(TypeError, match=f"^network: {message}"):
+        nets.build(network, SHAPE, CLASSES)
 
 
 @pytest.fixture

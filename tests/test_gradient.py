@@ -57,9 +57,9 @@ slope_of_cross_entropy = jax.jit(jax.grad(cross_entropy))
 def distance(real, syn):
     """The definition, in float64: one term for each output of each kernel."""
     total = 0.0
-    for layer in real["layers"]:
-        if "kernel" in real["layers"][layer]:  # no other array of these networks has two axes
-            a, b = (np.asarray(g["layers"][layer]["kernel"], np.float64) for g in (real, syn))
+    for layer in real:
+        if "kernel" in real[layer]:  # no other array of these networks has two axes
+            a, b = (np.asarray(g[layer]["kernel"], np.float64) for g in (real, syn))
             for unit in range(a.shape[-1]):
                 u, v = a[..., unit].ravel(), b[..., unit].ravel()
                 total += 1 - u @ v / (np.linalg.norm(u) * np.linalg.norm(v) + 1e-6)
@@ -166,7 +166,7 @@ def test_an_epoch_visits_every_image_in_batches_of_one_size():
     images, labels = jnp.zeros((5, *SHAPE)), jnp.arange(5) % CLASSES
     params = init(jax.random.key(4))
     moved = train(params, images, labels, GradientSpec(inner_loop=1, net_lr=1e-3, net_batch=2))
-    shift = np.asarray(moved["layers"]["linear"]["bias"] - params["layers"]["linear"]["bias"]) / 1e-3
+    shift = np.asarray(moved["linear"]["bias"] - params["linear"]["bias"]) / 1e-3
     # Three steps of two images, each image once and one of them twice: sums of (one hot - softmax) / 2.
     weights = jax.nn.softmax(NETWORK.apply(params, NORMAL(images[:1]))[0])[0]
     counts = (shift + 3 * weights) * 2

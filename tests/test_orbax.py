@@ -19,7 +19,6 @@ import gsdd_jax
 from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, labels, orbax_set, synset
 from train import export
 
-
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, CLASSES, NAMES = (6, 8, 3), 2, ("cat", "naïve 犬")
 SPECS = {

@@ -1,13 +1,14 @@
-"""Networks to distill with and to test with: one file each, all behind one interface.
+"""Networks to distill with and to test with: Flax modules, one file each, all behind one interface.
 
-A network is a pair of pure functions. The features next to the logits are what distribution matching compares.
+A network is a pair of pure functions, made from a spec or from any other Flax module. The features next to the logits
+are what distribution matching compares.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from annotated_types import Ge, Le
 from flax import linen
 from typing_extensions import Doc
 
-from gsdd_jax.nets import alexnet, convnet, resnet, vgg, vit
+from gsdd_jax.nets import alexnet, convnet, modules, resnet, vgg, vit
+from gsdd_jax.nets.conv import conv_general_dilated
 
-__all__ = ["NetSpec", "Network", "build"]
+__all__ = ["NetSpec", "Network", "NetworkLike", "build", "conv_general_dilated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,55 +126,68 @@ _NETWORKS: dict[str, Callable[[NetSpec, tuple[int, int, int], int], linen.Module
 }
 
 
-def build(spec: NetSpec, image_shape: tuple[int, int, int], num_classes: int) -> Network:
+NetworkLike: TypeAlias = NetSpec | Network | linen.Module | Callable[..., Any]
+
+
+def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: int) -> Network:
     """Builds a network for images of one shape.
 
     Equal arguments give the same object, so that a function jitted with the network as a static argument
     compiles once.
 
+    Modules map images to logits, or to (logits, features). Beside logits alone, the features are what the module sows
+    as "features", else what its last Dense (nnx: Linear) layer reads. Weights are drawn by the module's own
+    initializers, though not from the key that is handed to `Network.init` itself. A module's convolutions are
+    those of JAX, slow on CPU in loops, unless it asks for `nn.Conv(conv_general_dilated=nets.conv_general_dilated)`.
+
     Args:
-        spec: which network.
+        network: Which network: a spec; a `Network`; a flax.linen module; or a class of flax.nnx modules, or
+            another function of `rngs` that returns one. nnx modules are put into evaluation mode, `module.eval()`.
         image_shape: (h, w, c).
         num_classes: k, at least 2.
 
     Returns:
-        The network. Its functions work under `jit`, `grad` (reverse mode, any order) and `vmap` over params.
+        The network, checked. The functions of a spec work under `jit`, `grad` (reverse mode, any order) and `vmap` over
+        params.
 
     Raises:
-        ValueError: unknown name, or a network that does not fit the images.
+        ValueError: Unknown name, a network that does not fit the images or the number of classes, or one with state
+            beside its weights, such as batch statistics, or with random numbers in its calls, such as dropout.
+        TypeError: No network, an nnx module in place of its class, or weights that are not floating point.
     """
-    if spec.name not in _NETWORKS:
-        raise ValueError(f"network.name: {spec.name!r}, must be one of {sorted(_NETWORKS)}")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape: {image_shape}, must be (h, w, c), each at least 1")
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}, must be at least 2")
     h, w, c = image_shape
-    shape = int(h), int(w), int(c)
-    return _of_module(_NETWORKS[spec.name](spec, shape, int(num_classes)), spec.name, shape)
+    return _build(network, (int(h), int(w), int(c)), int(num_classes))
 
 
 @lru_cache(maxsize=64)
-def _of_module(module: linen.Module, name: str, shape: tuple[int, int, int]) -> Network:
-    h, w, c = shape
+def _build(network: NetworkLike, shape: tuple[int, int, int], num_classes: int) -> Network:
+    if isinstance(network, NetSpec):
+        if network.name not in _NETWORKS:
+            raise ValueError(f"network.name: {network.name!r}, must be one of {sorted(_NETWORKS)}")
+        network = _NETWORKS[network.name](network, shape, num_classes)
+    if not isinstance(network, Network):
+        network = _of_module(network, shape)
+    network.check(shape, num_classes)
+    return network
 
-    def init(key: jax.Array) -> Any:
-        variables = module.init(key, jnp.zeros((1, h, w, c), jnp.float32))
-        if others := variables.keys() - {"params"}:
-            raise ValueError(
-                f"network.name: {name} keeps {', '.join(sorted(others))} beside its weights, such as running "
-                "statistics; expected a network that is a function of weights and images alone"
-            )
-        return variables["params"]
 
-    def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _of_module(module: Any, shape: tuple[int, int, int]) -> Network:
+    init, apply = modules.functions(module, shape)
+    init = jax.jit(init)  # traced once, however often its shapes are asked for
+
+    def checked(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         if images.shape[1:] != shape:
+            h, w, c = shape
             raise ValueError(f"images: shape {images.shape}, this network was built for [n, {h}, {w}, {c}]")
-        outputs: Any = module.apply({"params": params}, images)
+        outputs: tuple[jax.Array, jax.Array] = apply(params, images)
         return outputs
 
     params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-    return Network(init, apply, _size(params))
+    return Network(init, checked, _size(params))
 
 
 def _size(params: Any) -> int:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gsdd_jax.nets import layers
-from gsdd_jax.nets.conv import conv_same
 
 # Side of the kernel, channels, whether a pooling follows.
 _CONVS = ((5, 128, True), (5, 192, True), (3, 256, False), (3, 192, False), (3, 192, True))
@@ -29,27 +28,14 @@ class AlexNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps float images [n, h, w, c] to logits [n, k] and the flattened last feature map [n, f]."""
-        params = self.param("layers", self._initial, images.shape[1:])
         margin = layers.digit_margin(images.shape[1:])
         x = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
-        for index, (_, _, pooled) in enumerate(_CONVS):
-            conv = params[f"conv{index}"]
-            x = nn.relu(conv_same(x, conv["kernel"]) + conv["bias"])
+        for index, (side, width, pooled) in enumerate(_CONVS):
+            x = nn.relu(layers.conv(x, width, side=side, name=f"conv{index}"))
             if pooled:
                 x = layers.max_pool(x)
         features = x.reshape(x.shape[0], -1)
-        return features @ params["linear"]["kernel"] + params["linear"]["bias"], features
-
-    def _initial(self, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:
-        h, w, channels = image_shape
-        margin = 2 * layers.digit_margin(image_shape)
-        kernels: dict[str, tuple[int, ...]] = {}
-        for index, (side, width, _) in enumerate(_CONVS):
-            kernels[f"conv{index}"] = (side, side, channels, width)
-            channels = width
-        pixels = ((h + margin) // _REDUCTION) * ((w + margin) // _REDUCTION)
-        kernels["linear"] = (pixels * channels, self.num_classes)
-        return layers.uniform(key, kernels)
+        return layers.dense(features, self.num_classes, name="linear"), features
 
 
 def make(*, image_shape: tuple[int, int, int], num_classes: int) -> AlexNet:

@@ -24,7 +24,7 @@ as a stride-1 convolution of which every other pixel is kept.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -34,51 +34,51 @@ from jax import lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _Operator = Callable[[jax.Array, jax.Array], jax.Array]
+_Pairs = tuple[tuple[int, int], ...]
 
 
 class _Geometry(NamedTuple):
-    """What the shapes of the operands of one operator alone do not say."""
+    """What the shapes of the operands of one operator alone do not say; a number for each of the two axes."""
 
-    side: int
-    stride: int
-    size: tuple[int, int]  # height and width of the convolution's input
-
-    def padding(self) -> list[tuple[int, int]]:
-        return [(self.side // 2, self.side // 2)] * 2
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: _Pairs
+    size: tuple[int, ...]  # height and width of the convolution's input
 
 
-def conv_same(images: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
-    """Convolves with a zero padding of half the kernel, which at stride 1 keeps the height and width.
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    **options: Any,
+) -> jax.Array:
+    """Convolves as `lax.conv_general_dilated`; made for `nn.Conv(conv_general_dilated=...)`, linen's and nnx's.
 
-    Differentiable in both arguments in reverse mode, to any order.
-
-    Args:
-        images: float [n, h, w, c].
-        kernel: float [s, s, c, o], s odd.
-        stride: step along both axes, at least 1.
-
-    Returns:
-        float [n, ceil(h / stride), ceil(w / stride), o]: every stride-th pixel of the result at stride 1, from the
-        first on, as PyTorch's convolution with a padding of s // 2.
-
-    Raises:
-        ValueError: the kernel is not square with an odd side, its input channels are not those of the images, or the
-            stride is below 1.
+    A plain convolution of images [n, h, w, c] with a kernel [s, t, c, o] is the one of this file, differentiable in
+    both in reverse mode, to any order. Dilations, groups, another layout and other options are left to `lax`.
     """
-    side = kernel.shape[0]
-    if kernel.ndim != 4 or kernel.shape[1] != side or side % 2 == 0:
-        raise ValueError(f"kernel: shape {kernel.shape}, must be [s, s, c, o] with s odd")
-    if images.ndim != 4 or images.shape[-1] != kernel.shape[2]:
-        raise ValueError(f"images: shape {images.shape}, kernel {kernel.shape} needs [n, h, w, {kernel.shape[2]}]")
-    if stride < 1:
-        raise ValueError(f"stride: {stride}, must be at least 1")
-    _, h, w, _ = images.shape
-    return _conv(images, kernel, _Geometry(side, stride, (h, w)))
+    dilations = {*(lhs_dilation or ()), *(rhs_dilation or ())}
+    axes = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    plain = lhs.ndim == 4 and axes == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC) and dilations <= {1}
+    if not plain or feature_group_count != 1 or any(option not in (None, 1) for option in options.values()):
+        return lax.conv_general_dilated(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+            **options,
+        )  # fmt: skip
+    (h, w), (s, t), strides = lhs.shape[1:3], rhs.shape[:2], tuple(window_strides)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads((h, w), (s, t), strides, padding)
+    (top, bottom), (left, right) = padding
+    return _conv(lhs, rhs, _Geometry((s, t), strides, ((top, bottom), (left, right)), (h, w)))
 
 
 def _native_conv(x: jax.Array, k: jax.Array, geometry: _Geometry) -> jax.Array:
-    strides = (geometry.stride, geometry.stride)
-    return lax.conv_general_dilated(x, k, strides, geometry.padding(), dimension_numbers=_NHWC)
+    return lax.conv_general_dilated(x, k, geometry.strides, geometry.padding, dimension_numbers=_NHWC)
 
 
 def _native_input_grad(y: jax.Array, k: jax.Array, geometry: _Geometry) -> jax.Array:
@@ -87,50 +87,52 @@ def _native_input_grad(y: jax.Array, k: jax.Array, geometry: _Geometry) -> jax.A
 
 
 def _native_filter_grad(x: jax.Array, y: jax.Array, geometry: _Geometry) -> jax.Array:
-    k = jax.ShapeDtypeStruct((geometry.side, geometry.side, x.shape[3], y.shape[3]), y.dtype)
+    k = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3], y.shape[3]), y.dtype)
     return jax.linear_transpose(lambda k: _native_conv(x, k, geometry), k)(y)[0]
 
 
 def _cpu_conv(x: jax.Array, k: jax.Array, geometry: _Geometry) -> jax.Array:
-    return _cpu_window(x, k, geometry.padding(), stride=geometry.stride)
+    return _cpu_window(x, k, geometry.padding, strides=geometry.strides)
 
 
 def _cpu_input_grad(y: jax.Array, k: jax.Array, geometry: _Geometry) -> jax.Array:
-    side, stride, size = geometry
-    # What follows the spread gradient fills the input up to its size, which may be odd.
-    padding = [
-        (side // 2, side // 2 + pixels - 1 - (out - 1) * stride) for pixels, out in zip(size, y.shape[1:3], strict=True)
-    ]
-    return _cpu_window(y, k[::-1, ::-1].swapaxes(2, 3), padding, spread=stride)
+    # What follows the spread gradient fills the input up to its size.
+    padding = tuple(
+        (side - 1 - before, pixels + before - 1 - (out - 1) * stride)
+        for side, stride, (before, _), pixels, out in zip(*geometry, y.shape[1:3], strict=True)
+    )
+    return _cpu_window(y, k[::-1, ::-1].swapaxes(2, 3), padding, spread=geometry.strides)
 
 
 def _cpu_window(
-    x: jax.Array, k: jax.Array, padding: list[tuple[int, int]], *, stride: int = 1, spread: int = 1
+    x: jax.Array,
+    k: jax.Array,
+    padding: _Pairs,
+    *,
+    strides: tuple[int, ...] = (1, 1),
+    spread: tuple[int, ...] = (1, 1),
 ) -> jax.Array:
     """Slides the kernel over images whose pixels are first spread apart, then padded."""
     if math.prod(x.shape[1:3]) < math.prod(k.shape[:2]):
-        spaces = [(0, 0, 0), *((before, after, spread - 1) for before, after in padding), (0, 0, 0)]
-        x = lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), spaces))
-        padding, spread = [(0, 0), (0, 0)], 1
-    return lax.conv_general_dilated(
-        x, k, (stride, stride), padding, lhs_dilation=(spread, spread), dimension_numbers=_NHWC
-    )
+        spaces = [(*ends, between - 1) for ends, between in zip(padding, spread, strict=True)]
+        x = lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spaces, (0, 0, 0)]))
+        padding, spread = ((0, 0), (0, 0)), (1, 1)
+    return lax.conv_general_dilated(x, k, strides, padding, lhs_dilation=spread, dimension_numbers=_NHWC)
 
 
 def _cpu_filter_grad(x: jax.Array, y: jax.Array, geometry: _Geometry) -> jax.Array:
-    side, stride, size = geometry
     # Pixels that no step of the stride reaches are cut off: that padding is negative.
-    padding = [
-        (side // 2, side + (out - 1) * stride - pixels - side // 2)
-        for pixels, out in zip(size, y.shape[1:3], strict=True)
-    ]
+    padding = tuple(
+        (before, side + (out - 1) * stride - pixels - before)
+        for side, stride, (before, _), pixels, out in zip(*geometry, y.shape[1:3], strict=True)
+    )
     # Channels take the place of the batch, the batch that of the channels, and the gradient that of the kernel.
     g = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0),
         y.transpose(1, 2, 0, 3),
         (1, 1),
         padding,
-        rhs_dilation=(stride, stride),
+        rhs_dilation=geometry.strides,
         dimension_numbers=_NHWC,
     )
     return g.transpose(1, 2, 0, 3)

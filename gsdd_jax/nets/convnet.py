@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gsdd_jax.nets import layers
-from gsdd_jax.nets.conv import conv_same
 
 
 class ConvNet(nn.Module):
@@ -37,31 +36,15 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps float images [n, h, w, c] to logits [n, k] and the flattened last feature map [n, f]."""
-        params = self.param("layers", self._initial, images.shape[1:])
         margin = layers.digit_margin(images.shape[1:])
         x = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
         for block in range(self.depth):
-            conv = params[f"conv{block}"]
-            x = conv_same(x, conv["kernel"]) + conv["bias"]
+            x = layers.conv(x, self.width, name=f"conv{block}")
             if self.norm == "instance":
-                x = layers.instance_norm(x, **params[f"norm{block}"])
+                x = layers.InstanceNorm(name=f"norm{block}")(x)
             x = nn.avg_pool(nn.relu(x), (2, 2), strides=(2, 2))
         features = x.reshape(x.shape[0], -1)
-        return features @ params["linear"]["kernel"] + params["linear"]["bias"], features
-
-    def _initial(self, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:
-        h, w, c = image_shape
-        margin = 2 * layers.digit_margin(image_shape)
-        inputs = [c] + [self.width] * (self.depth - 1)
-        kernels: dict[str, tuple[int, ...]] = {
-            f"conv{block}": (3, 3, channels, self.width) for block, channels in enumerate(inputs)
-        }
-        pixels = ((h + margin) >> self.depth) * ((w + margin) >> self.depth)
-        kernels["linear"] = (pixels * self.width, self.num_classes)
-        params = layers.uniform(key, kernels)
-        if self.norm == "instance":
-            params.update({f"norm{block}": layers.unit_norm(self.width) for block in range(self.depth)})
-        return params
+        return layers.dense(features, self.num_classes, name="linear"), features
 
 
 def make(*, depth: int, width: int, norm: str, image_shape: tuple[int, int, int], num_classes: int) -> ConvNet:

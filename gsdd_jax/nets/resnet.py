@@ -10,7 +10,6 @@ import jax
 from flax import linen as nn
 
 from gsdd_jax.nets import layers
-from gsdd_jax.nets.conv import conv_same
 
 # Channels and stride of each block.
 _BLOCKS = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
@@ -30,38 +29,37 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps float images [n, h, w, c] to logits [n, k] and the mean of the last feature map [n, f]."""
-        params = self.param("layers", self._initial, images.shape[1:])
-
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return layers.instance_norm(x, **params[f"{name}_norm"])
-
-        def conv(x: jax.Array, name: str, stride: int = 1) -> jax.Array:
-            return norm(conv_same(x, params[name]["kernel"], stride=stride), name)
-
-        x = nn.relu(conv(images, "stem"))
-        for index, (_, stride) in enumerate(_BLOCKS):
-            name = f"block{index}"
-            y = conv(nn.relu(conv(x, f"{name}_conv0", stride)), f"{name}_conv1")
-            if f"{name}_shortcut" in params:
-                # A 1x1 convolution with a stride is a product with the pixels that it meets.
-                x = norm(x[:, ::stride, ::stride] @ params[f"{name}_shortcut"]["kernel"][0, 0], f"{name}_shortcut")
-            x = nn.relu(y + x)
-        features = x.mean((1, 2))
-        return features @ params["linear"]["kernel"] + params["linear"]["bias"], features
-
-    def _initial(self, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:
-        kernels: dict[str, tuple[int, ...]] = {"stem": (3, 3, image_shape[2], _STEM)}
-        channels = _STEM
+        x = nn.relu(_conv_norm(images, _STEM, "stem"))
         for index, (width, stride) in enumerate(_BLOCKS):
-            kernels[f"block{index}_conv0"] = (3, 3, channels, width)
-            kernels[f"block{index}_conv1"] = (3, 3, width, width)
-            if stride > 1:
-                kernels[f"block{index}_shortcut"] = (1, 1, channels, width)
-            channels = width
-        norms = {f"{name}_norm": layers.unit_norm(shape[-1]) for name, shape in kernels.items()}
-        convs = tuple(kernels)
-        kernels["linear"] = (channels, self.num_classes)
-        return {**layers.uniform(key, kernels, unbiased=convs), **norms}
+            x = Block(width, stride, name=f"block{index}")(x)
+        features = x.mean((1, 2))
+        return layers.dense(features, self.num_classes, name="linear"), features
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut.
+
+    Attributes:
+        width: output channels.
+        stride: of the first convolution and of the shortcut.
+    """
+
+    width: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float [n, h, w, c] to [n, ceil(h / stride), ceil(w / stride), width]."""
+        y = nn.relu(_conv_norm(x, self.width, "conv0", stride=self.stride))
+        y = _conv_norm(y, self.width, "conv1")
+        if self.stride > 1:
+            x = _conv_norm(x, self.width, "shortcut", side=1, stride=self.stride)
+        return nn.relu(y + x)
+
+
+def _conv_norm(x: jax.Array, width: int, name: str, *, side: int = 3, stride: int = 1) -> jax.Array:
+    x = layers.conv(x, width, side=side, stride=stride, use_bias=False, name=name)
+    return layers.InstanceNorm(name=f"{name}_norm")(x)
 
 
 def make(*, image_shape: tuple[int, int, int], num_classes: int) -> ResNet18:

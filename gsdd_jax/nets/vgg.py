@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gsdd_jax.nets import layers
-from gsdd_jax.nets.conv import conv_same
 
 # Channels, whether a pooling follows.
 _CONVS = (
@@ -40,31 +39,16 @@ class VGG11(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps float images [n, h, w, c] to logits [n, k] and the flattened last feature map [n, f]."""
-        params = self.param("layers", self._initial, images.shape[1:])
         margin = layers.digit_margin(images.shape[1:])
         x = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
-        for index, (_, pooled) in enumerate(_CONVS):
-            conv = params[f"conv{index}"]
-            x = conv_same(x, conv["kernel"]) + conv["bias"]
-            x = nn.relu(layers.instance_norm(x, **params[f"norm{index}"]))
+        for index, (width, pooled) in enumerate(_CONVS):
+            x = nn.relu(layers.InstanceNorm(name=f"norm{index}")(layers.conv(x, width, name=f"conv{index}")))
             if pooled:
                 x = layers.max_pool(x)
-        if _gridded(images.shape[1:]):
+        if max(images.shape[1:3]) > layers.CIFAR_SIDE:
             x = layers.adaptive_max_pool(x, _GRID)
         features = x.reshape(x.shape[0], -1)
-        return features @ params["linear"]["kernel"] + params["linear"]["bias"], features
-
-    def _initial(self, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:
-        channels = image_shape[2]
-        kernels: dict[str, tuple[int, ...]] = {}
-        for index, (width, _) in enumerate(_CONVS):
-            kernels[f"conv{index}"] = (3, 3, channels, width)
-            channels = width
-        pixels = _GRID**2 if _gridded(image_shape) else 1
-        kernels["linear"] = (pixels * channels, self.num_classes)
-        params = layers.uniform(key, kernels)
-        params.update({f"norm{index}": layers.unit_norm(width) for index, (width, _) in enumerate(_CONVS)})
-        return params
+        return layers.dense(features, self.num_classes, name="linear"), features
 
 
 def make(*, image_shape: tuple[int, int, int], num_classes: int) -> VGG11:
@@ -87,7 +71,3 @@ def make(*, image_shape: tuple[int, int, int], num_classes: int) -> VGG11:
             f"its five poolings need at least {_REDUCTION}x{_REDUCTION} px"
         )
     return VGG11(num_classes=num_classes)
-
-
-def _gridded(image_shape: tuple[int, ...]) -> bool:
-    return max(image_shape[:2]) > layers.CIFAR_SIDE

@@ -47,46 +47,35 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps float images [n, h, w, c] to logits [n, k] and what the last layer sees of the class token [n, f]."""
-        params = self.param("layers", self._initial, images.shape[1:])
         form = _form(images.shape[1:])
-
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            return layers.layer_norm(x, **params[name]) if form.norm else x
-
-        def linear(x: jax.Array, name: str) -> jax.Array:
-            return x @ params[name]["kernel"] + params[name]["bias"]
-
-        x = linear(_patches(images, form.patch), "embed")
-        cls = jnp.broadcast_to(params["tokens"]["cls"], (x.shape[0], 1, _WIDTH))
-        x = jnp.concatenate([cls, x], axis=1) + params["tokens"]["position"]
+        x = layers.dense(_patches(images, form.patch), _WIDTH, name="embed")
+        cls = self.param("cls", nn.initializers.normal(1.0), (_WIDTH,))
+        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, _WIDTH)), x], axis=1)
+        x = x + self.param("position", nn.initializers.normal(1.0), x.shape[1:])
         for index in range(form.depth):
-            name = f"block{index}"
-            qkv = norm(x, f"{name}_norm0") @ params[f"{name}_qkv"]["kernel"]
-            x = x + linear(_attention(qkv), f"{name}_out")
-            hidden = linear(norm(x, f"{name}_norm1"), f"{name}_mlp0")
-            x = x + linear(nn.gelu(hidden, approximate=False), f"{name}_mlp1")
-        features = norm(x[:, 0], "norm")
-        return linear(features, "linear"), features
+            x = Block(form.norm, name=f"block{index}")(x)
+        features = layers.LayerNorm(name="norm")(x[:, 0]) if form.norm else x[:, 0]
+        return layers.dense(features, self.num_classes, name="linear"), features
 
-    def _initial(self, key: jax.Array, image_shape: tuple[int, ...]) -> dict[str, dict[str, jax.Array]]:
-        form = _form(image_shape)
-        h, w, c = image_shape
-        inner = _HEADS * _HEAD_WIDTH
-        kernels: dict[str, tuple[int, ...]] = {"embed": (form.patch**2 * c, _WIDTH)}
-        for index in range(form.depth):
-            kernels[f"block{index}_qkv"] = (_WIDTH, 3 * inner)
-            kernels[f"block{index}_out"] = (inner, _WIDTH)
-            kernels[f"block{index}_mlp0"] = (_WIDTH, _HIDDEN)
-            kernels[f"block{index}_mlp1"] = (_HIDDEN, _WIDTH)
-        kernels["linear"] = (_WIDTH, self.num_classes)
-        key_layers, key_tokens = jax.random.split(key)
-        params = layers.uniform(key_layers, kernels, unbiased=[name for name in kernels if name.endswith("_qkv")])
-        tokens = jax.random.normal(key_tokens, (2 + (h // form.patch) * (w // form.patch), _WIDTH), jnp.float32)
-        params["tokens"] = {"cls": tokens[0], "position": tokens[1:]}
-        if form.norm:
-            names = [f"block{index}_norm{half}" for index in range(form.depth) for half in (0, 1)]
-            params.update({name: layers.unit_norm(_WIDTH) for name in (*names, "norm")})
-        return params
+
+class Block(nn.Module):
+    """Attention and a two-layer perceptron, each beside a shortcut.
+
+    Attributes:
+        norm: whether layer normalization precedes each.
+    """
+
+    norm: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps tokens [n, t, f] to tokens of the same shape."""
+        y = layers.LayerNorm(name="norm0")(x) if self.norm else x
+        y = layers.dense(y, 3 * _HEADS * _HEAD_WIDTH, use_bias=False, name="qkv")
+        x = x + layers.dense(_attention(y), _WIDTH, name="out")
+        y = layers.LayerNorm(name="norm1")(x) if self.norm else x
+        y = nn.gelu(layers.dense(y, _HIDDEN, name="mlp0"), approximate=False)
+        return x + layers.dense(y, _WIDTH, name="mlp1")
 
 
 def make(*, image_shape: tuple[int, int, int], num_classes: int) -> ViT:
