@@ -1,7 +1,9 @@
 """Shared test set-up: the platform, the real data, and the `gpu` marker."""
 
+import atexit
 import gc
 import os
+import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -17,16 +19,18 @@ os.environ["JAX_PLATFORMS"] = PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cp
 # Tests mostly wait for compilation, and that for XLA's default generator of CPU loops: the older one compiles the toy
 # run of test_cli.py in 4 s of 11. What users get is tested with `default_code` and in the notebook, and by the whole
 # suite under XLA_FLAGS=--xla_cpu_use_fusion_emitters=true. jaxlib 0.11 has the default alone and dies of the flag.
-_GENERATOR = "xla_cpu_use_fusion_emitters"
+# Nor is a program cut into parts for several threads, which costs a quarter more and has no core to gain from here.
+_GENERATOR, _PARTS = "xla_cpu_use_fusion_emitters", "xla_cpu_parallel_codegen_split_count"
 if PLATFORM == "cpu" and version("jaxlib").startswith("0.10.") and _GENERATOR not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_GENERATOR}=false".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_GENERATOR}=false --{_PARTS}=1".strip()
 
 # Nor are LLVM's expensive passes worth their time, for most programs run once; XLA's own passes stay. A program that
 # comes again, in another test or in a process that a test starts, is read from a cache. It starts empty: a stale
 # executable would hide a broken lowering. Each worker has its own, for entries are not written in one go.
-_COMPILED = tempfile.TemporaryDirectory(prefix="gsdd_jax-compiled-")
+_COMPILED = tempfile.mkdtemp(prefix="gsdd_jax-compiled-")
+atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
@@ -72,4 +76,4 @@ def default_code() -> dict[str, Any]:
     if PLATFORM != "cpu":
         return {}
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    return options | ({_GENERATOR: True} if _GENERATOR in os.environ.get("XLA_FLAGS", "") else {})
+    return options | ({_GENERATOR: True, _PARTS: 32} if _GENERATOR in os.environ.get("XLA_FLAGS", "") else {})

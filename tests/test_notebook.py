@@ -13,7 +13,8 @@ def executed():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         # Compiled as for users, unlike most of the tests: see conftest.py.
-        patch.delenv("XLA_FLAGS", raising=False)
+        for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR"):
+            patch.delenv(name, raising=False)
         NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     return notebook
 
