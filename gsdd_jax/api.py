@@ -1,7 +1,7 @@
 """The three verbs of the library: fit, distill, evaluate; arrays and specs in, sets and numbers out.
 
 They know neither paths nor logs. Each is a short composition of pure pieces, which stay reachable for programs of your
-own: `codecs.make`, `nets.make`, `match.make`, `distillation.make_step`. What is left open is as in the best configs.
+own: `codecs.make`, `nets.build`, `match.make`, `distillation.make_step`. What is left open is as in the best configs.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def distill(
         labels: Integers ``[N]``, each of the classes 0 to k - 1.
         codec: A spec such as ``PackedGaussians(images_per_class=20, num_points=22)``, or a codec made from one.
         objective: A spec such as ``GradientMatching()``; distribution matching if None.
-        network: What matches: anything that `nets.make` takes, such as a Flax module; a ConvNet of width 64 if None.
+        network: What matches: anything that `nets.build` takes, such as a Flax module; a ConvNet of width 64 if None.
         bytes_per_class: The budget, for what the codec's spec leaves open.
         steps: Outer steps.
         start: A set of the same codec to begin with, in place of a fit.
@@ -203,7 +203,7 @@ def evaluate(
         synset: The set.
         test_images: ``[n, h, w, c]``, uint8 or floating point in [0,1]; the set is rendered at their size.
         test_labels: Integers ``[n]``.
-        network: What is trained: anything that `nets.make` takes; a ConvNet of width 64 if None.
+        network: What is trained: anything that `nets.build` takes; a ConvNet of width 64 if None.
         training: How, and how many networks: ``seeds``.
         augment: DSA settings; those of DSA if None.
         whitening: What networks see images through; that of the set if None.

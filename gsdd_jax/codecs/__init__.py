@@ -49,6 +49,7 @@ __all__ = [
     "SparseEpitomeSpec",
     "SpectralSpec",
     "make",
+    "register",
 ]
 
 # The registry.
@@ -67,6 +68,15 @@ CodecSpec = (
     | LatentSpec
 )
 SPECS: dict[str, type] = {get_args(get_type_hints(spec)["name"])[0]: spec for spec in get_args(CodecSpec)}
+
+
+def register(spec: type) -> type:
+    """Adds a codec from outside the package, by the ``name`` of its spec; a class decorator.
+
+    The function ``make(spec, image_shape, num_classes) -> Codec`` is looked up in the module of the spec.
+    """
+    SPECS[get_args(get_type_hints(spec)["name"])[0]] = spec
+    return spec
 
 
 def make(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import flax.core
 
@@ -62,7 +62,7 @@ def register(spec: type) -> type:
 
     The function ``make(spec, codec, network, augment) -> Objective`` is looked up in the module of the spec.
     """
-    SPECS[spec.name] = spec  # type: ignore[attr-defined]
+    SPECS[get_args(get_type_hints(spec)["name"])[0]] = spec
     return spec
 
 
