@@ -39,7 +39,7 @@ def variants(images: int, size: int) -> dict[str, Callable[[], jax.Array]]:
         images_per_class=images, layers=LAYERS, width=WIDTH, omega=OMEGA, start="uniform", dtype="float32"
     )
     shape = (size, size, 3)
-    codec = codecs.make(spec, image_shape=shape, num_classes=1, bytes_per_class=1 << 40)
+    codec = codecs.make(spec, image_shape=shape, num_classes=1)
     params = jax.jit(codec.init)(jax.random.key(SEED), jnp.zeros((images, *shape)))
     # As the authors keep them: one network after the other, not arrays of all.
     own = [jax.tree.map(lambda x, i=i: x[i : i + 1], params) for i in range(images)]

@@ -36,7 +36,7 @@ def sets(n: int, m: int, pixels: int) -> dict[str, SynSet]:
     g, _ = scene(n, m, pixels)
     found = {}
     for spec in (GaussianSpec(images_per_class=n, num_points=m), PackedGaussianSpec(images_per_class=n, num_points=m)):
-        codec = codecs.make(spec, image_shape=(pixels, pixels, 3), num_classes=1, bytes_per_class=1 << 30)
+        codec = codecs.make(spec, image_shape=(pixels, pixels, 3), num_classes=1)
         params = packed.from_gaussians(g, codec.spec) if isinstance(spec, PackedGaussianSpec) else g
         found[spec.name] = SynSet(codec, params, 1 << 30, ("all",))
     return found

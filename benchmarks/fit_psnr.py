@@ -43,7 +43,7 @@ def sample(path: Path, count: int) -> tuple[jax.Array, str]:
 def codec_of(images: jax.Array, points: int, start: str) -> Codec:
     """Returns a Gaussian codec whose set is exactly these images."""
     spec = GaussianSpec(images_per_class=images.shape[0], num_points=points, start=start)  # type: ignore[arg-type]
-    return codecs.make(spec, image_shape=images.shape[1:], num_classes=1, bytes_per_class=1 << 40)
+    return codecs.make(spec, image_shape=images.shape[1:], num_classes=1)
 
 
 def curve(images: jax.Array, points: int, start: str, steps: int) -> dict:
@@ -79,7 +79,7 @@ def cutoff_costs(params: object, images: jax.Array, points: int, start: str) -> 
 
     def draw(cutoff: float) -> np.ndarray:
         spec = dataclasses.replace(codec_of(images, points, start).spec, cutoff=cutoff)
-        codec = codecs.make(spec, image_shape=images.shape[1:], num_classes=1, bytes_per_class=1 << 40)
+        codec = codecs.make(spec, image_shape=images.shape[1:], num_classes=1)
         return np.asarray(jax.jit(codec.decode)(params))
 
     # 1e-7 stands for no cutoff: below float32's resolution of 1, and still allows tiles to be skipped.

@@ -45,7 +45,7 @@ FINE = 16
 
 def codec_of(spec: codecs.CodecSpec, images: jax.Array) -> Codec:
     """Returns a codec of a spec whose set is exactly these images."""
-    return codecs.make(spec, image_shape=images.shape[1:], num_classes=1, bytes_per_class=1 << 40)
+    return codecs.make(spec, image_shape=images.shape[1:], num_classes=1)
 
 
 def fitted(codec: Codec, images: jax.Array, steps: int) -> tuple[Any, float]:

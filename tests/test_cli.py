@@ -673,17 +673,17 @@ def test_help_mentions_every_setting(capsys):
         (["codec.name=wavelet"], f"codec.name: expected one of {', '.join(codecs.SPECS)}, found"),
         (
             ["codec.images_per_class=19", "codec.num_points=0"],
-            "codec.images_per_class: 19 images do not fit 256 bytes per class",
+            "codec.images_per_class: 2660 bytes for num_points=1, images_per_class=19, the budget",
         ),
-        (["codec.num_points=10"], "codec.num_points: 2 images of 10 bfloat16 Gaussians need 280 bytes"),
+        (["codec.num_points=10"], "codec.num_points: 2800 bytes for num_points=10, images_per_class=2, the budget"),
         (
             ["ipc=0.5", "codec.num_points=0"],
-            "baselines.pixel_codec: 1 float32 images of 256 bytes do not fit 128 bytes per class",
+            "baselines.pixel_codec: 2560 bytes for images_per_class=1, the budget of all classes has 1280",
         ),
         (["ipc=0.5", "codec.num_points=1"], "raise ipc (found 0.5) or set baselines.pixel=false"),
         (
             ["codec={name: pixel, ipc: 2}"],
-            "codec.images_per_class: 2 float32 images of 256 bytes do not fit 256 bytes per class",
+            "codec.images_per_class: 5120 bytes for images_per_class=2, the budget of all classes has 2560",
         ),
         (
             ["codec.images_per_class=9", "codec.num_points=1"],

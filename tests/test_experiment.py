@@ -34,7 +34,7 @@ def test_keys_of_purposes_and_indices_differ():
 
 @pytest.mark.parametrize("to", ["solid", "random"])
 def test_noise_starts_refuse_a_start_that_looks_at_images(to):
-    with pytest.raises(ConfigError, match=f"codec.start: fit.to={to} starts from noise; expected uniform or xavier"):
+    with pytest.raises(ConfigError, match=f"codec.start: fit.to={to} starts from noise; expected uniform, found"):
         experiments.prepare(digits(f"fit.to={to}"))
 
 

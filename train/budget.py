@@ -121,7 +121,7 @@ def candidates(
     Raises:
         ConfigError: A layout or number of Gaussians that makes no sense, no Gaussian codec, or nothing fits.
     """
-    if config.codec.name not in (GaussianSpec.name, PackedGaussianSpec.name):
+    if "num_points" not in config.codec.sizes(dataset.image_shape):
         raise ConfigError(f"codec.name: a budget is searched for Gaussians, found {config.codec.name!r}")
     if min(points) < 1:
         raise ConfigError(f"--points: expected numbers of at least 1, found {min(points)}")
