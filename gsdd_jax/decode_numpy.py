@@ -194,8 +194,8 @@ def _packed_gaussian(manifest: Manifest) -> Decoder:
     m = _setting(manifest, "num_points", SORTED_POINTS if sort else SETTING)
     bits = {name: _setting(manifest, f"bits_{name}", 16) for name in ("mean", "cholesky", "color")}
     supersample, cutoff = _setting(manifest, "supersample", SUPERSAMPLE), _cutoff(manifest)
-    place = packing.multiset_bits(m, 4 ** bits["mean"]) if sort else 2 * m * bits["mean"]
-    sizes = [n * place, n * m * 3 * bits["cholesky"], n * m * c * bits["color"]]
+    position_bits = packing.multiset_bits(m, 4 ** bits["mean"]) if sort else 2 * m * bits["mean"]
+    sizes = [n * position_bits, n * m * 3 * bits["cholesky"], n * m * c * bits["color"]]
     layout = {
         "codes": Array("uint8", (-(-sum(sizes) // 8),)),
         "low": Array("bfloat16", (3 + c,)),
@@ -333,8 +333,8 @@ def resized(images: np.ndarray, size: Size) -> np.ndarray:
 
 def _interpolation(after: int, before: int) -> np.ndarray:
     """Returns the matrix ``[after, before]`` of linear interpolation, pixel centers at (i + 1/2)."""
-    place = (np.arange(after) + 0.5) * before / after - 0.5
-    weights = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(before)) / max(before / after, 1))
+    position = (np.arange(after) + 0.5) * before / after - 0.5
+    weights = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(before)) / max(before / after, 1))
     return weights / weights.sum(1, keepdims=True)
 
 

@@ -428,7 +428,7 @@ def read_header(file: BinaryIO, size: int) -> Header:
 def _header(document: dict[str, Any], nbytes: int, payload: int) -> Header:
     # Other programs put text there; nothing here depends on it.
     document.pop("__metadata__", None)
-    places: list[tuple[int, int, str]] = []
+    spans: list[tuple[int, int, str]] = []
     arrays = {}
     for name, entry in document.items():
         if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -444,9 +444,9 @@ def _header(document: dict[str, Any], nbytes: int, payload: int) -> Header:
         if len(offsets) != 2:
             raise ValueError(f"{short(name)}: data_offsets: expected 2 numbers, found {len(offsets)}")
         arrays[name] = Array(CODES[dtype], tuple(shape))
-        places.append((offsets[0], offsets[1], name))
+        spans.append((offsets[0], offsets[1], name))
     end = 0
-    for start, stop, name in sorted(places):
+    for start, stop, name in sorted(spans):
         if start != end or stop - start != arrays[name].nbytes:
             raise ValueError(
                 f"{short(name)}: data_offsets: expected {[end, end + arrays[name].nbytes]}, found {[start, stop]}"
@@ -454,7 +454,7 @@ def _header(document: dict[str, Any], nbytes: int, payload: int) -> Header:
         end = stop
     if end != payload:
         raise ValueError(f"expected a file of {nbytes + end} bytes, found {nbytes + payload}")
-    return Header({name: arrays[name] for _, _, name in sorted(places)}, nbytes, payload)
+    return Header({name: arrays[name] for _, _, name in sorted(spans)}, nbytes, payload)
 
 
 def compare(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:

@@ -11,9 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Multisets of so many codes are counted exactly, larger ones by a logarithm that is this good.
-_EXACT, _SLACK = 4096, 1e-4
-
 
 def to_bits(codes: np.ndarray, width: int) -> np.ndarray:
     """Returns the binary digits of each code, most significant first, one after the other: ``[codes.size * width]``."""
@@ -29,14 +26,7 @@ def from_bits(bits: np.ndarray, width: int) -> np.ndarray:
 
 def multiset_bits(count: int, symbols: int) -> int:
     """Returns the bits that number all multisets of ``count`` codes below ``symbols``."""
-    places = symbols + count - 1
-    if count > _EXACT:
-        # The number itself takes seconds; its logarithm is off by far less than this, unless it is next to an integer.
-        parts = math.lgamma(places + 1) - math.lgamma(count + 1) - math.lgamma(symbols)
-        bits = parts / math.log(2)
-        if abs(bits - round(bits)) > _SLACK:
-            return math.ceil(bits)
-    return (math.comb(places, count) - 1).bit_length()
+    return (math.comb(symbols + count - 1, count) - 1).bit_length()
 
 
 def multisets_to_bits(codes: np.ndarray, symbols: int) -> np.ndarray:
@@ -89,9 +79,9 @@ def unrank(number: int, count: int, symbols: int) -> list[int]:
         raise ValueError(f"no set of {count} of {symbols} codes has the number {number:#x}")
     codes = [0] * count
     for i in range(count, 0, -1):
-        place, ways = _largest(number, i)
+        top, ways = _largest(number, i)
         number -= ways
-        codes[i - 1] = place - (i - 1)
+        codes[i - 1] = top - (i - 1)
     return codes
 
 
@@ -99,11 +89,11 @@ def _largest(number: int, i: int) -> tuple[int, int]:
     """Returns the largest d with C(d, i) <= number, and C(d, i)."""
     # C(d, i) i! is about (d - (i - 1) / 2)^i; what this misses is walked.
     root = math.exp((math.log(number) + math.lgamma(i + 1)) / i) if number else 0.0
-    place = max(round(root + (i - 1) / 2), i)
-    ways = math.comb(place, i)
+    top = max(round(root + (i - 1) / 2), i)
+    ways = math.comb(top, i)
     while ways > number:
-        ways = ways * (place - i) // place
-        place -= 1
-    while (more := ways * (place + 1) // (place + 1 - i) if place >= i else 1) <= number:
-        ways, place = more, place + 1
-    return place, ways
+        ways = ways * (top - i) // top
+        top -= 1
+    while (more := ways * (top + 1) // (top + 1 - i) if top >= i else 1) <= number:
+        ways, top = more, top + 1
+    return top, ways

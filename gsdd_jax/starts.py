@@ -71,7 +71,7 @@ def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians
     """
     n, h, w, c = images.shape
     y, x = np.meshgrid(np.arange(h) + 0.5, np.arange(w) + 0.5, indexing="ij")
-    place = np.stack([x, y], axis=-1).reshape(-1, 2).astype(np.float32)
+    positions = np.stack([x, y], axis=-1).reshape(-1, 2).astype(np.float32)
     spacing = float(np.sqrt(h * w / num_points))
     seeds = _edge_pixels(key, images, num_points)
 
@@ -81,7 +81,7 @@ def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians
 
     def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         image, seed = args
-        features = jnp.concatenate([place / spacing, CLUSTER_COLOR * image.reshape(-1, c)], axis=-1)
+        features = jnp.concatenate([positions / spacing, CLUSTER_COLOR * image.reshape(-1, c)], axis=-1)
 
         def lloyd(_, centers: jax.Array) -> jax.Array:
             member = nearest(features, centers)
@@ -92,8 +92,8 @@ def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians
         member = nearest(features, centers)
         count = jnp.maximum(member.sum(0)[:, None], 1)
         # An empty cluster keeps its center and gets the smallest allowed shape.
-        mu = jnp.where(member.sum(0)[:, None] > 0, member.T @ place / count, centers[:, :2] * spacing)
-        offset = place[:, None] - mu
+        mu = jnp.where(member.sum(0)[:, None] > 0, member.T @ positions / count, centers[:, :2] * spacing)
+        offset = positions[:, None] - mu
         second = jnp.stack([offset[..., 0] ** 2, offset[..., 0] * offset[..., 1], offset[..., 1] ** 2], axis=-1)
         covariance = CLUSTER_SPREAD**2 * jnp.einsum("pm,pmi->mi", member, second) / count
         xx, xy, yy = jnp.maximum(covariance[:, 0], 0.25), covariance[:, 1], jnp.maximum(covariance[:, 2], 0.25)

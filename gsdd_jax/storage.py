@@ -102,12 +102,12 @@ def _on_grid_fwd(x, low, step, bits):
 def _on_grid_bwd(bits, residuals, v):
     x, low, step = residuals
     top = 2**bits - 1
-    place, code = (x - low) / step, grid_codes(x, low, step, bits)
-    inside = (place >= -0.5) & (place <= top + 0.5)
+    position, code = (x - low) / step, grid_codes(x, low, step, bits)
+    inside = (position >= -0.5) & (position <= top + 0.5)
     others = tuple(range(x.ndim - 1))
     scale = float(1 / np.sqrt(max(x.size // x.shape[-1], 1) * top))
     v_low = scale * jnp.sum(jnp.where(inside, 0, v), others)
-    v_step = scale * jnp.sum(v * jnp.where(inside, code - place, code), others)
+    v_step = scale * jnp.sum(v * jnp.where(inside, code - position, code), others)
     return jnp.where(inside, v, 0), v_low, v_step
 
 

@@ -40,12 +40,6 @@ def test_ranks_number_all_multisets_without_a_gap(symbols, count):
     assert ranks == [sorted(every, key=lambda codes: codes[::-1]).index(codes) for codes in every]
 
 
-def test_bits_of_large_multisets_are_those_of_the_exact_number():
-    for count, symbols in ((4097, 2**4), (5000, 2**16), (20_000, 2**8), (4097, 1), (8191, 2), (8192, 2)):
-        exact = (math.comb(symbols + count - 1, count) - 1).bit_length()
-        assert packing.multiset_bits(count, symbols) == exact, (count, symbols)
-
-
 @pytest.mark.parametrize(
     "codes",
     [

@@ -147,7 +147,7 @@ def candidates(
     return found
 
 
-def _spec(base: GaussianSpec | PackedGaussianSpec, layout: str, points: int) -> GaussianSpec | PackedGaussianSpec:
+def _spec(base: codecs.CodecSpec, layout: str, points: int) -> GaussianSpec | PackedGaussianSpec:
     cls: type[GaussianSpec | PackedGaussianSpec] = GaussianSpec if layout == "bf16" else PackedGaussianSpec
     # What both have in common is kept: the rates of the optimizer, the start, the renderer.
     known = {field.name for field in dataclasses.fields(cls)} - {"name", "images_per_class", "num_points", "dtype"}

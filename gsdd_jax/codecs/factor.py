@@ -169,11 +169,11 @@ def hallucinators(
     h, w, c = image_shape
     inner = (count, h - SIDE + 1, w - SIDE + 1, c)
     params = {"scale": jnp.ones(inner, jnp.float32), "shift": jnp.zeros(inner, jnp.float32)}
-    for place, (name, inputs) in enumerate((("conv", base_channels), ("deconv", c))):
+    for index, (name, inputs) in enumerate((("conv", base_channels), ("deconv", c))):
         # PyTorch takes the outputs of a transposed convolution for its inputs; here both are c.
         bound = float(1 / np.sqrt(SIDE**2 * inputs))
         own = bound * jax.random.uniform(
-            jax.random.fold_in(key, place), (count, SIDE**2 * inputs + 1, c), jnp.float32, minval=-1.0
+            jax.random.fold_in(key, index), (count, SIDE**2 * inputs + 1, c), jnp.float32, minval=-1.0
         )
         kernel = own[:, :-1].reshape(count, SIDE, SIDE, inputs, c)
         kernel = kernel.at[:, SIDE // 2, SIDE // 2].add(

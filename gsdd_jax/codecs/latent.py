@@ -228,9 +228,9 @@ def _doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     side, _, inputs, outputs = kernel.shape
     chosen = np.zeros((2, 3, side), np.float32)
     for parity, taps in enumerate(TAPS[side]):
-        for place, tap in enumerate(taps):
+        for index, tap in enumerate(taps):
             if tap is not None:
-                chosen[parity, place, tap] = 1
+                chosen[parity, index, tap] = 1
     parts = jnp.einsum("pis,qjt,stuo->ijupqo", chosen, chosen, kernel, precision=jax.lax.Precision.HIGHEST)
     n, h, w, _ = x.shape
     drawn = _conv(x, parts.reshape(3, 3, inputs, 4 * outputs)).reshape(n, h, w, 2, 2, outputs)
