@@ -15,6 +15,7 @@ from typing_extensions import Doc
 from gsdd_jax import pixels
 from gsdd_jax.codecs import Codec
 from gsdd_jax.codecs.base import Draft
+from gsdd_jax.data.sampling import class_table, sample_classes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,24 +89,24 @@ def select_images(
     Raises:
         ValueError: A class has too few images, or ``kmeans`` has no features.
     """
-    chosen = []
-    for label, key_class in enumerate(jax.random.split(key, num_classes)):
-        own = np.flatnonzero(labels == label)
+    members = [np.flatnonzero(labels == label) for label in range(num_classes)]
+    for label, own in enumerate(members):
         if len(own) < per_class:
             raise ValueError(
                 f"per_class: {per_class} images per class are to be fitted, class {label} has {len(own)} training ones"
             )
-        if how == "first":
-            chosen.append(own[:per_class])
-        elif how == "random":
-            chosen.append(own[np.asarray(jax.random.choice(key_class, len(own), (per_class,), replace=False))])
-        elif how == "kmeans":
-            if features is None:
-                raise ValueError("fit.select: kmeans needs features, found none")
-            chosen.append(own[_nearest_to_centers(key_class, features[own], per_class)])
-        else:
-            raise ValueError(f"fit.select: expected one of random, first, kmeans; found {how!r}")
-    return np.concatenate(chosen)
+    if how == "random":
+        table = class_table(labels, num_classes)
+        return np.asarray(jax.jit(sample_classes, static_argnums=2)(key, table, per_class)).reshape(-1)
+    if how == "first":
+        return np.concatenate([own[:per_class] for own in members])
+    if how != "kmeans":
+        raise ValueError(f"fit.select: expected one of random, first, kmeans; found {how!r}")
+    if features is None:
+        raise ValueError("fit.select: kmeans needs features, found none")
+    keys = jax.random.split(key, num_classes)
+    nearest = [_nearest_to_centers(each, features[own], per_class) for each, own in zip(keys, members, strict=True)]
+    return np.concatenate([own[chosen] for own, chosen in zip(members, nearest, strict=True)])
 
 
 def _nearest_to_centers(key: jax.Array, features: np.ndarray, count: int) -> np.ndarray:
