@@ -25,15 +25,15 @@ from train.checkpoint import Checkpoints
 from train.errors import EXIT_USER_ERROR, ConfigError
 from train.rundir import is_wall_clock, read_metrics
 
-# As small as it goes: a line for every iteration, a checkpoint for every second one. The codec that takes least to
-# compile: steps of Gaussians on several devices are in test_parallel.py.
+# As small as it goes: a line for every iteration, a checkpoint for every second one. In float32, for bfloat16 rounds
+# the last bits of parameters to other images.
 TOY = """
 name: toy
 ipc: 1
 data: {source: digits, per_class: 8, test_limit: 50}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
-codec: {name: downscale, images_per_class: 4}
+codec: {name: gaussian, images_per_class: 2, num_points: 4, lr: 0.01, dtype: float32}
 fit: {steps: 2}
 objective: {name: distribution, batch_real: 4, class_chunk: 10}
 distill: {iterations: 8, log_every: 1, checkpoint_every: 2, devices: 0}
