@@ -137,7 +137,7 @@ def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: 
 
     Modules map images to logits, or to (logits, features). Beside logits alone, the features are what the module sows
     as "features", else what its last Dense (nnx: Linear) layer reads. Weights are drawn by the module's own
-    initializers, though not from the key that is handed to `Network.init` itself. A module's convolutions are
+    initializers. A module's convolutions are
     those of JAX, slow on CPU in loops, unless it asks for `nn.Conv(conv_general_dilated=nets.conv_general_dilated)`.
 
     Args:

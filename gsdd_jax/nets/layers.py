@@ -7,6 +7,9 @@ share it.
 """
 
 import math
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,48 @@ CIFAR_SIDE = 32  # the reference has forms of its own ("*CIFAR") for images of t
 def uniform(fan_in: int) -> nn.initializers.Initializer:
     """Returns PyTorch's default initializer of a kernel or bias: U(-b, b), b = 1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32, *_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, *_: Any) -> jax.Array:
+        draw = _DRAW.get(None) or (lambda shape: jax.random.uniform(key, shape, dtype, -1, 1))
+        return bound * draw(shape)
+
+    return init
+
+
+# From a shape to numbers in [-1, 1), where `at_once` draws them.
+_DRAW: ContextVar[Callable[[tuple[int, ...]], jax.Array] | None] = ContextVar("_DRAW")
+
+
+def at_once(init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """Lets a module's `init` draw all its `uniform` weights in one go, in the order in which it makes them.
+
+    XLA takes a second on CPU to compile each array that is drawn (jax 0.10.2), and distribution matching compiles all
+    of them into its step: 27 s for ResNet18, against 4 s. What other initializers draw stays as it is.
+    """
+
+    def drawn(key: jax.Array) -> Any:
+        sizes: list[int] = []
+
+        def count(shape: tuple[int, ...]) -> jax.Array:
+            sizes.append(math.prod(shape))
+            return jnp.zeros(shape, jnp.float32)
+
+        _with(count, lambda: jax.eval_shape(init, key))
+        if not sizes:
+            return init(key)
+        ends = np.cumsum(sizes)
+        parts = iter(jnp.split(jax.random.uniform(key, (int(ends[-1]),), jnp.float32, -1, 1), ends[:-1]))
+        return _with(lambda shape: next(parts).reshape(shape), lambda: init(key))
+
+    return drawn
+
+
+def _with(draw: Callable[[tuple[int, ...]], jax.Array], run: Callable[[], Any]) -> Any:
+    token = _DRAW.set(draw)
+    try:
+        return run()
+    finally:
+        _DRAW.reset(token)
 
 
 def conv(x: jax.Array, features: int, *, side: int = 3, stride: int = 1, use_bias: bool = True, name: str) -> jax.Array:

@@ -12,6 +12,8 @@ from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 from jax.extend.core import get_opaque_trace_state
 
+from gsdd_jax.nets import layers
+
 Init: TypeAlias = Callable[[jax.Array], Any]
 Apply: TypeAlias = Callable[[Any, jax.Array], Any]
 
@@ -52,7 +54,7 @@ def _of_linen(module: linen.Module, image_shape: tuple[int, int, int]) -> tuple[
     name = type(module).__name__
 
     def init(key: jax.Array) -> Any:
-        variables = dict(module.init(_fast(key), jnp.zeros((1, *image_shape), jnp.float32)))
+        variables = dict(module.init(key, jnp.zeros((1, *image_shape), jnp.float32)))
         params = variables.pop("params", {})
         _refuse_state(name, list(traverse_util.flatten_dict(variables)))
         return params
@@ -73,7 +75,7 @@ def _of_linen(module: linen.Module, image_shape: tuple[int, int, int]) -> tuple[
                 raise _random(name, str(error).partition(" (http")[0]) from error
         return _with_features(outputs, traverse_util.flatten_dict(state.get("intermediates", {})), inputs)
 
-    return init, apply
+    return layers.at_once(init), apply
 
 
 def _of_nnx(make: Callable[..., Any]) -> tuple[Init, Apply]:
@@ -83,7 +85,7 @@ def _of_nnx(make: Callable[..., Any]) -> tuple[Init, Apply]:
     by_name = isinstance(make, type) or "rngs" in inspect.signature(make).parameters
 
     def split(key: jax.Array) -> Any:
-        rngs = nnx.Rngs(_fast(key))
+        rngs = nnx.Rngs(key)
         module = make(rngs=rngs) if by_name else make(rngs)
         if not isinstance(module, nnx.Module):
             raise TypeError(f"network: expected {name} to return a flax.nnx module, found {type(module).__name__}")
@@ -158,15 +160,6 @@ def _noting(layer: type) -> type:
         return outputs
 
     return type(layer.__name__, (layer,), {"__call__": __call__})
-
-
-def _fast(key: jax.Array) -> jax.Array:
-    """Turns any key into one of Philox, which a module's initializers draw their weights by.
-
-    Threefry, JAX's default, takes XLA half a second on CPU to compile for each array that is drawn (jax 0.10.2), and
-    distribution matching compiles all of them into its step: 27 s for ResNet18, against 4 s.
-    """
-    return jax.random.wrap_key_data(jax.random.bits(key, (1,), jnp.uint32), impl="philox2x32")
 
 
 def _refuse_state(name: str, paths: list[tuple[Any, ...]]) -> None:
