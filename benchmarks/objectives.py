@@ -23,11 +23,11 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.timing import Timed
-from gsdd_jax import codecs, distillation, evaluation, storage, whiten
+from gsdd_jax import codecs, distillation, evaluation, match, storage, whiten
 from gsdd_jax.augment import DsaSpec
-from gsdd_jax.data import class_table
+from gsdd_jax.batches import Data, device_data
 from gsdd_jax.experts import ExpertSpec, _Static, expert_keys, train_group
-from gsdd_jax.match import DistributionSpec, GradientSpec, ObjectiveSpec, TrajectorySpec
+from gsdd_jax.match import DistributionSpec, GradientSpec, TrajectorySpec
 from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import NetSpec, Network, build
 from train.errors import exit_cleanly
@@ -46,7 +46,7 @@ class Size(NamedTuple):
 
     width: int
     images: int
-    objectives: tuple[ObjectiveSpec, ...]
+    objectives: tuple[Any, ...]
     experts: ExpertSpec
     evaluate: evaluation.EvalSpec
 
@@ -85,23 +85,21 @@ def training_set(size: Size) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (size.images, *SHAPE), np.uint8), np.arange(size.images) % CLASSES
 
 
-def outer_step(size: Size, spec: ObjectiveSpec, codec_spec: codecs.CodecSpec) -> Timed:
+def outer_step(size: Size, spec: Any, codec_spec: codecs.CodecSpec) -> Timed:
     """Returns one outer step with its arguments, of an experiment that has just begun."""
     network = build(NetSpec(depth=3, width=size.width), SHAPE, CLASSES)
     codec = codecs.make(
         codec_spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=storage.budget_bytes(1, SHAPE)
     )
     start = jax.random.uniform(jax.random.key(SEED), (codec.num_images, *SHAPE))
-    state = distillation.init_state(codec, codec.init(jax.random.key(SEED), start), spec, network)
-    step = distillation.make_step(codec, spec, network=network, augment=AUGMENT)
-    data: distillation.Data
-    if isinstance(spec, TrajectorySpec):
-        weights = flattener(network)[0](network.init(jax.random.key(SEED)))[None]
-        data = distillation.ExpertBatch(weights, weights + 0.01, whitening())
+    objective = match.make(spec, codec=codec, network=network, augment=AUGMENT)
+    state = distillation.init_state(objective, codec.init(jax.random.key(SEED), start))
+    if match.expert_window(objective.needs) is None:
+        data = device_data(*training_set(size), whitening())
     else:
-        images, labels = training_set(size)
-        data = distillation.DeviceData(jnp.asarray(images), class_table(labels, CLASSES), whitening())
-    return Timed(step, state, data, jax.random.key(SEED))
+        weights = flattener(network)[0](network.init(jax.random.key(SEED)))
+        data = Data(whitening(), None, {"segments": jnp.stack([weights, weights + 0.01])[None]})
+    return Timed(distillation.make_step(objective), state, data, jax.random.key(SEED))
 
 
 def expert_epoch(size: Size, network: Network) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def expert_epoch(size: Size, network: Network) -> dict[str, Any]:
     count = min(TIMED_STEPS * spec.batch, size.images)
     key_init, keys = expert_keys(SEED, range(1))
     theta = flattener(network)[0](network.init(key_init[0]))[None]
-    static = _Static(network, AUGMENT, spec.batch, whiten.apply)
+    static = _Static(network, AUGMENT, spec.batch)
 
     def epoch(theta: jax.Array, keys: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
         return train_group(
@@ -129,7 +127,7 @@ def expert_epoch(size: Size, network: Network) -> dict[str, Any]:
     }
 
 
-def evaluation(size: Size, network: Network) -> dict[str, Any]:
+def evaluation_rate(size: Size, network: Network) -> dict[str, Any]:
     """Times the start of an evaluation and its test; scales them up to networks per minute."""
     n = CLASSES * GPC
     syn = jax.random.uniform(jax.random.key(SEED), (n, *SHAPE))
@@ -168,7 +166,7 @@ def measure(name: str, *, run: bool) -> dict[str, Any]:
             print(f"{name} {spec.name} {codec_spec.name}: {took}{row['memory']['temp'] / 2**20:.0f} MiB", flush=True)
     found: dict[str, Any] = {"width": size.width, "images": size.images, "steps": steps}
     if run:
-        found |= {"experts": expert_epoch(size, network), "evaluation": evaluation(size, network)}
+        found |= {"experts": expert_epoch(size, network), "evaluation": evaluation_rate(size, network)}
         print(found["experts"], found["evaluation"], flush=True)
     return found
 

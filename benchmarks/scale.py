@@ -28,10 +28,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import record
-from gsdd_jax import codecs, distillation, parallel, whiten
-from gsdd_jax.augment import DsaSpec
+from gsdd_jax import codecs, distillation, match, parallel, whiten
+from gsdd_jax.batches import Data, hold
 from gsdd_jax.data.sampling import ClassTable
-from gsdd_jax.match import DistributionSpec, GradientSpec, ObjectiveSpec, TrajectorySpec
+from gsdd_jax.match import DistributionSpec, GradientSpec, TrajectorySpec
 from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import NetSpec, Network, build
 from train.errors import exit_cleanly
@@ -46,7 +46,7 @@ XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_experimental_ynn
 SCALARS = {"distribution": 2, "gradient": 2, "trajectory": 5}
 ITEMSIZE = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
-OBJECTIVES: tuple[ObjectiveSpec, ...] = (
+OBJECTIVES: tuple[Any, ...] = (
     DistributionSpec(batch_real=8, class_chunk=2),
     GradientSpec(batch_real=8, class_chunk=2).for_ipc(1),
     TrajectorySpec(syn_steps=3, segments=8),
@@ -175,7 +175,7 @@ def parts(size: Size) -> tuple[codecs.Codec, Network]:
     return codec, build(NetSpec(depth=size.depth, width=size.width), shape, size.classes)
 
 
-def toy_step(objective: ObjectiveSpec, devices: int) -> dict[str, Any]:
+def toy_step(objective: Any, devices: int) -> dict[str, Any]:
     """Takes one step of the toy size and returns Adam's first moment, metrics, collectives and memory."""
     codec, network = parts(TOY)
     mesh = parallel.mesh_of(devices) if devices > 1 else None
@@ -185,23 +185,23 @@ def toy_step(objective: ObjectiveSpec, devices: int) -> dict[str, Any]:
     labels = np.repeat(np.arange(TOY.classes), counts)
     images = rng.integers(0, 256, (len(labels), *codec.image_shape), np.uint8)
     start = jnp.asarray(rng.uniform(size=(codec.num_images, *codec.image_shape)), jnp.float32)
-    state = distillation.init_state(codec, codec.init(jax.random.key(SEED), start), objective, network)
+    made = match.make(objective, codec=codec, network=network)
+    state = distillation.init_state(made, codec.init(jax.random.key(SEED), start))
     key, normal = jax.random.key(SEED), whitening()
     if mesh is not None:
         state, key, normal = parallel.replicated((state, key, normal), mesh)
     own = own_classes(TOY, devices)
-    data: distillation.Data
-    if isinstance(objective, TrajectorySpec):
+    if match.expert_window(made.needs) is not None:
         weights = np.stack([flattener(network)[0](network.init(jax.random.key(i))) for i in range(objective.segments)])
         target = weights + rng.normal(scale=0.01, size=weights.shape).astype(np.float32)
-        begun, ended = (jnp.asarray(x) if mesh is None else parallel.sharded(x, mesh) for x in (weights, target))
-        data = distillation.ExpertBatch(begun, ended, normal)
+        segments = made.needs["segments"].put(np.stack([weights, target], axis=1), mesh)
+        data = Data(normal, None, {"segments": segments})
         held = 2 * 4 * network.num_params * objective.segments // devices
     else:
-        data = distillation.device_data(images, labels, TOY.classes, whitening(), mesh)
+        data = Data(normal, hold(images, labels, TOY.classes, mesh), {})
         most = max(int(counts[first : first + own].sum()) for first in range(0, TOY.classes, own))
         held = most * TOY.image + 4 * own * (int(counts.max()) + 1)
-    step = distillation.make_step(codec, objective, network=network, augment=DsaSpec(), mesh=mesh)
+    step = distillation.make_step(made, mesh=mesh)
     compiled = jax.jit(step).lower(state, data, key).compile()
     after, metrics = compiled(state, data, key)
     memory: Any = compiled.memory_analysis()
@@ -239,30 +239,25 @@ def planned_temporaries(size: Size, devices: int) -> int:
     """Returns the bytes beside its arguments that the compiler plans for a step; nothing of that size is allocated."""
     codec, network = parts(size)
     mesh = parallel.mesh_of(devices) if devices > 1 else None
-    spec, rows = (
-        DistributionSpec(batch_real=size.real, class_chunk=size.class_chunk),
-        own_classes(size, devices) * devices,
-    )
+    spec = DistributionSpec(batch_real=size.real, class_chunk=size.class_chunk)
+    objective, rows = match.make(spec, codec=codec, network=network), own_classes(size, devices) * devices
     params = jax.eval_shape(
         codec.init, jax.random.key(SEED), jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
     )
-    state = jax.eval_shape(lambda params: distillation.init_state(codec, params, spec, network), params)
+    state = jax.eval_shape(lambda params: distillation.init_state(objective, params), params)
 
     def array(dtype: type, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    data = distillation.DeviceData(
-        array(np.uint8, rows * size.held, *codec.image_shape),
-        ClassTable(array(np.int32, rows, size.held), array(np.int32, rows)),
-        jax.eval_shape(whitening),
-    )
+    table = ClassTable(array(np.int32, rows, size.held), array(np.int32, rows))
+    held = match.Held(array(np.uint8, rows * size.held, *codec.image_shape), table)
+    normal = jax.eval_shape(whitening)
     key = jax.eval_shape(lambda: jax.random.key(SEED))
     if mesh is not None:
-        state, key, normal = _placed((state, key, data.whitening), mesh, PartitionSpec())
-        images, table = _placed((data.images, data.table), mesh, PartitionSpec(parallel.AXIS))
-        data = distillation.DeviceData(images, table, normal)
-    step = distillation.make_step(codec, spec, network=network, augment=DsaSpec(), mesh=mesh)
-    memory: Any = jax.jit(step, donate_argnums=0).lower(state, data, key).compile().memory_analysis()
+        state, key, normal = _placed((state, key, normal), mesh, PartitionSpec())
+        held = _placed(held, mesh, PartitionSpec(parallel.AXIS))
+    step = distillation.make_step(objective, mesh=mesh)
+    memory: Any = jax.jit(step, donate_argnums=0).lower(state, Data(normal, held, {}), key).compile().memory_analysis()
     return int(memory.temp_size_in_bytes)
 
 

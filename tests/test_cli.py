@@ -567,14 +567,14 @@ def test_sigterm_saves_ends_with_0_and_is_continued_to_the_same_bits(
 
 
 def test_sigterm_between_two_networks_keeps_the_first(toy, whole, tmp_path, monkeypatch, capsys):
-    out, evaluate = tmp_path / "run", evaluation.evaluate.evaluate_networks
+    out, evaluate = tmp_path / "run", evaluation.evaluation.evaluate_networks
 
     def interrupted(*args, **settings):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.evaluate, "evaluate_networks", interrupted)
+        patch.setattr(evaluation.evaluation, "evaluate_networks", interrupted)
         assert start(toy, out) == 0
     assert len(json.loads((out / "evaluation.json").read_text())["distilled"]["accuracies"]) == 1
     assert start(toy, out) == 0

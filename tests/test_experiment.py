@@ -83,7 +83,7 @@ def test_solid_warm_up_ends_near_the_mean_color_and_random_is_not_fitted(tmp_pat
     drawn = {}
     for to, steps in (("solid", 60), ("random", 60)):
         experiment = experiments.prepare(digits(f"fit.to={to}", "codec.start=uniform", f"fit.steps={steps}"))
-        targets = experiments.fit.solid_targets(experiment.dataset.train_images, experiment.codec.num_images)
+        targets = experiments.fitting.solid_targets(experiment.dataset.train_images, experiment.codec.num_images)
         with RunDir(tmp_path / to) as run:
             params = stages.fit_stage(experiment, experiment.codec, targets, run=run, progress=quiet, arm="main")
         drawn[to] = np.abs(np.asarray(experiment.codec.decode(params)) - np.asarray(targets)).mean()

@@ -216,7 +216,7 @@ def test_npz_of_a_whitened_run_maps_images_into_its_space(zca_run, tmp_path, cap
     with np.load(tmp_path / "npz" / "images.npz", allow_pickle=False) as found:
         own = (found["images"] - found["zca_mean"]).reshape(4, -1) @ found["zca_matrix"]
         assert float(found["syn_lr"]) == 0.125
-        expected = whiten.apply(whiten.fit("zca", dataset.train_images), jnp.asarray(found["images"]))
+        expected = whiten.fit("zca", dataset.train_images)(jnp.asarray(found["images"]))
     np.testing.assert_allclose(own.reshape(expected.shape), expected, atol=1e-5)
     metadata = json.loads((tmp_path / "npz" / "metadata.json").read_text(encoding="utf-8"))
     assert metadata["training"]["network"]["name"] == "convnet" and metadata["set"]["whiten"] == "zca"

@@ -217,7 +217,7 @@ def test_unusable_soft_labels_are_refused():
         training.train_network(jax.random.key(0), images, jnp.zeros((2, 4)), **settings)
     with pytest.raises(ValueError, match=r"test_labels: shape \(3, 4\), must be \(3,\), one per image"):
         keys, rows4 = jax.random.key(0)[None], jnp.zeros((3, 4))
-        library.evaluate(keys, images, rows4, images, rows4, **settings)
+        library.evaluate_networks(keys, images, rows4, images, rows4, **settings)
 
 
 # The budget
@@ -433,7 +433,7 @@ def test_continued_run_has_the_bits_of_an_undisturbed_one_and_trains_no_teacher_
         assert start(toy, tmp_path / "run") == 130
     assert len(trained) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(labeling.evaluate, "train_network", count)
+        patch.setattr(labeling.evaluation, "train_network", count)
         assert start(toy, tmp_path / "run") == 0
     assert len(trained) == 2
     assert_same(findings(tmp_path / "run"), findings(whole))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax import codecs, data, distillation, evaluation, experts, fitting, labels, pixels, training, whiten
+from gsdd_jax import codecs, data, evaluation, experts, fitting, labels, pixels, training, whiten
 from gsdd_jax.augment import DsaSpec
+from gsdd_jax.batches import hold
 from gsdd_jax.match import distribution_loss, feature_mmd, gradient_loss
 from gsdd_jax.nets import NetSpec, build
 
@@ -18,7 +19,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (6, *SHAPE), dtype=np.uint8)
 LABELS = np.array([0, 1, 0, 1, 0, 1], np.int32)
 NETWORK = build(NetSpec(depth=1, width=4), SHAPE, 2)
 KEY = jax.random.key(0)
-PARAMS = NETWORK.init(KEY)
+PARAMS = NETWORK.init(jax.random.key(1))
 THETA = experts.flattener(NETWORK)[0](PARAMS)
 WHITENING = whiten.fit("meanstd", IMAGES)
 PLAIN = DsaSpec(strategy="none")
@@ -45,7 +46,7 @@ def _moved(images: np.ndarray) -> jax.Array:
 # What takes real images, and what it makes of them.
 REAL = {
     "whiten.fit": lambda x: whiten.fit("meanstd", x).std,
-    "device_data": lambda x: pixels.as_float(distillation.device_data(x, LABELS, 2, None).images),
+    "hold": lambda x: pixels.as_float(hold(x, LABELS, 2).images),
     "HostSampler": lambda x: pixels.as_float(
         data.HostSampler(x, LABELS, num_classes=2, batch=2, seed=0).batch(0), "batch"
     ),
@@ -62,8 +63,8 @@ ANY = {
     "init_fit": lambda x: fitting.init_fit(KEY, x, codec=_pixel_codec(), steps=1).params["images"],
     "fit_steps": _moved,
     "psnr": lambda x: fitting.psnr(x, IMAGES[::-1]),
-    "whiten.apply": lambda x: WHITENING(x),
-    "training.inputs": lambda x: training.inputs(jnp.asarray(x), whiten.apply, WHITENING),
+    "whitening": lambda x: WHITENING(x),
+    "training.inputs": lambda x: training.inputs(jnp.asarray(x), WHITENING),
     "label": lambda x: labels.label(jax.tree.map(lambda leaf: leaf[None], PARAMS), x, **LOSS),
     "train_epoch": lambda x: experts.train_epoch(
         THETA,
@@ -135,7 +136,7 @@ def test_experts_take_both_forms_alike(tmp_path) -> None:
 
 def test_number_of_labels_is_checked_with_the_images() -> None:
     with pytest.raises(ValueError, match="labels: found 4 of them for 6 images"):
-        distillation.device_data(IMAGES, LABELS[:4], 2, None)
+        hold(IMAGES, LABELS[:4], 2)
 
 
 def test_forms_are_kept_and_precision_is_float32() -> None:
