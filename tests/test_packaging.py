@@ -95,6 +95,11 @@ def test_every_package_of_the_tree_is_installed_and_nothing_else(metadata):
     assert folders
     missing = [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file()]
     assert not missing, f"without __init__.py, so not installed: {missing}"
+    files = {file for package in PACKAGES for file in (ROOT / package).rglob("*") if file.is_file()}
+    data = {
+        ROOT / package / name for package, names in metadata["options.package_data"].items() for name in names.split()
+    }
+    assert {file for file in files if file.suffix not in (".py", ".pyc")} == data
 
 
 def test_metadata_name_the_versions_that_work(metadata):

@@ -302,6 +302,8 @@ def run(
         )
         files.write_bytes(rundir.path / "table.md", results.table(result).encode())
         shown = {"images": pictures.grid(experiments.class_rows(codec, final), dataset.class_names)}
+        if config.fit.to == "real" and experiment.start is None:
+            shown["real"] = pictures.grid(experiments.class_rows(codec, targets), dataset.class_names)
         gaussians = codec.gaussians(distilled.params)
         if gaussians is not None:
             shown["ellipses"] = ellipse_picture(codec, gaussians, dataset.class_names)
