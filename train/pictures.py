@@ -102,8 +102,8 @@ def ellipse_grid(
     angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     circle = np.cos(angle), np.sin(angle)
     for at in np.ndindex(k, n):
-        corner = np.array([at[1] * width, at[0] * height])
-        frame = axes.add_patch(Rectangle(corner, width, height, fc="black", ec="none", antialiased=False))
+        left, top = at[1] * width, at[0] * height
+        frame = axes.add_patch(Rectangle((left, top), width, height, fc="black", ec="none", antialiased=False))
         g = gaussians[at][np.isfinite(gaussians[at]).all(-1)]
         g = g[np.argsort(-np.abs(g[:, 2] * g[:, 4]), kind="stable")]
         x, y, l11, l21, l22 = g[:, :5].T[..., None]
@@ -113,7 +113,7 @@ def ellipse_grid(
         fill, edge, dashed = _paint(g[:, 5:-1] * g[:, -1:])
         shapes = PolyCollection(
             # Agg works in fixed-point numbers: coordinates far outside the picture overflow.
-            list(np.clip(outline, -20 * _TILE, 20 * _TILE) + corner),
+            list(np.clip(outline, -20 * _TILE, 20 * _TILE) + (left, top)),
             facecolors=fill,
             edgecolors=edge,
             linewidths=0.86 * DENSITY,
@@ -122,7 +122,7 @@ def ellipse_grid(
         axes.add_collection(shapes, autolim=False)
         shapes.set_clip_path(frame)  # after adding, which would clip to the axes only
         if len(g) < len(gaussians[at]):
-            inner = corner + DENSITY, width - 2 * DENSITY, height - 2 * DENSITY
+            inner = (left + DENSITY, top + DENSITY), width - 2 * DENSITY, height - 2 * DENSITY
             axes.add_patch(Rectangle(*inner, fc="none", ec="magenta", lw=2.5 * DENSITY))
     canvas.draw()
     tiles = np.asarray(canvas.buffer_rgba()).reshape(k, height, n, width, 4).swapaxes(1, 2)
