@@ -10,9 +10,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
-from gsdd_jax.nets import NetSpec, build
+from gsdd_jax.nets import NetSpec, build, convnet
 from gsdd_jax.nets.conv import conv_general_dilated
 
 SMALL = NetSpec(depth=2, width=6)
@@ -134,6 +135,14 @@ def test_network_vmaps_over_params_and_images_like_a_loop():
                 jax.tree.leaves(one(batched, i)), jax.tree.leaves(grad(one(params, p), images[x])), strict=True
             ):
                 np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_flax_tabulates_the_layers():
+    module = convnet.make(depth=2, width=6, norm="instance", image_shape=(8, 8, 3), num_classes=4)
+    table = nn.tabulate(module, jax.random.key(0), console_kwargs={"force_terminal": False})(jnp.zeros((1, 8, 8, 3)))
+    for layer, kind in {"conv0": "Conv", "norm0": "InstanceNorm", "conv1": "Conv", "linear": "Dense"}.items():
+        assert re.search(rf"│ {layer} +│ {kind} +│", table)
+    assert f"Total Parameters: {build(SMALL, (8, 8, 3), 4).num_params}" in table
 
 
 def test_equal_specs_build_the_same_network_object():

@@ -105,8 +105,8 @@ class InstanceNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes, then scales and shifts each channel."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         # The two-pass variance is as fast here as E[x²] - E[x]², and does not cancel.
         centered = x - x.mean(self.axes, keepdims=True)
         variance = jnp.square(centered).mean(self.axes, keepdims=True)

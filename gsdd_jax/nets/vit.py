@@ -49,9 +49,9 @@ class ViT(nn.Module):
         """Maps float images [n, h, w, c] to logits [n, k] and what the last layer sees of the class token [n, f]."""
         form = _form(images.shape[1:])
         x = layers.dense(_patches(images, form.patch), _WIDTH, name="embed")
-        cls = self.param("cls", nn.initializers.normal(1.0), (_WIDTH,))
+        cls = self.param("cls", nn.initializers.normal(1.0), (_WIDTH,), jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, _WIDTH)), x], axis=1)
-        x = x + self.param("position", nn.initializers.normal(1.0), x.shape[1:])
+        x = x + self.param("position", nn.initializers.normal(1.0), x.shape[1:], jnp.float32)
         for index in range(form.depth):
             x = Block(form.norm, name=f"block{index}")(x)
         features = layers.LayerNorm(name="norm")(x[:, 0]) if form.norm else x[:, 0]
