@@ -390,7 +390,7 @@ def _check_finite(losses: Sequence[jax.Array], params: Any) -> None:
 @contextmanager
 def _bar(name: str, total: int, *, shown: bool) -> Iterator[Callable[..., None]]:
     """Shows a bar; yields a function that moves it on, with what gives its text where it is time for one."""
-    with Progress(disable=not (shown and total), transient=True) as bar:
+    with Progress(disable=not (shown and total)) as bar:
         task, done = bar.add_task(name, total=total), 0
 
         def advance(text: Callable[[], str], count: int = 1) -> None:

@@ -201,7 +201,7 @@ class Linen(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        x = nn.Conv(2, (3, 3), strides=2, conv_general_dilated=nets.conv_general_dilated, name="conv")(images)
+        x = nn.Conv(2, (3, 3), strides=2, name="conv")(images)
         if self.extra == "statistics":
             x = nn.BatchNorm(use_running_average=True)(x)
         x = nn.relu(nn.Dense(5, name="hidden")(small(x)))
@@ -221,7 +221,7 @@ class Nnx(nnx.Module):
 
     def __init__(self, extra: str = "", *, rngs: nnx.Rngs):
         self.extra = extra
-        self.conv = nnx.Conv(1, 2, (3, 3), strides=2, conv_general_dilated=nets.conv_general_dilated, rngs=rngs)
+        self.conv = nnx.Conv(1, 2, (3, 3), strides=2, rngs=rngs)
         self.hidden = nnx.Linear(32, 5, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.out = nnx.Linear(5, CLASSES, rngs=rngs)
@@ -267,6 +267,13 @@ def test_a_module_of_linen_and_of_nnx_gives_the_logits_and_features_of_numpy(ext
         for logits_found, features_found in outputs:
             np.testing.assert_allclose(logits_found[i], x @ p["out"]["kernel"], atol=1e-5)
             np.testing.assert_allclose(features_found[i], features, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", flax_modules(""), ids=["linen", "nnx"])
+def test_ordinary_convolutions_are_those_that_are_fast_in_loops(module):
+    net = nets.build(module, SHAPE, CLASSES)
+    shapes = jax.eval_shape(net.init, jax.random.key(0)), jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
+    assert "name=_conv" in str(jax.make_jaxpr(net.apply)(*shapes))
 
 
 def test_a_class_and_a_function_of_rngs_draw_by_the_initializers_of_the_module():

@@ -137,8 +137,8 @@ def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: 
 
     Modules map images to logits, or to (logits, features). Beside logits alone, the features are what the module sows
     as "features", else what its last Dense (nnx: Linear) layer reads. Weights are drawn by the module's own
-    initializers. A module's convolutions are
-    those of JAX, slow on CPU in loops, unless it asks for `nn.Conv(conv_general_dilated=nets.conv_general_dilated)`.
+    initializers. Its plain convolutions are those of `nets.conv`, unless it asks for others by
+    `nn.Conv(conv_general_dilated=...)`: those of JAX are slow on CPU in loops.
 
     Args:
         network: Which network: a spec; a `Network`; a flax.linen module; or a class of flax.nnx modules, or

@@ -13,6 +13,7 @@ from flax.errors import InvalidRngError
 from jax.extend.core import get_opaque_trace_state
 
 from gsdd_jax.nets import layers
+from gsdd_jax.nets.conv import conv_general_dilated
 
 Init: TypeAlias = Callable[[jax.Array], Any]
 Apply: TypeAlias = Callable[[Any, jax.Array], Any]
@@ -63,8 +64,12 @@ def _of_linen(module: linen.Module, image_shape: tuple[int, int, int]) -> tuple[
         inputs = _DenseInputs()
 
         def note(call: Callable[..., Any], args: Any, kwargs: Any, context: linen.module.InterceptorContext) -> Any:
+            layer = context.module
+            if isinstance(layer, linen.Conv) and layer.conv_general_dilated is None:
+                # That of JAX is slow on CPU in loops, which training is. The layer is a copy for this call.
+                object.__setattr__(layer, "conv_general_dilated", conv_general_dilated)
             outputs = call(*args, **kwargs)
-            if isinstance(context.module, linen.Dense) and context.method_name == "__call__":
+            if isinstance(layer, linen.Dense) and context.method_name == "__call__":
                 inputs.note([*args, *kwargs.values()][0], outputs)
             return outputs
 
@@ -114,6 +119,8 @@ def _of_nnx(make: Callable[..., Any]) -> tuple[Init, Apply]:
         )
         module = nnx.merge(graph, params, keys)
         for _, layer in nnx.iter_modules(module):
+            if isinstance(layer, nnx.Conv) and layer.conv_general_dilated is jax.lax.conv_general_dilated:
+                layer.conv_general_dilated = conv_general_dilated
             if isinstance(layer, nnx.Linear):
                 object.__setattr__(layer, "__class__", _noting(type(layer)))
         counts = random_counts(module)
