@@ -135,7 +135,7 @@ def test_subtask_has_the_codec_and_the_network_of_its_classes(toy):
     assert made.network.num_params == nets.build(made.config.network, (8, 8, 1), 4).num_params
     whole = experiments.prepare(load(toy))
     assert made.bytes_per_class == whole.bytes_per_class and made.codec.spec == whole.codec.spec
-    assert whole.whole is None and whole.dataset.num_classes == 10
+    assert whole.all_classes is None and whole.dataset.num_classes == 10
 
 
 @pytest.mark.parametrize("kind", ["meanstd", "zca"])
@@ -147,7 +147,7 @@ def test_whitening_of_every_subtask_is_that_of_the_whole_training_set(toy, kind)
         np.testing.assert_array_equal(own, whole)
         assert not np.array_equal(own, of_block)
     mean = every.train_images.mean() / 255
-    np.testing.assert_allclose(made.whole.channels.mean, [mean], rtol=1e-6)
+    np.testing.assert_allclose(made.all_classes.channels.mean, [mean], rtol=1e-6)
 
 
 def test_experts_are_bound_to_the_block_and_to_the_whole(toy):

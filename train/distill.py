@@ -436,7 +436,7 @@ def ellipse_picture(codec: codecs.Codec, g: Gaussians, class_names: Sequence[str
 
 def _meta(experiment: Experiment, now: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of the exported set: where it comes from, and the normalization that networks expect."""
-    config, dataset, whole = experiment.config, experiment.dataset, experiment.whole
+    config, dataset, whole = experiment.config, experiment.dataset, experiment.all_classes
     channels = experiments.channel_statistics(dataset) if whole is None else whole.channels
     meta = {
         "name": config.name,

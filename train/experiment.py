@@ -34,7 +34,7 @@ PURPOSES = (
 WHEREABOUTS = ("data.source", "data.name", "data.path")
 
 
-class Whole(NamedTuple):
+class AllClasses(NamedTuple):
     """What a subtask knows of the whole dataset, of which its own is a block of classes."""
 
     fingerprint: str
@@ -50,7 +50,7 @@ class Experiment(NamedTuple):
     rule of a later version, a run directory holds another config.
 
     A subtask has the dataset of its classes, but the whitening of the whole training set, so that the parts of a merged
-    set live in one normalized space. `whole` is None where the run is no subtask.
+    set live in one normalized space. `all_classes` is None where the run is no subtask.
     """
 
     config: RunConfig
@@ -60,7 +60,7 @@ class Experiment(NamedTuple):
     network: nets.Network
     whitening: Any
     asked: RunConfig
-    whole: Whole | None = None
+    all_classes: AllClasses | None = None
     # Parameters that stand in for a fit, of `fit.initial_set`.
     start: Any = None
     # What `train.testset.check` found.
@@ -94,9 +94,9 @@ class Experiment(NamedTuple):
 
     def data_identity(self) -> str:
         """Returns what experts are bound to: the data that they saw, and those that the whitening was fitted to."""
-        if self.whole is None:
+        if self.all_classes is None:
             return self.dataset.fingerprint()
-        return f"{self.whole.fingerprint}[{self.whole.classes.start}:{self.whole.classes.stop}]"
+        return f"{self.all_classes.fingerprint}[{self.all_classes.classes.start}:{self.all_classes.classes.stop}]"
 
 
 def run_key(config: RunConfig, purpose: str, index: int = 0) -> jax.Array:
@@ -196,7 +196,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
             ) from error
     whole = None
     if config.subtasks > 1:
-        whole = Whole(every.fingerprint(), _block(config, every), channel_statistics(every))
+        whole = AllClasses(every.fingerprint(), _block(config, every), channel_statistics(every))
     whitening = whiten.fit(config.whiten, every.train_images)
     fitting, start = config.fit, None
     if fitting.initial_set:

@@ -55,7 +55,7 @@ class Crew:
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
-        self._said = self._met = 0
+        self._announced = self._barriers = 0
         self.ended = False
 
     @property
@@ -63,38 +63,38 @@ class Crew:
         """Whether this process does all but the steps."""
         return self.index == 0
 
-    def say(self, kind: str, **values: Any) -> None:
+    def announce(self, kind: str, **values: Any) -> None:
         """Announces something to all followers; does nothing in a single process."""
         if self.count > 1:
-            _store().key_value_set(f"gsdd/said/{self._said}", json.dumps({"kind": kind, **values}))
-            self._said += 1
+            _store().key_value_set(f"gsdd/announced/{self._announced}", json.dumps({"kind": kind, **values}))
+            self._announced += 1
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         """Waits for what the leader announces next, for as long as it takes."""
         while True:
             if stopping.requested():
                 _report("stop", self.index, "")
             try:
-                text = _store().blocking_key_value_get(f"gsdd/said/{self._said}", int(POLL * 1000))
+                text = _store().blocking_key_value_get(f"gsdd/announced/{self._announced}", int(POLL * 1000))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
                 continue
-            self._said += 1
+            self._announced += 1
             return json.loads(text)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Waits until all processes have come here; collectives of some backends wait for seconds only."""
         if self.count > 1:
-            self._met += 1
-            _store().wait_at_barrier(f"gsdd/met/{self._met}", PATIENCE * 1000)
+            self._barriers += 1
+            _store().wait_at_barrier(f"gsdd/barrier/{self._barriers}", PATIENCE * 1000)
 
     def share(self, tree: Any) -> Any:
         """Returns the leader's arrays in every process, bit by bit; the others give arrays of the same shapes."""
         if self.count == 1:
             return tree
         held = jax.tree.map(np.asarray, tree)
-        self.meet()
+        self.barrier()
         # As bytes, since the arrays of the others are added to these: -0.0 + 0.0 is 0.0.
         sent = jax.tree.map(lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8), held)
         got = multihost_utils.broadcast_one_to_all(sent, is_source=self.leader)
@@ -109,9 +109,9 @@ class Crew:
         if self.count == 1:
             return
         if self.leader:
-            self.say("settings", settings=settings)
+            self.announce("settings", settings=settings)
             return
-        differing = differences(self.hear()["settings"], json.loads(json.dumps(settings)))
+        differing = differences(self.receive()["settings"], json.loads(json.dumps(settings)))
         if differing:
             there = "; ".join("{} is {} in process 0 and {} here".format(key, *both) for key, both in differing.items())
             raise UserError(f"process {self.index} of {self.count} was started otherwise: {there}; start all alike")
@@ -120,7 +120,7 @@ class Crew:
         """Lets the followers go: all is done, or the leader ends with an error or by SIGTERM."""
         if not self.ended:
             self.ended = True
-            self.say("end", error=error)
+            self.announce("end", error=error)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -323,11 +323,11 @@ def _listen_to_parent(descriptor: int) -> None:
 
 def _wait_for_child() -> int:
     """Starts this command again as a child, passes SIGTERM on, and says how it ended if it could not say so itself."""
-    heard, told = os.pipe()
-    environment = os.environ | {CHILD: str(heard)}
+    read_end, write_end = os.pipe()
+    environment = os.environ | {CHILD: str(read_end)}
     # PYTHONPATH does not hold what `python -m` puts in front of it.
-    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, pass_fds=[heard])
-    os.close(heard)
+    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, pass_fds=[read_end])
+    os.close(read_end)
     asked = False
 
     def handler(*_: object) -> None:
@@ -337,7 +337,7 @@ def _wait_for_child() -> int:
         asked = True
         # The child may have had the signal too, as schedulers send it; told so, it does not count it twice.
         with contextlib.suppress(BrokenPipeError):
-            os.write(told, TERMINATE)
+            os.write(write_end, TERMINATE)
 
     before = signal.signal(signal.SIGTERM, handler)
     try:

@@ -225,7 +225,7 @@ def _loop(
     if crew.count > 1 and done < iterations:
         # Compiled before they meet, or the first to finish would wait within a step.
         loop.compile()
-        crew.meet()
+        crew.barrier()
     return loop
 
 
@@ -258,7 +258,7 @@ def follow(experiment: Experiment, crew: Crew, *, folder: Path, pixel: Callable[
         Stopped: The leader was asked to end, and everything is saved.
     """
     loop: distillation.Loop | None = None
-    while (message := crew.hear())["kind"] != "end":
+    while (message := crew.receive())["kind"] != "end":
         if message["kind"] == "steps":
             assert loop is not None
             loop.take(message["count"])
@@ -321,7 +321,7 @@ def distill_stage(
             seconds = meta["seconds"]
         run.truncate(phase, done)
         saved = done
-        crew.say("arm", arm=arm, done=done, iterations=iterations, purpose=purpose)
+        crew.announce("arm", arm=arm, done=done, iterations=iterations, purpose=purpose)
         loop = _loop(
             experiment,
             objective,
@@ -341,7 +341,7 @@ def distill_stage(
                 count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
                 if tests is not None:
                     count = min(count, tests.until_due(done))
-                crew.say("steps", count=count)
+                crew.announce("steps", count=count)
                 taken = loop.take(count)
                 # The only wait for the device: once per logged line, not per step.
                 values = {name: float(value) for name, value in taken[-1].items()}
