@@ -281,7 +281,9 @@ def flags(parse):
     return lambda *flags: hosts._settings(parse(flags))
 
 
-@pytest.mark.parametrize(("index", "expected"), [(0, [("gsdd/announced/0", '{"kind": "end", "error": null}')]), (2, [])])
+@pytest.mark.parametrize(
+    ("index", "expected"), [(0, [("gsdd/announced/0", '{"kind": "end", "error": null}')]), (2, [])]
+)
 def test_the_leader_alone_tells_the_others_that_a_run_is_over(parse, monkeypatch, index, expected):
     said: list[tuple[str, str]] = []
     store = types.SimpleNamespace(key_value_set=lambda key, value: said.append((key, value)))

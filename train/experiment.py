@@ -68,8 +68,7 @@ class Experiment(NamedTuple):
 
     def objective(self, codec: codecs.Codec) -> match.Objective:
         """Returns what a codec's images are matched by."""
-        config = self.config
-        return match.make(config.objective, codec=codec, network=self.network, augment=config.augment, mmd=config.mmd)
+        return _objective(self.config, codec, self.network)
 
     @property
     def expert_window(self) -> match.TrajectorySpec | None:
@@ -184,10 +183,12 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     data.require_per_class(dataset, 1, "objective.batch_real")
     network = nets.build(config.network, shape, classes)
     config = dataclasses.replace(config, objective=match.resolved(config.objective, config.ipc))
-    baselines, pixel = config.baselines, None
+    _objective(config, codec, network)
+    baselines = config.baselines
     if baselines.pixel:
         try:
             pixel = codecs.make(baselines.pixel_codec, **budget)
+            _objective(config, pixel, network)
             baselines = dataclasses.replace(baselines, pixel_codec=pixel.spec)
         except ValueError as error:
             raise ConfigError(
@@ -198,23 +199,24 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     if config.subtasks > 1:
         whole = AllClasses(every.fingerprint(), _block(config, every), channel_statistics(every))
     whitening = whiten.fit(config.whiten, every.train_images)
-    fitting, start = config.fit, None
-    if fitting.initial_set:
-        start, digest = _initial(fitting.initial_set, codec, dataset.class_names)
-        if fitting.initial_sha256 not in ("", digest):
+    fit, start = config.fit, None
+    if fit.initial_set:
+        start, digest = _initial(fit.initial_set, codec, dataset.class_names)
+        if fit.initial_sha256 not in ("", digest):
             raise ConfigError(
-                f"fit.initial_set: {fitting.initial_set} holds another set (SHA-256 {digest}) than "
-                f"fit.initial_sha256 names ({fitting.initial_sha256})"
+                f"fit.initial_set: {fit.initial_set} holds another set (SHA-256 {digest}) than "
+                f"fit.initial_sha256 names ({fit.initial_sha256})"
             )
-        fitting = dataclasses.replace(fitting, initial_sha256=digest)
-    config = dataclasses.replace(config, codec=codec.spec, baselines=baselines, fit=fitting)
+        fit = dataclasses.replace(fit, initial_sha256=digest)
+    config = dataclasses.replace(config, codec=codec.spec, baselines=baselines, fit=fit)
     tested = testset.check(config.evaluate, dataset)
     made = Experiment(config, dataset, available, codec, network, whitening, asked, whole, start, tested)
-    for one in (codec, pixel):
-        if one is not None:
-            made.objective(one)
     _check_teacher(made)
     return made
+
+
+def _objective(config: RunConfig, codec: codecs.Codec, network: nets.Network) -> match.Objective:
+    return match.make(config.objective, codec=codec, network=network, augment=config.augment, mmd=config.mmd)
 
 
 def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tuple[Any, str]:
