@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from benchmarks import record, scale, tables
 from train import distill, hosts
@@ -38,7 +38,7 @@ def given(script: str) -> set[str]:
 
 def kubernetes() -> tuple[dict, dict, dict]:
     """Returns the service, the job, and its container."""
-    service, job = yaml.safe_load_all(KUBERNETES.read_text())
+    service, job = YAML(typ="safe", pure=True).load_all(KUBERNETES.read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
     return service, job, container
 

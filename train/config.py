@@ -1,6 +1,7 @@
 """Run configurations: a YAML file, its smoke block and overrides in; one frozen dataclass, or one clear line, out."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Sequence
 from os import PathLike
@@ -23,12 +24,14 @@ from gsdd_jax.match import DistributionSpec, MmdSpec
 from gsdd_jax.nets import NetSpec
 from train import schema, yaml12
 from train.errors import ConfigError
-from train.rundir import HISTORY
-from train.schema import TAG, Place, Registered, Tagged, build, describe, dotted, has_tag, plain
+from train.rundir import HISTORY, plain
+from train.schema import TAG, Registered, Tagged, build, describe, has_tag, show
 
 __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 
 T = TypeVar("T")
+Place = tuple[str, ...]
+Change = tuple[Place, Any, str]  # where, to what, and who asked for it
 
 SMOKE, IMPORTS = "smoke", "imports"
 
@@ -207,33 +210,26 @@ def load(
         raise ConfigError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     data = yaml12.parse(text, source=source)
     if not isinstance(data, dict):
-        raise ConfigError(f"{source}: expected keys with values, found {yaml12.inline(data)[:80]}")
-
-    origins: dict[Place, str] = {}
+        raise ConfigError(f"{source}: expected keys with values, found {show(data)}")
     block = data.pop(SMOKE, None)
     data.pop(HISTORY, None)
     try:
         data, block = renamed(data), renamed(block)
     except ValueError as error:
         raise ConfigError(f"{error} (in {source})") from None
+    changes: list[Change] = []
     if smoke:
         if not isinstance(block, dict) or not block:
             raise ConfigError(f"{source}: a smoke test needs the block 'smoke:' with the keys that shrink the run")
-        for place, value in _leaves(block):
-            data = _replaced(data, place, value, origins, f"{source}, smoke block")
-    changes = [(*_parsed_override(override), f"override {override}") for override in overrides]
-    written: dict[Place, str] = {}
-    for (place, *_), override in zip(changes, overrides, strict=True):
-        key = override.partition("=")[0].replace(" ", "")
-        if written.setdefault(place, key) != key:
-            raise ConfigError(f"{dotted(place)}: expected once, found as {written[place]} and {key} (in overrides)")
-    for place, origin in _begun_anew(cls, data, changes).items():
-        data = _replaced(data, place, {}, origins, origin)
-    for place, value, origin in changes:
-        data = _replaced(data, place, value, origins, origin)
+        changes = [(place, value, f"{source}, smoke block") for place, value in _leaves(block)]
+        data = _changed(data, changes)
+    asked = [(*_parsed_override(override), f"override {override}") for override in overrides]
+    asked = [*_begun_anew(cls, data, asked), *asked]
+    data = _changed(data, asked)
+    where = functools.partial(_origin, changes=[*changes, *asked], source=source)
     for name in data.get(IMPORTS) or ():
-        _import(name, where=_origin((IMPORTS,), origins, source))
-    return build(cls, data, where=lambda place: _origin(place, origins, source))
+        _import(name, where=where((IMPORTS,)))
+    return build(cls, data, where=where)
 
 
 def _import(name: Any, *, where: str) -> None:
@@ -246,7 +242,7 @@ def _import(name: Any, *, where: str) -> None:
 
 def to_yaml(config: Any) -> str:
     """Writes a configuration with every default filled in; `load` reads it back to an equal object."""
-    return yaml12.dump(plain(config))
+    return yaml12.dump(plain(dataclasses.asdict(config)))
 
 
 def _leaves(block: dict[str, Any], prefix: Place = ()) -> list[tuple[Place, Any]]:
@@ -266,65 +262,53 @@ def _parsed_override(override: str) -> tuple[Place, Any]:
         raise ConfigError(f"override '{override}': expected section.key=value, such as distill.iterations=100")
     value = yaml12.parse(text, source=f"override '{override}'")
     try:
-        return place, renamed(value, dotted(place))
+        return place, renamed(value, ".".join(place))
     except ValueError as error:
         raise ConfigError(f"{error} (in override {override})") from None
 
 
-def _begun_anew(cls: type, data: Any, changes: Sequence[tuple[Place, Any, str]]) -> dict[Place, str]:
-    """Finds the sections for which changes choose another spec than the data does, and the origin of each choice."""
-    choices = {
-        place[:-1]: (name, origin) for place, name, origin in changes if place[-1] == TAG and has_tag(cls, place[:-1])
-    }
-    found = {}
+def _begun_anew(cls: type, data: Any, changes: Sequence[Change]) -> list[Change]:
+    """Empties the sections for which changes choose another spec than the data does."""
+    choices = {place[:-1]: (name, origin) for place, name, origin in changes if place[-1] == TAG}
+    found: list[Change] = []
     for place, (name, origin) in choices.items():
-        section = _at(data, place)
-        if isinstance(section, dict) and section.get(TAG, name) != name:
-            found[place] = origin
+        section = functools.reduce(_inside, place, data)
+        if isinstance(section, dict) and section.get(TAG, name) != name and has_tag(cls, place):
+            found.append((place, {}, origin))
     return found
 
 
-def _at(data: Any, place: Place) -> Any:
-    for part in place:
-        if isinstance(data, list) and str(part).isdecimal() and int(part) < len(data):
-            data = data[int(part)]
-        else:
-            data = data.get(part) if isinstance(data, dict) else None
+def _inside(data: Any, part: str) -> Any:
+    if isinstance(data, list) and part.isdecimal() and int(part) < len(data):
+        return data[int(part)]
+    return data.get(part) if isinstance(data, dict) else None
+
+
+def _changed(data: Any, changes: Sequence[Change]) -> Any:
+    for place, value, _ in changes:
+        data = _put(data, place, value)
     return data
 
 
-def _replaced(data: Any, place: Place, value: Any, origins: dict[Place, str], origin: str) -> Any:
-    """Returns the data with the value at the place, and records where that value came from."""
-    resolved, data = _put(data, place, value)
-    for other in [other for other in origins if other[: len(resolved)] == resolved]:
-        del origins[other]
-    origins[resolved] = origin
-    return data
-
-
-def _put(data: Any, place: Place, value: Any) -> tuple[Place, Any]:
-    """Builds new data rather than changing it, since a YAML alias stands for one object in two places.
-
-    Returns:
-        The outermost place that is new or changed as a whole, with list positions as numbers, and the new data.
-    """
+def _put(data: Any, place: Place, value: Any) -> Any:
+    """Returns the data with the value at the place; list elements are addressed by number, missing sections made."""
     if not place:
-        return (), value
-    head, rest = place[0], place[1:]
-    if isinstance(data, list) and str(head).isdecimal() and int(head) < len(data):
-        index = int(head)
-        below, item = _put(data[index], rest, value)
-        return (index, *below), [*data[:index], item, *data[index + 1 :]]
-    section = data if isinstance(data, dict) else {}
-    below, item = _put(section.get(head), rest, value)
-    outermost = (head, *below) if head in section else (head,)
-    return outermost if isinstance(data, dict) else (), {**section, head: item}
+        return value
+    head, *rest = place
+    inner = _put(_inside(data, head), tuple(rest), value)
+    if isinstance(data, list) and head.isdecimal() and int(head) < len(data):
+        return [*data[: int(head)], inner, *data[int(head) + 1 :]]
+    return {**(data if isinstance(data, dict) else {}), head: inner}
 
 
-def _origin(place: Place, origins: dict[Place, str], source: str) -> str:
+def _origin(place: Sequence[str | int], changes: Sequence[Change], source: str) -> str:
     """Names the file, or what replaced the file's value at this place; changes below the place are named as well."""
-    upwards = (place[:length] for length in range(len(place), 0, -1))
-    whole = next((origins[other] for other in upwards if other in origins), source)
-    below = dict.fromkeys(text for key, text in origins.items() if key[: len(place)] == place and text != whole)
-    changes = ", ".join(text.removeprefix(f"{source}, ") for text in below)
-    return f"{whole} with {changes}" if changes else whole
+    place = tuple(map(str, place))
+    whole, below = source, dict[str, None]()
+    for other, _, origin in changes:
+        if place[: len(other)] == other:
+            whole, below = origin, {}
+        elif other[: len(place)] == place:
+            below[origin.removeprefix(f"{source}, ")] = None
+    below.pop(whole, None)
+    return f"{whole} with {', '.join(below)}" if below else whole
