@@ -23,7 +23,7 @@ from command_line import assert_same, findings, kill_while_distilling, refused, 
 from PIL import Image
 
 import gsdd_jax
-from gsdd_jax import codecs, data, files, synset
+from gsdd_jax import codecs, data, files, match, synset
 from train import config as configs
 from train import distill, evaluate, evaluation, export, merge, report, stages
 from train.checkpoint import Checkpoints
@@ -634,13 +634,16 @@ def test_dry_run_of_pixels(toy, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+REGISTRIES = {"codec": codecs.SPECS, "objective": match.SPECS}
+
+
 def settings(cls, prefix="") -> set[str]:
-    """All dotted keys of a config class, straight from its annotations."""
+    """All dotted keys of a config class, straight from its annotations and the registries."""
     found = set()
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        members = [hint, *typing.get_args(hint)]
+        members = [hint, *typing.get_args(hint), *REGISTRIES.get(prefix + field.name, {}).values()]
         inner = [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
         keys = {key for member in inner for key in settings(member, f"{prefix}{field.name}.")}
         found |= keys or {prefix + field.name}
