@@ -337,10 +337,10 @@ def from_checkpoint(path: Path) -> tuple[synset.SynSet, Any]:
     config, codec, quiet = experiment.config, experiment.codec, Progress(quiet=True)
     shape = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
     params = jax.eval_shape(codec.init, jax.random.key(0), shape)
-    fitting = jax.eval_shape(lambda x: fitting.init_fit(jax.random.key(0), x, codec=codec, steps=1), shape)
+    fit = jax.eval_shape(lambda x: fitting.init_fit(jax.random.key(0), x, codec=codec, steps=1), shape)
     state = jax.eval_shape(lambda p: distillation.init_state(experiment.objective(codec), p), params)
     with RunDir(path) as rundir:
-        for phase, like in (("main-distill", state), ("main-fit", fitting)):
+        for phase, like in (("main-distill", state), ("main-fit", fit)):
             if phase not in read_steps(path):
                 continue
             with Checkpoints(rundir.checkpoints_path / phase) as checkpoints:
