@@ -58,9 +58,7 @@ def write(path: Path, arrays: dict[str, Any], manifest: dict[str, Any], state: A
     def fill(folder: Path) -> None:
         _save(folder, _on_host(arrays), manifest)
         if state is not None:
-            kept = _on_host(state)
-            digest = hashlib.sha256(exchange.serialize(_named(kept))).hexdigest()
-            _save(folder / STATE, kept, {"format": STATE_FORMAT, "sha256": digest})
+            save_state(folder / STATE, state)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_folder(path, fill)
@@ -73,6 +71,35 @@ def _on_host(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
+def save_state(folder: Path, tree: Any, **meta: Any) -> None:
+    """Writes a pytree of numbers and arrays, the sum of what is written, and JSON-able values beside it."""
+    kept = _on_host(tree)
+    _save(folder, kept, {"format": STATE_FORMAT, "sha256": _sum(named(kept), meta), **({"meta": meta} if meta else {})})
+
+
+def read_state(folder: Path, *, bounded: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads what :func:`save_state` wrote: arrays by their dotted paths, and the values beside them.
+
+    Raises:
+        ValueError: It is damaged, or no such tree; or, if `bounded`, as :func:`contents`.
+    """
+    with (folder / METADATA).open("rb") as file:
+        document = metadata(exchange.parse_json(file.read(exchange.MANIFEST_BYTES + 1), exchange.MANIFEST_BYTES))
+    if document["format"] != STATE_FORMAT:
+        raise ValueError(f"format: expected {STATE_FORMAT!r}, found {exchange.short(document['format'])}")
+    arrays, expected, meta = contents(folder, bounded=bounded)[1](), document.get("sha256"), document.get("meta", {})
+    if (digest := _sum(arrays, meta)) != expected:
+        raise ValueError(f"sha256: expected {exchange.short(expected)}, found {digest!r}")
+    return arrays, meta
+
+
+def _sum(arrays: dict[str, Any], meta: Any) -> str:
+    digest = hashlib.sha256(exchange.serialize(arrays))
+    if meta:
+        digest.update(json.dumps(meta, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def _save(folder: Path, tree: Any, metadata: dict[str, Any]) -> None:
     import jax
 
@@ -83,7 +110,7 @@ def _save(folder: Path, tree: Any, metadata: dict[str, Any]) -> None:
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"set-of-{own}"
     )
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    with _quietly(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder.resolve(), args=ocp.args.StandardSave(tree), force=True, custom_metadata=metadata)
 
 
@@ -93,11 +120,11 @@ def metadata(document: Any) -> dict[str, Any]:
     return {"format": None} | (found if type(found) is dict else {})
 
 
-def contents(folder: Path) -> tuple[dict[str, Array], Callable[[], dict[str, np.ndarray]]]:
+def contents(folder: Path, *, bounded: bool = True) -> tuple[dict[str, Array], Callable[[], dict[str, np.ndarray]]]:
     """Returns the arrays of a checkpoint as it describes them, by their dotted paths, and a function that reads them.
 
     Raises:
-        ValueError: It is damaged, or its arrays stand for more than its files could hold.
+        ValueError: It is damaged, or, if `bounded`, its arrays stand for more than its files could hold.
     """
     ocp = _orbax()
     import jax
@@ -113,7 +140,7 @@ def contents(folder: Path) -> tuple[dict[str, Array], Callable[[], dict[str, np.
         if (folder / TREE).stat().st_size > exchange.MANIFEST_BYTES:
             raise ValueError(f"{TREE}: expected at most {exchange.MANIFEST_BYTES} bytes, found more")
         tree = handler.metadata(folder).tree
-        described = _named(tree)
+        described = named(tree)
         found = {name: Array(str(np.dtype(leaf.dtype)), tuple(leaf.shape)) for name, leaf in described.items()}
         for name, array in found.items():
             if array.dtype not in exchange.CODES.values():
@@ -122,13 +149,13 @@ def contents(folder: Path) -> tuple[dict[str, Array], Callable[[], dict[str, np.
             if math.prod(described[name].storage.chunk_shape) > max(math.prod(array.shape), 1):
                 raise ValueError(f"{name}: expected chunks no larger than {array}")
     needed, allowed = sum(array.nbytes for array in found.values()), max(UNPACKED, UNPACKED_PER_BYTE * size)
-    if needed > allowed:
+    if bounded and needed > allowed:
         raise ValueError(f"expected at most {allowed} bytes of arrays in {size} bytes of files, found {needed}")
 
     def restore() -> dict[str, np.ndarray]:
         with _damage():
             target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
-            return _named(handler.restore(folder, args=ocp.args.StandardRestore(target)))
+            return named(handler.restore(folder, args=ocp.args.StandardRestore(target)))
 
     return found, restore
 
@@ -149,36 +176,32 @@ def with_masters(path: str | Path, synset: SynSet) -> SynSet:
     if not (folder / METADATA).exists():
         return synset
     try:
-        with (folder / METADATA).open("rb") as file:
-            document = metadata(exchange.parse_json(file.read(exchange.MANIFEST_BYTES + 1), exchange.MANIFEST_BYTES))
-        if document["format"] != STATE_FORMAT:
-            raise ValueError(f"format: expected {STATE_FORMAT!r}, found {exchange.short(document['format'])}")
+        arrays, _ = read_state(folder, bounded=True)
+        found = {name: Array(str(array.dtype), array.shape) for name, array in arrays.items()}
         shape = jax.ShapeDtypeStruct((synset.codec.num_images, *synset.codec.image_shape), np.float32)
         like = jax.eval_shape(synset.codec.init, jax.eval_shape(lambda: jax.random.key(0)), shape)
-        expected = {name: Array(str(leaf.dtype), leaf.shape) for name, leaf in _named({"params": like}).items()}
-        found, restore = contents(folder)
+        expected = {name: Array(str(leaf.dtype), leaf.shape) for name, leaf in named({"params": like}).items()}
         exchange.compare({name: array for name, array in found.items() if name.startswith("params.")}, expected)
-        arrays = restore()
-        digest = hashlib.sha256(exchange.serialize(arrays)).hexdigest()
-        if digest != document.get("sha256"):
-            raise ValueError(f"sha256: expected {exchange.short(document.get('sha256'))}, found {digest!r}")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     masters = jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(arrays[name]) for name in expected])
     return dataclasses.replace(synset, params=masters)
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def named(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by their dotted paths, the same for a tuple with names and a dictionary."""
     import jax
 
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        raise ValueError("two leaves of the tree have one dotted path: rename one")
+    return found
 
 
 @contextmanager
-def ignoring_abandoned_reads() -> Iterator[None]:
-    """Keeps the tracebacks of orbax's abandoned reads off stderr.
+def _quietly() -> Iterator[None]:
+    """Keeps off stderr what orbax logs of an error, which it raises too, and the tracebacks of its abandoned reads.
 
     When one read fails, orbax closes the event loop on which tensorstore's threads want to report the others, or nobody
     asks for what they report. They do so at any later time, so after a failure these filters stay.
@@ -188,22 +211,24 @@ def ignoring_abandoned_reads() -> Iterator[None]:
         if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    def unless_forgotten(record: logging.LogRecord) -> bool:
-        return " exception was never retrieved" not in record.getMessage()
+    def unless_raised(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname and " exception was never retrieved" not in record.getMessage()
 
-    hook, loops = sys.unraisablehook, logging.getLogger("asyncio")
+    hook, loggers = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
     sys.unraisablehook = unless_abandoned
-    loops.addFilter(unless_forgotten)
+    for logger in loggers:
+        logger.addFilter(unless_raised)
     yield
     sys.unraisablehook = hook
-    loops.removeFilter(unless_forgotten)
+    for logger in loggers:
+        logger.removeFilter(unless_raised)
 
 
 @contextmanager
 def _damage() -> Iterator[None]:
     """Turns whatever orbax raises of files that it cannot read into one line."""
     try:
-        with ignoring_abandoned_reads():
+        with _quietly():
             yield
     except MemoryError:
         raise
