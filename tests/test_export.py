@@ -242,17 +242,6 @@ def test_matrix_that_cannot_be_had_is_left_out_in_one_line(zca_run, tmp_path, ca
     assert said[2].startswith(start_of_line) and str(tmp_path / "data") in said[2]
 
 
-@pytest.mark.parametrize(
-    ("label", "varint"), [(0, b"\0"), (127, b"\x7f"), (300, b"\xac\x02"), (65535, b"\xff\xff\x03")]
-)
-def test_labels_of_any_length_are_written_as_protocol_buffers_do(label, varint):
-    # The last entry of the map: key "label", value { int64_list { value: label } }.
-    numbers = b"\x0a" + bytes([len(varint)]) + varint
-    value = b"\x1a" + bytes([len(numbers)]) + numbers
-    entry = b"\x0a\x05label\x12" + bytes([len(value)]) + value
-    assert export._example(b"png", label).endswith(b"\x0a" + bytes([len(entry)]) + entry)
-
-
 def test_failure_leaves_nothing(run, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -324,7 +313,7 @@ def test_nan_is_no_color(tmp_path, capsys):
 def test_tfds_without_array_record_says_what_to_install(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
     code = start(export, "--run", run, "--to", "tfds", "--out", tmp_path / "out")
-    assert "--to: tfds needs array_record: pip install gsdd_jax[data]" in refused(capsys, code)
+    assert "--to: tfds needs tensorflow_datasets and array_record: pip install gsdd_jax[data]" in refused(capsys, code)
 
 
 # The authors' files

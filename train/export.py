@@ -315,60 +315,44 @@ def write_npz(export: Export, folder: Path) -> None:
 def write_tfds(export: Export, folder: Path) -> None:
     """Writes what TFDS would have prepared: records, and three files that describe them."""
     try:
+        import tensorflow_datasets as tfds
         from array_record.python.array_record_module import ArrayRecordWriter
     except ImportError as error:
-        raise UserError("--to: tfds needs array_record: pip install gsdd_jax[data]") from error
+        raise UserError("--to: tfds needs tensorflow_datasets and array_record: pip install gsdd_jax[data]") from error
     names = [" ".join(name.split()) for name in export.synset.class_names]
     _check_distinct(names, "tfds")
-    soft = export.soft_labels
+    columns: dict[str, Any] = {"image": map(io.BytesIO, export.pngs), "label": map(int, export.synset.labels)}
+    kinds = {
+        "image": tfds.features.Image(shape=export.images.shape[1:], encoding_format="png"),
+        "label": tfds.features.ClassLabel(names=names),
+    }
+    if export.soft_labels is not None:
+        columns["soft_label"] = export.soft_labels
+        kinds["soft_label"] = tfds.features.Tensor(shape=(len(names),), dtype=np.float32)
+    features = tfds.features.FeaturesDict(kinds)
     records = [
-        _example(png, int(label), None if soft is None else soft[i])
-        for i, (png, label) in enumerate(zip(export.pngs, export.synset.labels, strict=True))
+        features.serialize_example(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
     ]
     # One record per chunk, for reading in any order; readers look the records up by number.
     writer = ArrayRecordWriter(str(folder / f"{TFDS_NAME}-train.array_record-00000-of-00001"), "group_size:1")
     for record in records:
         writer.write(record)
     writer.close()
-    prefix = "tensorflow_datasets.core.features."
-    features: dict[str, Any] = {
-        "image": {
-            "pythonClassName": f"{prefix}image_feature.Image",
-            "image": {
-                "dtype": "uint8",
-                "encodingFormat": "png",
-                "shape": {"dimensions": [str(side) for side in export.images.shape[1:]]},
-            },
-        },
-        "label": {
-            "pythonClassName": f"{prefix}class_label_feature.ClassLabel",
-            "classLabel": {"numClasses": str(len(names))},
-        },
-    }
-    if soft is not None:
-        features["soft_label"] = {
-            "pythonClassName": f"{prefix}tensor_feature.Tensor",
-            "tensor": {"dtype": "float32", "encoding": "none", "shape": {"dimensions": [str(len(names))]}},
-        }
-    split = {
-        "name": "train",
-        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "numBytes": str(sum(map(len, records))),
-        "shardLengths": [str(len(records))],
-    }
-    info = {
-        "name": TFDS_NAME,
-        "version": TFDS_VERSION,
-        "description": _sentence(export.synset),
-        "fileFormat": "array_record",
-        "moduleName": "gsdd_jax",
-        "splits": [split],
-        "supervisedKeys": {"tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}},
-    }
-    tree = {"pythonClassName": f"{prefix}features_dict.FeaturesDict", "featuresDict": {"features": features}}
-    (folder / "features.json").write_text(json.dumps(tree, indent=2))
-    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
-    (folder / "label.labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    of_set = tfds.core.dataset_info.DatasetIdentity(
+        name=TFDS_NAME, version=tfds.core.Version(TFDS_VERSION), data_dir=str(folder), module_name="gsdd_jax"
+    )
+    info = tfds.core.DatasetInfo(
+        builder=of_set, description=_sentence(export.synset), features=features, supervised_keys=("image", "label")
+    )
+    info.set_file_format("array_record")
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=TFDS_NAME, split="train", filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name="train", shard_lengths=[len(records)], num_bytes=sum(map(len, records)), filename_template=template
+    )
+    info.set_splits(tfds.core.splits.SplitDict([split]))
+    info.write_to_directory(folder)
 
 
 def _check_distinct(names: Sequence[str], form: str) -> None:
@@ -376,25 +360,6 @@ def _check_distinct(names: Sequence[str], form: str) -> None:
         raise UserError(
             f"--to: {form} needs classes of different names, and two of the set's are the same or one is empty"
         )
-
-
-def _example(image: bytes, label: int, soft_label: np.ndarray | None = None) -> bytes:
-    """Returns a ``tf.train.Example`` of an image and its labels, in the wire format of protocol buffers."""
-
-    def varint(value: int) -> bytes:
-        return bytes([value & 127 | 128]) + varint(value >> 7) if value >= 128 else bytes([value])
-
-    def field(number: int, content: bytes) -> bytes:
-        # 2: content of a given length.
-        return varint(number << 3 | 2) + varint(len(content)) + content
-
-    # Feature: 1 is a list of bytes, 2 one of floats, 3 one of integers; a map is a list of pairs of key (1) and value
-    # (2).
-    entries = {"image": field(1, field(1, image)), "label": field(3, field(1, varint(label)))}
-    if soft_label is not None:
-        entries["soft_label"] = field(2, field(1, soft_label.astype("<f4").tobytes()))
-    pairs = [field(1, field(1, key.encode()) + field(2, value)) for key, value in entries.items()]
-    return field(1, b"".join(pairs))
 
 
 def write_huggingface(export: Export, folder: Path) -> None:
