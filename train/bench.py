@@ -242,12 +242,3 @@ def diverged(entries: dict[str, dict[str, Any]]) -> str:
         for name, entry in entries.items()
     ]
     return f"diverged, so that there is no accuracy: {'; '.join(parts)}; lower evaluate.lr or choose another --recipe"
-
-
-def percent(entry: dict[str, Any]) -> str:
-    """Writes an accuracy for a table."""
-    if entry["mean"] is None:
-        return f"diverged ({len(entry['diverged'])} of {entry['n']})"
-    # One network has no spread to show.
-    spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
-    return f"{100 * entry['mean']:.1f}{spread}"

@@ -237,11 +237,11 @@ def table(result: dict[str, Any]) -> str:
         f"|---|---:|---:|---:|---:|---:|{last[1]}",
     ]
     for row in result["rows"]:
-        distilled = _percent(row["distilled"]) if "distilled" in row else ""
+        distilled = testset.percent(row["distilled"]) if "distilled" in row else ""
         psnr = "" if row["psnr"] is None else f"{row['psnr']:.2f}"
         lines.append(
             f"| {row['bits']} | {row['points']} | {row['images_per_class']} | {row['bytes_per_class']:,} | {psnr} | "
-            f"{_percent(row['accuracy'])} |" + (f" {distilled} |" if any_distilled else "")
+            f"{testset.percent(row['accuracy'])} |" + (f" {distilled} |" if any_distilled else "")
         )
     return "\n".join(lines) + "\n" + testset.below(result)
 
@@ -277,11 +277,6 @@ def picture(result: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(file, format="png", dpi=160, metadata={"Software": None})
     return file.getvalue()
-
-
-def _percent(entry: dict[str, Any]) -> str:
-    spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
-    return f"{100 * entry['mean']:.1f}{spread}"
 
 
 if __name__ == "__main__":

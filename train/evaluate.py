@@ -50,7 +50,7 @@ from gsdd_jax import nets, recipes
 from gsdd_jax.evaluation import EvalSpec
 from train import config as configs
 from train import testset
-from train.bench import Bench, Request, Results, diverged, head, percent, set_up, train_and_test
+from train.bench import Bench, Request, Results, diverged, head, set_up, train_and_test
 from train.errors import UserError, exit_cleanly
 from train.experiment import WHEREABOUTS
 from train.progress import Progress
@@ -240,7 +240,7 @@ def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str
     for name, entry in entries.items():
         made = " (made the set)" if name == request.maker else ""
         balanced = "" if not uneven else f" {100 * entry['balanced']:.1f} |" if "balanced" in entry else " |"
-        cells = f"{percent(entry)} | {entry['n']} | {entry['lr']:g} | {entry['steps']:,} |{balanced}"
+        cells = f"{testset.percent(entry)} | {entry['n']} | {entry['lr']:g} | {entry['steps']:,} |{balanced}"
         lines.append(f"| {name}{made} | {cells}")
     if uneven:
         lines[2:4] = [lines[2] + " mean over classes, % |", lines[3] + "---:|"]

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import data, files, labels, match, nets, storage, synset, whiten
+from gsdd_jax import data, files, labels, match, nets, synset, whiten
 from gsdd_jax.exchange import renamed
 from gsdd_jax.merged import MergedSet
 from train import config as configs
@@ -326,28 +326,14 @@ def _result(
     agreement: float | None,
 ) -> dict[str, Any]:
     """Returns the content of result.json, with the keys of `train.results.collect` and those of the subtasks."""
-    config, dataset = experiment.config, experiment.dataset
-    classes, values = dataset.num_classes, int(np.prod(dataset.image_shape))
-    full, counts = len(dataset.train_labels) // classes, np.bincount(own, minlength=classes)
+    classes = experiment.dataset.num_classes
+    counts = np.bincount(own, minlength=classes)
     # A number of images, or the mean where parts hold more and fewer.
     per_class = int(counts[0]) if counts.min() == counts.max() else round(float(counts.mean()), 1)
-    spent = {
-        "distilled": (per_class, sizes["payload"] / classes),
-        "random_real": (int(config.ipc), int(config.ipc) * values * storage.ITEMSIZE["float32"]),
-        "full_data": (full, full * values),
-    }
-    of_labels = {"distilled": round(sizes.get("labels", 0) / classes)}
-    flops = results.forward_flops(experiment.network, dataset.image_shape)
-    known = {
-        name: row
-        | {
-            "images_per_class": spent[name][0],
-            "bytes_per_class": round(spent[name][1]),
-            "label_bytes_per_class": of_labels.get(name, 0),
-            "training_flops": None if flops is None else results.STEP_FLOPS * flops * row["images_seen"],
-        }
-        for name, row in rows.items()
-    }
+    spent = {"distilled": (per_class, sizes["payload"] / classes, round(sizes.get("labels", 0) / classes))}
+    found = results.described(experiment, rows, spent, environment=environment, agreement=agreement)
+    if experiment.config.evaluate.protocol == "paper":
+        found["protocol"]["networks"] = results.NETWORKS["trusted"] + PAPER
     parts = [
         {
             "subtask": one.config.subtask,
@@ -362,37 +348,12 @@ def _result(
         for one in subtasks
     ]
     seconds = [part["seconds"] for part in parts]
-    return {
-        "name": config.name,
-        "codec": config.codec.name,
-        "objective": config.objective.name,
-        "dataset": dataset.name,
-        "num_classes": classes,
-        **experiment.test_set,
-        "bytes_per_class": experiment.bytes_per_class,
-        "paper_ipc": config.ipc,
-        "gpc": per_class,
+    return found | {
         "num_points": None,
-        "accuracy": known["distilled"],
-        **{name: known.get(name) for name in results.BASELINES},
         "fit_psnr": None,
         "subtasks": parts,
         "subtask_seconds": {"sum": sum(seconds), "longest": max(seconds)},
         "seconds": sum(seconds) + sum(row["seconds"] for row in rows.values()),
-        "device": environment["device"],
-        "versions": environment["versions"],
-        "commit": environment["commit"],
-        "dirty": environment["dirty"],
-        "command": environment["command"],
-        "protocol": {
-            "networks": results.NETWORKS["trusted"] + PAPER * (config.evaluate.protocol == "paper"),
-            "network": dataclasses.asdict(config.network),
-            "evaluate": dataclasses.asdict(config.evaluate),
-            "augment": config.augment.strategy,
-            "whiten": config.whiten,
-            "labels": results.labels_of(config.labels, agreement),
-            "seed": config.seed,
-        },
         "budget": {
             "bytes available per class": experiment.bytes_per_class,
             "bytes written per class": sizes["payload"] / classes,
@@ -404,7 +365,6 @@ def _result(
             "seconds of the subtasks, sum": sum(seconds),
             "seconds of the longest subtask": max(seconds),
         },
-        "data_sha256": dataset.fingerprint(),
     }
 
 
@@ -416,10 +376,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for part in result["subtasks"]:
         entry, (first, last) = part["accuracy"], part["classes"]
-        spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
         lines.append(
             f"| {part['subtask']} | {first} to {last} | {part['images_per_class']} | {part['bytes']:,} | "
-            f"{100 * entry['mean']:.1f}{spread} | {part['seconds']:.1f} |"
+            f"{testset.percent(entry)} | {part['seconds']:.1f} |"
         )
     size, seconds = sum(part["bytes"] for part in result["subtasks"]), result["subtask_seconds"]
     lines += [

@@ -16,7 +16,7 @@ import numpy as np
 from gsdd_jax import ddranking, evaluation, fitting, nets
 from gsdd_jax.augment import DsaSpec
 from train import testset
-from train.bench import Bench, Draw, Request, Results, Training, diverged, percent, train_and_test
+from train.bench import Bench, Draw, Request, Results, Training, diverged, train_and_test
 from train.errors import UserError
 from train.progress import Progress
 from train.rundir import plain
@@ -149,8 +149,8 @@ def _ranking(request: Request, entries: dict[str, dict[str, Any]], scores: dict[
     for arm in ARMS:
         entry, augmented = entries[arm.name], "yes" if arm.augmented else "no"
         lines.append(
-            f"| {arm.label} | {augmented} | {entry['images']:,} | {percent(entry)} | {entry['n']} | {entry['lr']:g} | "
-            f"{entry['steps']:,} |"
+            f"| {arm.label} | {augmented} | {entry['images']:,} | {testset.percent(entry)} | {entry['n']} | "
+            f"{entry['lr']:g} | {entry['steps']:,} |"
         )
     lines += [
         "",

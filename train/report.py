@@ -178,11 +178,10 @@ def _words(key: str) -> str:
 
 
 def _accuracy(entry: Mapping[str, Any] | None) -> str | None:
-    mean, std = ((entry or {}).get(key) for key in ("mean", "std"))
+    mean = (entry or {}).get("mean")
     if entry is None or mean is None or mean != mean:
         return None
-    spread = f" ± {100 * std:.1f}" if std is not None and entry.get("n") != 1 else ""
-    return f"{100 * mean:.1f}{spread} %".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{testset.percent(entry)} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _percent(fraction: float, digits: int = 2, unit: str = "%") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,22 +81,48 @@ def collect(
         agreement: Share of the images whose most probable class, by their soft labels, is their own.
     """
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
-    classes, values = dataset.num_classes, int(np.prod(dataset.image_shape))
     starts, history = read_environment(run.path), read_history(run.path)
-    full = len(dataset.train_labels) // classes
-    label = labels.nbytes(config.labels, 1, classes)
-    # Images, bytes and those of labels per class. The training set is uint8; random real images count as float32, as
-    # the field counts.
-    own = codec.images_per_class, sizes["payload"] / classes, codec.images_per_class * label
+    label = labels.nbytes(config.labels, 1, dataset.num_classes)
+    own = codec.images_per_class, sizes["payload"] / dataset.num_classes, codec.images_per_class * label
+    spent = {"distilled": own, "fit_only": own}
+    if pixel is not None:
+        each = int(np.prod(dataset.image_shape)) * storage.PIXEL_ITEMSIZE[pixel.spec.dtype] + label
+        spent["pixel"] = (pixel.images_per_class, pixel.images_per_class * each, pixel.images_per_class * label)
+    return {
+        **described(experiment, accuracies, spent, environment=environment, agreement=agreement),
+        "num_points": getattr(codec.spec, "num_points", None),
+        "fit_psnr": fit_psnr,
+        "seconds": _seconds(run, accuracies),
+        **{key: starts[0][key] for key in ("commit", "dirty", "command")},
+        # More than one where a run was continued with other code.
+        "commits": list(dict.fromkeys(start["commit"] for start in starts)),
+        **({"history": history} if history else {}),
+        **({"initial_set": config.fit.initial_sha256} if config.fit.initial_set else {}),
+        "budget": _budget(experiment, sizes),
+    }
+
+
+def described(
+    experiment: Experiment,
+    accuracies: dict[str, dict[str, Any]],
+    spent: Mapping[str, tuple[float, float, int]],
+    *,
+    environment: dict[str, Any],
+    agreement: float | None,
+) -> dict[str, Any]:
+    """Returns what result.json says of any run, of arguments as in `collect`.
+
+    `spent` are images per class, bytes per class and those of labels of the arms that distilled something.
+    """
+    config, dataset = experiment.config, experiment.dataset
+    values, full = int(np.prod(dataset.image_shape)), len(dataset.train_labels) // dataset.num_classes
+    # The training set is uint8; random real images count as float32, as the field counts.
     spent = {
-        "distilled": own,
-        "fit_only": own,
+        **spent,
         "random_real": (int(config.ipc), int(config.ipc) * values * storage.ITEMSIZE["float32"], 0),
         "full_data": (full, full * values, 0),
     }
-    if pixel is not None:
-        each = values * storage.PIXEL_ITEMSIZE[pixel.spec.dtype] + label
-        spent["pixel"] = (pixel.images_per_class, pixel.images_per_class * each, pixel.images_per_class * label)
+    soft = dataclasses.asdict(config.labels) | {"agreement": agreement}
     flops = forward_flops(experiment.network, dataset.image_shape)
     rows: dict[str, Any] = dict.fromkeys(BASELINES)
     for name, entry in accuracies.items():
@@ -108,45 +135,28 @@ def collect(
         }
     return {
         "name": config.name,
-        "codec": codec.name,
+        "codec": experiment.codec.name,
         "objective": config.objective.name,
         "dataset": dataset.name,
-        "num_classes": classes,
+        "num_classes": dataset.num_classes,
         **experiment.test_set,
         "bytes_per_class": experiment.bytes_per_class,
         "paper_ipc": config.ipc,
-        "gpc": codec.images_per_class,
-        "num_points": getattr(codec.spec, "num_points", None),
+        "gpc": spent["distilled"][0],
         "accuracy": rows.pop("distilled"),
         **rows,
-        "fit_psnr": fit_psnr,
-        "seconds": _seconds(run, accuracies),
-        "device": environment["device"],
-        "versions": environment["versions"],
-        "commit": starts[0]["commit"],
-        "dirty": starts[0]["dirty"],
-        # More than one where a run was continued with other code.
-        "commits": list(dict.fromkeys(start["commit"] for start in starts)),
-        "command": starts[0]["command"],
-        **({"history": history} if history else {}),
-        **({"initial_set": config.fit.initial_sha256} if config.fit.initial_set else {}),
+        **{key: environment[key] for key in ("device", "versions", "commit", "dirty", "command")},
         "protocol": {
             "networks": NETWORKS[config.evaluate.protocol],
             "network": dataclasses.asdict(config.network),
             "evaluate": dataclasses.asdict(config.evaluate),
             "augment": config.augment.strategy,
             "whiten": config.whiten,
-            "labels": labels_of(config.labels, agreement),
+            "labels": {"kind": "hard"} if agreement is None else soft,
             "seed": config.seed,
         },
-        "budget": _budget(experiment, sizes),
         "data_sha256": dataset.fingerprint(),
     }
-
-
-def labels_of(spec: labels.LabelSpec, agreement: float | None) -> dict[str, Any]:
-    """Returns how a set was labeled, and the share of soft labels that name the class of their image; None = hard."""
-    return {"kind": "hard"} if agreement is None else dataclasses.asdict(spec) | {"agreement": agreement}
 
 
 def forward_flops(network: nets.Network, image_shape: tuple[int, int, int]) -> float | None:
@@ -255,12 +265,11 @@ def table(result: dict[str, Any]) -> str:
         if entry.get("label_bytes_per_class"):
             size += f", labels {entry['label_bytes_per_class']:,}"
         cost = f" {entry['training_flops'] / 1e12:.3g} |" if entry.get("training_flops") else " |" if counted else ""
-        # One network has no spread to show.
-        spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
-        accuracy = f"{100 * entry['mean']:.1f}{spread}"
         if uneven:
             cost += f" {100 * entry['balanced']:.1f} |" if "balanced" in entry else " |"
-        lines.append(f"| {label} | {images} | {size} | {accuracy} | {entry['n']} | {entry['steps']:,} |{cost}")
+        lines.append(
+            f"| {label} | {images} | {size} | {testset.percent(entry)} | {entry['n']} | {entry['steps']:,} |{cost}"
+        )
     return "\n".join(lines) + "\n" + testset.below(result)
 
 

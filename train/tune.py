@@ -165,11 +165,9 @@ def table(result: dict[str, Any]) -> str:
         if entry is None:
             lines.append(f"| `{' '.join(row['overrides'])}` | | | diverged |")
             continue
-        spread = f" ± {100 * entry['std']:.1f}" if entry["n"] > 1 else ""
         loss = "" if row["loss"] is None else f"{row['loss']:.4g}"
         lines.append(
-            f"| `{' '.join(row['overrides'])}` | {entry['images_per_class']} | {loss} | "
-            f"{100 * entry['mean']:.1f}{spread} |"
+            f"| `{' '.join(row['overrides'])}` | {entry['images_per_class']} | {loss} | {testset.percent(entry)} |"
         )
     return "\n".join(lines) + "\n" + testset.below(result)
 
