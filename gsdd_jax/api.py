@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.progress import Progress
 
 from gsdd_jax import codecs, distillation, evaluation, fitting, match, nets, pixels, whiten
 from gsdd_jax.augment import DsaSpec
@@ -390,6 +389,8 @@ def _check_finite(losses: Sequence[jax.Array], params: Any) -> None:
 @contextmanager
 def _bar(name: str, total: int, *, shown: bool) -> Iterator[Callable[..., None]]:
     """Shows a bar; yields a function that moves it on, with what gives its text where it is time for one."""
+    from rich.progress import Progress  # which sets are made without
+
     with Progress(disable=not (shown and total)) as bar:
         task, done = bar.add_task(name, total=total), 0
 

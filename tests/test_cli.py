@@ -23,9 +23,9 @@ from command_line import assert_same, findings, kill_while_distilling, refused, 
 from PIL import Image
 
 import gsdd_jax
-from gsdd_jax import codecs, data, files, match, synset
+from gsdd_jax import codecs, data, distillation, files, match, synset
 from train import config as configs
-from train import distill, evaluate, evaluation, export, merge, report, stages
+from train import distill, evaluate, evaluation, export, merge, report
 from train.checkpoint import Checkpoints
 from train.rundir import RunDir, read_metrics
 
@@ -255,10 +255,10 @@ def test_run_survives_accident_upon_accident_and_ends_in_the_same_bits(toy, whol
     assert read_metrics(out)[-1]["step"] == 4
 
     # The loss turns into NaN.
-    real = stages.build_step
+    real = distillation.make_step
 
-    def poisoned(*args):
-        step = real(*args)
+    def poisoned(*args, **settings):
+        step = real(*args, **settings)
 
         def wrapper(state, data, key):
             after, metrics = step(state, data, key)
@@ -270,7 +270,7 @@ def test_run_survives_accident_upon_accident_and_ends_in_the_same_bits(toy, whol
         return wrapper
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "build_step", poisoned)
+        patch.setattr(distillation, "make_step", poisoned)
         message = refused(capsys, start(toy, out))
     assert re.search("main-distill: .*loss.* not finite in iteration 5; the state of step 4 is kept in", message)
     assert "try a smaller learning rate (codec.lr, now 0.01), with --extend codec.lr=... in this run" in message
@@ -515,8 +515,8 @@ def test_data_are_known_by_their_content_wherever_they_are(toy, digits_on_disk, 
 
     # A config of before has no hash; its result has one.
     text = (out / "config.yaml").read_text()
-    older = text.replace(f"  sha256: {found}\n", "").replace("    ipc: 1\n", "    ipc: 0\n")
-    assert older.count("\n") == text.count("\n") - 1 and "    ipc: 0" in older
+    older = text.replace(f"  sha256: {found}\n", "").replace("    images_per_class: 1\n", "    images_per_class: 0\n")
+    assert older.count("\n") == text.count("\n") - 1 and "    images_per_class: 0" in older
     (out / "config.yaml").write_text(older)
 
     (there / "train" / "3").rename(tmp_path / "3")

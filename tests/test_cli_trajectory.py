@@ -203,7 +203,7 @@ def test_student_that_diverges_stops_the_run_with_iteration_step_and_remedy(toy,
     text = refused(capsys, start(toy, tmp_path / "run", *settings))
     assert re.search("main-distill: .* not finite in iteration 1; nothing was checkpointed yet", text)
     assert "try a smaller learning rate (codec.lr, now " in text and "or objective.lr_lr) with --extend in this" in text
-    assert "a smaller objective.syn_lr" in text and "not finite from its step 1 on" in text
+    assert "a smaller objective.syn_lr" in text and re.search("not finite from its step [12] on", text)
 
 
 def test_state_before_the_divergence_is_kept(toy, whole, tmp_path, capsys, monkeypatch):

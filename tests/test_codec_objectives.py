@@ -37,7 +37,7 @@ class Step(NamedTuple):
 def setting(image_shape: tuple[int, int, int]) -> tuple[Network, Any]:
     """Returns a network, and what makes the data that an objective sees."""
     # Without a norm, whose second derivatives are most of what there is to compile.
-    network = build(NetSpec(depth=1, width=2, norm="none"), image_shape, CLASSES)
+    network = build(NetSpec(depth=1, width=6, norm="none"), image_shape, CLASSES)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, *image_shape), np.uint8), np.arange(16) % CLASSES
     whitening = whiten.fit("meanstd", images)

@@ -239,7 +239,7 @@ def test_host_batches_give_the_step_of_the_same_images_on_the_device(codec, star
 def test_batch_syn_moves_only_the_drawn_images_of_each_class(codec, start, on_device):
     step = jax.jit(make_step(codec, batch_syn=2))
     drawn = set()
-    for number in range(8):
+    for number in range(16):
         # Fresh momenta, so that only this step's gradient moves anything.
         after, _ = step(start._replace(step=jnp.int32(number)), on_device, KEY)
         moved = np.any(np.asarray(after.params.color != start.params.color), axis=(1, 2)).reshape(CLASSES, GPC)

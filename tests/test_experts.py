@@ -407,7 +407,7 @@ def test_an_expert_that_diverges_is_named(tmp_path, digits, origin):
 def test_segments_are_rows_of_experts_within_the_window(opened):
     spec = dataclasses.replace(OBJECTIVE, segments=3, min_start_epoch=1)
     segments = Segments(opened, spec, seed=4)
-    starts, targets = segments.batch(7)
+    starts, targets = segments.batch(7).swapaxes(0, 1)
     assert starts.shape == targets.shape == (3, opened.num_params) and starts.dtype == np.float32
     for place, (expert, start) in enumerate(segments.choice(7)):
         np.testing.assert_array_equal(starts[place], opened.row(expert, start))

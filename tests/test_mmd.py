@@ -122,6 +122,8 @@ def test_shapes_that_do_not_belong_together_are_refused():
 CLASSES, PER_CLASS, SHAPE = 2, 3, (8, 8, 1)
 NETWORK = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
 WEIGHTS = flattener(NETWORK)[0](NETWORK.init(jax.random.key(5)))
+# Draws always the same, so that the terms of a step can be told.
+FIXED = NETWORK._replace(init=lambda key: flattener(NETWORK)[1](WEIGHTS))
 LR = 0.5
 RNG = np.random.default_rng(0)
 REAL = RNG.integers(0, 256, (CLASSES, 4, *SHAPE), dtype=np.uint8)
@@ -182,19 +184,17 @@ def pixels():
     return codecs.make(spec, image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=PER_CLASS * 256)
 
 
-def objective_of(codec, spec, mmd):
-    """With the weights of an expert where there are experts."""
-    return match.make(spec, codec=codec, network=NETWORK, augment=DsaSpec(strategy="none"), mmd=mmd)
+def objective_of(codec, spec, mmd, network=FIXED):
+    return match.make(spec, codec=codec, network=network, augment=DsaSpec(strategy="none"), mmd=mmd)
 
 
 def given(objective):
-    """Fixed images, and fixed weights in place of random ones."""
+    """Fixed images, and a fixed segment of an expert."""
     known = {
-        "real": jnp.asarray(REAL), "mmd_real": jnp.asarray(REAL), "mmd_weights": WEIGHTS,
+        "real": jnp.asarray(REAL), "mmd_real": jnp.asarray(REAL),
         "segments": jnp.stack([WEIGHTS, WEIGHTS + 0.01])[None],
     }  # fmt: skip
-    needs = {*objective.needs, "mmd_weights"}
-    return Data(WHITENED, None, {name: value for name, value in known.items() if name in needs})
+    return Data(WHITENED, None, {name: known[name] for name in objective.needs})
 
 
 def step_of(codec, objective, spec, *, schedule=None):
@@ -247,7 +247,7 @@ def test_weight_zero_changes_no_bit():
 
 def test_without_given_weights_the_network_is_another_in_each_step():
     codec, objective, spec = pixels(), OBJECTIVES["distribution"], MmdSpec(weight=1.0, samples=4)
-    objective = objective_of(codec, objective, spec)
+    objective = objective_of(codec, objective, spec, NETWORK)
     step = jax.jit(distillation.make_step(objective))
     images = jnp.asarray(RNG.uniform(size=(codec.num_images, *SHAPE)), jnp.float32)
     state = distillation.init_state(objective, codec.init(None, images))
