@@ -22,7 +22,7 @@ OBJECTIVES = {
     # Some of the images of a class, where it has more.
     "gradient": GradientSpec(batch_real=4, batch_syn=2, outer_loop=1, inner_loop=1),
     # All images in the one step of the student; more are in test_trajectory.py and take longer to compile.
-    "trajectory": TrajectorySpec(syn_steps=1, expert_epochs=1, max_start_epoch=1),
+    "trajectory": TrajectorySpec(syn_steps=1, syn_lr=1.0, expert_epochs=1, max_start_epoch=1),
 }
 
 
@@ -64,7 +64,7 @@ def take(codec: codecs.Codec, params: Any, images: np.ndarray, name: str) -> Ste
         # What is drawn does not depend on what is differentiated, so it may leave the gradient.
         return state.params, metrics, jnp.concatenate(asked)
 
-    after, metrics, drawn = jax.device_get(first(params, data(objective), jax.random.key(4)))
+    after, metrics, drawn = jax.device_get(first(params, data(objective), jax.random.key(6)))
     traits = TRAITS.get(codec.name, Traits())
     return Step(test_codecs.Case(codec, images, params, params, None, traits), after, metrics, drawn)
 

@@ -400,7 +400,7 @@ def test_run_counts_labels_in_every_row_that_has_them(whole):
     assert "| 4 | 160, labels 32 |" in (whole / "table.md").read_text()
     report = (whole / "report.html").read_text()
     assert "160<small>labels 32</small>" in report
-    assert f"<small>{result['accuracy']['training_flops'] / 1e12:.3g} TFLOP each</small>" in report
+    assert f"<small>{result['accuracy']['training_flops'] / 1e12:.3g} TFLOP</small>" in report
 
 
 def test_exported_labels_are_the_mean_of_the_teachers_on_the_exported_images(whole, toy):
