@@ -19,8 +19,8 @@ PLATFORM = os.environ.get("GSDD_TEST_PLATFORM") or "cpu"
 os.environ["JAX_PLATFORMS"] = PLATFORM if PLATFORM == "cpu" else f"{PLATFORM},cpu"
 
 # Tests mostly wait for compilation, and that for XLA's default generator of CPU loops: the older one compiles the toy
-# run of test_cli.py in 4 s of 11. What users get is tested with `default_code` and in the notebook, and by the whole
-# suite under XLA_FLAGS=--xla_cpu_use_fusion_emitters=true. jaxlib 0.11 has the default alone and dies of the flag.
+# run of test_cli.py in 4 s of 11. What users get is tested with `default_code`, and by the whole suite under
+# XLA_FLAGS=--xla_cpu_use_fusion_emitters=true. jaxlib 0.11 has the default alone and dies of the flag.
 # Nor is a program cut into parts for several threads, which costs a quarter more and has no core to gain from here.
 _GENERATOR, _PARTS = "xla_cpu_use_fusion_emitters", "xla_cpu_parallel_codegen_split_count"
 if PLATFORM == "cpu" and version("jaxlib").startswith("0.10.") and _GENERATOR not in os.environ.get("XLA_FLAGS", ""):

@@ -19,11 +19,7 @@ ACCURACY = {
 def executed(request):
     notebook = nbformat.read(NOTEBOOKS / f"{request.param}.ipynb", as_version=4)
     assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code"), "committed without outputs"
-    with pytest.MonkeyPatch.context() as patch:
-        # Compiled as for users, unlike most of the tests: see conftest.py.
-        for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):
-            patch.delenv(name, raising=False)
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
     return request.param, [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
 
 

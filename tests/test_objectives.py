@@ -152,6 +152,7 @@ def test_an_objective_from_outside_goes_through_the_command_line(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
     few = ["--smoke", "objective={name: mean_image, batch_real: 4}", "baselines.full_data=false", "distill.log_every=1"]
+    few += ["baselines.pixel=false", "baselines.fit_only=false", "baselines.random_real=false"]
     assert "objective.name: expected one of distribution, " in refused(capsys, start(DIGITS, out, *few))
     few.append("imports=[toy_objective]")
     try:
