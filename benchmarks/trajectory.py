@@ -28,7 +28,7 @@ from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.experts import _Static, expert_keys, train_group
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener, student_batches, trajectory_loss
 from gsdd_jax.nets import NetSpec, Network, build
-from gsdd_jax.whiten import MEAN_STD, apply, meanstd_of
+from gsdd_jax.whiten import MEAN_STD, meanstd_of
 from train.errors import exit_cleanly
 
 SEED = 0
@@ -92,7 +92,7 @@ def tesla(setting: Setting, steps: int) -> Callable[..., Any]:
         batches = student_batches(key_batches, syn.shape[0], spec=spec)
 
         def gradient(theta, syn, t):
-            x = dsa(jax.random.fold_in(key_augment, t), apply(whitening, syn[batches[t]]), AUGMENT)
+            x = dsa(jax.random.fold_in(key_augment, t), whitening(syn[batches[t]]), AUGMENT)
             y = labels[batches[t]]
 
             def cross_entropy(theta):
@@ -232,7 +232,7 @@ def experts(images: jax.Array, labels: jax.Array) -> tuple[dict[str, Any], list[
     network = MEASURED.network()
     key_init, keys = expert_keys(SEED, range(EXPERTS))
     theta = jax.vmap(lambda key: flattener(network)[0](network.init(key)))(key_init)
-    static = _Static(network, AUGMENT, EXPERT_BATCH, apply)
+    static = _Static(network, AUGMENT, EXPERT_BATCH)
     seconds: dict[str, list[float]] = {"map": [], "vmap": []}
     rows = [theta[0]]
     for epoch in range(EXPERT_EPOCHS):
