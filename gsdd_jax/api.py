@@ -41,7 +41,7 @@ class Accuracy(NamedTuple):
     """Test accuracies of networks that were trained on a set, in [0, 1]; as a number, their mean.
 
     Attributes:
-        mean: Over the networks.
+        mean: Over the networks; NaN if one diverged, and the spread too.
         std: Of the sample of networks; 0 for one.
         networks: Of each of them.
         per_class: Of each class, mean over the networks; None for a class without test images.
@@ -96,6 +96,9 @@ def fit(
     Raises:
         ValueError, TypeError: Images, labels, sizes or settings that do not fit; the message names the argument.
     """
+    _check_count("steps", steps)
+    if select not in ("random", "first"):
+        raise ValueError(f"select: expected random or first, found {select!r}")
     images, labels, classes = _training_set(images, labels, class_names)
     made = _codec(codec, images, labels, bytes_per_class)
     params = _fitted(key, images, labels, made, steps=steps, select=select, progress=progress, on_step=on_step)
@@ -154,6 +157,15 @@ def distill(
         ValueError, TypeError: Images, labels, sizes or settings that do not fit; the message names the argument.
         FloatingPointError: The distillation diverged; the message names the step.
     """
+    for name, value, kind in (
+        ("augment", augment, DsaSpec),
+        ("optimizer", optimizer, optax.GradientTransformation),
+        ("mmd", mmd, match.MmdSpec),
+        ("start", start, SynSet),
+    ):
+        _check_kind(name, value, kind)
+    for name, count in (("steps", steps), ("fit_steps", fit_steps)):
+        _check_count(name, count)
     images, labels, classes = _training_set(images, labels, class_names)
     made = _codec(codec, images, labels, bytes_per_class)
     if optimizer is not None:
@@ -211,11 +223,18 @@ def evaluate(
     Raises:
         ValueError, TypeError: Images or labels that do not fit, or a set whose whitening has to be given.
     """
+    if not isinstance(synset, SynSet | MergedSet):
+        raise TypeError(f"synset: expected a set, such as one that load reads, found {synset!r}")
+    _check_kind("training", training, EvalSpec)
+    _check_kind("augment", augment, DsaSpec)
     test_images = _gray_levels(test_images, "test_images")
-    test_labels = np.asarray(test_labels)
+    test_labels, classes = np.asarray(test_labels), len(synset.class_names)
+    if np.issubdtype(test_labels.dtype, np.integer) and not ((test_labels >= 0) & (test_labels < classes)).all():
+        bad = test_labels[(test_labels < 0) | (test_labels >= classes)][0]
+        raise ValueError(f"test_labels: expected 0 to {classes - 1}, the classes of the set; found {bad}")
     seen = _whitening_of(synset) if whitening is None else whitening
     h, w, c = test_images.shape[1:]
-    net = _network(network, (h, w, c), len(synset.class_names))
+    net = _network(network, (h, w, c), classes)
     images = synset.images((h, w))
     soft = synset.soft_labels
     training_set = images, jnp.asarray(synset.labels) if soft is None else soft
@@ -239,7 +258,7 @@ def evaluate(
             advance(lambda last=last: f"accuracy {100 * float(last[-1]):.1f} %", len(group))
     accuracies, hits = (np.concatenate(parts).tolist() for parts in zip(*tested, strict=True))
     summary = evaluation.summarize(accuracies, range(len(accuracies)))
-    counts = np.bincount(test_labels, minlength=len(synset.class_names))
+    counts = np.bincount(test_labels, minlength=classes)
     per_class = evaluation.summarize_classes(hits, counts)["per_class"]
     return Accuracy(summary["mean"], summary["std"], tuple(accuracies), tuple(per_class))
 
@@ -254,6 +273,16 @@ def _training_set(
     num_classes = len(class_names) or int(labels.max(initial=0)) + 1
     class_index(labels, num_classes)
     return images, labels, tuple(class_names) or tuple(map(str, range(num_classes)))
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__module__.partition('.')[0]}'s {kind.__name__}, found {value!r}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"{name}: expected a whole number of at least 0, found {value!r}")
 
 
 def _gray_levels(images: Any, name: str) -> np.ndarray:
@@ -339,6 +368,8 @@ def _set_of(codec: Codec, params: Any, class_names: tuple[str, ...], meta: dict[
 
 
 def _whitening(whitening: str | Whitening, images: np.ndarray) -> Whitening:
+    if not isinstance(whitening, str) and not callable(whitening):
+        raise TypeError(f"whitening: expected meanstd, zca, none or a callable pytree, found {whitening!r}")
     return whiten.fit(whitening, images) if isinstance(whitening, str) else whitening  # type: ignore[arg-type]
 
 

@@ -113,9 +113,9 @@ def batches(
     Raises:
         ValueError, TypeError: Images, labels or a seed that are none.
     """
-    if not 0 <= source.seed < 1 << _SEED_BITS:
-        raise ValueError(f"seed: expected 0 to 2**{_SEED_BITS} - 1, found {source.seed}")
     inside = {} if on_host else {name: need for name, need in needs.items() if _drawn_inside(need)}
+    if len(inside) < len(needs) and not 0 <= source.seed < 1 << _SEED_BITS:
+        raise ValueError(f"seed: expected 0 to 2**{_SEED_BITS} - 1, found {source.seed}")
     held = hold(source.images, source.labels, source.num_classes, mesh) if inside else None
     whitening = source.whitening if mesh is None else parallel.replicated(source.whitening, mesh)
     with contextlib.ExitStack() as open_streams:

@@ -122,6 +122,10 @@ def test_a_step_runs_under_scan_and_a_distillation_under_vmap_over_seeds():
 
 
 WRONG = {
+    "steps": ({"steps": -1}, ValueError, "steps: expected a whole number of at least 0, found -1"),
+    "codec": ({"codec": "pixel"}, TypeError, "codec: expected a spec such as PackedGaussianSpec.*, found 'pixel'"),
+    "objective": ({"objective": "dm"}, ValueError, "objective.name: expected one of distribution, .*; found 'dm'"),
+    "optimizer": ({"optimizer": "adam"}, TypeError, "optimizer: expected optax's GradientTransformation, found 'adam'"),
     "labels": ({"labels": LABELS[:5]}, ValueError, r"labels: expected one per image, \[24\]; found shape \[5\]"),
     "gap": ({"labels": LABELS * 2}, ValueError, "class 1 has no images"),
     "images": ({"images": IMAGES.astype(int)}, TypeError, "images: found int64"),
@@ -145,6 +149,13 @@ def test_what_does_not_fit_is_one_clear_error(name):
     change, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         distill(**change)
+
+
+def test_test_labels_of_other_classes_are_refused():
+    made = distill(steps=0)
+    for labels, found in ((LABELS + 7, 7), (LABELS - 1, -1)):
+        with pytest.raises(ValueError, match=f"test_labels: expected 0 to 1, the classes of the set; found {found}"):
+            gsdd.evaluate(KEY, made, IMAGES, labels, network=Linen(CLASSES), progress=False)
 
 
 def test_a_start_of_another_size_is_refused():

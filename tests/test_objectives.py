@@ -154,6 +154,12 @@ def test_an_objective_from_outside_goes_through_the_command_line(tmp_path, monke
     few = ["--smoke", "objective={name: mean_image, batch_real: 4}", "baselines.full_data=false", "distill.log_every=1"]
     few += ["baselines.pixel=false", "baselines.fit_only=false", "baselines.random_real=false"]
     assert "objective.name: expected one of distribution, " in refused(capsys, start(DIGITS, out, *few))
+    assert "imports: expected a list, each text, found 'toy'" in refused(
+        capsys, start(DIGITS, out, *few, "imports=toy")
+    )
+    (tmp_path / "broken_objective.py").write_text("this is no Python")
+    broken = refused(capsys, start(DIGITS, out, *few, "imports=[broken_objective]"))
+    assert "imports: expected Python modules, found 'broken_objective': SyntaxError" in broken
     few.append("imports=[toy_objective]")
     try:
         assert start(DIGITS, out, *few) == 0

@@ -227,16 +227,20 @@ def load(
     asked = [*_begun_anew(cls, data, asked), *asked]
     data = _changed(data, asked)
     where = functools.partial(_origin, changes=[*changes, *asked], source=source)
-    for name in data.get(IMPORTS) or ():
-        _import(name, where=where((IMPORTS,)))
+    # Anything else is refused below.
+    if isinstance(modules := data.get(IMPORTS), list):
+        for name in modules:
+            _import(name, where=where((IMPORTS,)))
     return build(cls, data, where=where)
 
 
 def _import(name: Any, *, where: str) -> None:
     try:
         importlib.import_module(name)
-    except (ImportError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{IMPORTS}: expected Python modules, found {name!r}: {error} (in {where})") from error
+    # A module may raise anything.
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{IMPORTS}: expected Python modules, found {name!r}: {why} (in {where})") from error
     schema.forget()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from gsdd_jax import pixels
 from gsdd_jax.codecs import budget
-from gsdd_jax.codecs.base import Codec
+from gsdd_jax.codecs.base import Codec, Spec
 from gsdd_jax.codecs.downscale import DownscaleSpec
 from gsdd_jax.codecs.factor import FactorSpec
 from gsdd_jax.codecs.frequency import FrequencySpec
@@ -104,6 +104,8 @@ def make(
     Raises:
         ValueError: The spec or the budget is impossible; the message names the setting and what would fit.
     """
+    if not isinstance(spec, Spec):
+        raise TypeError(f"codec: expected a spec such as PackedGaussianSpec(num_points=22), found {spec!r}")
     if spec.name not in SPECS:
         raise ValueError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
     # Plain numbers, as a manifest holds them, also of those who count with NumPy.

@@ -83,8 +83,9 @@ def make(
             is none for the codec's images and classes.
         TypeError: The network has weights that cannot be trained.
     """
-    if SPECS.get(spec.name) is not type(spec):
-        raise ValueError(f"objective.name: expected one of {', '.join(SPECS)}; found {spec.name!r}")
+    name = getattr(spec, "name", spec)
+    if SPECS.get(name) is not type(spec):
+        raise ValueError(f"objective.name: expected one of {', '.join(SPECS)}; found {name!r}")
     network.check(codec.image_shape, codec.num_classes)
     return _made(spec, codec, network, augment or DsaSpec(), mmd or MmdSpec())
 

@@ -99,8 +99,8 @@ class Objective(NamedTuple):
         needs: What each step has to be given, by name; see `gsdd_jax.match.needs`.
         loss: ``(key, learned, carry, synthetic, batch) -> (loss, metrics, carry)``. The loss is a scalar, or where
             several devices take the step, this one's part of a sum; it is differentiated with respect to ``learned``
-            and the parameters of ``synthetic``. Metrics are device scalars, replicated. The carry goes
-            to ``after``.
+            and the parameters of ``synthetic``. Metrics are device scalars, replicated. The carry goes to
+            ``after``.
         init: ``() -> (learned, carry)`` before the first step: a dict of arrays that are trained beside the codec's
             parameters, and a pytree that lives on from step to step, such as a network. Scalars of ``learned`` are
             metrics by their names.
