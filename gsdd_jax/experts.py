@@ -20,7 +20,6 @@ import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt, Le
 from jax import lax
 from typing_extensions import Doc
@@ -132,21 +131,17 @@ def train_epoch(
     n = images.shape[0]
     batch = min(batch, n)
     steps = -(-n // batch)
-    unflatten = flattener(network)[1]
+    flatten, unflatten = flattener(network)
     key_order, key_augment = jax.random.split(jax.random.fold_in(key, epoch))
     order = jnp.resize(jax.random.permutation(key_order, n), (steps, batch))
     weight = (jnp.arange(steps * batch) < n).astype(jnp.float32).reshape(steps, batch)
-
-    def loss(theta: jax.Array, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
-        logits, _ = network.outputs(unflatten(theta), x)
-        return jnp.sum(w * optax.softmax_cross_entropy_with_integer_labels(logits, y)) / w.sum()
 
     def step(theta: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         index, w = order[t], weight[t]
         x = inputs(images[index], whitening)
         x = dsa(jax.random.fold_in(key_augment, t), x, augment)
-        value, grads = jax.value_and_grad(loss)(theta, x, labels[index], w)
-        return theta - lr * grads, value * w.sum()
+        value, grads = network.loss_and_gradient(unflatten(theta), x, labels[index], w)
+        return theta - lr * flatten(grads), value * w.sum()
 
     theta, losses = lax.scan(step, theta, jnp.arange(steps))
     return theta, losses.sum() / n

@@ -127,24 +127,6 @@ def train_network(
     return _train(key, images, labels, whitening, rate_of(lr, spec), static=static)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the mean over the images of -sum_k label log softmax(logits).
-
-    Args:
-        logits: [n, k].
-        labels: int [n], or float [n, k].
-
-    Raises:
-        ValueError: soft labels that are not shaped as the logits.
-    """
-    log_probabilities = jax.nn.log_softmax(logits)
-    if labels.ndim == 1:
-        return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
-    if labels.shape != logits.shape:
-        raise ValueError(f"labels: {labels.shape[1]} classes, the network has {logits.shape[1]}")
-    return -jnp.mean(jnp.sum(labels * log_probabilities, axis=1))
-
-
 def lr_factor(step: jax.Array | int, *, spec: EvalSpec, steps: int) -> jax.Array:
     """Returns the factor on the learning rate at a step: warm-up times schedule.
 
@@ -322,15 +304,12 @@ def _train(
     batch, steps = min(spec.batch, n), spec.num_steps(n)
     key_init, key_stream, key_augment = jax.random.split(key, 3)
 
-    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return cross_entropy(network.outputs(params, x)[0], y)
-
     def step(carry: tuple[Any, Any, jax.Array, Any], t: jax.Array) -> tuple[tuple[Any, Any, jax.Array, Any], None]:
         params, state, order, average = carry
         order, index = stream_batch(key_stream, order, t, batch=batch)
         x = inputs(images[index], whitening)
         x = dsa(jax.random.fold_in(key_augment, t), x, augment)
-        grads = jax.grad(loss)(params, x, labels[index])
+        _, grads = network.loss_and_gradient(params, x, labels[index])
         rate = lr * lr_factor(t, spec=spec, steps=steps)
         restart = (t == _drop(steps)) & (spec.schedule == "step")
         params, state = _update(spec, params, state, grads, lr=rate, restart=restart)

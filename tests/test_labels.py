@@ -12,7 +12,7 @@ import pytest
 from command_line import assert_same, findings, refused, start
 
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, labels, training
+from gsdd_jax import SynSet, codecs, labels, nets, training
 from gsdd_jax import evaluation as library
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import GaussianSpec, LatentSpec, PixelSpec
@@ -190,7 +190,9 @@ PLAIN = DsaSpec(strategy="none")
 def test_cross_entropy_of_soft_labels_and_its_gradient_are_those_of_float64():
     rng = np.random.default_rng(1)
     logits, p = rng.normal(size=(6, 5)), rows(6, 5).astype(np.float64)
-    value, grad = jax.value_and_grad(training.cross_entropy)(jnp.asarray(logits, jnp.float32), jnp.asarray(p))
+    value, grad = jax.value_and_grad(lambda x: nets.cross_entropy(x, jnp.asarray(p)).mean())(
+        jnp.asarray(logits, jnp.float32)
+    )
     assert float(value) == pytest.approx(-np.mean(np.sum(p * np.log(softmax(logits)), 1)), rel=1e-6)
     np.testing.assert_allclose(grad, (softmax(logits) * p.sum(1, keepdims=True) - p) / 6, atol=1e-7)
 

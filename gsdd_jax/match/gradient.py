@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
@@ -160,11 +159,10 @@ def gradient_loss(
         # A loop, not vmap: under vmap every class would pay for all six operations.
         augmented = jax.lax.map(lambda x: dsa(x[0], x[1], augment, siamese=True), (keys, normal))
 
-        def loss(params: Any, images: jax.Array, label: jax.Array) -> jax.Array:
-            logits, _ = network.outputs(params, images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.full(len(images), label)).mean()
+        def gradient(images: jax.Array, label: jax.Array) -> Any:
+            return network.loss_and_gradient(params, images, jnp.full(len(images), label))[1]
 
-        return jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, augmented, labels)
+        return jax.vmap(gradient)(augmented, labels)
 
     def of_chunk(
         shared: Any, syn: jax.Array, keys: jax.Array, labels: jax.Array, weight: jax.Array, real: jax.Array
@@ -256,10 +254,8 @@ def train_between(
         position = (i % per_epoch) * batch + jnp.arange(batch)
         index = jax.random.permutation(key_order, n)[position % n]
 
-        def loss(params: Any) -> jax.Array:
-            logits, _ = network.outputs(params, dsa(key_augment, normal[index], augment))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
-
-        return jax.tree.map(lambda p, g: p - spec.net_lr * g, params, jax.grad(loss)(params)), None
+        x = dsa(key_augment, normal[index], augment)
+        _, grads = network.loss_and_gradient(params, x, labels[index])
+        return jax.tree.map(lambda p, g: p - spec.net_lr * g, params, grads), None
 
     return jax.lax.scan(step, params, jnp.arange(spec.inner_loop * per_epoch))[0]

@@ -212,13 +212,9 @@ def trajectory_loss(
     _check(syn, labels, start, target, network)
     key_batches, key_augment = jax.random.split(key)
     batches = student_batches(key_batches, syn.shape[0], spec=spec)
-    unflatten = flattener(network)[1]
+    flatten, unflatten = flattener(network)
     # Once for all steps: a batch is drawn from the set several times, and ZCA is a product with a d x d matrix.
     normal = whitening(syn)
-
-    def cross_entropy(theta: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits, _ = network.outputs(unflatten(theta), x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def step(theta: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, y = normal, labels
@@ -228,8 +224,8 @@ def trajectory_loss(
             x = normal.at[index].get(unique_indices=True, mode="promise_in_bounds")
             y = labels[index]
         x = dsa(jax.random.fold_in(key_augment, t), x, augment)
-        loss, grads = jax.value_and_grad(cross_entropy)(theta, x, y)
-        return theta - syn_lr.astype(theta.dtype) * grads, loss
+        loss, grads = network.loss_and_gradient(unflatten(theta), x, y)
+        return theta - syn_lr.astype(theta.dtype) * flatten(grads), loss
 
     # Inside a scan there is nothing that common subexpressions could be shared with.
     body = jax.checkpoint(step, prevent_cse=False) if spec.checkpoint else step

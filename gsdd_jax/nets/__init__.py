@@ -7,7 +7,7 @@ are what distribution matching compares.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -16,10 +16,10 @@ from annotated_types import Ge, Le
 from flax import linen
 from typing_extensions import Doc
 
-from gsdd_jax.nets import alexnet, convnet, modules, resnet, vgg, vit
+from gsdd_jax.nets import alexnet, convnet, microbatch, modules, resnet, vgg, vit
 from gsdd_jax.nets.conv import conv_general_dilated
 
-__all__ = ["NetSpec", "Network", "NetworkLike", "build", "conv_general_dilated"]
+__all__ = ["NetSpec", "Network", "NetworkLike", "build", "conv_general_dilated", "cross_entropy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,44 @@ class Network(NamedTuple):
     def outputs(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Calls `apply`, and refuses what is no pair of logits and features before it can be taken for one.
 
+        On a CPU a few images at a time, see `nets.microbatch`; `apply` must treat each image alone.
+
         Raises:
             ValueError: `apply` returns anything else; known from the shapes, so also while it is traced.
         """
+        size = microbatch.size_of(self.init, self.apply, images.shape)
+        call = partial(self._pair, params)
+        return call(images) if size == len(images) else microbatch.concatenated(call, size, images)
+
+    def loss_and_gradient(
+        self, params: Any, images: jax.Array, labels: jax.Array, weights: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Returns the mean cross entropy of a batch, see `cross_entropy`, and its gradient to the weights.
+
+        On a CPU a few images at a time, see `nets.microbatch`. Differentiable again, in reverse mode: what that needs
+        of a part of the batch is computed anew.
+
+        Args:
+            params: the weights.
+            images: float [n, h, w, c].
+            labels: int [n], or float [n, k].
+            weights: float [n], those of the images in the mean; None for equal ones.
+        """
+        size = microbatch.size_of(self.init, self.apply, images.shape)
+        weights = jnp.ones(len(images), images.dtype) if weights is None else weights
+
+        def part(images: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
+            def loss(params: Any) -> jax.Array:
+                return jnp.sum(weights * cross_entropy(self._pair(params, images)[0], labels))
+
+            return jax.value_and_grad(loss)(params)
+
+        batch = images, labels, weights / weights.sum()
+        if size == len(images):
+            return part(*batch)
+        return microbatch.summed(jax.checkpoint(part, prevent_cse=False), size, *batch)
+
+    def _pair(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         found, n = self.apply(params, images), images.shape[0]
         pair = isinstance(found, tuple | list) and len(found) == 2
         shapes = [jnp.shape(part) if isinstance(part, jax.Array) else () for part in found] if pair else [(), ()]
@@ -124,6 +159,24 @@ _NETWORKS: dict[str, Callable[[NetSpec, tuple[int, int, int], int], linen.Module
     "resnet18": lambda _, image_shape, num_classes: resnet.make(image_shape=image_shape, num_classes=num_classes),
     "vit": lambda _, image_shape, num_classes: vit.make(image_shape=image_shape, num_classes=num_classes),
 }
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns -sum_k label log softmax(logits) of each image, [n].
+
+    Args:
+        logits: [n, k].
+        labels: int [n], or float [n, k].
+
+    Raises:
+        ValueError: soft labels that are not shaped as the logits.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    if labels.ndim == 1:
+        return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels: {labels.shape[1]} classes, the network has {logits.shape[1]}")
+    return -jnp.sum(labels * log_probabilities, axis=1)
 
 
 NetworkLike: TypeAlias = NetSpec | Network | linen.Module | Callable[..., Any]

@@ -42,7 +42,7 @@ class ConvNet(nn.Module):
             x = layers.conv(x, self.width, name=f"conv{block}")
             if self.norm == "instance":
                 x = layers.InstanceNorm(name=f"norm{block}")(x)
-            x = nn.avg_pool(nn.relu(x), (2, 2), strides=(2, 2))
+            x = layers.avg_pool(layers.relu(x))
         features = x.reshape(x.shape[0], -1)
         return layers.dense(features, self.num_classes, name="linear"), features
 

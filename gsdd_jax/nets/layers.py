@@ -119,6 +119,14 @@ class LayerNorm(InstanceNorm):
     axes: tuple[int, ...] = (-1,)
 
 
+def relu(x: jax.Array) -> jax.Array:
+    """Takes the positive part; the gradient at 0 is 0, NaN stays.
+
+    In place of `nn.relu`, whose zeros XLA writes out for a whole map on CPU before it reads them.
+    """
+    return jnp.where(x <= 0, 0, x)
+
+
 def max_pool(x: jax.Array) -> jax.Array:
     """Takes the largest of each 2x2 pixels of float [n, h, w, c]; an odd last row or column is left out.
 
@@ -128,6 +136,17 @@ def max_pool(x: jax.Array) -> jax.Array:
     x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
     top, bottom = (_larger(x[:, :, row, :, 0], x[:, :, row, :, 1]) for row in (0, 1))
     return _larger(top, bottom)
+
+
+def avg_pool(x: jax.Array) -> jax.Array:
+    """Takes the mean of each 2x2 pixels of float [n, h, w, c]; an odd last row or column is left out.
+
+    Not `reduce_window` (`flax.linen.avg_pool`), for the same reason: 51 instead of 75 ms for the gradient of
+    normalization, ReLU and this one on 256 maps of 32x32x128, four at a time.
+    """
+    n, h, w, c = x.shape
+    x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
+    return x.mean((2, 4))
 
 
 def adaptive_max_pool(x: jax.Array, side: int) -> jax.Array:
