@@ -2,7 +2,8 @@
 
 Canvases are transparent and text is a middle gray, so that one file is readable on light and on dark pages. PNGs are
 drawn at `DENSITY` pixels per point: shown at half their pixel size they stay sharp on dense screens. Only matplotlib's
-object interface is used; pyplot's global figures would leak from one run into the next.
+object interface is used; pyplot's global figures would leak from one run into the next. It is imported where it
+draws: it takes as long as JAX.
 """
 
 from __future__ import annotations
@@ -13,14 +14,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.collections import PolyCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 
 DENSITY = 2
@@ -92,6 +86,11 @@ def ellipse_grid(
     Raises:
         ValueError: The shapes do not fit each other, or the number of names is not k.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     gaussians = np.concatenate([mean, cholesky, color, np.asarray(opacity)[..., None]], -1, dtype=np.float64)
     there, scale = gaussians.shape[:2], _scale(size)
     (k, n), (height, width) = np.minimum(there, MOST), scale * np.array(size)
@@ -140,6 +139,11 @@ def curve(x: Sequence[float], y: Sequence[float], *, log: bool = False) -> bytes
     Returns:
         SVG bytes; the same input gives the same bytes.
     """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
     gray = "#{:02x}{:02x}{:02x}".format(*_GRAY)
     figure = Figure(figsize=(5.2, 2.7))
     # Room for seven digits and a sign. To fit margins to the labels would take as long again as to draw.
@@ -180,6 +184,8 @@ def _scale(size: Sequence[int]) -> int:
 
 def _sheet(tiles: np.ndarray, class_names: Sequence[str], there: Sequence[int]) -> bytes:
     """Puts tiles [k, n, height, width, 4], of as many classes and images as are there, into rows with their names."""
+    import matplotlib  # for its font
+
     (classes, images), (k, n, height, width, _) = there, tiles.shape
     if len(class_names) != classes:
         raise ValueError(f"class_names has {len(class_names)} names for {classes} classes")
