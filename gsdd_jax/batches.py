@@ -134,14 +134,14 @@ def example(needs: Mapping[str, Need], source: Source, *, num_params: int, on_ho
 
     Args:
         needs: Of the objective.
-        source: Where they are found.
+        source: Where they are found; shapes and dtypes do for the arrays of its whitening.
         num_params: Weights of the network.
         on_host: As for `batches`.
     """
     inside = set() if on_host else {name for name, need in needs.items() if _drawn_inside(need)}
     held = jax.eval_shape(lambda: hold(source.images, source.labels, source.num_classes)) if inside else None
     drawn = {name: need.shape(source, num_params) for name, need in needs.items() if name not in inside}
-    return Data(jax.eval_shape(lambda: source.whitening), held, drawn)
+    return Data(jax.eval_shape(lambda whitening: whitening, source.whitening), held, drawn)
 
 
 def specs(needs: Mapping[str, Need]) -> Any:

@@ -5,8 +5,10 @@ argument: a 3072x3072 matrix closed over would be baked into every executable as
 of images with its arrays is one as a ``jax.tree_util.Partial``.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,14 +117,36 @@ def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Whitening:
         ValueError: Unknown kind, images that are none, see `pixels.check`, too few of them, too many dimensions for
             "zca".
     """
-    if kind not in KINDS:
-        raise ValueError(f"whiten: unknown kind {kind!r}; allowed: {', '.join(KINDS)}")
     images = np.asarray(pixels.check(images))
+    eval_shape(kind, images.shape[1:])
     if len(images) < 2:
         raise ValueError(f"images: a whitening needs at least 2 of them, found {len(images)}")
     if kind == "none":
         return Identity()
     return _fit_meanstd(images) if kind == "meanstd" else _fit_zca(images, eps)
+
+
+def eval_shape(kind: Kind, image_shape: Sequence[int]) -> Whitening:
+    """Returns the shapes and dtypes of what `fit` returns for images ``(h, w, c)``, in place of its arrays.
+
+    Raises:
+        ValueError: Unknown kind, or too many dimensions for "zca".
+    """
+    if kind not in KINDS:
+        raise ValueError(f"whiten: unknown kind {kind!r}; allowed: {', '.join(KINDS)}")
+    of: Callable[..., Any] = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    if kind == "none":
+        return Identity()
+    if kind == "meanstd":
+        return MeanStd(of(image_shape[-1:]), of(image_shape[-1:]))
+    dims = math.prod(image_shape)
+    if dims > MAX_ZCA_DIMS:
+        raise ValueError(
+            f"whiten: zca of {'x'.join(map(str, image_shape))} images needs two {dims} x {dims} matrices "
+            f"({8 * dims**2 / 1e9:.0f} GB) and an eigendecomposition of that size; "
+            f"the limit is {MAX_ZCA_DIMS} dimensions (64x64x3); use meanstd"
+        )
+    return Zca(of(image_shape), of((dims, dims)))
 
 
 def meanstd_of(mean: Sequence[float], std: Sequence[float]) -> MeanStd:
@@ -155,16 +179,9 @@ def _fit_meanstd(images: np.ndarray) -> MeanStd:
 
 
 def _fit_zca(images: np.ndarray, eps: float) -> Zca:
-    dims = int(np.prod(images.shape[1:]))
-    if dims > MAX_ZCA_DIMS:
-        raise ValueError(
-            f"whiten: zca of {'x'.join(map(str, images.shape[1:]))} images needs two {dims} x {dims} matrices "
-            f"({8 * dims**2 / 1e9:.0f} GB) and an eigendecomposition of that size; "
-            f"the limit is {MAX_ZCA_DIMS} dimensions (64x64x3); use meanstd"
-        )
     if not eps > 0:
         raise ValueError(f"eps must be > 0, found {eps}")
-    mean, covariance = _moments(images.reshape(len(images), dims))
+    mean, covariance = _moments(images.reshape(len(images), -1))
     values, vectors = np.linalg.eigh(covariance)
     # Rounding can leave eigenvalues of about -1e-14 where the covariance is singular.
     root = np.sqrt(np.maximum(values, 0) + eps)

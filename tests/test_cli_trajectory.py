@@ -156,6 +156,8 @@ def test_missing_experts_are_named_with_the_command_that_trains_them(toy, tmp_pa
     text = refused(capsys, start(toy, tmp_path / "run", f"experts.path={folder}", "experts.train=false"))
     assert f"{folder}: no experts here" in text
     assert f"python -m train.experts with the same config and settings and --out {folder}" in text
+    # Said before anything is computed.
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_half_written_experts_are_counted_and_completed(toy, whole, tmp_path, capsys):

@@ -147,7 +147,7 @@ def test_whitening_of_every_subtask_is_that_of_the_whole_training_set(toy, kind)
         np.testing.assert_array_equal(own, whole)
         assert not np.array_equal(own, of_block)
     mean = every.train_images.mean() / 255
-    np.testing.assert_allclose(made.all_classes.channels.mean, [mean], rtol=1e-6)
+    np.testing.assert_allclose(made.channels.mean, [mean], rtol=1e-6)
 
 
 def test_experts_are_bound_to_the_block_and_to_the_whole(toy):

@@ -145,6 +145,7 @@ def test_images_in_floating_point_give_the_whitening_of_the_same_in_bytes(kind: 
     for ours, theirs in zip(jax.tree.leaves(fitted), jax.tree.leaves(same), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
     np.testing.assert_array_equal(same(images), same(_unit(images)))
+    assert jax.eval_shape(lambda: same) == whiten.eval_shape(kind, images.shape[1:])
 
 
 def test_fit_wants_two_images_of_rank_four() -> None:

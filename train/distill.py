@@ -19,12 +19,12 @@ import jax
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import batches, codecs, data, distillation, files, fitting, labels, storage, synset
+from gsdd_jax import batches, codecs, data, distillation, files, fitting, labels, match, storage, synset, whiten
 from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
+from train import hosts, labeling, pictures, report, results, stages
 from train import config as configs
 from train import experiment as experiments
-from train import hosts, labeling, pictures, report, results, stages
 from train.checkpoint import Checkpoints
 from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import PeriodicTests, as_stored, evaluate_stage, evaluation_lr
@@ -241,6 +241,10 @@ def run(
         wanted = experiments.arms(config)
         images: dict[str, jax.Array | None] = {name: None for name in wanted}
 
+        experts = None
+        if experiment.expert_window is not None:
+            folder = experiments.expert_path(config, rundir.path)
+            experts = stages.expert_stage(experiment, folder, progress=progress)
         codec = experiment.codec
         targets = _targets(experiment)
         start = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main", fitted=fitted)
@@ -248,10 +252,6 @@ def run(
         fitted_images = as_stored(codec, start)
         if "fit_only" in wanted:
             images["fit_only"] = fitted_images
-        experts = None
-        if experiment.expert_window is not None:
-            folder = experiments.expert_path(config, rundir.path)
-            experts = stages.expert_stage(experiment, folder, progress=progress)
         label = labeling.label_stage(experiment, experts=experts, run=rundir, progress=progress)
         arm = functools.partial(
             _distilled, experiment, experts=experts, label=label, run=rundir, progress=progress, crew=crew
@@ -437,7 +437,7 @@ def ellipse_picture(codec: codecs.Codec, g: Gaussians, class_names: Sequence[str
 def _meta(experiment: Experiment, now: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of the exported set: where it comes from, and the normalization that networks expect."""
     config, dataset, whole = experiment.config, experiment.dataset, experiment.all_classes
-    channels = experiments.channel_statistics(dataset) if whole is None else whole.channels
+    channels = experiment.channels
     meta = {
         "name": config.name,
         "dataset": dataset.name,
@@ -492,7 +492,9 @@ def plan(experiment: Experiment) -> str:
     state = jax.eval_shape(lambda p: distillation.init_state(experiment.objective(codec), p), params)
     objective, on_host = experiment.objective(codec), config.distill.data == "host"
     num_params = experiment.network.num_params
-    data = batches.example(objective.needs, experiment.source(), num_params=num_params, on_host=on_host)
+    whitening = whiten.eval_shape(config.whiten, dataset.image_shape)
+    source = match.Source(dataset.train_images, dataset.train_labels, dataset.num_classes, whitening)
+    data = batches.example(objective.needs, source, num_params=num_params, on_host=on_host)
     schedule = stages.schedule(config, config.distill.iterations)
     step = jax.jit(distillation.make_step(objective, schedule=schedule), donate_argnums=0)
     memory = step.lower(state, data, key).compile().memory_analysis()

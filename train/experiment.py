@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -40,10 +40,10 @@ class AllClasses(NamedTuple):
     fingerprint: str
     # Of the block.
     classes: range
-    channels: whiten.MeanStd
 
 
-class Experiment(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
     """All that the stages of a run share; derived from the config and the data alone.
 
     In `config` everything is filled in that `asked` left to the data and the budget: with other data, or by another
@@ -58,13 +58,26 @@ class Experiment(NamedTuple):
     bytes_per_class: int
     codec: codecs.Codec
     network: nets.Network
-    whitening: Any
+    # Training images of all classes, which the whitening is fitted to.
+    all_images: np.ndarray
     asked: RunConfig
+    # What `train.testset.check` found.
+    test_set: Mapping[str, Any]
     all_classes: AllClasses | None = None
     # Parameters that stand in for a fit, of `fit.initial_set`.
     start: Any = None
-    # What `train.testset.check` found.
-    test_set: Mapping[str, Any] = MappingProxyType({})
+
+    @functools.cached_property
+    def whitening(self) -> whiten.Whitening:
+        """What networks see images through; fitted when first asked for, since a finished run asks for none."""
+        return whiten.fit(self.config.whiten, self.all_images)
+
+    @functools.cached_property
+    def channels(self) -> whiten.MeanStd:
+        """Mean and std of every channel of all training images; that of a constant one is 1, see `whiten.fit`."""
+        known = self.whitening if self.config.whiten == "meanstd" else whiten.fit("meanstd", self.all_images)
+        assert isinstance(known, whiten.MeanStd)
+        return known
 
     def objective(self, codec: codecs.Codec) -> match.Objective:
         """Returns what a codec's images are matched by."""
@@ -197,8 +210,9 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
             ) from error
     whole = None
     if config.subtasks > 1:
-        whole = AllClasses(every.fingerprint(), _block(config, every), channel_statistics(every))
-    whitening = whiten.fit(config.whiten, every.train_images)
+        whole = AllClasses(every.fingerprint(), _block(config, every))
+    # What cannot be fitted is refused at once.
+    whiten.eval_shape(config.whiten, shape)
     fit, start = config.fit, None
     if fit.initial_set:
         start, digest = _initial(fit.initial_set, codec, dataset.class_names)
@@ -210,7 +224,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
         fit = dataclasses.replace(fit, initial_sha256=digest)
     config = dataclasses.replace(config, codec=codec.spec, baselines=baselines, fit=fit)
     tested = testset.check(config.evaluate, dataset)
-    made = Experiment(config, dataset, available, codec, network, whitening, asked, whole, start, tested)
+    made = Experiment(config, dataset, available, codec, network, every.train_images, asked, tested, whole, start)
     _check_teacher(made)
     return made
 
@@ -258,13 +272,6 @@ def known_data(config: RunConfig, dataset: data.Dataset) -> RunConfig:
         sha256=spec.sha256 or dataset.fingerprint(),
     )
     return dataclasses.replace(config, data=known)
-
-
-def channel_statistics(dataset: data.Dataset) -> whiten.MeanStd:
-    """Returns mean and std of every channel of the training images; that of a constant one is 1, see `whiten.fit`."""
-    channels = whiten.fit("meanstd", dataset.train_images)
-    assert isinstance(channels, whiten.MeanStd)
-    return channels
 
 
 def _check_start(config: RunConfig) -> None:

@@ -31,12 +31,12 @@ import jax
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import data, files, labels, match, nets, synset, whiten
+from gsdd_jax import data, files, labels, match, nets, synset
 from gsdd_jax.exchange import renamed
 from gsdd_jax.merged import MergedSet
+from train import labeling, pictures, report, results, testset
 from train import config as configs
 from train import experiment as experiments
-from train import labeling, pictures, report, results, testset
 from train.distill import MAY_CHANGE
 from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import evaluate_stage
@@ -285,7 +285,7 @@ def _whole(config: configs.RunConfig, merged: MergedSet, fingerprint: str) -> Ex
         merged.bytes_per_class,
         merged.parts[0].codec,
         nets.build(config.network, shape, dataset.num_classes),
-        whiten.fit(config.whiten, dataset.train_images),
+        dataset.train_images,
         asked,
         test_set=testset.check(config.evaluate, dataset),
     )
