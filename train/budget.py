@@ -20,14 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from gsdd_jax import codecs, data, files, labels, storage
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
+from train import compilation_cache, distill, testset
 from train import config as configs
-from train import distill, testset
 from train import experiment as experiments
 from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
@@ -77,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug or None), on_sigterm():
+        compilation_cache.enable()
         budget, overrides = _split(args.overrides)
         config: configs.RunConfig = configs.load(args.config, overrides, smoke=args.smoke)
         if args.keep < 0:
@@ -248,6 +246,11 @@ def table(result: dict[str, Any]) -> str:
 
 def picture(result: dict[str, Any]) -> bytes:
     """Draws accuracy against images per class, a line for each layout: open without distillation, filled with it."""
+    # Here, or --help would wait for it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
     for bits in dict.fromkeys(row["bits"] for row in result["rows"]):

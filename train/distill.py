@@ -22,7 +22,7 @@ import gsdd_jax
 from gsdd_jax import batches, codecs, data, distillation, files, fitting, labels, match, storage, synset, whiten
 from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
-from train import hosts, labeling, pictures, report, results, stages
+from train import compilation_cache, hosts, labeling, pictures, report, results, stages
 from train import config as configs
 from train import experiment as experiments
 from train.checkpoint import Checkpoints
@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as distill.iterations=100")
     args = parser.parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug or None), on_sigterm(), hosts.joined(args) as crew:
+        if crew.count == 1:
+            compilation_cache.enable()
         config: configs.RunConfig = configs.load(args.config, args.overrides, smoke=args.smoke)
         out = Path(args.out) if args.out else experiments.run_path(config)
         if args.extend and not (out / "config.yaml").exists():

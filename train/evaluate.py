@@ -48,8 +48,8 @@ from typing import Any, get_args, get_type_hints
 
 from gsdd_jax import nets, recipes
 from gsdd_jax.evaluation import EvalSpec
+from train import compilation_cache, testset
 from train import config as configs
-from train import testset
 from train.bench import Bench, Request, Results, diverged, head, set_up, train_and_test
 from train.errors import UserError, exit_cleanly
 from train.experiment import WHEREABOUTS
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = [text for text in args.networks or [] if "=" not in text]
     overrides = [*(text for text in args.networks or [] if "=" in text), *args.overrides]
     with exit_cleanly(debug=args.debug or None):
+        compilation_cache.enable()
         _check_arguments(args, named)
         request = _request(args, named, overrides)
         # Whatever does not fit is found before data are read.

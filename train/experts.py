@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from train import compilation_cache, stages
 from train import config as configs
 from train import experiment as experiments
-from train import stages
 from train.errors import ConfigError, exit_cleanly
 from train.progress import Progress
 from train.stopping import on_sigterm
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as experts.count=10")
     args = parser.parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug or None), on_sigterm():
+        compilation_cache.enable()
         config: configs.RunConfig = configs.load(args.config, [*args.overrides, "experts.train=true"], smoke=args.smoke)
         default = experiments.expert_path(config, experiments.run_path(config))
         folder = Path(args.out) if args.out else default

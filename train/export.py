@@ -44,8 +44,8 @@ import numpy as np
 from PIL import Image
 
 from gsdd_jax import MergedSet, SynSet, data, exchange, files, synset, whiten
+from train import compilation_cache, results
 from train import config as configs
-from train import results
 from train.errors import UserError, exit_cleanly, explain
 
 # In letters; file systems take 255 bytes, and a letter has at most four.
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = _parser().parse_args(argv)
     with exit_cleanly(debug=args.debug or None):
+        compilation_cache.enable()
         if args.to not in FORMS:
             raise UserError(f"--to: unknown form {args.to!r}; allowed: {', '.join(FORMS)}")
         size = _size(args.size) if args.size else None

@@ -34,7 +34,7 @@ import gsdd_jax
 from gsdd_jax import data, files, labels, match, nets, synset
 from gsdd_jax.exchange import renamed
 from gsdd_jax.merged import MergedSet
-from train import labeling, pictures, report, results, testset
+from train import compilation_cache, labeling, pictures, report, results, testset
 from train import config as configs
 from train import experiment as experiments
 from train.distill import MAY_CHANGE
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = [Path(text) for text in args.runs if "=" not in text or Path(text).is_dir()]
     overrides = [text for text in args.runs if "=" in text and not Path(text).is_dir()]
     with exit_cleanly(debug=args.debug or None):
+        compilation_cache.enable()
         subtasks = collect(paths)
         out = Path(args.out) if args.out else Path("runs") / subtasks[0].config.name / "merged"
         merge(subtasks, out, Progress(quiet=args.quiet), overrides)

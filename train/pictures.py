@@ -3,7 +3,7 @@
 Canvases are transparent and text is a middle gray, so that one file is readable on light and on dark pages. PNGs are
 drawn at `DENSITY` pixels per point: shown at half their pixel size they stay sharp on dense screens. Only matplotlib's
 object interface is used; pyplot's global figures would leak from one run into the next. It is imported where it
-draws: it takes as long as JAX.
+draws, or every command line would wait a second for it.
 """
 
 from __future__ import annotations

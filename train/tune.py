@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from gsdd_jax import data, files, storage
+from train import compilation_cache, distill, testset
 from train import config as configs
-from train import distill, testset
 from train import experiment as experiments
 from train.errors import ConfigError, DivergedError, exit_cleanly
 from train.progress import Progress
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluate.seeds=2")
     args = parser.parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug or None), on_sigterm():
+        compilation_cache.enable()
         varied = [_values(text) for text in args.vary]
         chosen = [list(one) for one in itertools.product(*varied)]
         found: list[configs.RunConfig] = [
