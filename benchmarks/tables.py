@@ -75,6 +75,42 @@ def _splat(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _peers(name: str) -> str:
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = {(row["task"], row["width"], row["cores"]): row for row in record["results"]["rows"]}
+    cores = sorted({row["cores"] for row in rows.values()})
+    headings = [f"{who}, {n} core{'s' * (n > 1)}, ms" for n in cores for who in ("ours", "PyTorch", "ratio")]
+    headings = ["ratio" if heading.startswith("ratio") else heading for heading in headings]
+    lines = [
+        f"| step | width | {' | '.join(headings)} | memory, ours, MiB | PyTorch |",
+        "|---|---:|" + "---:|" * (len(headings) + 2),
+    ]
+    accounts = []
+    for task, width in dict.fromkeys((task, width) for task, width, _ in rows):
+        cells, memory = [], []
+        for n in cores:
+            row = rows[task, width, n]
+            sides = row["competitors"]["ours"], row["competitors"][row["best"]]
+            for side in sides:
+                low, high = side["quartiles_ms"]
+                cells.append(f"{side['median_ms']:,.0f} ({low:,.0f} to {high:,.0f})")
+            cells.append(f"{row['ratio']:.2f}")
+            memory = [f"{side['peak_bytes'] / 2**20:,.0f}" for side in sides]
+        lines.append(f"| {task} | {width} | {' | '.join(cells + memory)} |")
+        if task == "unrolled student":
+            accounts.append(f"{sides[0]['account']['total'] / 2**20:,.0f} MiB at width {width}")
+    turns = sorted({row["rounds"] for row in rows.values()})
+    lines += [
+        "",
+        f"{record['device']}; medians and quartiles of {' to '.join(map(str, dict.fromkeys((turns[0], turns[-1]))))} "
+        f"rounds of 1 or more calls, PyTorch {sides[1]['torch']} in the better of two layouts. Memory is what a "
+        "process grew by at its peak, compilation included"
+        + (f"; the compiler's account of our student is {', '.join(accounts)}" if accounts else "")
+        + ".",
+    ]
+    return "\n".join(lines) + f"\n\n{_commands([record])}"
+
+
 def _kernel_model(name: str) -> str:
     record = json.loads((RESULTS / f"{name}.json").read_text())
     lines = [
@@ -624,6 +660,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "divided": _divided,
     "cifar10_packed_dm_ipc1_w64": _run,
     "fit_psnr": _fit,
+    "peers": _peers,
     "splat": _splat,
     "kernel_model": _kernel_model,
     "matching": _objectives,

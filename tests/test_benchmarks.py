@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import correctness, figure5, gpu, plots, record, siren, table16, timing
+from benchmarks.peers import __main__ as peers
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSAL = "needs a CUDA device; JAX runs on cpu; --smoke runs everything at tiny sizes on the XLA path\n"
@@ -441,3 +443,26 @@ def test_all_phases_run_and_pass_on_a_gpu(tmp_path):
     for name in gpu.PHASES:
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found["settings"]["stand_in"] is False and found["settings"]["complete"] is True
+
+
+# Peers
+
+
+def test_our_side_runs_where_pytorch_is_missing(tmp_path, capsys):
+    out = tmp_path / "peers.json"
+    options = ["--smoke", "--only", "forward", "--cores", "1", "--rounds", "2", "--torch-python", "false"]
+    peers.main([*options, "--out", str(out)])
+    assert "--torch-python: false has no PyTorch: ours runs alone" in capsys.readouterr().out
+    (row,) = json.loads(out.read_text())["results"]["rows"]
+    found = row["competitors"]["ours"]
+    assert (row["task"], row["cores"], row["rounds"]) == ("forward", 1, 2) and "ratio" not in row
+    assert 0 < found["min_ms"] <= found["quartiles_ms"][0] <= found["median_ms"] <= found["quartiles_ms"][1] < 1e3
+    assert found["account"]["total"] > 32 * 32 * 32 * 3 * 4 and found["peak_bytes"] > 0
+
+
+def test_what_both_sides_share_imports_no_framework():
+    asked = "import sys, benchmarks.peers.worker; print({'jax', 'gsdd_jax', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    source = (ROOT / "benchmarks" / "peers" / "torch_side.py").read_text()
+    assert not re.search(r"^\s*(import|from) (jax|gsdd_jax|train|kernels)\b", source, re.M)
