@@ -36,7 +36,7 @@ OURS = "ours"
 CORES, WIDTHS, ROUNDS = (1, 2), (64, 128), 5
 # Calls of a turn together take about so long, at least one; and a row ends early, but not before so many rounds.
 TURN_SECONDS, MOST_CALLS, ROW_SECONDS, FEWEST_ROUNDS = 1.0, 10, 30.0, 3
-# A variant of PyTorch that is so much slower than another one on its first call takes no further part.
+# A variant of PyTorch whose first call takes longer than a turn, and so much longer than another's, is called no more.
 HOPELESS = 1.5
 # Of norms. Both sides are float32, and where a ReLU's argument is near zero they may take different sides of it: 0.003
 # was seen, of the student's gradient at width 4. A wrong computation is off by a tenth and more.
@@ -136,7 +136,8 @@ def measure(case: Case, pythons: dict[str, str], rounds: int) -> dict[str, Any]:
         first = {name: one.seconds(1)[0] for name, one in running.items()}
         about: dict[str, dict[str, Any]] = {}
         for name in [name for name in running if name != OURS]:
-            if first[name] > HOPELESS * min(first[other] for other in first if other != OURS):
+            least = min(first[other] for other in first if other != OURS)
+            if first[name] > HOPELESS * least and case.steps * first[name] > TURN_SECONDS:
                 about[name] = {"first_ms": 1e3 * first[name], **running.pop(name).end()}
         calls = int(np.clip(TURN_SECONDS / (case.steps * first[OURS]), 1, MOST_CALLS))
         times: dict[str, list[float]] = {name: [] for name in running}
