@@ -5,8 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/digits
-# Two processes: compilation, which most tests wait for, uses one core. Files stay whole, for their shared fixtures.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two processes: compilation, which most tests wait for, uses one core. Files stay whole, for their shared fixtures, and
+# are taken in the order of tests/conftest.py rather than by their number of tests.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Python:resolution of uv, for "make versions": lowest-direct is every lower bound of setup.cfg.
 VERSIONS ?= 3.11:lowest-direct 3.12:highest 3.13:highest
