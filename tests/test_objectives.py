@@ -73,10 +73,15 @@ def test_rows_cover_the_registry():
     assert {spec.name for spec, _ in ROWS.values()} == match.SPECS.keys()
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_step_compiles_once_moves_what_it_should_and_a_resumed_run_repeats_its_bits(name):
-    objective = make(name)
-    step, given = jax.jit(distillation.make_step(objective)), data(objective)
+@pytest.fixture(scope="module", params=ROWS)
+def jitted(request):
+    """An objective, its jitted step and its data."""
+    objective = make(request.param)
+    return objective, jax.jit(distillation.make_step(objective)), data(objective)
+
+
+def test_a_step_compiles_once_moves_what_it_should_and_a_resumed_run_repeats_its_bits(jitted):
+    objective, step, given = jitted
     states = [start_of(objective)]
     for _ in range(3):
         state, metrics = step(states[-1], given, KEY)
@@ -124,24 +129,30 @@ def test_the_gradient_is_that_of_finite_differences_in_float64(name):
         np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * size), rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_vmap_over_keys_takes_the_step_of_each(name):
-    objective = make(name)
-    step, given, start = distillation.make_step(objective), data(objective), start_of(objective)
-    keys = jax.random.split(KEY, 2)
+def test_vmap_over_keys_takes_the_step_of_each(jitted):
+    objective, step, given = jitted
+    keys, start = jax.random.split(KEY, 2), start_of(objective)
+    plain = distillation.make_step(objective)
 
-    def two(key):
+    @jax.jit
+    @jax.vmap
+    def together(key):
         """Two steps, so that what is carried from one to the next is batched as well."""
-        return jax.lax.scan(lambda state, _: step(state, given, key), start, None, length=2)
+        return jax.lax.scan(lambda state, _: plain(state, given, key), start, None, length=2)
 
-    together, each = jax.jit(jax.vmap(two))(keys), [jax.jit(two)(key) for key in keys]
-    for i, one in enumerate(each):
-        (found, metrics), (wanted, expected) = jax.tree.map(lambda x, i=i: x[i], together), one
-        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
+    states, metrics = together(keys)
+    each = []
+    for i, key in enumerate(keys):
+        wanted = start
+        for j in range(2):
+            wanted, expected = step(wanted, given, key)
+            np.testing.assert_allclose(metrics["loss"][i, j], expected["loss"], rtol=1e-4)
+        each.append(wanted)
+        found = jax.tree.map(lambda x, i=i: x[i], states)
         # The first step of Adam is a sign: where the gradient is as small as its rounding, anything goes.
         close = np.abs(found.params["images"] - wanted.params["images"]) < 1e-4
         assert np.mean(close) > 0.98
-    assert bits(each[0][0].params) != bits(each[1][0].params)
+    assert bits(each[0].params) != bits(each[1].params)
 
 
 (TOY,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "matching.md").read_text(), re.DOTALL)
