@@ -28,9 +28,10 @@ def test_readme_python_runs_as_shown(monkeypatch, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    # As shown, but for a tenth of the steps and the networks of the test, whose training takes a minute.
+    # As shown, but for a tenth of the steps, smaller batches, and the networks of the test, which take a minute.
     monkeypatch.setattr(api.evaluate, "__kwdefaults__", api.evaluate.__kwdefaults__ | {"training": QUICK})
-    exec(compile(code.replace("steps=200", "steps=20"), "README.md", "exec"), names)
+    few = code.replace("steps=200", "steps=20").replace("DistributionMatching()", "DistributionMatching(batch_real=32)")
+    exec(compile(few, "README.md", "exec"), names)
     assert names["accuracy"].mean > 0.7
     assert names["images"].shape == (200, 8, 8, 1) and names["labels"].tolist() == sorted([*range(10)] * 20)
 
