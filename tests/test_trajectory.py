@@ -55,15 +55,10 @@ def small_weights():
     return segments(SMALL)
 
 
-def objective(spec=SPEC, augment=AUGMENT, loss=trajectory_loss, network=NETWORK):
+def objective(spec=SPEC, augment=AUGMENT, loss=trajectory_loss, network=NETWORK, whitening=NORMAL):
     """`(key, syn, labels, syn_lr, start, target) -> (loss, metrics), (slope in syn, slope in syn_lr)`, jitted."""
-    bound = partial(loss, network=network, augment=augment, whitening=NORMAL, spec=spec)
+    bound = partial(loss, network=network, augment=augment, whitening=whitening, spec=spec)
     return jax.jit(jax.value_and_grad(bound, argnums=(1, 3), has_aux=True))
-
-
-@pytest.fixture(scope="module")
-def exact():
-    return objective()
 
 
 @pytest.fixture(scope="module")
@@ -102,19 +97,12 @@ def doubled(*arrays):
     return [jnp.asarray(np.asarray(a, np.float64)) for a in arrays]
 
 
-def test_gradient_is_that_of_float64_finite_differences(digits, weights):
+def test_gradient_is_that_of_float64_finite_differences_and_of_the_unrolled_student(digits, weights):
     with jax.enable_x64(True):
         syn, start, target = doubled(digits[0], weights[0][0], weights[1][0])
-        params = tuple(doubled(MEAN, STD))
-        bound = partial(
-            trajectory_loss,
-            network=NETWORK,
-            augment=AUGMENT,
-            whitening=whiten.MeanStd(*params),
-            spec=SPEC,
-        )
+        whitening = whiten.MeanStd(*doubled(MEAN, STD))
         # One executable for the slopes and all the values.
-        both = jax.jit(jax.value_and_grad(bound, argnums=(1, 3), has_aux=True))
+        both, plain = (objective(loss=loss, whitening=whitening) for loss in (trajectory_loss, unrolled))
 
         def value(syn, lr):
             return float(both(KEY, syn, digits[1], lr, start, target)[0][0])
@@ -131,16 +119,10 @@ def test_gradient_is_that_of_float64_finite_differences(digits, weights):
             assert float(jnp.sum(slope * direction)) == pytest.approx(measured, rel=1e-5)
         measured = (value(syn, lr + h) - value(syn, lr - h)) / (2 * h)
         assert float(slope_lr) == pytest.approx(measured, rel=1e-6)
-
-
-def test_loss_and_gradient_are_those_of_the_unrolled_student(exact, digits, weights):
-    plain = objective(loss=unrolled)
-    arguments = (KEY, *digits, jnp.float32(0.05), weights[0][0], weights[1][0])
-    (loss, _), (slope, slope_lr) = exact(*arguments)
-    (expected, _), (expected_slope, expected_lr) = plain(*arguments)
-    assert loss == pytest.approx(float(expected), rel=1e-5)
-    assert slope_lr == pytest.approx(float(expected_lr), rel=1e-4)
-    np.testing.assert_allclose(slope, expected_slope, atol=1e-5 * np.abs(expected_slope).max())
+        (expected, _), (expected_slope, expected_lr) = plain(KEY, syn, digits[1], lr, start, target)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-9)
+        assert float(slope_lr) == pytest.approx(float(expected_lr), rel=1e-9)
+        np.testing.assert_allclose(slope, expected_slope, rtol=0, atol=1e-9 * np.abs(expected_slope).max())
 
 
 def test_gradient_without_checkpoint_is_the_same(small, digits, small_weights):
