@@ -78,7 +78,7 @@ def test_gradient_is_the_slope_of_the_loop_in_every_number():
 
 def test_gradient_is_finite_where_samples_coincide():
     x = jnp.ones((3, 4))
-    value, grads = jax.value_and_grad(mmd, argnums=(0, 1))(x, x)
+    value, grads = jax.jit(jax.value_and_grad(mmd, argnums=(0, 1)))(x, x)
     np.testing.assert_allclose(value, 0, atol=1e-6)
     assert all((np.asarray(grad) == 0).all() for grad in grads)
 
@@ -218,7 +218,7 @@ def test_a_joint_step_adds_the_weighted_gradient_of_the_term_to_that_of_any_obje
     _, both, metrics = step_of(codec, OBJECTIVES[name], MmdSpec(weight=7.0, samples=4))
     images = codec.decode(start.params).reshape(CLASSES, PER_CLASS, *SHAPE)
     np.testing.assert_allclose(metrics["mmd"], of_features(REAL, images), atol=2e-5)
-    extra = -LR * 7 * np.asarray(jax.grad(distance)(images)).reshape(leaf(both.params).shape)
+    extra = -LR * 7 * np.asarray(jax.jit(jax.grad(distance))(images)).reshape(leaf(both.params).shape)
     assert np.abs(extra).max() > 1e-3
     np.testing.assert_allclose(leaf(both.params) - leaf(plain.params), extra, atol=1e-5 * np.abs(extra).max() + 1e-6)
     assert int(both.step) == int(plain.step) == 1
@@ -230,7 +230,7 @@ def test_a_separate_step_follows_that_of_the_objective_with_the_same_optimizer_a
     start, plain, _ = step_of(codec, objective, None, schedule=schedule)
     _, both, metrics = step_of(codec, objective, MmdSpec(weight=7.0, samples=4, steps="separate"), schedule=schedule)
     middle = codec.decode(plain.params).reshape(CLASSES, PER_CLASS, *SHAPE)
-    grad = 7 * np.asarray(jax.grad(distance)(middle)).reshape(leaf(both.params).shape)
+    grad = 7 * np.asarray(jax.jit(jax.grad(distance))(middle)).reshape(leaf(both.params).shape)
     # Momentum 0.5: half of the first update comes once more.
     expected = leaf(plain.params) + 0.5 * (leaf(plain.params) - leaf(start.params)) - factor * LR * grad
     np.testing.assert_allclose(leaf(both.params), expected, atol=2e-6)

@@ -279,8 +279,8 @@ def test_set_goes_through_jit_grad_vmap_and_onto_devices():
     np.testing.assert_array_equal(jax.jit(lambda s: s.soft_labels)(made), made.soft_labels)
 
     plain = dataclasses.replace(made, soft=None)
-    gradient = jax.grad(lambda s: (s.images() ** 2).mean())(plain)
-    direct = jax.grad(lambda p: (made.codec.decode(p) ** 2).mean())(made.params)
+    gradient = jax.jit(jax.grad(lambda s: (s.images() ** 2).mean()))(plain)
+    direct = jax.jit(jax.grad(lambda p: (made.codec.decode(p) ** 2).mean()))(made.params)
     assert type(gradient) is SynSet and gradient.codec is made.codec
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), gradient.params, direct)
     assert any(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(direct))
