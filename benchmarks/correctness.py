@@ -1,4 +1,4 @@
-"""Values, gradients and bits of the GPU kernels against the XLA path; the phase ``correctness`` of `benchmarks.gpu`.
+"""Values, gradients and bits of the GPU kernels against the XLA path; the stage ``correctness`` of `benchmarks.gpu`.
 
 The reference is computed on the CPU in float64. Samples that rounding may put on either side of the cutoff are found,
 and the error that they explain is allowed; all else has the tolerances of the tests. Equality of runs is bit for bit.
@@ -109,7 +109,7 @@ def cases(smoke: bool) -> list[Case]:
     chosen = list(scenes.HOSTILE.items())[: 2 if smoke else None]
     hostile = [case(name, make()) for name, make in chosen]
     if smoke:
-        return [*hostile, case("bfloat16", scenes.random(n=2, m=5, size=(9, 12)), jnp.bfloat16)]
+        return [*hostile, case("bfloat16", scenes.random(), jnp.bfloat16)]
     random = functools.partial(scenes.random, n=2)
     wide = random(m=40, size=(100, 129), seed=20)
     wide = Gaussians(wide.mean, 6 * wide.cholesky, wide.color, wide.opacity, size=wide.size)
@@ -244,7 +244,7 @@ def run(
 
 def poison(backend: str) -> dict[str, bool]:
     """Checks that NaN in one operand of one image spoils that image and its gradients and nothing else."""
-    one = case("poison", _scenes().random(n=3, m=12, size=(24, 37), seed=30))
+    one = case("poison", _scenes().random(seed=30))
     op, v = operator(*one[2:], backend), one.cotangent()
     clean = [np.asarray(x) for x in op(*one.operands, v)]
     passed = {}
@@ -252,7 +252,7 @@ def poison(backend: str) -> dict[str, bool]:
         spoilt = [x.copy() for x in one.operands]
         spoilt[i][1, 5, 0] = np.nan
         found = [np.asarray(x) for x in op(*spoilt, v)]
-        others = all(np.array_equal(a[::2], b[::2]) for a, b in zip(found, clean, strict=True))
+        others = all(np.array_equal(a[0], b[0]) for a, b in zip(found, clean, strict=True))
         passed[name] = others and all(np.isnan(x[1]).all() for x in found)
     return passed
 

@@ -1,6 +1,4 @@
-"""Time and memory of Gaussians and of SIREN decoders with equally many floats (GSDD, Figure 5).
-
-    python -m benchmarks.figure5 [--seconds N] [--out FILE] [--smoke]
+"""Time and memory of Gaussians and of SIREN decoders with equally many floats (GSDD, Figure 5); for `benchmarks.gpu`.
 
 Both sweeps of the figure: resolutions at batch 32, and batches at 128 pixels. The Gaussians are drawn by the GPU
 kernels where there is a GPU and by XLA as well; the SIRENs of DDiF run batched, with and without ``jax.checkpoint``.
@@ -12,23 +10,20 @@ Points that do not fit into the time or the memory are recorded as skipped; thos
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import record, siren, timing
+from benchmarks import siren, timing
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.render import render
 from gsdd_jax.starts import EDGE_SPREAD
-from train.errors import exit_cleanly
 
 SEED = 0
 CHANNELS = 3
@@ -189,56 +184,3 @@ def line(row: dict[str, Any]) -> str:
         else:
             cells.append(f"{found['median_ms']:12.4f} ms {found['memory']['total'] / 2**20:9.1f} MiB")
     return "".join(cells)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.figure5", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--floats", type=int, nargs="+", choices=list(WIDTHS), help="floats per image")
-    parser.add_argument("--resolutions", type=int, nargs="+", help=f"pixels per edge (default: {RESOLUTIONS})")
-    parser.add_argument("--batches", type=int, nargs="+", help=f"images (default: {BATCHES})")
-    parser.add_argument("--batch", type=int, help=f"images of the sweep over resolutions (default: {BATCH})")
-    parser.add_argument("--pixels", type=int, help=f"pixels of the sweep over batches (default: {PIXELS})")
-    parser.add_argument("--series", nargs="+", choices=SERIES, help="curves (default: all that differ here)")
-    parser.add_argument("--seconds", type=float, default=460.0, help="time limit (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="one tiny point, and another default of --out")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write (default: results of the device)")
-    args = parser.parse_args(argv)
-    out = args.out or (
-        record.ROOT / "runs" / "smoke" / "figure5.json"
-        if args.smoke
-        else record.RESULTS / timing.device_label() / "figure5.json"
-    )
-    sweep: dict[str, Any] = {
-        "floats": args.floats or ([283] if args.smoke else list(WIDTHS)),
-        "resolutions": args.resolutions or ([16] if args.smoke else list(RESOLUTIONS)),
-        "batches": args.batches or ([2] if args.smoke else list(BATCHES)),
-        "batch": args.batch or (2 if args.smoke else BATCH),
-        "pixels": args.pixels or (16 if args.smoke else PIXELS),
-    }
-
-    def save(results: dict[str, Any]) -> None:
-        write(out, results, smoke=args.smoke, **sweep)
-
-    results = run(points(**sweep), timing.Deadline(args.seconds), series=args.series or curves(), save=save)
-    print("\n".join(line(row) for row in results["rows"]))
-    print(f"wrote {out}, {len(results['skipped'])} points skipped")
-    return 0
-
-
-def write(out: Path, results: dict[str, Any], **settings: Any) -> Path:
-    """Writes the results with the constants of the benchmark."""
-    return record.write(
-        out,
-        results,
-        seed=SEED,
-        n=timing.REPEATS,
-        measure_seconds=MEASURE_SECONDS,
-        stand_in=jax.default_backend() != "gpu",
-        siren={"layers": 3, "first": siren.FIRST, "hidden": siren.HIDDEN, "precision": "default"},
-        **settings,
-    )
-
-
-if __name__ == "__main__":
-    raise SystemExit(exit_cleanly()(main)())

@@ -1,32 +1,32 @@
-"""Everything that only a GPU can show, in one command and under eight minutes.
+"""Everything that only a GPU can show, in one command and stages by their worth.
 
-    python -m benchmarks.gpu [--out DIR] [--seconds N] [--only PHASE ...] [--images FILE.npz] [--smoke]
+    python -m benchmarks.gpu --data DIR [--minutes N] [--out DIR] [--stage NAME] [--commit ID] [--smoke]
 
-The phases, each written to DIR/PHASE.json when it ends: ``environment`` (the device, and its floors measured),
-``correctness`` (values, gradients and bits of the kernels), ``tune`` (their tile shapes and the like), ``headline``
-(the claims, against the floors), ``table16`` and ``figure5``. Time that a phase does not need goes to those after it.
-The exit code is 1 if a check failed; its numbers are in the file, and the phases after it still run.
+Seconds that each may take, written to NAME.json in a folder of the device: ``correctness`` 60 (values, gradients and
+bits of the kernels), ``table16`` 120 (its fits, and the operator against the floors of the device), ``tune`` 120 (tile
+shapes and the like), ``figure5`` 120, and ``distill`` what is left: accuracy against seconds. With fewer ``--minutes``
+those at the end are left out. Each has a process of its own, which is killed if it overruns, so that it cannot take
+others along, and says how far it came before it does; the same command again goes on with what is not complete. The
+exit code is 1 if a check failed or a stage broke off.
 
 ``--smoke`` runs all of it at tiny sizes. Without a GPU the XLA path then stands in for the kernels; the files say so.
 
-Beyond jax[cuda13], flax, optax and orbax-checkpoint it takes
-``pip install jax-triton annotated-types safetensors pillow filelock``.
-The images of Table 16 take tensorflow-datasets and array-record to read, or one file that was packed where these are:
-
-    python -m benchmarks.table16 --pack images.npz
-    python -m benchmarks.gpu --images images.npz
+The images come from ``python -m benchmarks.offline DIR``, with the packages that machines without network may lack
+beyond jax[cuda13], flax, optax, orbax-checkpoint and triton; it prints the command to run there.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
-import os
+import json
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,15 +34,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import correctness, figure5, record, table16, timing
+from benchmarks import correctness, end_to_end, figure5, offline, record, table16, timing
 from benchmarks.correctness import SMOKE_SHAPE, Case, scene
 from kernels import splat
+from train import rundir
 from train.errors import exit_cleanly
 
 SEED = 0
-SECONDS = 460.0
-# Shares of the time, in seconds of the default.
-PHASES = {"environment": 15, "correctness": 100, "tune": 105, "headline": 50, "table16": 110, "figure5": 80}
+MINUTES = 9.5
+# Those before the last take no more, and none is begun with less.
+SECONDS = {"correctness": 60, "table16": 120, "tune": 120, "figure5": 120, "distill": 120}
+# What a stage may take beyond its time, to start and to end what it has begun, before it is killed.
+GRACE = 20
 
 # (images, Gaussians per image, pixels per edge). The first is the headline's: the unculled exponentials of its four
 # samples per pixel take 1.7 ms at the 4.2 T/s of an H200, for which all targets are.
@@ -62,7 +65,7 @@ COUNTED = 300
 TUNE_SECONDS = 0.08
 # So many calls to a launch of the host, where no more pixels than these are drawn: it takes longer than the kernel.
 IN_A_ROW, IN_A_ROW_PIXELS = 16, 1 << 20
-HEADLINE_SECONDS = 1.0
+HEADLINE_SECONDS = 0.5
 
 FORWARD_TUNINGS: list[dict[str, int]] = [
     *(
@@ -85,19 +88,15 @@ BACKWARD_TUNINGS: list[dict[str, int]] = [
 
 
 class Setup(NamedTuple):
-    """What all phases share.
+    """What all stages share.
 
     Attributes:
         smoke: Tiny sizes.
-        images: File of packed images for Table 16, if any.
-        data: TFDS directory for Table 16.
-        commit: Commit of the code, if it was named.
+        data: Folder of packed images.
     """
 
     smoke: bool
-    images: Path | None = None
-    data: Path = table16.DATA
-    commit: str | None = None
+    data: Path | None = None
 
     @property
     def stand_in(self) -> bool:
@@ -109,18 +108,15 @@ class Setup(NamedTuple):
         """The backend under test."""
         return "xla" if self.stand_in else "triton"
 
+    def images(self, name: str) -> offline.Encoded:
+        """Returns packed images, such as ``cifar10_jpeg-train``."""
+        assert self.data
+        return offline.unpack(self.data / f"{name}.npz")
+
 
 # Returns the results, and a line for each check that failed.
 Outcome = tuple[dict[str, Any], list[str]]
 Save = Callable[[Any], Any]
-
-
-def environment(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
-    """Describes the device and measures its floors; clocks are read right after, while it is warm."""
-    floors, state = timing.floors(setup.smoke), timing.device_state()
-    copied, exp2 = floors["copy_bytes_per_second"], timing.exp2_floor(setup.smoke)
-    print(f"{jax.devices()[0].device_kind}: copy {copied / 1e12:.3f} TB/s, exp2 {exp2 / 1e12:.3f} T/s")
-    return {"floors": floors, "device_bytes": timing.device_bytes(), "nvidia_smi": state}, []
 
 
 def tune(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
@@ -203,7 +199,11 @@ def overall(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def headline(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
-    """Times the operator at the shapes of the claims, and says which floor it meets."""
+    """Times the operator at the shapes of the claims, and says which floor of the device, measured first, it meets."""
+    floors = timing.floors(setup.smoke)
+    print(
+        f"copy {floors['copy_bytes_per_second'] / 1e12:.3f} TB/s, exp2 {timing.exp2_floor(setup.smoke) / 1e12:.3f} T/s"
+    )
     rows: list[dict[str, Any]] = []
     shapes = [SMOKE_SHAPE] if setup.smoke else SHAPES
     todo = [(shape, (setup.backend, dtype)) for shape in shapes for dtype in (jnp.float32, jnp.bfloat16)]
@@ -218,7 +218,7 @@ def headline(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
             continue
         one = scene(*shape, dtype)
         row |= against_floors(setup, one, backend)
-        save({"rows": rows})
+        save({"floors": floors, "rows": rows})
         print(
             f"{one.name} {row['backend']} {row['dtype']}: forward {row['forward']['min_ms']:.4f} ms "
             f"({row['fraction_of_unculled_floor']:.2f} of the unculled floor, {row['fraction_of_floor']:.2f} of the "
@@ -234,7 +234,7 @@ def headline(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
         for row in rows
         if row["backend"] == "triton" and not row.get("memory_ok", True)
     ]
-    return {"target": target, "rows": rows}, over
+    return {"floors": floors, "target": target, "rows": rows}, over
 
 
 def against_floors(setup: Setup, one: Case, backend: str) -> dict[str, Any]:
@@ -318,33 +318,34 @@ def checks(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
     return correctness.run(deadline, backend=setup.backend, smoke=setup.smoke, save=save)
 
 
-def fitting(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
-    """Runs Table 16; on synthetic images where there are no others."""
-    if setup.smoke or setup.images or setup.data.is_dir():
-        images, source = table16.load(setup.images, setup.data, smoke=setup.smoke)
+def fits(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
+    """Runs the rows of Table 16 that have a target, the headline, and the other rows."""
+    if setup.smoke:
+        images, sha256 = table16.synthetic(2, 16), None
     else:
-        images, source = table16.synthetic(1000, 128), {"source": "synthetic"}
+        encoded = setup.images("imagenette128-train")
+        images, sha256 = encoded.decode(), encoded.fingerprint()
+    results: dict[str, Any] = {"sha256": sha256, "rows": []}
+    failures: list[str] = []
 
-    def save_rows(rows: list[dict[str, Any]]) -> None:
-        print(table16.line(rows[-1]))
-        save({"images": source, "rows": rows})
+    def rows(points: Sequence[int]) -> None:
+        for row in table16.run(images, points, deadline, steps=3 if setup.smoke else table16.STEPS):
+            results["rows"].append(row)
+            print(table16.line(row))
+            save(results)
+            if "error" in row or row.get("repeats_bit_equal") is False:
+                failures.append(f"{row['points']} Gaussians: {row.get('error', 'fits differ')}")
 
-    rows = table16.run(
-        images,
-        [4] if setup.smoke else table16.POINTS,
-        deadline,
-        steps=3 if setup.smoke else table16.STEPS,
-        repeats=2,
-        save=save_rows,
-    )
-    failures = [f"{row['points']} Gaussians: {row['error']}" for row in rows if "error" in row]
-    failures += [f"{row['points']} Gaussians: fits differ" for row in rows if row.get("repeats_bit_equal") is False]
-    return {"images": source, "rows": rows}, failures
+    targets = len(table16.TARGET_SECONDS)
+    rows([4] if setup.smoke else table16.POINTS[:targets])
+    results["headline"], over = headline(setup, deadline, lambda found: save(results | {"headline": found}))
+    rows([] if setup.smoke else table16.POINTS[targets:])
+    return results, failures + over
 
 
 def figure(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
-    """Runs Figure 5 with what time is left."""
-    todo = [figure5.Point(283, 2, 16)] if setup.smoke else figure5.points()
+    """Runs Figure 5, the points that matter most first."""
+    todo = [figure5.Point(283, figure5.BATCH, 8)] if setup.smoke else figure5.points()
     results = figure5.run(todo, deadline, series=figure5.curves(), save=save)
     print("\n".join(figure5.line(row) for row in results["rows"]))
     where: dict[str, Any] = {"floats": 963, "pixels": figure5.PIXELS}
@@ -357,95 +358,153 @@ def figure(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
     return results | {"target": target}, []
 
 
-RUNNERS: dict[str, Callable[[Setup, timing.Deadline, Save], Outcome]] = {
-    "environment": environment,
+def distill(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
+    """Distills CIFAR-10 for as long as there is time, and tests what comes out."""
+    if setup.smoke:
+        sizes, sha256 = end_to_end.TINY, None
+        train = test = table16.synthetic(4, 8), np.arange(4) % 2
+    else:
+        sizes, encoded = end_to_end.FULL, [setup.images(f"cifar10_jpeg-{split}") for split in ("train", "test")]
+        train, test = ((one.decode(), one.labels) for one in encoded)
+        sha256 = [one.fingerprint() for one in encoded]
+    spec = {
+        name: dataclasses.asdict(value) for name, value in sizes._asdict().items() if dataclasses.is_dataclass(value)
+    }
+    results: dict[str, Any] = {"sha256": sha256, "sizes": spec, "rows": []}
+    for row in end_to_end.run(train, test, deadline, sizes):
+        results["rows"].append(row)
+        print(end_to_end.line(row), flush=True)
+        save(results)
+    return results, []
+
+
+STAGES: dict[str, Callable[[Setup, timing.Deadline, Save], Outcome]] = {
     "correctness": checks,
+    "table16": fits,
     "tune": tune,
-    "headline": headline,
-    "table16": fitting,
     "figure5": figure,
+    "distill": distill,
 }
 
 
-def run_phase(name: str, setup: Setup, deadline: timing.Deadline, folder: Path) -> list[str]:
-    """Runs a phase and writes its file; returns its failures. A phase that breaks off is a failure, too."""
-    print(f"== {name}, at most {deadline.left():.0f} s", flush=True)
-    began = time.monotonic()
+def run_stage(name: str, setup: Setup, seconds: float, folder: Path, commit: str | None = None) -> int:
+    """Runs a stage in this process and writes its file; returns the exit code. One that breaks off has failed, too."""
+    began, latest = time.monotonic(), None
 
-    def save(results: Any, **more: Any) -> None:
+    def save(results: Any, *, complete: bool = False, failures: Sequence[str] = ()) -> None:
+        nonlocal latest
+        latest = results
         record.write(
             folder / f"{name}.json",
             results,
             seed=SEED,
             n=timing.REPEATS,
-            phase=name,
+            commit=commit,
+            complete=complete,
+            failures=list(failures),
             smoke=setup.smoke,
             stand_in=setup.stand_in,
             backend=setup.backend,
-            commit=setup.commit,
-            phase_seconds=round(time.monotonic() - began, 1),
+            stage_seconds=round(time.monotonic() - began, 1),
+            device_bytes=timing.device_bytes(),
             device_peak_bytes=timing.device_peak(),
-            **more,
+            # Clocks, while it is warm.
+            nvidia_smi=timing.device_state() if complete else None,
         )
-
-    latest: list[Any] = [None]
-
-    def keep(results: Any) -> None:
-        latest[0] = results
-        save(results, complete=False)
 
     complete = True
     try:
-        results, failures = RUNNERS[name](setup, deadline, keep)
+        results, failures = STAGES[name](setup, timing.Deadline(seconds), save)
     except Exception:
-        complete, results, failures = False, latest[0], [traceback.format_exc()]
+        complete, results, failures = False, latest, [traceback.format_exc()]
     save(results, complete=complete, failures=failures)
     for failure in failures:
         print(f"FAILED {name}: {failure}", file=sys.stderr, flush=True)
-    return failures
+    return int(bool(failures))
 
 
-def refusal(setup: Setup, folder: Path) -> str | None:
+def run_all(setup: Setup, minutes: float, folder: Path, commit: str | None) -> int:
+    """Runs each stage in a process of its own; returns the exit code."""
+    whole, code = timing.Deadline(60 * minutes), 0
+    for name, seconds in SECONDS.items():
+        if (known := done(folder / f"{name}.json", setup.smoke, commit)) is not None:
+            print(f"== {name}: done before")
+            code |= int(bool(known))
+            continue
+        if whole.left() < seconds:
+            print(f"== {name} and what follows: left out, {whole.left():.0f} s left")
+            break
+        given = whole.left() - GRACE if name == "distill" else min(seconds, whole.left() - GRACE)
+        print(f"== {name}: {given:.0f} s", flush=True)
+        command = [sys.executable, "-m", "benchmarks.gpu", "--stage", name, "--minutes", f"{given / 60:.3f}"]
+        command += ["--out", str(folder), *(["--smoke"] if setup.smoke else [])]
+        command += [*(["--data", str(setup.data)] if setup.data else []), *(["--commit", commit] if commit else [])]
+        try:
+            ended = subprocess.run(command, timeout=given + GRACE).returncode
+        except subprocess.TimeoutExpired:
+            ended = 1
+            print(f"FAILED {name}: killed after {given + GRACE:.0f} s", file=sys.stderr, flush=True)
+        if ended == 2:
+            return 2
+        code |= int(ended != 0)
+    print(f"wrote {folder}; {60 * minutes - whole.left():.0f} s")
+    return code
+
+
+def done(file: Path, smoke: bool, commit: str | None) -> list[str] | None:
+    """Returns the failed checks of a stage that this code has completed, else None."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    own, changed = rundir.commit()
+    settings = found["settings"]
+    same = found["commit"] == (own or commit) and not changed and settings["smoke"] == smoke
+    return list(settings["failures"]) if same and settings["complete"] else None
+
+
+def refusal(setup: Setup, folder: Path, commit: str | None) -> str | None:
     """Returns what is wrong with the arguments, if anything, so that no time of a GPU is lost on it."""
+    if setup.smoke and record.RESULTS in [folder.resolve(), *folder.resolve().parents]:
+        return f"--out: smoke results do not belong in {record.RESULTS}; name another folder"
+    if not setup.smoke:
+        for file in offline.packed(setup.data or Path("DIR")):
+            if not file.is_file():
+                return f"--data: no such file: {file}; python -m benchmarks.offline DIR makes it"
+        if not commit and rundir.commit()[0] is None:
+            return "--commit: git cannot tell the commit of this code; name it, results are kept with theirs"
+    return None
+
+
+def no_device(setup: Setup) -> str | None:
+    """Returns what this process lacks to run a stage; asking for it takes memory of the device."""
     if setup.stand_in and not setup.smoke:
         platform = jax.default_backend()
         return f"needs a CUDA device; JAX runs on {platform}; --smoke runs everything at tiny sizes on the XLA path"
     if not setup.stand_in and importlib.util.find_spec("jax_triton") is None:
         return "needs jax-triton, without which XLA would be timed in place of the kernels: pip install jax-triton"
-    if setup.smoke and record.RESULTS in [folder.resolve(), *folder.resolve().parents]:
-        return f"--out: smoke results do not belong in {record.RESULTS}; name another folder"
-    if setup.images and not setup.images.is_file():
-        return f"--images: no such file: {setup.images}; python -m benchmarks.table16 --pack FILE.npz makes one"
-    if not setup.smoke and not setup.commit and record.environment()["commit"] is None:
-        return "--commit: git cannot tell the commit of this code; name it, results are kept with theirs"
     return None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(PHASES), metavar="PHASE", help=f"of {', '.join(PHASES)}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit (default: %(default)s)")
-    parser.add_argument("--images", type=Path, metavar="FILE", help="packed images of benchmarks.table16")
-    parser.add_argument("--data", type=Path, default=table16.DATA, metavar="DIR", help="TFDS directory of the images")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of all of it (default: %(default)s)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="images packed by benchmarks.offline")
+    parser.add_argument("--stage", choices=list(STAGES), help="this one alone, in this process")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; without a GPU the XLA path stands in")
     parser.add_argument("--commit", metavar="ID", help="commit of this code, where git cannot tell")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: a folder of the device, in $OUT if it is set")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: a folder of the device in the results")
     args = parser.parse_args(argv)
-    whole = timing.Deadline(args.seconds)
-    parent = os.environ.get("OUT") or (record.ROOT / "runs" / "smoke" if args.smoke else record.RESULTS)
-    folder = args.out or Path(parent, timing.device_label())
-    setup = Setup(smoke=args.smoke, images=args.images, data=args.data, commit=args.commit)
-    if why := refusal(setup, folder):
+    setup = Setup(args.smoke, args.data)
+    parent = record.ROOT / "runs" / "smoke" if args.smoke else record.RESULTS
+    folder = args.out or parent / timing.device_label()
+    if why := (no_device(setup) if args.stage else None) or refusal(setup, folder, args.commit):
         print(why, file=sys.stderr)
         return 2
-    names = [name for name in PHASES if not args.only or name in args.only]
-    failures: list[str] = []
-    for i, name in enumerate(names):
-        share = PHASES[name] / sum(PHASES[later] for later in names[i:])
-        failures += run_phase(name, setup, timing.Deadline(share * whole.left()), folder)
-    print(f"wrote {folder}; {len(failures)} failed checks; {args.seconds - whole.left():.0f} s")
-    return int(bool(failures))
+    if args.stage:
+        return run_stage(args.stage, setup, 60 * args.minutes, folder, args.commit)
+    return run_all(setup, args.minutes, folder, args.commit)
 
 
 if __name__ == "__main__":

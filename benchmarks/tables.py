@@ -649,6 +649,67 @@ def _scale_plan(name: str) -> str:
     return "\n".join(lines) + f"\n\nGFLOP of an image by XLA's count: {counted}.\n"
 
 
+def _gpu(device: str) -> str:
+    """What `benchmarks.gpu` measured on a device: the stages that have ended there."""
+    records = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / device).glob("*.json"))}
+    found = {name: record["results"] for name, record in records.items()}
+    lines = []
+    if checks := found.get("correctness"):
+        passed = [row.get("passed", False) for row in checks["cases"]]
+        bits = [value for group in checks["bits"].values() for value in group.values()]
+        lines += [
+            f"Values and gradients: {sum(passed)} of {len(passed)} scenes within tolerance of float64; bits: "
+            f"{sum(bits)} of {len(bits)} checks passed.",
+        ]
+    if fits := found.get("table16"):
+        lines += [
+            "",
+            "| Gaussians | 1,000 images fitted, s | PSNR, dB | memory, GiB | the authors': RTX 5090, A100, s |",
+            "|---:|---:|---:|---:|---:|",
+            *(
+                f"| {row['points']} | {min(row['seconds']):.2f} | {row['psnr']:.2f} "
+                f"| {row['memory']['total'] / 2**30:.2f} "
+                f"| {', '.join(map(str, row['paper_seconds_rtx5090_a100'] or ()))} |"
+                for row in fits["rows"]
+                if "psnr" in row
+            ),
+            "",
+            "| images, Gaussians, pixels | through | type | forward, ms | with backward, ms | floor, ms |",
+            "|---|---|---|---:|---:|---:|",
+            *(
+                f"| {', '.join(map(str, row['shape']))} | {row['backend']} | {row['dtype']} "
+                f"| {row['forward']['median_ms']:.3f} | {row['forward+backward']['median_ms']:.3f} "
+                f"| {max(row['floors_ms'].values()):.3f} |"
+                for row in fits.get("headline", {}).get("rows", [])
+                if "forward" in row
+            ),
+        ]
+    if figure := found.get("figure5"):
+        lines += [
+            "",
+            "| floats per image | images | pixels | faster than SIREN: forward | with backward |",
+            "|---:|---:|---:|---:|---:|",
+            *(
+                f"| {row['floats']} | {row['batch']} | {row['pixels']} | {row['forward']:.1f} "
+                f"| {row['forward+backward']:.1f} |"
+                for row in figure["speedups"]
+                if row["floats"] == figure["speedups"][0]["floats"] and {"forward", "forward+backward"} <= row.keys()
+            ),
+        ]
+    if distilled := found.get("distill"):
+        lines += [
+            "",
+            "| iterations | s, fit and compilation included | ms per iteration | accuracy, % |",
+            "|---:|---:|---:|---:|",
+            *(
+                f"| {row['iterations']:,} | {row['seconds']:.1f} | {row['ms_per_iteration']:.1f} "
+                f"| {_percent(row['accuracy'])} |"
+                for row in distilled["rows"]
+            ),
+        ]
+    return "\n".join(lines) + f"\n\n{_commands(list(records.values()))}"
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _run,
     "accuracy_cifar10": _compare_accuracy,
@@ -668,6 +729,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "decode": _decode,
     "budget_12288": _frontier,
     "frequency_gradient": _frequency_gradient,
+    "h100": _gpu,
+    "h200": _gpu,
     "images_12288": _frontier,
     "objectives": _steps,
     "packed": _pairs,

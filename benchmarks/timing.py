@@ -272,15 +272,17 @@ def device_state() -> list[str] | None:
     )
     asked = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
 def device_label() -> str:
     """Returns a short name of the device for folders: its first word with a digit, else its first.
 
-    "h100" for an NVIDIA H100 80GB HBM3, "4090" for a GeForce RTX 4090, "cpu" for any CPU.
+    "h100" for an NVIDIA H100 80GB HBM3, "4090" for a GeForce RTX 4090, "cpu" where nvidia-smi knows of none. JAX is not
+    asked, because it would take the device's memory.
     """
-    words = re.findall("[a-z0-9]+", jax.devices()[0].device_kind.lower()) or ["unknown"]
+    kind = next(iter((device_state() or [])[1:]), "cpu").partition(",")[0]
+    words = re.findall("[a-z0-9]+", kind.lower()) or ["unknown"]
     return next((word for word in words if any(map(str.isdecimal, word))), words[0])

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -18,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import correctness, figure5, gpu, plots, record, siren, table16, timing
+from benchmarks import correctness, figure5, gpu, offline, plots, record, siren, table16, tables, timing
 from benchmarks.peers import __main__ as peers
+from train import rundir
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSAL = "needs a CUDA device; JAX runs on cpu; --smoke runs everything at tiny sizes on the XLA path\n"
@@ -134,7 +134,8 @@ def test_compiling_several_keeps_those_that_work():
     ],
 )
 def test_devices_have_short_labels_that_tell_them_apart(monkeypatch, kind, label):
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    state = None if kind == "cpu" else ["name, driver_version", f"{kind}, 580.1"]
+    monkeypatch.setattr(timing, "device_state", lambda: state)
     assert timing.device_label() == label
 
 
@@ -142,23 +143,22 @@ def test_devices_have_short_labels_that_tell_them_apart(monkeypatch, kind, label
 
 
 @pytest.fixture(scope="module")
-def figure(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("figure5") / "figure5.json"
-    assert figure5.main(["--smoke", "--series", "gsdd", "siren", "--out", str(out)]) == 0
-    return out
+def dry_run(tmp_path_factory) -> Path:
+    """The folder of all stages of the command for a GPU at tiny sizes, through XLA where there is none."""
+    folder = tmp_path_factory.mktemp("results") / "h200"
+    for name in gpu.SECONDS:
+        assert gpu.run_stage(name, gpu.Setup(smoke=True), 600, folder) == 0
+    return folder
 
 
-def test_figure5_records_time_and_memory_of_every_series(figure):
-    found = json.loads(figure.read_text())
-    assert {"commit", "device", "versions", "settings"} <= found.keys()
-    rows = found["results"]["rows"]
-    assert [row["series"] for row in rows] == ["gsdd", "siren"]
-    for row in rows:
+def test_figure5_records_time_and_memory_of_every_series(dry_run):
+    found = json.loads((dry_run / "figure5.json").read_text())["results"]
+    assert [row["series"] for row in found["rows"]] == figure5.curves()
+    for row in found["rows"]:
         for direction in figure5.DIRECTIONS:
             assert {"median_ms", "min_ms", "calls", "compile_seconds", "memory"} <= row[direction].keys()
             assert row[direction]["memory"]["total"] > 0
-    assert found["results"]["speedups"][0]["forward+backward"] > 0 and found["results"]["skipped"] == []
-    assert np.isfinite(numbers(found)).all()
+    assert found["speedups"][0]["forward+backward"] > 0 and found["skipped"] == []
 
 
 def test_figure5_begins_with_the_headline_and_has_each_point_once():
@@ -184,8 +184,9 @@ def test_gaussians_of_the_figure_have_at_most_the_floats_of_the_networks():
         assert g.size == (128, 128) and jax.eval_shape(decode, g).shape == (2, 64, 64, 3)
 
 
-def test_plot_draws_a_panel_for_each_quantity_and_sweep(figure, tmp_path):
-    out = tmp_path / "figure5.png"
+def test_plot_draws_a_panel_for_each_quantity_and_sweep(dry_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(figure5, "PIXELS", 8)
+    figure, out = dry_run / "figure5.json", tmp_path / "figure5.png"
     assert plots.main([str(figure), "--out", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.format == "PNG" and min(picture.size) > 500
@@ -205,35 +206,33 @@ def test_plot_names_a_file_of_another_benchmark(tmp_path):
 # Table 16
 
 
-def encoded() -> table16.Encoded:
+def encoded() -> offline.Encoded:
     files = []
     for i in range(3):
         buffer = io.BytesIO()
         Image.fromarray(table16.synthetic(3, 16)[i]).save(buffer, "PNG" if i else "JPEG")
         files.append(buffer.getvalue())
-    return table16.Encoded(files, np.array([4, 0, 4]))
+    return offline.Encoded(files, np.array([4, 0, 4]))
 
 
 def test_packed_images_come_back_as_they_were(tmp_path):
-    images, path = encoded(), tmp_path / "new" / "images.npz"
-    table16.pack(images, path)
-    found = table16.unpack(path)
+    images = encoded()
+    offline.pack(images, tmp_path / "new" / "images.npz")
+    found = gpu.Setup(smoke=False, data=tmp_path / "new").images("images")
     assert found.files == images.files and found.fingerprint() == images.fingerprint()
     np.testing.assert_array_equal(found.labels, images.labels)
     np.testing.assert_array_equal(found.decode()[1:], table16.synthetic(3, 16)[1:])
-    pixels, source = table16.load(path, tmp_path)
-    assert pixels.shape == (3, 16, 16, 3) and source == {"source": "images.npz", "sha256": images.fingerprint()}
 
 
 def test_a_file_that_is_no_pack_is_named(tmp_path):
     np.savez(tmp_path / "other.npz", data=np.zeros(3, np.uint8))
-    with pytest.raises(ValueError, match=r"--images: .*other.npz has no array 'offsets'"):
-        table16.unpack(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match=r"--data: .*other.npz has no array 'offsets'"):
+        offline.unpack(tmp_path / "other.npz")
 
 
 def test_a_missing_data_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data: no such directory: .*absent; --images FILE.npz reads"):
-        table16.from_tfds(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="--data: no such directory: .*absent"):
+        offline.read(tmp_path / "absent", "train")
 
 
 def test_images_of_each_class_are_the_first_by_name_whatever_their_order(data_root):
@@ -241,24 +240,19 @@ def test_images_of_each_class_are_the_first_by_name_whatever_their_order(data_ro
     if not path.is_dir():
         pytest.skip(f"no data at {path}")
     pytest.importorskip("tensorflow_datasets", reason="needs the extra data")
-    two, three = table16.from_tfds(path, per_class=2), table16.from_tfds(path, per_class=3)
+    two, three = offline.read(path, "validation", 2), offline.read(path, "validation", 3)
     np.testing.assert_array_equal(two.labels, np.repeat(np.arange(10), 2))
     assert [file for i, file in enumerate(three.files) if i % 3 < 2] == two.files
     assert two.decode().shape == (20, 128, 128, 3)
-    with pytest.raises(ValueError, match=r"--data: class 0 has \d+ training images, 100000 are needed"):
-        table16.from_tfds(path, per_class=100000)
+    with pytest.raises(ValueError, match=r"--data: class 0 has \d+ images in validation, 100000 are needed"):
+        offline.read(path, "validation", 100000)
 
 
-def test_table16_fits_in_one_loop_and_reports_time_memory_and_psnr(tmp_path):
-    out = tmp_path / "table16.json"
-    assert table16.main(["--smoke", "--start", "uniform", "--repeats", "2", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    (row,) = found["results"]
-    assert (row["points"], row["images"], row["steps"], row["start"]) == (4, 2, 3, "uniform")
+def test_table16_fits_in_one_loop_and_reports_time_memory_and_psnr(dry_run):
+    (row,) = json.loads((dry_run / "table16.json").read_text())["results"]["rows"]
+    assert (row["points"], row["images"], row["steps"], row["start"]) == (4, 2, 3, "clusters")
     assert len(row["seconds"]) == 2 and row["repeats_bit_equal"] is True and 0 < row["psnr"] < 40
     assert row["memory"]["total"] > 0 and row["start_seconds"] > 0 and row["compile_seconds"] > 0
-    assert found["settings"]["images"] == {"source": "synthetic"} and found["settings"]["smoke"] is True
-    assert np.isfinite(numbers(found)).all()
 
 
 def test_table16_goes_on_after_a_row_that_breaks_or_comes_too_late(monkeypatch):
@@ -268,11 +262,8 @@ def test_table16_goes_on_after_a_row_that_breaks_or_comes_too_late(monkeypatch):
     monkeypatch.setattr(table16, "fit_row", broken)
     images = table16.synthetic(1, 8)
     rows = table16.run(images, [21, 2730], timing.Deadline(60))
-    assert [(row["points"], row["start"], row["error"]) for row in rows] == [
-        (21, "clusters", "RuntimeError: no memory"),
-        (2730, "gradient", "RuntimeError: no memory"),
-    ]
-    assert table16.run(images, [21], timing.Deadline(0))[0]["skipped"] == "out of time"
+    assert [(row["points"], row["error"]) for row in rows] == [(m, "RuntimeError: no memory") for m in (21, 2730)]
+    assert next(table16.run(images, [21], timing.Deadline(0)))["skipped"] == "out of time"
 
 
 def test_same_bits_sees_the_last_bit_and_the_sign_of_zero():
@@ -290,7 +281,7 @@ def test_without_a_gpu_the_command_says_so_in_one_line_and_needs_no_optional_pac
         "import sys\n"
         "optional = 'pydantic', 'sklearn', 'triton', 'tensorflow_datasets', 'array_record', 'matplotlib'\n"
         "sys.modules.update(dict.fromkeys(optional))\n"
-        "from benchmarks import gpu\nsys.exit(gpu.main([]))"
+        "from benchmarks import gpu\nsys.exit(gpu.main(['--stage', 'correctness']))"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -300,36 +291,51 @@ def test_without_a_gpu_the_command_says_so_in_one_line_and_needs_no_optional_pac
 def test_smoke_results_are_kept_out_of_the_committed_ones(capsys):
     assert gpu.main(["--smoke", "--out", str(record.RESULTS / "h200")]) == 2
     assert "--out: smoke results do not belong in" in capsys.readouterr().err
-    assert not (record.RESULTS / "h200" / "environment.json").exists()
+    assert not (record.RESULTS / "h200" / "correctness.json").exists()
 
 
-def test_missing_kernels_images_and_commits_are_named_before_any_phase(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "RUNNERS", {})
+def test_missing_kernels_images_and_commits_are_named_before_any_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert gpu.main(["--smoke", "--out", str(tmp_path)]) == 2
+    assert gpu.main(["--smoke", "--stage", "tune", "--out", str(tmp_path)]) == 2
     assert "needs jax-triton, without which XLA would be timed" in capsys.readouterr().err
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    for smoke in ([], ["--smoke"]):
-        arguments = [*smoke, "--out", str(tmp_path), "--images", str(tmp_path / "absent.npz")]
-        assert gpu.main(arguments) == 2
-        assert "--images: no such file: " in (found := capsys.readouterr().err) and "absent.npz; python -m" in found
-    monkeypatch.setattr(record, "environment", lambda: {"commit": None})
-    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert gpu.main(["--out", str(tmp_path), "--data", str(tmp_path)]) == 2
+    assert "--data: no such file: " in (found := capsys.readouterr().err) and "imagenette128-train.npz; python" in found
+    for file in offline.packed(tmp_path):
+        file.touch()
+    monkeypatch.setattr(rundir, "commit", lambda: (None, None))
+    assert gpu.main(["--out", str(tmp_path), "--data", str(tmp_path)]) == 2
     assert "--commit: git cannot tell the commit of this code; name it" in capsys.readouterr().err
 
 
-def test_results_lie_in_a_folder_of_the_device_and_name_device_commit_command_seed_and_versions(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "RUNNERS", {"tune": lambda setup, deadline, save: ({"rows": []}, [])})
-    monkeypatch.setattr(timing, "device_label", lambda: "h100")
-    monkeypatch.setenv("OUT", str(tmp_path))
-    known = record.environment()
-    monkeypatch.setattr(record, "environment", lambda: known | {"commit": None})
-    assert gpu.main(["--smoke", "--only", "tune", "--commit", "0123abc"]) == 0
-    found = json.loads((tmp_path / "h100" / "tune.json").read_text())
-    assert {"commit", "dirty", "command", "device"} <= found.keys() and found["seed"] == gpu.SEED
-    assert found["versions"].keys() >= {"jax", "jaxlib", "triton", "jax-triton", "numpy"}
-    assert found["commit"] == "0123abc"
+def test_every_stage_ends_with_numbers_that_are_finite_and_make_the_tables(dry_run, monkeypatch):
+    for name in gpu.SECONDS:
+        found = json.loads((dry_run / f"{name}.json").read_text())
+        assert np.isfinite(numbers(found)).all() and found["settings"]["complete"] is True
+        assert {"commit", "dirty", "command", "device"} <= found.keys() and found["seed"] == gpu.SEED
+        assert found["versions"].keys() >= {"jax", "jaxlib", "triton", "jax-triton", "numpy"}
+        assert found["settings"]["stand_in"] is (jax.default_backend() != "gpu")
+    rows = json.loads((dry_run / "distill.json").read_text())["results"]["rows"]
+    assert [row["iterations"] for row in rows] == [0, 2] and rows[0]["seconds"] < rows[1]["seconds"]
+    assert all(0 <= row["accuracy"]["mean"] <= 1 for row in rows)
+    monkeypatch.setattr(tables, "RESULTS", dry_run.parent)
+    text = tables.render("<!-- table: h200 -->\n<!-- end -->")
+    assert "3 of 3 scenes" in text and "\n| 4 | 0." in text and "\n| 2, 6, 16 | " in text
+    assert "\n| 283 | 32 | 8 | " in text and "\n| 2 | " in text
+
+
+def test_a_stage_that_breaks_or_hangs_takes_no_other_along_and_the_last_are_left_out(tmp_path, monkeypatch, capfd):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $4 >> ran\n[ $4 != tune ] || exec sleep 60\n[ $4 != correctness ]\n")
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(gpu, "SECONDS", dict.fromkeys(gpu.SECONDS, 0.1) | {"distill": 1000})
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    assert gpu.run_all(gpu.Setup(smoke=True), 10, tmp_path, None) == 1
+    assert (tmp_path / "ran").read_text().split() == ["correctness", "table16", "tune", "figure5"]
+    said = capfd.readouterr()
+    assert "FAILED tune: killed after 1 s" in said.err and "distill and what follows: left out" in said.out
 
 
 def test_targets_name_their_device_and_are_met_only_by_what_was_timed(monkeypatch):
@@ -341,23 +347,22 @@ def test_targets_name_their_device_and_are_met_only_by_what_was_timed(monkeypatc
         assert target["device"] == "h200" and target.get("met") is met
 
 
-def test_a_phase_that_breaks_is_recorded_and_the_next_one_still_runs(tmp_path, monkeypatch, capsys):
+def test_a_stage_is_done_once_its_file_is_complete_and_of_this_code(tmp_path, monkeypatch, capsys):
     def broken(setup, deadline, save):
         save({"rows": [1]})
         raise RuntimeError("no such kernel")
 
-    def fine(setup, deadline, save):
-        return {"rows": [2]}, []
-
-    monkeypatch.setattr(gpu, "RUNNERS", {"environment": broken, "tune": fine})
-    assert gpu.main(["--smoke", "--only", "tune", "environment", "--out", str(tmp_path)]) == 1
-    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("environment", "tune"))
-    assert first["results"] == {"rows": [1]} and first["settings"]["complete"] is False
-    assert "RuntimeError: no such kernel" in first["settings"]["failures"][0]
-    assert second["results"] == {"rows": [2]} and second["settings"]["complete"] is True
-    assert first["settings"]["smoke"] is True
-    assert first["settings"]["stand_in"] is (jax.default_backend() != "gpu")
-    assert "FAILED environment" in capsys.readouterr().err
+    monkeypatch.setattr(rundir, "commit", lambda: (None, None))
+    monkeypatch.setattr(gpu, "STAGES", {"tune": broken, "figure5": lambda *args: ({"rows": [2]}, ["too slow"])})
+    one, two = tmp_path / "tune.json", tmp_path / "figure5.json"
+    for file in (one, two):
+        assert gpu.done(file, True, "0123abc") is None
+        assert gpu.run_stage(file.stem, gpu.Setup(smoke=True), 1, tmp_path, "0123abc") == 1
+    found = json.loads(one.read_text())
+    assert found["results"] == {"rows": [1]} and "RuntimeError: no such kernel" in found["settings"]["failures"][0]
+    assert "FAILED tune" in capsys.readouterr().err and gpu.done(one, True, "0123abc") is None
+    assert gpu.done(two, True, "0123abc") == ["too slow"]
+    assert gpu.done(two, True, "0123abd") is None and gpu.done(two, False, "0123abc") is None
 
 
 def test_the_check_of_values_tells_a_wrong_gradient_from_rounding():

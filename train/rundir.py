@@ -370,7 +370,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 def environment() -> dict[str, Any]:
     """Describes what this process runs on: versions, device, cores, commit of this code, command, start time (UTC)."""
     device = jax.devices()[0]
-    commit, dirty = _commit()
+    known, dirty = commit()
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -381,7 +381,7 @@ def environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "cpu_count": os.cpu_count(),
         "system": platform.platform(),
-        "commit": commit,
+        "commit": known,
         "dirty": dirty,
     }
 
@@ -487,7 +487,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> tuple[str | None, bool | None]:
+def commit() -> tuple[str | None, bool | None]:
     """The commit of this code and whether tracked files differ from it; (None, None) where git does not track it."""
 
     def git(*arguments: str) -> str:
