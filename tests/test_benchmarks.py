@@ -462,7 +462,7 @@ def test_our_side_runs_where_pytorch_is_missing(tmp_path, capsys):
     found = row["competitors"]["ours"]
     assert (row["task"], row["cores"], row["rounds"]) == ("forward", 1, 2) and "ratio" not in row
     assert 0 < found["min_ms"] <= found["quartiles_ms"][0] <= found["median_ms"] <= found["quartiles_ms"][1] < 1e3
-    assert found["account"]["total"] > 32 * 32 * 32 * 3 * 4 and found["peak_bytes"] > 0
+    assert found["account"]["total"] > 32 * 32 * 32 * 3 * 4
 
 
 def test_what_both_sides_share_imports_no_framework():
