@@ -167,7 +167,7 @@ _OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0]
 def _winograd(geometry: _Geometry, images: jax.Array, *channels: int) -> bool:
     """Tells whether tiles are worth their sums, and the second that these take to compile."""
     n, h, w, _ = images.shape
-    large = h * w * math.prod(channels) >= 1 << 20 and n * h * -(-w // _TILE) >= 64
+    large = h * w * math.prod(channels) >= 1 << 18 and n * h * -(-w // _TILE) >= 64
     return large and geometry.kernel[1] == 3 and geometry.strides == (1, 1)
 
 
