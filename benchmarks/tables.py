@@ -729,8 +729,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "decode": _decode,
     "budget_12288": _frontier,
     "frequency_gradient": _frequency_gradient,
-    "h100": _gpu,
-    "h200": _gpu,
     "images_12288": _frontier,
     "objectives": _steps,
     "packed": _pairs,
@@ -741,6 +739,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "scale_plan": _scale_plan,
     "sensitivity": _sensitivity,
     "trajectory": _trajectory,
+    **{device: _gpu for device in ("h100", "h200") if (RESULTS / device).is_dir()},
 }
 
 

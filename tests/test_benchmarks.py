@@ -281,11 +281,14 @@ def test_without_a_gpu_the_command_says_so_in_one_line_and_needs_no_optional_pac
         "import sys\n"
         "optional = 'pydantic', 'sklearn', 'triton', 'tensorflow_datasets', 'array_record', 'matplotlib'\n"
         "sys.modules.update(dict.fromkeys(optional))\n"
-        "from benchmarks import gpu\nsys.exit(gpu.main(['--stage', 'correctness']))"
+        "from benchmarks import gpu\nfrom jax._src import xla_bridge\n"
+        # All of the device's memory is left to the processes of the stages.
+        "assert gpu.main(['--data', 'absent']) == 2 and not xla_bridge.backends_are_initialized()\n"
+        "sys.exit(gpu.main(['--stage', 'correctness']))"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout.strip()) == (2, REFUSAL, "")
+    assert (done.returncode, done.stdout.strip()) == (2, "") and done.stderr.endswith(f"makes it\n{REFUSAL}")
 
 
 def test_smoke_results_are_kept_out_of_the_committed_ones(capsys):
@@ -319,6 +322,7 @@ def test_every_stage_ends_with_numbers_that_are_finite_and_make_the_tables(dry_r
     assert [row["iterations"] for row in rows] == [0, 2] and rows[0]["seconds"] < rows[1]["seconds"]
     assert all(0 <= row["accuracy"]["mean"] <= 1 for row in rows)
     monkeypatch.setattr(tables, "RESULTS", dry_run.parent)
+    monkeypatch.setitem(tables.TABLES, "h200", tables._gpu)
     text = tables.render("<!-- table: h200 -->\n<!-- end -->")
     assert "3 of 3 scenes" in text and "\n| 4 | 0." in text and "\n| 2, 6, 16 | " in text
     assert "\n| 283 | 32 | 8 | " in text and "\n| 2 | " in text
