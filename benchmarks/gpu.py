@@ -206,7 +206,8 @@ def headline(setup: Setup, deadline: timing.Deadline, save: Save) -> Outcome:
     )
     rows: list[dict[str, Any]] = []
     shapes = [SMOKE_SHAPE] if setup.smoke else SHAPES
-    todo = [(shape, (setup.backend, dtype)) for shape in shapes for dtype in (jnp.float32, jnp.bfloat16)]
+    dtypes = [jnp.float32, jnp.bfloat16][: 1 if setup.smoke else None]
+    todo = [(shape, (setup.backend, dtype)) for shape in shapes for dtype in dtypes]
     # Last, because it is slow: time that runs out then costs only the comparison.
     if not setup.stand_in:
         todo += [(shape, ("xla", jnp.float32)) for shape in shapes[:SHAPES_XLA]]

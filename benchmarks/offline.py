@@ -132,8 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     known = f"{commit}-dirty" if changed else commit
     print("In this tree over there, OUT being where results go:")
     print(
-        f"D={args.folder}; python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target $D/site $D/*.whl "
-        f"&& PYTHONPATH=$D/site python3 -um benchmarks.gpu --data $D --commit {known} --out $OUT"
+        f"D={args.folder}; "
+        "python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target $D/site $D/*.whl && "
+        f"PYTHONPATH=$D/site python3 -um benchmarks.gpu --data $D --commit {known} --out $OUT"
     )
     return int(carried + tree > LIMIT_MIB)
 

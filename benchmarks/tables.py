@@ -707,7 +707,9 @@ def _gpu(device: str) -> str:
                 for row in distilled["rows"]
             ),
         ]
-    return "\n".join(lines) + f"\n\n{_commands(list(records.values()))}"
+    # The commands of the stages name folders of that machine.
+    commits = ", ".join(dict.fromkeys(str(record["commit"])[:9] for record in records.values()))
+    return "\n".join(lines) + f"\n\n`python -m benchmarks.gpu`, commit {commits}.\n"
 
 
 TABLES: dict[str, Callable[[str], str]] = {
