@@ -294,7 +294,7 @@ def differences(case: Case, ours: dict[str, np.ndarray]) -> dict[str, float]:
 if __name__ == "__main__":
     asked = Case(*json.loads(sys.argv[1]))
     if len(sys.argv) > 2:
-        with np.load(sys.argv[2]) as file:
+        with np.load(sys.argv[2], allow_pickle=False) as file:
             print(json.dumps(differences(asked, dict(file))))
     else:
         worker.serve(asked, build)
