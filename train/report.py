@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from gsdd_jax import files, synset
 from train import pictures as draw
 from train import rundir, testset
@@ -70,6 +68,8 @@ def write(run_dir_path: str | os.PathLike[str], result: Mapping[str, Any], pictu
         ValueError: `result` has no name, or a picture is no PNG.
         OSError: The file cannot be written.
     """
+    import jinja2  # here, or every command line would wait for it
+
     path = Path(run_dir_path)
     if not result.get("name"):
         raise ValueError("result has no name: result['name'] titles the report")
