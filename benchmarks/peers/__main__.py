@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -199,16 +200,15 @@ def main(argv: list[str] | None = None) -> None:
     widths, sizes = ([8], SMALL) if args.smoke else (args.widths, {})
     load = os.getloadavg()[0]
     agreed = {str(width): agreement(pythons, width) for width in widths} if len(pythons) > 1 else {}
-    rows = []
-    for cores in args.cores:
-        for task in args.only:
-            for width in widths:
-                rows.append(measure(Case(task, width, cores, **sizes), pythons, args.rounds))
-                print(_shown(rows[-1]), flush=True)
-    results = {"load_before": load, "agreement": agreed, "rows": rows}
     settings = Case(task="", width=0, cores=0, **sizes)._asdict()
     settings = {name: settings[name] for name in settings if name not in ("task", "width", "cores", "variant")}
-    print(f"wrote {record.write(args.out, results, seed=worker.SEED, n=args.rounds, **settings)}")
+    results: dict[str, Any] = {"load_before": load, "agreement": agreed, "rows": []}
+    for cores, task, width in itertools.product(args.cores, args.only, widths):
+        results["rows"].append(measure(Case(task, width, cores, **sizes), pythons, args.rounds))
+        print(_shown(results["rows"][-1]), flush=True)
+        # After each row: the whole takes half an hour.
+        record.write(args.out, results, seed=worker.SEED, n=args.rounds, **settings)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
