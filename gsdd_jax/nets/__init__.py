@@ -61,7 +61,7 @@ class Network(NamedTuple):
 
     Attributes:
         init: key -> params, a pytree of floating-point arrays, all of them trained; names and nesting are free.
-        apply: (params, images float [n, h, w, c]) -> (logits [n, k], features [n, ...]).
+        apply: (params, images float [n, h, w, c]) -> (logits [n, k], features [n, ...]), of each image alone.
         num_params: how many numbers `params` holds.
     """
 
@@ -72,7 +72,7 @@ class Network(NamedTuple):
     def outputs(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Calls `apply`, and refuses what is no pair of logits and features before it can be taken for one.
 
-        On a CPU a few images at a time, see `nets.microbatch`; `apply` must treat each image alone.
+        On a CPU a few images at a time, see `nets.microbatch`.
 
         Raises:
             ValueError: `apply` returns anything else; known from the shapes, so also while it is traced.
