@@ -38,7 +38,7 @@ from benchmarks import correctness, end_to_end, figure5, offline, record, table1
 from benchmarks.correctness import SMOKE_SHAPE, Case, scene
 from kernels import splat
 from train import rundir
-from train.errors import exit_cleanly
+from train.errors import UserError, exit_cleanly
 
 SEED = 0
 MINUTES = 9.5
@@ -497,6 +497,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--commit", metavar="ID", help="commit of this code, where git cannot tell")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: a folder of the device in the results")
     args = parser.parse_args(argv)
+    if not args.minutes > 0:
+        raise UserError(f"--minutes: expected more than 0, found {args.minutes:g}")
     setup = Setup(args.smoke, args.data)
     parent = record.ROOT / "runs" / "smoke" if args.smoke else record.RESULTS
     folder = args.out or parent / timing.device_label()

@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -186,6 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     there = len(os.sched_getaffinity(0))
     if not 1 <= min(args.cores) <= max(args.cores) <= there:
         raise UserError(f"--cores: expected 1 to {there}, as many as this process may use; found {args.cores}")
+    for option, least in (("--rounds", args.rounds), ("--widths", min(args.widths))):
+        if least < 1:
+            raise UserError(f"{option}: expected at least 1, found {least}")
+    if not shutil.which(args.torch_python):
+        raise UserError(f"--torch-python: expected an interpreter, found no command {args.torch_python!r}")
     pythons = {OURS: sys.executable}
     tried = subprocess.run([args.torch_python, "-c", "import torch"], stderr=subprocess.DEVNULL, check=False)
     if not tried.returncode:

@@ -1,8 +1,8 @@
 """Trajectory matching: a student's weights against those of an expert (MTT, Cazenavette et al. 2022).
 
-The gradient is exact, through all steps of the student, at the activation memory of one: the backward pass recomputes
-each step from its starting weights. TESLA's gradient of constant memory treats those weights as constants and is an
-approximation; `benchmarks/trajectory.py` compares the two.
+The gradient is exact, through all steps of the student, at the activation memory of one, or of a part of its batch on a
+CPU (`nets.microbatch`): the backward pass recomputes each step from its starting weights. TESLA's gradient of constant
+memory treats those weights as constants and is an approximation; `benchmarks/trajectory.py` compares the two.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ class TrajectorySpec:
     syn_lr: Annotated[float, Ge(MIN_SYN_LR), Doc("learned step size of the student, at the start (MTT: 0.01)")] = 0.01
     lr_lr: Annotated[float, Ge(0), Doc("learning rate of syn_lr, SGD with momentum 0.5 (GSDD: 1e-5); 0 = fixed")] = 1e-5
     checkpoint: Annotated[
-        bool, Doc("recompute each step in the backward pass; false is faster and holds the activations of all steps")
+        bool,
+        Doc(
+            "recompute each step in the backward pass; false holds the activations of all steps, of batches that a CPU "
+            "takes in parts the augmented images alone"
+        ),
     ] = True
 
     def __post_init__(self) -> None:
@@ -186,7 +190,8 @@ def trajectory_loss(
     with the same key is the same number.
 
     Peak memory grows with `syn_steps` by the flat weights that each step starts from, and its batch indices; by
-    all activations without `spec.checkpoint`. On CPU segments run one after the other, on a GPU side by side.
+    all activations without `spec.checkpoint`, but see there. On CPU segments run one after the other, on a GPU side by
+    side.
 
     Args:
         key: Decides batches and augmentations; consumed.
