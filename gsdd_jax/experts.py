@@ -26,6 +26,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import files, pixels
 from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.match.distribution import DistributionSpec
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import NetSpec, Network, build
 from gsdd_jax.training import inputs
@@ -180,7 +181,7 @@ def train_experts(
     *,
     origin: Origin,
     spec: ExpertSpec,
-    objective: TrajectorySpec,
+    objective: TrajectorySpec | DistributionSpec,
     whitening: Whitening | None = None,
     on_epoch: Callable[[range, int, np.ndarray], None] | None = None,
 ) -> "Experts":
@@ -289,7 +290,12 @@ class Experts:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, origin: Origin, spec: ExpertSpec, objective: TrajectorySpec
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        origin: Origin,
+        spec: ExpertSpec,
+        objective: TrajectorySpec | DistributionSpec,
     ) -> "Experts":
         """Opens experts for one use; reads the manifest and the headers of the arrays.
 
@@ -419,7 +425,7 @@ def _described(origin: Origin, spec: ExpertSpec) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def _new_manifest(origin: Origin, spec: ExpertSpec, objective: TrajectorySpec) -> dict[str, Any]:
+def _new_manifest(origin: Origin, spec: ExpertSpec, objective: TrajectorySpec | DistributionSpec) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "origin": _described(origin, spec),
@@ -453,8 +459,13 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _refuse_past(folder: Path, epochs: int, objective: TrajectorySpec) -> None:
+def _refuse_past(folder: Path, epochs: int, objective: TrajectorySpec | DistributionSpec) -> None:
     if objective.last_epoch > epochs:
+        if not isinstance(objective, TrajectorySpec):
+            raise ValueError(
+                f"{folder}: these experts end at epoch {epochs}; expected objective.expert_epochs of at most that, "
+                f"found {objective.expert_epochs}, or train others in another folder"
+            )
         most = epochs + 1 - objective.expert_epochs
         allowed = f"objective.max_start_epoch may be up to {most}" if most > 0 else "no window fits"
         raise ValueError(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,4 +33,11 @@ def data_of(
             given[name] = jnp.asarray(segments, jnp.float32)
         if isinstance(need, match.ExpertWeights) and name not in given:
             given[name] = jnp.asarray(rng.normal(0, 0.2, objective.network.num_params), jnp.float32)
+        if isinstance(need, match.ExpertNetworks) and name not in given:
+            spec, params = need.objective, objective.network.init(jax.random.key(0))
+            weights = jnp.asarray(rng.normal(0, 0.2, (2, objective.network.num_params)), jnp.float32)
+            features = objective.network.outputs(params, jnp.zeros((1, *images.shape[1:])))[1].size
+            kept = jnp.asarray(rng.normal(0, 0.2, (objective.codec.num_classes, features)), jnp.float32)
+            later = weights[1] if spec.later_epochs else None
+            given[name] = match.ExpertNetwork(weights[0], later, jnp.int32(1), kept if spec.draws else None)
     return Data(whitening, held, given)

@@ -25,6 +25,16 @@ DIGITS = ROOT / "configs" / "digits.yaml"
 CLASSES, SHAPE, KEY = 2, (8, 8, 1), jax.random.key(5)
 ROWS = {
     "distribution": (DistributionSpec(batch_real=4, batch_syn=1), None),
+    "trained networks": (
+        DistributionSpec(networks="experts", cross_entropy=1.0, later_epochs=1, draws=2, batch_syn=1),
+        None,
+    ),
+    "characteristic": (
+        DistributionSpec(
+            networks="experts", cross_entropy=0.5, distance="characteristic", frequencies=8, batch_real=4, augment=False
+        ),
+        None,
+    ),
     "gradient": (GradientSpec(batch_real=4, outer_loop=2, inner_loop=1), None),
     "trajectory": (TrajectorySpec(syn_steps=2, expert_epochs=1, max_start_epoch=1, lr_lr=0.1), None),
     "trajectory and MMD": (

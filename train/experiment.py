@@ -84,7 +84,7 @@ class Experiment:
         return _objective(self.config, codec, self.network)
 
     @property
-    def expert_window(self) -> match.TrajectorySpec | None:
+    def expert_window(self) -> match.TrajectorySpec | match.DistributionSpec | None:
         """The settings that say which experts the objective needs; None for none."""
         return match.expert_window(self.objective(self.codec).needs)
 
@@ -297,8 +297,8 @@ def _check_teacher(experiment: Experiment) -> None:
         return
     if experiment.expert_window is None:
         raise ConfigError(
-            f"labels.teacher: only objective.name=trajectory has experts, found {config.objective.name!r}; expected "
-            "train"
+            f"labels.teacher: only objective.name=trajectory, or objective.networks=experts or interpolated, has "
+            f"experts, found {config.objective.name!r}; expected train"
         )
     if spec.teachers > config.experts.count:
         raise ConfigError(

@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(args.out) if args.out else default
         experiment = experiments.prepare(config)
         if experiment.expert_window is None:
-            raise ConfigError(f"objective.name: experts are for trajectory, found {config.objective.name!r}")
+            raise ConfigError(
+                f"objective.name: expected trajectory, or distribution with objective.networks=experts or "
+                f"interpolated; found {config.objective.name!r}, which needs no experts"
+            )
         experts = stages.expert_stage(experiment, folder, progress=Progress(quiet=args.quiet))
         print(f"{folder}: {experts.count} experts, {experts.epochs} epochs, {experts.num_params} weights each")
     return 0

@@ -15,10 +15,19 @@ import flax.core
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
 from gsdd_jax.match.base import Batch, Objective, Synthetic
-from gsdd_jax.match.distribution import DistributionSpec, distribution_loss
+from gsdd_jax.match.distribution import DistributionSpec, ExpertNetwork, distribution_loss
 from gsdd_jax.match.gradient import GradientSpec, gradient_loss
 from gsdd_jax.match.mmd import MmdSpec, feature_mmd, mmd_loss, with_mmd
-from gsdd_jax.match.needs import ExpertSegments, ExpertWeights, Held, Need, RealImages, Source, expert_window
+from gsdd_jax.match.needs import (
+    ExpertNetworks,
+    ExpertSegments,
+    ExpertWeights,
+    Held,
+    Need,
+    RealImages,
+    Source,
+    expert_window,
+)
 from gsdd_jax.match.trajectory import TrajectorySpec, trajectory_loss
 from gsdd_jax.nets import Network
 
@@ -26,6 +35,8 @@ __all__ = [
     "SPECS",
     "Batch",
     "DistributionSpec",
+    "ExpertNetwork",
+    "ExpertNetworks",
     "ExpertSegments",
     "ExpertWeights",
     "GradientSpec",

@@ -15,7 +15,7 @@ from gsdd_jax.codecs import Codec
 from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.match.needs import ExpertWeights, Need, RealImages, expert_window
-from gsdd_jax.match.trajectory import flattener
+from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import Network
 from gsdd_jax.parallel import Shard, unsharded
 from gsdd_jax.whiten import Whitening
@@ -76,7 +76,7 @@ def with_mmd(objective: Objective, spec: MmdSpec) -> Objective:
     needs: dict[str, Need] = {"mmd_real": RealImages(spec.samples)}
     if spec.features == "expert":
         window = expert_window(objective.needs)
-        if window is None:
+        if not isinstance(window, TrajectorySpec):
             raise ValueError(
                 f"mmd.features: experts are trained for objective.name=trajectory; expected random with "
                 f"{objective.spec.name}, found 'expert'"

@@ -16,12 +16,15 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from gsdd_jax import parallel
+from gsdd_jax.augment import DsaSpec
 from gsdd_jax.data.host import HostSampler, Sampler
 from gsdd_jax.data.sampling import ClassTable, sample_classes
+from gsdd_jax.nets import Network
 from gsdd_jax.parallel import Shard
 
 if TYPE_CHECKING:
     from gsdd_jax.experts import Experts
+    from gsdd_jax.match.distribution import DistributionSpec
     from gsdd_jax.match.trajectory import TrajectorySpec
 
 
@@ -41,7 +44,7 @@ class Source(NamedTuple):
         num_classes: ``k``.
         whitening: What networks see images through.
         seed: Of what the host draws, 0 to 2**60 - 1.
-        experts: Those of trajectory matching.
+        experts: Those of trajectory matching, or whose networks match.
     """
 
     images: np.ndarray
@@ -156,12 +159,36 @@ class ExpertWeights(Need):
         return jax.ShapeDtypeStruct((num_params,), jnp.float32)
 
 
-def expert_window(needs: Mapping[str, Need]) -> TrajectorySpec | None:
-    """Returns the settings that say which experts are needed; None for none."""
-    return next((need.objective for need in needs.values() if isinstance(need, ExpertSegments)), None)
+@dataclasses.dataclass(frozen=True)
+class ExpertNetworks(Need):
+    """A trained network and what all real images are under it, an `ExpertNetwork` of distribution matching."""
+
+    objective: DistributionSpec
+    network: Network
+    augment: DsaSpec
+
+    def sampler(self, source: Source, seed: int, mesh: Mesh | None) -> Sampler:  # noqa: D102
+        from gsdd_jax.expert_networks import Networks
+
+        del mesh
+        return Networks(_experts(source), self, source, seed=seed)
+
+    def put(self, array: Any, mesh: Mesh | None) -> Any:  # noqa: D102
+        return jax.tree.map(jnp.asarray, array) if mesh is None else parallel.replicated(array, mesh)
+
+    def shape(self, source: Source, num_params: int) -> Any:  # noqa: D102
+        from gsdd_jax.expert_networks import shapes
+
+        return shapes(self, source, num_params)
+
+
+def expert_window(needs: Mapping[str, Need]) -> TrajectorySpec | DistributionSpec | None:
+    """Returns the settings whose ``last_epoch`` says which experts are needed; None for none."""
+    found = (need.objective for need in needs.values() if isinstance(need, ExpertSegments | ExpertNetworks))
+    return next(found, None)
 
 
 def _experts(source: Source) -> Experts:
     if source.experts is None:
-        raise ValueError("experts: trajectory matching needs trained ones, found None; see gsdd_jax.experts")
+        raise ValueError("experts: this objective needs trained ones, found None; see gsdd_jax.experts")
     return source.experts
