@@ -35,6 +35,7 @@ from gsdd_jax.match import DistributionSpec, GradientSpec, TrajectorySpec
 from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import NetSpec, Network, build
 from train.errors import exit_cleanly
+from train.results import count_flops
 
 SEED = 0
 DEVICES = (1, 2, 4, 8)
@@ -283,8 +284,9 @@ def network_flops(size: Size) -> dict[str, float]:
 
     def count(function: Any, images: int) -> float:
         example = jax.ShapeDtypeStruct((images, *shape), np.float32)
-        counted: Any = jax.jit(function).lower(params, example).cost_analysis()
-        return float(counted["flops"])
+        counted = count_flops(function, params, example)
+        assert counted is not None
+        return counted
 
     return {name: count(f, 2) - count(f, 1) for name, f in (("forward", embed), ("gradient", gradient))}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,10 +160,18 @@ def described(
 
 
 def forward_flops(network: nets.Network, image_shape: tuple[int, int, int]) -> float | None:
-    """Returns the floating-point operations of a network on one image, by XLA's count before it optimizes, if any."""
+    """Returns the floating-point operations of a network on one image, see `count_flops`."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
-    count = (jax.jit(network.apply).lower(params, image).cost_analysis() or {}).get("flops")
+    return count_flops(network.apply, params, image)
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> float | None:
+    """Returns the floating-point operations of a call, by XLA's count before it optimizes, if any.
+
+    The same on every platform: counted for one on which `nets.conv` leaves convolutions as they are.
+    """
+    count = (jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).cost_analysis() or {}).get("flops")
     return None if count is None else float(count)
 
 
