@@ -109,12 +109,10 @@ def expert_epoch(size: Size, network: Network) -> dict[str, Any]:
     count = min(TIMED_STEPS * spec.batch, size.images)
     key_init, keys = expert_keys(SEED, range(1))
     theta = flattener(network)[0](network.init(key_init[0]))[None]
-    static = _Static(network, AUGMENT, spec.batch)
+    state, static = spec.optimizer().init(theta), _Static(network, AUGMENT, spec.resolved("cpu"))
 
     def epoch(theta: jax.Array, keys: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return train_group(
-            theta, keys, 0, images, labels, spec.lr, whitening(), static=static, method=spec.resolved("cpu").method
-        )[0]
+        return train_group(theta, state, keys, 0, images, labels, spec.lr, whitening(), static=static)[0]
 
     timed = Timed(epoch, theta, keys, images[:count], labels[:count]).compile().measure(seconds=10, repeats=3)
     epochs = next(one for one in size.objectives if isinstance(one, TrajectorySpec)).last_epoch

@@ -25,7 +25,7 @@ import optax
 from benchmarks import record
 from gsdd_jax import data
 from gsdd_jax.augment import DsaSpec, dsa
-from gsdd_jax.experts import _Static, expert_keys, train_group
+from gsdd_jax.experts import ExpertSpec, _Static, expert_keys, train_group
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener, student_batches, trajectory_loss
 from gsdd_jax.nets import NetSpec, Network, build
 from gsdd_jax.whiten import MEAN_STD, meanstd_of
@@ -232,17 +232,18 @@ def experts(images: jax.Array, labels: jax.Array) -> tuple[dict[str, Any], list[
     network = MEASURED.network()
     key_init, keys = expert_keys(SEED, range(EXPERTS))
     theta = jax.vmap(lambda key: flattener(network)[0](network.init(key)))(key_init)
-    static = _Static(network, AUGMENT, EXPERT_BATCH)
-    seconds: dict[str, list[float]] = {"map": [], "vmap": []}
+    specs = {method: ExpertSpec(batch=EXPERT_BATCH, method=method) for method in ("map", "vmap")}
+    state = specs["map"].optimizer().init(theta)
+    seconds: dict[str, list[float]] = {method: [] for method in specs}
     rows = [theta[0]]
     for epoch in range(EXPERT_EPOCHS):
         after = {}
         for method, times in seconds.items():
             began = time.perf_counter()
-            after[method], _ = jax.block_until_ready(
-                train_group(
-                    theta, keys, jnp.int32(epoch), images, labels, EXPERT_LR, whitening(), static=static, method=method
-                )
+            static = _Static(network, AUGMENT, specs[method])
+            # Without momentum nothing but weights is carried over.
+            after[method], _, _ = jax.block_until_ready(
+                train_group(theta, state, keys, jnp.int32(epoch), images, labels, EXPERT_LR, whitening(), static=static)
             )
             if epoch:  # the first call compiles
                 times.append(time.perf_counter() - began)

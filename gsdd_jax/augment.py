@@ -7,6 +7,8 @@ matching real and synthetic images of one class.
 Images may be in any space (whitened ones, usually); what leaves the frame is filled with 0. All operations are
 differentiable in the images; in the parameters that are drawn, they are not meant to be. No backward pass of crop,
 scale or rotate scatters: a GPU adds scattered values in any order, and runs could not be repeated to the bit.
+
+CutMix, which mixes images and labels of a batch, is for training networks only; matching does not know it.
 """
 
 import math
@@ -84,6 +86,37 @@ def dsa(key: jax.Array, images: jax.Array, spec: DsaSpec, *, siamese: bool = Fal
     branches = [partial(_OPERATIONS[name], spec=spec, shape=shape) for name in spec.operations]
     operation = jax.random.randint(key_operation, (), 0, len(branches), jnp.int32)
     return lax.switch(operation, branches, key_parameters, images)
+
+
+def cutmix(key: jax.Array, images: jax.Array, labels: jax.Array, probability: float) -> tuple[jax.Array, jax.Array]:
+    """Replaces one box of all images of a batch by that of other images of the batch, and as much of their labels.
+
+    Source: CutMix, Yun et al. 2019, with beta = 1, and the authors' code: the area of the box is uniform before it is
+    clipped at the frame, its sides are even, and labels are mixed by the area that is left. Works under `jit` and
+    `vmap`.
+
+    Args:
+        key: consumed.
+        images: float [n, h, w, c].
+        labels: float [n, k].
+        probability: of mixing at all; else the batch stays as it is.
+
+    Returns:
+        Images and labels of the same shapes; the sum of a row of labels stays 1.
+    """
+    n, height, width, _ = images.shape
+    key_mixed, key_side, key_y, key_x, key_order = jax.random.split(key, 5)
+    side = jnp.sqrt(jax.random.uniform(key_side, dtype=jnp.float32)) * jax.random.bernoulli(key_mixed, probability)
+
+    def inside(key: jax.Array, length: int) -> jax.Array:
+        half = (length * side).astype(jnp.int32) // 2
+        distance = jnp.arange(length) - jax.random.randint(key, (), 0, length, jnp.int32)
+        return (-half <= distance) & (distance < half)
+
+    box = inside(key_y, height)[:, None] & inside(key_x, width)
+    order = jax.random.permutation(key_order, n)
+    share = box.mean(dtype=labels.dtype)
+    return jnp.where(box[:, :, None], images[order], images), (1 - share) * labels + share * labels[order]
 
 
 def color(images: jax.Array, brightness: jax.Array, saturation: jax.Array, contrast: jax.Array) -> jax.Array:

@@ -20,16 +20,17 @@ import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from annotated_types import Ge, Gt, Le
+import optax
+from annotated_types import Ge, Gt, Le, Lt
 from jax import lax
 from typing_extensions import Doc
 
 from gsdd_jax import files, pixels
-from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.augment import DsaSpec
 from gsdd_jax.match.distribution import DistributionSpec
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import NetSpec, Network, build
-from gsdd_jax.training import inputs
+from gsdd_jax.training import lr_factor, optimizer, training_batch
 from gsdd_jax.whiten import Whitening
 
 FORMAT = "gsdd_jax experts 1"
@@ -39,11 +40,29 @@ _ROW = np.dtype("<f4")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertSpec:
-    """How experts are trained: SGD without momentum and weight decay at a constant rate (MTT)."""
+    """How experts are trained: SGD, by default without momentum and weight decay at a constant rate (MTT).
+
+    Raises:
+        ValueError: The rate is to fall, but the number of epochs is open.
+    """
 
     count: Annotated[int, Ge(1), Doc("number of experts (MTT: 100)")] = 100
     batch: Annotated[int, Ge(1), Doc("real images per step (MTT: 256)")] = 256
+    epochs: Annotated[
+        int, Ge(0), Doc("epochs of each, on which the schedule depends; 0 = as many as the objective can use")
+    ] = 0
     lr: Annotated[float, Gt(0), Doc("learning rate (MTT: 0.01)")] = 0.01
+    momentum: Annotated[float, Ge(0), Lt(1), Doc("momentum (MTT: 0; DANCE: 0.9)")] = 0.0
+    weight_decay: Annotated[
+        float, Ge(0), Doc("times the weight, added to the gradient; all weights (MTT: 0; DANCE: 5e-4)")
+    ] = 0.0
+    schedule: Annotated[
+        Literal["constant", "multistep", "cosine"],
+        Doc("learning rate: constant (MTT), times 0.2 at 2/3 and 5/6 of all steps, or along a cosine to 0"),
+    ] = "constant"
+    cutmix: Annotated[
+        float, Ge(0), Le(1), Doc("probability that a batch is mixed by CutMix, beta 1 (MTT: 0; DANCE: 0.5)")
+    ] = 0.0
     seed: Annotated[int, Ge(0), Le(2**32 - 1), Doc("expert i has the random key fold_in(key(seed), i)")] = 0
     method: Annotated[
         Literal["auto", "map", "vmap"],
@@ -53,11 +72,30 @@ class ExpertSpec:
         int, Ge(0), Doc("experts per training program and file; bounds memory with vmap; 0 = 1 with map, 10 with vmap")
     ] = 0
 
+    def __post_init__(self) -> None:
+        """Checks what no single field can say."""
+        if self.schedule != "constant" and not self.epochs:
+            raise ValueError(
+                f"experts.epochs: 0, must be at least 1 with schedule {self.schedule}, which depends on it"
+            )
+
     def resolved(self, platform: str) -> "ExpertSpec":
         """Fills in `method` and `group` for a platform ("cpu", "gpu", "tpu")."""
         # Measured on CPU only (benchmarks/results/trajectory.json); a GPU is not filled by one batch of 32 px.
         method = self.method if self.method != "auto" else "map" if platform == "cpu" else "vmap"
         return dataclasses.replace(self, method=method, group=self.group or (1 if method == "map" else 10))
+
+    def static(self) -> "ExpertSpec":
+        """Returns the settings with neutral values where compiled training does not depend on them."""
+        return dataclasses.replace(self, count=1, lr=1.0, seed=0, group=0)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Returns the optimizer without its rate, see `training.optimizer`."""
+        return optimizer("sgd", momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def last_epoch(self, objective: TrajectorySpec | DistributionSpec) -> int:
+        """Returns how many epochs new experts are trained for."""
+        return self.epochs or objective.last_epoch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +114,10 @@ class Origin:
         return build(self.network, self.image_shape, self.num_classes)
 
 
+# What decides the weights of an expert, but for rounding.
+_RECIPE = [field for field in dataclasses.fields(ExpertSpec) if field.name not in ("count", "method", "group")]
+
+
 class IncompleteError(ValueError):
     """Experts are missing that the same training would add."""
 
@@ -85,7 +127,7 @@ class _Static(NamedTuple):
 
     network: Network
     augment: DsaSpec
-    batch: int
+    spec: ExpertSpec
 
 
 def expert_keys(seed: int, experts: range) -> tuple[jax.Array, jax.Array]:
@@ -97,6 +139,7 @@ def expert_keys(seed: int, experts: range) -> tuple[jax.Array, jax.Array]:
 
 def train_epoch(
     theta: jax.Array,
+    state: optax.OptState,
     key: jax.Array,
     epoch: jax.Array | int,
     images: jax.Array,
@@ -105,52 +148,60 @@ def train_epoch(
     *,
     network: Network,
     augment: DsaSpec,
-    batch: int,
+    spec: ExpertSpec,
     whitening: Whitening | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Trains a network for one epoch by plain SGD on cross entropy.
+) -> tuple[jax.Array, optax.OptState, jax.Array]:
+    """Trains a network for one epoch by SGD on cross entropy.
 
     One pass over a fresh permutation; batches have one fixed size, and what fills up the last one has weight 0, so that
-    it takes the same mean as the reference's shorter batch. A fresh DSA draw per step, with parameters per image. Pure;
-    works under `jit` and `vmap`.
+    it takes the same mean as the reference's shorter batch (CutMix draws from it, too). A fresh DSA draw per step, with
+    parameters per image. Pure; works under `jit` and `vmap`.
 
     Args:
         theta: Flat weights `[p]`.
+        state: What `spec.optimizer()` made of them, or returned after the epoch before.
         key: The expert's training key; the epoch's randomness is `fold_in(key, epoch)`.
         epoch: Epochs done before.
         images: `[n, h, w, c]`, uint8 (divided by 255 batch by batch) or float.
         labels: int `[n]`.
-        lr: Learning rate.
+        lr: Learning rate, before the schedule.
         network: What to train.
         augment: DSA settings.
-        batch: Images per step; all of them if there are fewer.
+        spec: Optimizer, schedule, CutMix, and images per step: all of them if there are fewer.
         whitening: Applied to each batch before augmentation.
 
     Returns:
-        The weights after the epoch, and the mean of the losses of all images.
+        Weights and state after the epoch, and the mean of the losses of all images.
     """
     n = images.shape[0]
-    batch = min(batch, n)
+    batch = min(spec.batch, n)
     steps = -(-n // batch)
+    descent = spec.optimizer()
     flatten, unflatten = flattener(network)
     key_order, key_augment = jax.random.split(jax.random.fold_in(key, epoch))
     order = jnp.resize(jax.random.permutation(key_order, n), (steps, batch))
     weight = (jnp.arange(steps * batch) < n).astype(jnp.float32).reshape(steps, batch)
 
-    def step(theta: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    batch_of = partial(
+        training_batch, key_augment, steps=steps, network=network, augment=augment, mix=spec.cutmix, whitening=whitening
+    )
+
+    def step(carry: tuple[jax.Array, optax.OptState], t: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        theta, state = carry
         index, w = order[t], weight[t]
-        x = inputs(images[index], whitening)
-        x = dsa(jax.random.fold_in(key_augment, t), x, augment)
-        value, grads = network.loss_and_gradient(unflatten(theta), x, labels[index], w)
-        return theta - lr * flatten(grads), value * w.sum()
+        value, grads = network.loss_and_gradient(unflatten(theta), *batch_of(t, images[index], labels[index]), w)
+        direction, state = descent.update(flatten(grads), state, theta)
+        rate = lr * lr_factor(epoch * steps + t, spec.schedule, steps=spec.epochs * steps)
+        return (theta - rate * direction, state), value * w.sum()
 
-    theta, losses = lax.scan(step, theta, jnp.arange(steps))
-    return theta, losses.sum() / n
+    (theta, state), losses = lax.scan(step, (theta, state), jnp.arange(steps))
+    return theta, state, losses.sum() / n
 
 
-@partial(jax.jit, static_argnames=("static", "method"))
+@partial(jax.jit, static_argnames="static")
 def train_group(
     theta: jax.Array,
+    state: optax.OptState,
     keys: jax.Array,
     epoch: jax.Array | int,
     images: jax.Array,
@@ -159,14 +210,14 @@ def train_group(
     whitening: Whitening | None,
     *,
     static: _Static,
-    method: str,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, optax.OptState, jax.Array]:
     """Trains a group `[g, p]` for one epoch, by `lax.map` or `vmap` over its keys `[g]`; see `train_epoch`."""
 
-    def one(theta: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return train_epoch(theta, key, epoch, images, labels, lr, whitening=whitening, **static._asdict())
+    def one(theta: jax.Array, state: optax.OptState, key: jax.Array) -> tuple[jax.Array, optax.OptState, jax.Array]:
+        return train_epoch(theta, state, key, epoch, images, labels, lr, whitening=whitening, **static._asdict())
 
-    return jax.vmap(one)(theta, keys) if method == "vmap" else lax.map(lambda x: one(*x), (theta, keys))
+    group = theta, state, keys
+    return jax.vmap(one)(*group) if static.spec.method == "vmap" else lax.map(lambda x: one(*x), group)
 
 
 @partial(jax.jit, static_argnames="network")
@@ -188,8 +239,8 @@ def train_experts(
     """Trains the experts that a folder lacks, and opens it.
 
     Expert i depends on the seed and i, and on its group only up to rounding; with an unchanged spec an interrupted and
-    continued training leaves the bits of an undisturbed one. Only epochs that `objective` can use are trained; a folder
-    that holds more of them keeps on doing so.
+    continued training leaves the bits of an undisturbed one. Unless `spec` says how many, only epochs that `objective`
+    can use are trained; a folder that holds more of them keeps on doing so.
 
     Args:
         path: The folder; made if absent.
@@ -197,7 +248,7 @@ def train_experts(
         labels: int `[n]`.
         origin: What the experts belong to; names network and augmentation.
         spec: How many, how trained.
-        objective: Decides the number of epochs.
+        objective: Decides the number of epochs where `spec` does not.
         whitening: As in `train_epoch`.
         on_epoch: Called with the experts of the group, the epochs they have done, and their mean losses `[g]`.
 
@@ -214,15 +265,15 @@ def train_experts(
     folder.mkdir(parents=True, exist_ok=True)
     network = origin.build()
     resolved = spec.resolved(jax.default_backend())
-    static = _Static(network, origin.augment, spec.batch)
+    static = _Static(network, origin.augment, resolved.static())
     with _locked(folder):
         files.remove_leftovers([folder])
         if (folder / MANIFEST).exists():
             manifest = _read_manifest(folder)
             _refuse_other(folder, manifest, origin, spec)
-            _refuse_past(folder, manifest["epochs"], objective)
         else:
             manifest = _new_manifest(origin, spec, objective)
+        _refuse_past(folder, manifest["epochs"], objective)
         device_images, device_labels = jnp.asarray(images), jnp.asarray(labels)
         while (first := _finished(manifest)) < spec.count:
             group = range(first, min(first + resolved.group, spec.count))
@@ -233,9 +284,8 @@ def train_experts(
                 lr=jnp.float32(spec.lr),
                 whitening=whitening,
                 static=static,
-                method=resolved.method,
             )
-            trajectory = _trajectory(spec.seed, group, network, advance, manifest["epochs"], on_epoch)
+            trajectory = _trajectory(spec, group, network, advance, manifest["epochs"], on_epoch)
             chunk = _write_chunk(folder, group, manifest, trajectory)
             chunk |= {"method": resolved.method, "platform": jax.default_backend()}
             manifest["chunks"].append(chunk)
@@ -244,19 +294,20 @@ def train_experts(
 
 
 def _trajectory(
-    seed: int,
+    spec: ExpertSpec,
     group: range,
     network: Network,
-    advance: Callable[..., tuple[jax.Array, jax.Array]],
+    advance: Callable[..., tuple[jax.Array, optax.OptState, jax.Array]],
     epochs: int,
     on_epoch: Callable[[range, int, np.ndarray], None] | None,
 ) -> Iterator[np.ndarray]:
     """Yields the weights `[g, p]` of a group at epoch 0, 1, ..., epochs."""
-    key_init, keys = expert_keys(seed, group)
+    key_init, keys = expert_keys(spec.seed, group)
     theta = jnp.stack([_initial(key, network=network) for key in key_init])
+    state = spec.optimizer().init(theta)
     yield np.asarray(theta)
     for epoch in range(epochs):
-        theta, losses = advance(theta, keys, jnp.int32(epoch))
+        theta, state, losses = advance(theta, state, keys, jnp.int32(epoch))
         rows = np.asarray(theta)
         if not np.isfinite(rows).all():
             bad = group[int(np.argmin(np.isfinite(rows).all(1)))]
@@ -420,8 +471,8 @@ def _described(origin: Origin, spec: ExpertSpec) -> dict[str, Any]:
     theta = jax.eval_shape(origin.build().init, jax.eval_shape(lambda: jax.random.key(0)))
     leaves = jax.tree_util.tree_flatten_with_path(theta)[0]
     layout = [[jax.tree_util.keystr(path, simple=True, separator="."), list(leaf.shape)] for path, leaf in leaves]
-    training = {"batch": spec.batch, "lr": spec.lr, "seed": spec.seed}
-    described = dataclasses.asdict(origin) | {"experts": training, "layout": layout}
+    recipe = {field.name: getattr(spec, field.name) for field in _RECIPE}
+    described = dataclasses.asdict(origin) | {"experts": recipe, "layout": layout}
     return json.loads(json.dumps(described))
 
 
@@ -430,7 +481,7 @@ def _new_manifest(origin: Origin, spec: ExpertSpec, objective: TrajectorySpec | 
         "format": FORMAT,
         "origin": _described(origin, spec),
         "num_params": origin.build().num_params,
-        "epochs": objective.last_epoch,
+        "epochs": spec.last_epoch(objective),
         "chunks": [],
     }
 
@@ -441,6 +492,8 @@ def _finished(manifest: dict[str, Any]) -> int:
 
 def _refuse_other(folder: Path, manifest: dict[str, Any], origin: Origin, spec: ExpertSpec) -> None:
     wanted, found = (dict(_leaves(tree)) for tree in (_described(origin, spec), manifest["origin"]))
+    # Settings that came later leave training by default as it was without them.
+    found = {f"experts.{field.name}": field.default for field in _RECIPE} | found
     different = [key for key in wanted | found if wanted.get(key) != found.get(key)]
     if different:
         key = different[0]

@@ -5,7 +5,7 @@ Nothing here sees test images; `gsdd_jax.evaluation` tests what comes out.
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ from jax import lax
 from typing_extensions import Doc
 
 from gsdd_jax import pixels
-from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.augment import DsaSpec, cutmix, dsa
 from gsdd_jax.nets import Network
 from gsdd_jax.whiten import Whitening
 
+Schedule: TypeAlias = Literal["constant", "step", "multistep", "cosine", "warmup_cosine"]
 # Where GLaD's warm-up starts, as a factor on the rate.
 _WARMUP_START = 1e-7
 
@@ -127,83 +128,83 @@ def train_network(
     return _train(key, images, labels, whitening, rate_of(lr, spec), static=static)
 
 
-def lr_factor(step: jax.Array | int, *, spec: EvalSpec, steps: int) -> jax.Array:
+def lr_factor(step: jax.Array | int, schedule: Schedule, *, steps: int, warmup_steps: int = 0) -> jax.Array:
     """Returns the factor on the learning rate at a step: warm-up times schedule.
 
     Args:
         step: 0 to steps - 1.
-        spec: `schedule` and `warmup_steps` count. The cosine starts after the warm-up; the drop of "step" is at
-            half of all steps. "warmup_cosine" is GLaD's with a step where GLaD has an epoch (the same thing where one
-            batch holds all images): from 1e-7 up to 1 at half time, 1 once more, then down along a cosine.
+        schedule: "step" drops to a tenth at half of all steps (DC), "multistep" to a fifth at two thirds and once more
+            at five sixths (IDC, DANCE). The cosine starts after the warm-up. "warmup_cosine" is GLaD's with a step
+            where GLaD has an epoch (the same thing where one batch holds all images): from 1e-7 up to 1 at half time,
+            1 once more, then down along a cosine.
         steps: length of the training.
+        warmup_steps: first steps, over which the rate rises linearly; without effect on "warmup_cosine".
 
     Returns:
         float32 scalar in [0, 1].
     """
     step = jnp.asarray(step, jnp.float32)
-    if spec.schedule == "warmup_cosine":
+    if schedule == "warmup_cosine":
         half = max(steps // 2, 1)
         rise = _WARMUP_START + (1 - _WARMUP_START) * jnp.minimum(step / half, 1.0)
         return rise * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - half - 1) / half, 0, 1)))
-    warmup = jnp.minimum(1.0, (step + 1) / max(spec.warmup_steps, 1))
-    if spec.schedule == "cosine":
-        progress = (step - spec.warmup_steps) / max(steps - spec.warmup_steps, 1)
+    warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
         return warmup * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-    return warmup * jnp.where(step < _drop(steps), 1.0, 0.1)
+    drops = {
+        "constant": {},
+        "step": {_drop(steps): 0.1},
+        "multistep": {-(-2 * steps // 3): 0.2, -(-5 * steps // 6): 0.2},
+    }[schedule]
+    return warmup * optax.piecewise_constant_schedule(1.0, drops)(step)
 
 
-def sgd_step(
-    params: Any,
-    velocity: Any,
-    grads: Any,
+def optimizer(name: Literal["sgd", "adam"], *, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+    """Returns PyTorch's SGD or Adam, but for the learning rate: what it finds is subtracted, times the rate.
+
+    Weight decay is coupled: it goes through the momentum, or through both moments, unlike in AdamW.
+    """
+    descent = optax.trace(momentum) if name == "sgd" else optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    return optax.chain(optax.add_decayed_weights(weight_decay), descent)
+
+
+def training_batch(
+    key: jax.Array,
+    step: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
     *,
-    lr: jax.Array | float,
-    momentum: jax.Array | float,
-    weight_decay: float,
-) -> tuple[Any, Any]:
-    """Updates weights as PyTorch's SGD does: v <- momentum * v + (g + weight_decay * p); p <- p - lr * v.
+    steps: int,
+    network: Network,
+    augment: DsaSpec,
+    mix: float,
+    whitening: Whitening | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what a network is trained on in a step: a batch, whitened, augmented by DSA, then mixed by CutMix.
 
     Args:
-        params: weights, a pytree.
-        velocity: the same structure; zeros at first.
-        grads: the same structure.
-        lr: learning rate.
-        momentum: factor on the old velocity, without dampening.
-        weight_decay: coupled: it goes through the momentum.
+        key: the same for all steps.
+        step: 0 to steps - 1.
+        images: [n, h, w, c], as in `train_network`.
+        labels: int [n], or float [n, k].
+        steps: that use the key.
+        network: says how many classes there are.
+        augment: DSA settings.
+        mix: probability of CutMix; 0 leaves the labels as they are.
+        whitening: as in `train_network`.
 
     Returns:
-        New params and velocity.
+        float [n, h, w, c], and the labels, float [n, k] with CutMix.
     """
-    velocity = jax.tree.map(lambda v, g, p: momentum * v + (g + weight_decay * p), velocity, grads, params)
-    return jax.tree.map(lambda p, v: p - lr * v, params, velocity), velocity
-
-
-def adam_step(
-    params: Any, moments: optax.ScaleByAdamState, grads: Any, *, lr: jax.Array | float, weight_decay: float
-) -> tuple[Any, optax.ScaleByAdamState]:
-    """Updates weights as PyTorch's Adam does by default: betas 0.9 and 0.999, eps 1e-8.
-
-    Args:
-        params: weights, a pytree.
-        moments: `adam_start(params)` at first.
-        grads: as params.
-        lr: learning rate.
-        weight_decay: coupled: it goes through both moments, as in `Adam(weight_decay=...)` and unlike in AdamW.
-
-    Returns:
-        New params and moments.
-    """
-    grads = jax.tree.map(lambda g, p: g + weight_decay * p, grads, params)
-    direction, moments = _ADAM.update(grads, moments)
-    return jax.tree.map(lambda p, d: p - lr * d, params, direction), moments
-
-
-def adam_start(params: Any) -> optax.ScaleByAdamState:
-    """Returns the moments before the first `adam_step`."""
-    return _ADAM.init(params)
-
-
-_ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    x = dsa(jax.random.fold_in(key, step), inputs(images, whitening), augment)
+    if not mix:
+        return x, labels
+    if labels.ndim == 1:
+        logits = jax.eval_shape(lambda: network.outputs(network.init(jax.random.key(0)), x)[0])
+        labels = jax.nn.one_hot(labels, logits.shape[1], dtype=x.dtype)
+    # Keys that DSA does not use.
+    return cutmix(jax.random.fold_in(key, steps + step), x, labels, mix)
 
 
 def stream_start(key: jax.Array, num_images: int) -> jax.Array:
@@ -268,21 +269,6 @@ def _drop(steps: int) -> int:
     return (steps + 1) // 2
 
 
-def _start(spec: EvalSpec, params: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, params) if spec.optimizer == "sgd" else adam_start(params)
-
-
-def _update(
-    spec: EvalSpec, params: Any, state: Any, grads: Any, *, lr: jax.Array, restart: jax.Array
-) -> tuple[Any, Any]:
-    """Takes one step of the optimizer; a restart forgets its state first."""
-    if spec.optimizer == "sgd":
-        momentum = jnp.where(restart, 0.0, spec.momentum)
-        return sgd_step(params, state, grads, lr=lr, momentum=momentum, weight_decay=spec.weight_decay)
-    state = jax.tree.map(lambda leaf: jnp.where(restart, jnp.zeros_like(leaf), leaf), state)
-    return adam_step(params, state, grads, lr=lr, weight_decay=spec.weight_decay)
-
-
 def _average(average: Any, params: Any, step: jax.Array, *, decay: float, batch: int, n: int, steps: int) -> Any:
     """Takes the weights into their running mean where an epoch ends, as GLaD does with the package ema_pytorch.
 
@@ -303,21 +289,25 @@ def _train(
     n = images.shape[0]
     batch, steps = min(spec.batch, n), spec.num_steps(n)
     key_init, key_stream, key_augment = jax.random.split(key, 3)
+    descent = optimizer(spec.optimizer, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    batch_of = partial(
+        training_batch, key_augment, steps=steps, network=network, augment=augment, mix=0.0, whitening=whitening
+    )
 
     def step(carry: tuple[Any, Any, jax.Array, Any], t: jax.Array) -> tuple[tuple[Any, Any, jax.Array, Any], None]:
         params, state, order, average = carry
         order, index = stream_batch(key_stream, order, t, batch=batch)
-        x = inputs(images[index], whitening)
-        x = dsa(jax.random.fold_in(key_augment, t), x, augment)
-        _, grads = network.loss_and_gradient(params, x, labels[index])
-        rate = lr * lr_factor(t, spec=spec, steps=steps)
-        restart = (t == _drop(steps)) & (spec.schedule == "step")
-        params, state = _update(spec, params, state, grads, lr=rate, restart=restart)
+        _, grads = network.loss_and_gradient(params, *batch_of(t, images[index], labels[index]))
+        if spec.schedule == "step":
+            state = jax.tree.map(lambda leaf: jnp.where(t == _drop(steps), jnp.zeros_like(leaf), leaf), state)
+        direction, state = descent.update(grads, state, params)
+        rate = lr * lr_factor(t, spec.schedule, steps=steps, warmup_steps=spec.warmup_steps)
+        params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
         if spec.ema:
             average = _average(average, params, t, decay=spec.ema, batch=batch, n=n, steps=steps)
         return (params, state, order, average), None
 
     params = network.init(key_init)
-    start = (params, _start(spec, params), stream_start(key_stream, n), params if spec.ema else None)
+    start = (params, descent.init(params), stream_start(key_stream, n), params if spec.ema else None)
     (params, _, _, average), _ = lax.scan(step, start, jnp.arange(steps))
     return average if spec.ema else params

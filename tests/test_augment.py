@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gsdd_jax import augment
-from gsdd_jax.augment import FULL_STRATEGY, DsaSpec, dsa
+from gsdd_jax.augment import FULL_STRATEGY, DsaSpec, cutmix, dsa
 
 OPERATIONS = FULL_STRATEGY.split("_")
 RNG = np.random.default_rng(0)
@@ -323,3 +323,31 @@ def test_images_of_wrong_rank_or_type_are_refused():
         dsa(jax.random.key(0), IMAGES[0], DsaSpec())
     with pytest.raises(TypeError, match="images: uint8, must be floating point"):
         dsa(jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8), DsaSpec())
+
+
+def test_cutmix_mixes_images_by_one_box_and_labels_by_its_area():
+    n, height, width, keys = 5, 6, 9, 2000
+    # Each pixel says whose it is, each label whose share.
+    images = jnp.broadcast_to(jnp.arange(n, dtype=jnp.float32)[:, None, None, None], (n, height, width, 2))
+    mix = jax.jit(jax.vmap(lambda key: cutmix(key, images, jnp.eye(n), 0.5)))
+    mixed, labels = map(np.asarray, mix(jax.random.split(jax.random.key(0), keys)))
+    np.testing.assert_allclose(labels.sum(2), 1, atol=1e-6)
+    shares = np.stack([(mixed[..., 0] == i).mean((2, 3)) for i in range(n)], axis=2)
+    np.testing.assert_allclose(labels, shares, atol=1e-6)
+    foreign = mixed[..., 0] != np.arange(n)[:, None, None]
+    boxes = foreign.any(1)
+    rows, columns = boxes.any(2), boxes.any(1)
+    np.testing.assert_array_equal(boxes, rows[:, :, None] & columns[:, None, :])
+    # One box for all that another image falls on.
+    np.testing.assert_array_equal(foreign, boxes[:, None] & foreign.any((2, 3))[:, :, None, None])
+
+    # Mean share of foreign pixels, over the area, the center and the derangement of the batch.
+    side = np.sqrt((np.arange(4000) + 0.5) / 4000)
+    expected = 0.5 * (1 - 1 / n)
+    inside = []
+    for length in (height, width):
+        half = (length * side).astype(int)[:, None] // 2
+        center = np.arange(length)
+        inside.append((np.minimum(center + half, length) - np.maximum(center - half, 0)).mean(1) / length)
+    expected *= np.mean(inside[0] * inside[1])
+    assert foreign.mean() == pytest.approx(expected, abs=0.012)  # three standard errors

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gsdd_jax import data
-from gsdd_jax.augment import DsaSpec, dsa
+from gsdd_jax.augment import DsaSpec, cutmix, dsa
 from gsdd_jax.experts import (
     MANIFEST,
     Experts,
@@ -28,6 +28,7 @@ EPOCHS = 4
 SPEC = ExpertSpec(count=5, batch=16, lr=0.05, group=2)
 AUGMENT = DsaSpec(strategy="color")
 NONE = DsaSpec(strategy="none")
+FULL = {"epochs": EPOCHS, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine", "cutmix": 0.5}
 
 SHIFTED = jax.tree_util.Partial(lambda shift, x: x - shift, jnp.float32(0.5))
 
@@ -93,46 +94,63 @@ def linear(pixels: int, classes: int) -> Network:
     return Network(init, apply, pixels * classes + classes)
 
 
-@pytest.mark.parametrize(("n", "batch"), [(10, 4), (10, 5), (3, 8)])
-def test_epoch_is_sgd_over_a_permutation_with_a_short_last_batch(n, batch):
+RECIPE = {"momentum": 0.8, "weight_decay": 0.1, "epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("n", "settings", "factors"),
+    [
+        (10, {"batch": 4}, [1] * 6),
+        (10, {"batch": 5, "schedule": "multistep", **RECIPE}, [1, 1, 1, 0.2]),
+        (3, {"batch": 8, "schedule": "cosine", **RECIPE}, [1, 0.5]),
+    ],
+)
+def test_epochs_are_sgd_over_permutations_with_a_short_last_batch(n, settings, factors):
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (n, 2, 3, 1), np.uint8)
     labels = random.integers(0, 4, n).astype(np.int32)
     network = linear(6, 4)
     flatten, unflatten = flattener(network)
     theta = flatten(network.init(jax.random.key(1)))
-    key, lr = jax.random.key(2), 0.3
+    key, lr, spec = jax.random.key(2), 0.3, ExpertSpec(**settings)
+    state = spec.optimizer().init(theta)
 
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), unflatten(theta))
-    order = np.asarray(jax.random.permutation(jax.random.split(jax.random.fold_in(key, 7))[0], n))
-    losses = []
-    for first in range(0, n, batch):
-        chosen = order[first : first + batch]
-        x = (images[chosen] / 255 - 0.5).reshape(len(chosen), -1)
-        logits = x @ params["kernel"] + params["bias"]
-        soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        losses += list(-np.log(soft[np.arange(len(chosen)), labels[chosen]]))
-        error = (soft - np.eye(4)[labels[chosen]]) / len(chosen)
-        params["kernel"] -= lr * x.T @ error
-        params["bias"] -= lr * error.sum(0)
+    velocity = {"kernel": 0.0, "bias": 0.0}
+    rates = iter(lr * np.array(factors))
+    for epoch in range(2):
+        order = np.asarray(jax.random.permutation(jax.random.split(jax.random.fold_in(key, epoch))[0], n))
+        losses = []
+        for first in range(0, n, spec.batch):
+            chosen = order[first : first + spec.batch]
+            x = (images[chosen] / 255 - 0.5).reshape(len(chosen), -1)
+            logits = x @ params["kernel"] + params["bias"]
+            soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            losses += list(-np.log(soft[np.arange(len(chosen)), labels[chosen]]))
+            error = (soft - np.eye(4)[labels[chosen]]) / len(chosen)
+            rate = next(rates)
+            for name, gradient in (("kernel", x.T @ error), ("bias", error.sum(0))):
+                velocity[name] = spec.momentum * velocity[name] + gradient + spec.weight_decay * params[name]
+                params[name] = params[name] - rate * velocity[name]
+        theta, state, loss = train_epoch(
+            theta,
+            state,
+            key,
+            epoch,
+            jnp.asarray(images),
+            jnp.asarray(labels),
+            lr,
+            network=network,
+            augment=NONE,
+            spec=spec,
+            whitening=SHIFTED,
+        )
+        np.testing.assert_allclose(theta, flatten(params), rtol=1e-5, atol=1e-6)
+        assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert next(rates, None) is None
 
-    after, loss = train_epoch(
-        theta,
-        key,
-        7,
-        jnp.asarray(images),
-        jnp.asarray(labels),
-        lr,
-        network=network,
-        augment=NONE,
-        batch=batch,
-        whitening=SHIFTED,
-    )
-    np.testing.assert_allclose(after, flatten(params), rtol=1e-5, atol=1e-6)
-    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
 
-
-def test_epoch_augments_each_batch_with_a_key_of_its_own():
+def test_epoch_augments_and_mixes_each_batch_with_keys_of_its_own():
     images = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (4, 4, 4, 1)), jnp.float32)
     seen = []
     network = linear(16, 2)
@@ -144,14 +162,18 @@ def test_epoch_augments_each_batch_with_a_key_of_its_own():
     key = jax.random.key(5)
     theta = flattener(network)[0](network.init(key))
     spying = Network(network.init, apply, network.num_params)
-    train_epoch(theta, key, 0, images, jnp.zeros(4, jnp.int32), 0.1, network=spying, augment=AUGMENT, batch=2)
+    labels = jnp.array([0, 1, 1, 0])
+    spec = ExpertSpec(batch=2, cutmix=1.0)
+    state = spec.optimizer().init(theta)
+    train_epoch(theta, state, key, 0, images, labels, 0.1, network=spying, augment=AUGMENT, spec=spec)
     jax.effects_barrier()
     key_order, key_augment = jax.random.split(jax.random.fold_in(key, 0))
     order = jax.random.permutation(key_order, 4)
     assert len(seen) >= 2
     for t in range(2):
         expected = dsa(jax.random.fold_in(key_augment, t), images[order[2 * t : 2 * t + 2]], AUGMENT)
-        assert any(np.allclose(x, expected, atol=1e-6) for x in seen)
+        mixed, _ = cutmix(jax.random.fold_in(key_augment, 2 + t), expected, jnp.zeros((2, 2)), 1.0)
+        assert any(np.allclose(x, mixed, atol=1e-6) for x in seen)
 
 
 def test_rows_are_the_initialization_and_the_weights_after_each_epoch(opened, digits, origin):
@@ -162,6 +184,7 @@ def test_rows_are_the_initialization_and_the_weights_after_each_epoch(opened, di
     step = jax.jit(
         lambda theta, epoch: train_epoch(
             theta,
+            SPEC.optimizer().init(theta),  # without momentum nothing is carried over
             key_train[0],
             epoch,
             jnp.asarray(digits.train_images),
@@ -169,7 +192,7 @@ def test_rows_are_the_initialization_and_the_weights_after_each_epoch(opened, di
             SPEC.lr,
             network=network,
             augment=AUGMENT,
-            batch=SPEC.batch,
+            spec=SPEC,
         )[0]
     )
     for epoch in range(EPOCHS):
@@ -216,8 +239,8 @@ def test_progress_names_experts_epoch_and_losses(tmp_path, digits, origin):
     assert (calls[EPOCHS - 1][2] < calls[0][2]).all()
 
 
-@pytest.mark.parametrize("stop", [(range(2, 4), 1), (range(4, 5), EPOCHS)])
-def test_training_killed_at_any_epoch_continues_to_the_same_bits(tmp_path, folder, digits, origin, stop):
+@pytest.mark.parametrize(("stop", "recipe"), [((range(2, 4), 1), {}), ((range(4, 5), EPOCHS), FULL)])
+def test_training_killed_at_any_epoch_continues_to_the_same_bits(tmp_path, folder, digits, origin, stop, recipe):
     class KilledError(Exception):
         pass
 
@@ -227,11 +250,16 @@ def test_training_killed_at_any_epoch_continues_to_the_same_bits(tmp_path, folde
         if (group, epoch) == stop:
             raise KilledError
 
+    spec = dataclasses.replace(SPEC, **recipe)
+    if recipe:
+        folder = tmp_path / "whole"
+        train(folder, digits, origin, spec)
+    killed = tmp_path / "killed"
     with pytest.raises(KilledError):
-        train(tmp_path, digits, origin, on_epoch=kill)
-    assert contents(tmp_path) != contents(folder)
-    train(tmp_path, digits, origin, on_epoch=lambda group, *_: trained.append(group))
-    assert contents(tmp_path) == contents(folder)
+        train(killed, digits, origin, spec, on_epoch=kill)
+    assert contents(killed) != contents(folder)
+    train(killed, digits, origin, spec, on_epoch=lambda group, *_: trained.append(group))
+    assert contents(killed) == contents(folder)
     assert trained[0] == stop[0]  # what was finished is not trained again
 
 
@@ -279,6 +307,8 @@ def test_method_and_group_follow_the_platform_unless_they_are_set():
         ({"lr": 0.01}, r"experts.lr: expected 0.01, found 0.05"),
         ({"batch": 8}, r"experts.batch: expected 8, found 16"),
         ({"seed": 1}, r"experts.seed: expected 1, found 0"),
+        ({"momentum": 0.9}, r"experts.momentum: expected 0.9, found 0.0"),
+        ({"schedule": "cosine", "epochs": 4}, r"experts.epochs: expected 4, found 0 \(and 1 more\)"),
     ],
 )
 def test_experts_of_another_origin_or_training_are_refused_in_one_line(folder, digits, origin, change, message):
@@ -292,6 +322,26 @@ def test_experts_of_another_origin_or_training_are_refused_in_one_line(folder, d
         with pytest.raises(ValueError, match=f"these experts do not belong to this run: {message}") as caught:
             use()
         assert "\n" not in str(caught.value)
+
+
+def test_folders_from_before_a_setting_hold_experts_of_its_default(copy, digits, origin):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["origin"]["experts"] = {name: manifest["origin"]["experts"][name] for name in ("batch", "lr", "seed")}
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    before = contents(copy)
+    train(copy, digits, origin)
+    assert contents(copy) == before
+    with pytest.raises(ValueError, match=r"experts.cutmix: expected 0.5, found 0.0; name another"):
+        train(copy, digits, origin, dataclasses.replace(SPEC, cutmix=0.5))
+
+
+def test_number_of_epochs_may_be_that_of_the_experts_and_must_be_where_the_rate_falls(tmp_path, digits, origin):
+    spec = dataclasses.replace(SPEC, count=1, epochs=EPOCHS + 1)
+    assert train(tmp_path, digits, origin, spec).epochs == EPOCHS + 1
+    with pytest.raises(ValueError, match="max_start_epoch may be up to 2, or train others"):
+        train(tmp_path / "few", digits, origin, dataclasses.replace(spec, epochs=2 + 1))
+    with pytest.raises(ValueError, match="experts.epochs: 0, must be at least 1 with schedule cosine"):
+        ExpertSpec(schedule="cosine")
 
 
 def test_weights_laid_out_by_other_code_are_refused(copy, origin):

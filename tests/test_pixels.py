@@ -20,6 +20,7 @@ LABELS = np.array([0, 1, 0, 1, 0, 1], np.int32)
 NETWORK = build(NetSpec(depth=1, width=4), SHAPE, 2)
 KEY = jax.random.key(0)
 PARAMS = NETWORK.init(jax.random.key(5))
+EXPERT = experts.ExpertSpec(batch=6)
 THETA = experts.flattener(NETWORK)[0](PARAMS)
 WHITENING = whiten.fit("meanstd", IMAGES)
 PLAIN = DsaSpec(strategy="none")
@@ -68,13 +69,14 @@ ANY = {
     "label": lambda x: labels.label(jax.tree.map(lambda leaf: leaf[None], PARAMS), x, **LOSS),
     "train_epoch": lambda x: experts.train_epoch(
         THETA,
+        EXPERT.optimizer().init(THETA),
         KEY,
         0,
         jnp.asarray(x),
         jnp.asarray(LABELS),
         0.1,
         augment=PLAIN,
-        batch=6,
+        spec=EXPERT,
         **LOSS,
     )[0],
 }

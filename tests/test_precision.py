@@ -91,9 +91,11 @@ def test_networks_and_experts_are_trained_in_float32(optimizer, schedule):
         train = functools.partial(training.train_network, images=IMAGES, labels=jnp.asarray(labels), spec=spec, **seen)
         traced(train, KEY())
     theta = jnp.zeros(network.num_params, jnp.float32)
+    expert = experts.ExpertSpec(batch=4, epochs=1, momentum=0.9, weight_decay=5e-4, schedule="cosine", cutmix=0.5)
+    seen["spec"] = expert
     traced(
         lambda theta: experts.train_epoch(
-            theta, KEY(), 0, jnp.asarray(IMAGES), jnp.asarray(LABELS), 0.1, batch=4, **seen
+            theta, expert.optimizer().init(theta), KEY(), 0, jnp.asarray(IMAGES), jnp.asarray(LABELS), 0.1, **seen
         ),
         theta,
     )

@@ -509,7 +509,7 @@ def plan(experiment: Experiment) -> str:
             f"{memory.temp_size_in_bytes / mib:.0f} MiB temporary",
         ]
     if (window := experiment.expert_window) is not None:
-        count, epochs = config.experts.count, window.last_epoch
+        count, epochs = config.experts.count, config.experts.last_epoch(window)
         size = count * (epochs + 1) * num_params * storage.ITEMSIZE["float32"]
         lines.append(f"experts: {count} networks, {epochs} epochs each, {size / 2**20:.0f} MiB on disk")
     spec = config.evaluate

@@ -164,7 +164,7 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
             f"{missing}; experts.train is off: set experts.train=true, or run python -m train.experts with the same "
             f"config and settings and --out {folder}"
         )
-    total = config.experts.count * wanted["objective"].last_epoch
+    total = config.experts.count * config.experts.last_epoch(wanted["objective"])
     with progress.phase("train experts", total=total) as bar:
 
         def trained(group: range, epoch: int, losses: np.ndarray) -> None:
