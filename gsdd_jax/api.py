@@ -6,6 +6,7 @@ own: `codecs.make`, `nets.build`, `match.make`, `distillation.make_step`. What i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
 from gsdd_jax.data.sampling import class_index
 from gsdd_jax.experts import Experts
+from gsdd_jax.labels import LabelSpec, check_learned, pack
+from gsdd_jax.labels import nbytes as label_nbytes
 from gsdd_jax.merged import MergedSet
 from gsdd_jax.nets import Network
 from gsdd_jax.synset import SynSet
@@ -100,7 +103,7 @@ def fit(
     if select not in ("random", "first"):
         raise ValueError(f"select: expected random or first, found {select!r}")
     images, labels, classes = _training_set(images, labels, class_names)
-    made = _codec(codec, images, labels, bytes_per_class)
+    made = _codec(codec, images, labels, bytes_per_class, LabelSpec())
     params = _fitted(key, images, labels, made, steps=steps, select=select, progress=progress, on_step=on_step)
     return _set_of(made, params, classes, _normalization("meanstd", None, images))
 
@@ -123,6 +126,7 @@ def distill(
     optimizer: optax.GradientTransformation | None = None,
     mmd: match.MmdSpec | None = None,
     experts: Experts | None = None,
+    label_spec: LabelSpec | None = None,
     class_names: Sequence[str] = (),
     progress: bool = True,
     on_step: OnStep | None = None,
@@ -146,6 +150,8 @@ def distill(
         optimizer: Any optax transformation for the codec's parameters; the codec's own if None.
         mmd: The MMD term (D3).
         experts: Those of trajectory matching, see `gsdd_jax.experts`.
+        label_spec: How labels that the objective learns are written, within the budget: ``LabelSpec(kind="soft",
+            teacher="learned", ...)``; hard ones if None.
         class_names: One per class; their numbers if empty.
         progress: Show a bar.
         on_step: Called with the metrics of `distillation.make_step`.
@@ -162,12 +168,14 @@ def distill(
         ("optimizer", optimizer, optax.GradientTransformation),
         ("mmd", mmd, match.MmdSpec),
         ("start", start, SynSet),
+        ("label_spec", label_spec, LabelSpec),
     ):
         _check_kind(name, value, kind)
     for name, count in (("steps", steps), ("fit_steps", fit_steps)):
         _check_count(name, count)
     images, labels, classes = _training_set(images, labels, class_names)
-    made = _codec(codec, images, labels, bytes_per_class)
+    label_spec = label_spec or LabelSpec()
+    made = _codec(codec, images, labels, bytes_per_class, label_spec)
     if optimizer is not None:
         made = made._replace(optimizer=lambda: optimizer)
     key_fit, key_distill = jax.random.split(key)
@@ -175,6 +183,7 @@ def distill(
     ipc = round(_bytes_per_class(made) / (4 * math.prod(made.image_shape)), 2)
     spec = match.resolved(match.DistributionSpec() if objective is None else objective, ipc)
     matched = match.make(spec, codec=made, network=net, augment=augment, mmd=mmd)
+    check_learned(label_spec, matched)
     seen = _whitening(whitening, images)
     params = _start(start, made) if start is not None else None
     if params is None:
@@ -192,7 +201,13 @@ def distill(
                 advance(lambda metrics=metrics: f"loss {float(metrics['loss']):.4g}")
         state = loop.state
     _check_finite(losses, state.params)
-    return _set_of(made, state.params, classes, {"objective": spec.name, **_normalization(whitening, seen, images)})
+    meta = {"objective": spec.name, **_normalization(whitening, seen, images)}
+    found = _set_of(made, state.params, classes, meta)
+    if label_spec.kind == "hard":
+        return found
+    soft = pack(state.learned["labels"], label_spec)
+    size = found.bytes_per_class + soft.nbytes // made.num_classes
+    return dataclasses.replace(found, soft=soft, bytes_per_class=size)
 
 
 def evaluate(
@@ -294,10 +309,18 @@ def _gray_levels(images: Any, name: str) -> np.ndarray:
     return levels.astype(np.uint8) if np.abs(images * 255.0 - levels).max() < 1e-3 else images
 
 
-def _codec(codec: Any, images: np.ndarray, labels: np.ndarray, bytes_per_class: int | None) -> Codec:
+def _codec(
+    codec: Any, images: np.ndarray, labels: np.ndarray, bytes_per_class: int | None, label_spec: LabelSpec
+) -> Codec:
     shape, num_classes = images.shape[1:], int(labels.max()) + 1
     if not isinstance(codec, Codec):
-        return codecs.make(codec, image_shape=shape, num_classes=num_classes, bytes_per_class=bytes_per_class)
+        return codecs.make(
+            codec,
+            image_shape=shape,
+            num_classes=num_classes,
+            bytes_per_class=bytes_per_class,
+            label_bytes=label_nbytes(label_spec, 1, num_classes),
+        )
     if (codec.image_shape, codec.num_classes) != (shape, num_classes):
         raise ValueError(
             f"codec: made for {codec.num_classes} classes of images {list(codec.image_shape)}; found {num_classes} "

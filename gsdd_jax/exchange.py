@@ -39,8 +39,10 @@ BOUNDS = {
 }
 # The arrays of soft labels, and the precisions of their probabilities.
 LABELS, LABEL_INDICES = "labels", "label_indices"
-LABEL_DTYPES = ("float32", "bfloat16", "uint8")
+LABEL_DTYPES = ("float32", "bfloat16", "uint8", "uint4")
 LABEL_STEPS = 255
+# The code of the largest probability of a row of uint4; a code c stands for c^2 parts.
+LARGEST_CODE = 15
 # How far a sum of rounded probabilities may be from 1: bfloat16 is off by at most 2^-9 of it.
 SUM_TOLERANCE = 0.01
 # What a set may seem to need beyond what its file holds: its shapes are still compared, which says more.
@@ -96,7 +98,12 @@ class Labels(NamedTuple):
     top_k: int
 
     def arrays(self, num_images: int, num_classes: int) -> dict[str, Array]:
-        """Returns the arrays that hold them: ``labels [n, k or top_k]`` and ``label_indices [n, top_k]``."""
+        """Returns the arrays that hold them: ``labels [n, k or top_k]`` and ``label_indices [n, top_k]``.
+
+        Of uint4, ``labels [n, ceil(k / 2)]``, two in a byte.
+        """
+        if self.dtype == "uint4":
+            return {LABELS: Array("uint8", (num_images, -(-num_classes // 2)))}
         shape = (num_images, self.top_k or num_classes)
         index = Array("uint8" if num_classes <= 1 << 8 else "uint16", shape)
         return {LABELS: Array(self.dtype, shape)} | ({LABEL_INDICES: index} if self.top_k else {})
@@ -260,11 +267,13 @@ def labels_of(entry: Any, classes: int) -> Labels:
     """
     if type(entry) is dict and set(entry) == {"kind", "dtype", "top_k"} and entry["kind"] == "soft":
         dtype, top_k = entry["dtype"], entry["top_k"]
-        if type(dtype) is str and dtype in LABEL_DTYPES and type(top_k) is int and 0 <= top_k < classes:
+        known = type(dtype) is str and dtype in LABEL_DTYPES
+        most = 0 if dtype == "uint4" else classes - 1
+        if known and type(top_k) is int and 0 <= top_k <= most:
             return Labels(dtype, top_k)
     raise ValueError(
         f"labels: expected kind soft, dtype one of {', '.join(LABEL_DTYPES)} and top_k from 0 to {classes - 1}, "
-        f"found {short(str(entry))}"
+        f"0 with uint4, found {short(str(entry))}"
     )
 
 
@@ -520,6 +529,8 @@ def soft_labels(arrays: Mapping[str, np.ndarray], labels: Labels, num_classes: i
         ValueError: Numbers that are no probabilities, or indices that name no class or one twice.
     """
     written = np.asarray(arrays[LABELS])
+    if labels.dtype == "uint4":
+        return _of_codes(written, num_classes)
     values = written.astype(np.float64)
     if labels.dtype == "uint8":
         values /= LABEL_STEPS
@@ -543,6 +554,20 @@ def soft_labels(arrays: Mapping[str, np.ndarray], labels: Labels, num_classes: i
     elif labels.dtype == "float32":
         return np.array(written)
     return (values / values.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _of_codes(written: np.ndarray, num_classes: int) -> np.ndarray:
+    """Reads uint4: of each byte the upper half first; the last lower half of an odd number of classes is 0."""
+    codes = np.stack([written >> 4, written & LARGEST_CODE], -1).reshape(len(written), -1)
+    sound = (codes.max(1) == LARGEST_CODE) & (codes[:, num_classes:] == 0).all(1)
+    if not sound.all():
+        row = int(np.argmin(sound))
+        raise ValueError(
+            f"{LABELS}: row {row}: expected {num_classes} codes of 4 bits, the largest {LARGEST_CODE}, "
+            f"found {codes[row].tolist()}"
+        )
+    parts = codes[:, :num_classes].astype(np.float64) ** 2
+    return (parts / parts.sum(1, keepdims=True)).astype(np.float32)
 
 
 def check_probabilities(values: np.ndarray, *, low: float, high: float) -> None:

@@ -10,7 +10,9 @@ What is written, per image of ``k`` classes:
 - ``bfloat16``: rounded to the nearest; divided by their sum on reading.
 - ``uint8``: whole numbers of steps of 1/255 that add up to 255. Shares are rounded down, and the steps that are left go
   to the largest remainders: nothing is off by a step or more, and no label of many classes vanishes.
-- ``top_k = t``: the ``t`` largest probabilities in falling order, of equals the lower class first, at one of these
+- ``uint4``: whole numbers of 0 to 15, two to a byte, whose squares are the parts of 1; the largest is 15. Of the ten
+  classes of CIFAR-10 that is a third of the error of 15 equal steps, and of the three largest in uint8.
+- ``top_k = t``: the ``t`` largest probabilities in falling order, of equals the lower class first, at another of these
   precisions, with their classes (uint8 up to 256 classes, uint16 above). What they leave of 1 is spread evenly over the
   other classes on reading. With uint8 this rest takes part in the sharing out, unwritten.
 
@@ -26,17 +28,18 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from annotated_types import Ge, Gt
+import optax
+from annotated_types import Ge, Gt, Le
 from jax import lax
 from typing_extensions import Doc
 
 from gsdd_jax import exchange, pixels, storage
 from gsdd_jax.exchange import LABEL_INDICES, LABELS
+from gsdd_jax.match.base import Objective
 from gsdd_jax.nets import Network
 from gsdd_jax.training import inputs
 from gsdd_jax.whiten import Whitening
 
-DTYPES = {name: np.dtype(jnp.dtype(name)) for name in exchange.LABEL_DTYPES}
 # Largest number of classes that uint16 can name.
 _MOST_CLASSES = 2**16
 
@@ -50,16 +53,27 @@ class LabelSpec:
         Doc("hard: the class, which costs no byte; soft: a teacher's probabilities, part of the budget."),
     ] = "hard"
     dtype: Annotated[
-        Literal["float32", "bfloat16", "uint8"],
-        Doc("Precision on disk of soft labels (D3: float32); uint8 = steps of 1/255."),
+        Literal["float32", "bfloat16", "uint8", "uint4"],
+        Doc("Precision on disk of soft labels (D3: float32); uint8 = steps of 1/255, uint4 = squares of 0 to 15."),
     ] = "float32"
     top_k: Annotated[
         int, Ge(0), Doc("Keep only so many largest probabilities of a label, the rest spread evenly; 0 = all.")
     ] = 0
     temperature: Annotated[float, Gt(0), Doc("Logits are divided by it before the teacher's softmax (D3: 1).")] = 1.0
+    hard_weight: Annotated[
+        float,
+        Ge(0),
+        Le(1),
+        Doc(
+            "Share of an image's own class in its label where the teacher finds another most probable (after NCFM: 1)."
+        ),
+    ] = 0.0
     teacher: Annotated[
-        Literal["train", "experts"],
-        Doc("train: networks trained on the training set as evaluate says; experts: those of trajectory matching."),
+        Literal["train", "experts", "learned"],
+        Doc(
+            "train: networks trained on the training set as evaluate says; experts: those of the objective; learned: "
+            "none, the labels are those that the objective learns beside the images."
+        ),
     ] = "train"
     teachers: Annotated[
         int, Ge(1), Doc("Networks whose probabilities are averaged; the first so many of the experts (D3: 1).")
@@ -107,10 +121,12 @@ def layout(spec: LabelSpec, num_images: int, num_classes: int) -> dict[str, jax.
     """Returns shapes and dtypes of the written arrays: ``labels [n, k or top_k]`` and ``label_indices [n, top_k]``.
 
     Raises:
-        ValueError: ``top_k`` is no fewer than the classes, or there are more classes than uint16 can name.
+        ValueError: ``top_k`` is no fewer than the classes, there are more classes than uint16 can name, or it is uint4.
     """
     if spec.kind == "hard":
         return {}
+    if spec.top_k and spec.dtype == "uint4":
+        raise ValueError(f"labels.top_k: expected 0 (all) with labels.dtype=uint4, found {spec.top_k}")
     if spec.top_k >= num_classes:
         raise ValueError(
             f"labels.top_k: expected 0 (all) to {num_classes - 1} with {num_classes} classes, found {spec.top_k}"
@@ -140,7 +156,7 @@ def pack(probabilities: jax.Array | np.ndarray, spec: LabelSpec) -> SoftLabels:
     Raises:
         ValueError: Rows that are no probabilities, or as :func:`layout`.
     """
-    p = np.asarray(probabilities, np.float64)
+    p: Any = np.asarray(probabilities, np.float64)
     if p.ndim != 2:
         raise ValueError(f"probabilities: shape {p.shape}, must be [n, k]")
     n, k = p.shape
@@ -155,8 +171,12 @@ def pack(probabilities: jax.Array | np.ndarray, spec: LabelSpec) -> SoftLabels:
     if spec.dtype == "uint8":
         parts = np.column_stack([p, rest]) if spec.top_k else p
         arrays[LABELS] = _shared_out(parts)[:, : p.shape[1]]
+    elif spec.dtype == "uint4":
+        codes = np.round(exchange.LARGEST_CODE * np.sqrt(p / p.max(1, keepdims=True))).astype(np.uint8)
+        codes = np.pad(codes, [(0, 0), (0, k % 2)])
+        arrays[LABELS] = codes[:, ::2] << 4 | codes[:, 1::2]
     else:
-        arrays[LABELS] = p.astype(np.float32).astype(DTYPES[spec.dtype])
+        arrays[LABELS] = p.astype(np.float32).astype(jnp.dtype(spec.dtype))
     return SoftLabels(spec, k, arrays)
 
 
@@ -213,6 +233,47 @@ def label(
 
     rows = lax.map(one, windows)
     return rows.reshape(-1, rows.shape[-1])[:n]
+
+
+def toward_class(probabilities: jax.Array, classes: jax.Array, weight: float) -> jax.Array:
+    """Corrects labels whose most probable class is not the image's own: (1 - weight) p + weight one-hot.
+
+    After NCFM (Wang et al. 2025), which replaces what the teacher gets wrong by a one-hot vector. Deviations: any
+    weight, and of probabilities; there it stands for logits, so that its softmax is nearly uniform. Labels that the
+    teacher gets right stay, unlike in distillation of networks (Hinton et al. 2015), which mixes the class into all.
+
+    Args:
+        probabilities: ``[n, k]``.
+        classes: Integers ``[n]``.
+        weight: 0 to 1.
+    """
+    wrong = probabilities.argmax(1) != classes
+    share = jnp.where(wrong, weight, 0.0)[:, None]
+    return (1 - share) * probabilities + share * jax.nn.one_hot(classes, probabilities.shape[1])
+
+
+def check_learned(spec: LabelSpec, objective: Objective) -> None:
+    """Tells whether labels that an objective learns are written, and those that are to be written are learned.
+
+    Raises:
+        ValueError: They are not.
+    """
+    learns, name = "labels" in jax.eval_shape(objective.init)[0], objective.spec.name
+    if learns != (spec.kind == "soft" and spec.teacher == "learned"):
+        expected = "kind=soft and teacher=learned" if learns else "another teacher than learned, or kind=hard"
+        raise ValueError(
+            f"labels: the objective {name} learns {'labels' if learns else 'no labels'}; expected {expected}, found "
+            f"kind={spec.kind} and teacher={spec.teacher}"
+        )
+
+
+def onto_simplex(rows: jax.Array) -> jax.Array:
+    """Returns the probabilities that are nearest to each row ``[n, k]``, by Euclidean distance.
+
+    For objectives that learn labels: their ``learned["labels"]`` are probabilities of all images in order, and
+    ``project`` keeps them such. They start one-hot, which no softmax of learned logits reaches.
+    """
+    return jax.vmap(optax.projections.projection_simplex)(rows)
 
 
 def _shared_out(parts: np.ndarray) -> np.ndarray:

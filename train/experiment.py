@@ -291,9 +291,10 @@ def _check_start(config: RunConfig) -> None:
 
 
 def _check_teacher(experiment: Experiment) -> None:
-    """Refuses experts as teachers where there are none or too few."""
+    """Refuses teachers where there are none or too few."""
     config, spec = experiment.config, experiment.config.labels
-    if spec.kind == "hard" or spec.teacher == "train":
+    labels.check_learned(spec, experiment.objective(experiment.codec))
+    if spec.kind == "hard" or spec.teacher != "experts":
         return
     if experiment.expert_window is None:
         raise ConfigError(

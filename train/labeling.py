@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,18 @@ from train.progress import Progress
 from train.rundir import RunDir
 
 PHASE = "teacher"
-# From decoded images [n, h, w, c] in [0, 1] to their labels; None where these are hard.
-Labeler = Callable[[jax.Array], labels.SoftLabels | None]
+
+
+class Labeler(Protocol):
+    """Labels decoded images ``[n, h, w, c]`` in [0,1] of classes ``[n]``, by default as many of each, in order.
+
+    `learned` is what an objective has learned beside them, its labels among it. None where labels are hard.
+    """
+
+    def __call__(
+        self, images: jax.Array, *, classes: Any = None, learned: Mapping[str, jax.Array] | None = None
+    ) -> labels.SoftLabels | None:
+        """Returns the labels as they are written."""
 
 
 def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir, progress: Progress) -> Labeler:
@@ -31,7 +41,7 @@ def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir,
 
     Args:
         experiment: The experiment.
-        experts: Those of trajectory matching.
+        experts: Those of the objective.
         run: Run directory.
         progress: Progress bars.
 
@@ -40,10 +50,12 @@ def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir,
     """
     spec = experiment.config.labels
     if spec.kind == "hard":
-        return lambda images: None
+        return lambda images, **_: None
+    if spec.teacher == "learned":
+        return lambda images, *, learned=None, **_: labels.pack(learned["labels"], spec) if learned else None
     teachers = _of_experts(experiment, experts) if spec.teacher == "experts" else _trained(experiment, run, progress)
 
-    def label(images: jax.Array) -> labels.SoftLabels:
+    def label(images: jax.Array, *, classes: Any = None, **_: Any) -> labels.SoftLabels:
         probabilities = labels.label(
             teachers,
             images,
@@ -51,9 +63,15 @@ def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir,
             temperature=spec.temperature,
             whitening=experiment.whitening,
         )
-        return labels.pack(probabilities, spec)
+        classes = in_order(*probabilities.shape) if classes is None else jnp.asarray(classes)
+        return labels.pack(labels.toward_class(probabilities, classes, spec.hard_weight), spec)
 
     return label
+
+
+def in_order(num_images: int, num_classes: int) -> jax.Array:
+    """Returns the classes ``[n]`` of as many images of each, in order."""
+    return jnp.arange(num_images) * num_classes // num_images
 
 
 def probabilities(soft: labels.SoftLabels | None) -> jax.Array | None:
@@ -61,10 +79,15 @@ def probabilities(soft: labels.SoftLabels | None) -> jax.Array | None:
     return None if soft is None else soft.probabilities()
 
 
+def giving(label: Labeler) -> Callable[[jax.Array], jax.Array | None]:
+    """Returns what gives images the labels of the teachers, as `probabilities`."""
+    return lambda images: probabilities(label(images))
+
+
 def agreement(soft: labels.SoftLabels) -> float:
     """Returns the share of images, in class-major order, whose most probable class is their own."""
     best = soft.probabilities().argmax(1)
-    return float(jnp.mean(best == jnp.arange(len(best)) * soft.num_classes // len(best)))
+    return float(jnp.mean(best == in_order(len(best), soft.num_classes)))
 
 
 def teacher_recipe(experiment: Experiment) -> evaluation.EvalSpec:
@@ -75,10 +98,11 @@ def teacher_recipe(experiment: Experiment) -> evaluation.EvalSpec:
 
 
 def _of_experts(experiment: Experiment, experts: Experts | None) -> Any:
-    """Returns the stacked weights of the first experts after the last epoch that the objective uses."""
+    """Returns the stacked weights of the first experts after their last epoch."""
     window, count = experiment.expert_window, experiment.config.labels.teachers
     assert experts is not None and window is not None
-    rows = jnp.stack([jnp.asarray(experts.row(index, window.last_epoch)) for index in range(count)])
+    last = experiment.config.experts.last_epoch(window)
+    rows = jnp.stack([jnp.asarray(experts.row(index, last)) for index in range(count)])
     return jax.vmap(flattener(experiment.network)[1])(rows)
 
 

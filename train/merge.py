@@ -201,7 +201,7 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
         environment = rundir.record_environment()
         if anew:
             label = labeling.label_stage(experiment, experts=None, run=rundir, progress=progress)
-            merged = dataclasses.replace(merged, soft=label(merged.images()))
+            merged = dataclasses.replace(merged, soft=label(merged.images(), classes=merged.labels))
         sizes = merged.save(rundir.path / synset.EXPORT)
         # What is evaluated is what was written, not what is in memory.
         written = gsdd_jax.load(rundir.path / synset.EXPORT)
