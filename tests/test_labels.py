@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from command_line import assert_same, findings, refused, start
 
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, labels, nets, training
+from gsdd_jax import SynSet, codecs, decode_numpy, labels, match, nets, training
 from gsdd_jax import evaluation as library
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import GaussianSpec, LatentSpec, PixelSpec
@@ -94,6 +95,26 @@ def test_top_k_of_equals_takes_the_lower_classes():
     assert packed.arrays["label_indices"].tolist() == [[0, 1]]
 
 
+def test_codes_of_uint4_are_those_worked_out_by_hand():
+    # 15 times the roots of 1, 1/4, 1/10 and 1/400 are 15, 7.5 (to even), 4.74 and 0.75; the last half byte is empty.
+    packed = labels.pack(
+        np.array([[0.2, 0.8, 0, 0], [0.08, 0.8, 0.002, 0.118]])[:, [1, 0, 2]] / [[1], [0.882]], soft("uint4")
+    )
+    assert packed.arrays["labels"].tolist() == [[0xF8, 0x00], [0xF5, 0x10]]
+    np.testing.assert_allclose(
+        packed.probabilities(), [[225 / 289, 64 / 289, 0], [225 / 251, 25 / 251, 1 / 251]], rtol=1e-6
+    )
+
+
+def test_uint4_is_nearer_to_the_labels_than_the_three_largest_in_uint8():
+    p = rows(200, 10, 2.0)
+    apart = {
+        spec: np.abs(np.asarray(labels.pack(p, spec).probabilities()) - p).sum(1).mean() / 2
+        for spec in (soft("uint4"), soft("uint8", 3))
+    }
+    assert 0.01 < apart[soft("uint4")] < 0.025 < 0.05 < apart[soft("uint8", 3)]
+
+
 @pytest.mark.parametrize("spec", [soft("bfloat16"), soft("uint8"), soft("float32", 3), soft("bfloat16", 3)])
 def test_what_is_read_sums_to_one_and_is_near_what_was_labeled(spec):
     p = rows(30, 12)
@@ -114,6 +135,7 @@ def test_what_is_read_sums_to_one_and_is_near_what_was_labeled(spec):
         (soft("float32", 3), 256, 6 * 3 * (4 + 1)),
         (soft("float32", 3), 257, 6 * 3 * (4 + 2)),
         (soft("uint8", 5), 1000, 6 * 5 * (1 + 2)),
+        (soft("uint4"), 7, 6 * 4),
     ],
 )
 def test_bytes_are_those_counted_by_hand_and_those_of_the_arrays(spec, k, expected):
@@ -126,6 +148,7 @@ def test_bytes_are_those_counted_by_hand_and_those_of_the_arrays(spec, k, expect
     ("spec", "k", "message"),
     [
         (soft(top_k=4), 4, r"labels.top_k: expected 0 \(all\) to 3 with 4 classes, found 4"),
+        (soft("uint4", 2), 4, r"labels.top_k: expected 0 \(all\) with labels.dtype=uint4, found 2"),
         (soft(top_k=1), 65537, r"labels.top_k: expected 0 \(all\) with 65537 classes, above 65536"),
     ],
 )
@@ -157,6 +180,9 @@ LINEAR = Network(
 )
 
 
+LINEAR_OF_16 = LINEAR._replace(init=lambda key: {"w": jax.random.normal(key, (16, 3))}, num_params=48)
+
+
 def test_labels_are_the_mean_softmax_of_the_teachers_whatever_the_batch():
     rng = np.random.default_rng(0)
     images, weights = rng.uniform(size=(7, 2, 3, 1)), rng.normal(size=(2, 6, 4))
@@ -180,6 +206,64 @@ def test_labels_are_the_mean_softmax_of_the_teachers_whatever_the_batch():
 def test_images_that_cannot_be_labeled_are_refused():
     with pytest.raises(ValueError, match=r"images: found float32 of shape \[0, 2, 3, 1\]; expected \[n, h, w, c\]"):
         labels.label({"w": jnp.zeros((1, 6, 4))}, jnp.zeros((0, 2, 3, 1)), network=LINEAR)
+
+
+def test_only_labels_whose_best_class_is_another_move_toward_their_own():
+    p = np.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1]], np.float32)
+    found = labels.toward_class(jnp.asarray(p), jnp.array([0, 2]), 0.75)
+    np.testing.assert_allclose(found, [[0.6, 0.3, 0.1], [0.15, 0.075, 0.775]], rtol=1e-6)
+
+
+def test_rows_come_back_as_the_nearest_probabilities():
+    rows = jnp.array([[1.5, 0.5, 0.1], [0.4, 0.4, 0.0], [0.2, 0.5, 0.3]])
+    # By hand: what is left positive is shifted alike until the sum is 1.
+    np.testing.assert_allclose(
+        labels.onto_simplex(rows), [[1, 0, 0], [7 / 15, 7 / 15, 1 / 15], [0.2, 0.5, 0.3]], atol=1e-6
+    )
+
+
+def learning(target: np.ndarray):
+    """Makes objectives that learn labels: one step of theirs leads to a target, rows of any numbers."""
+
+    def make(*arguments, **settings):
+        def loss(key, learned, carry, synthetic, batch):
+            return jnp.sum((learned["labels"] - target) ** 2), {}, carry
+
+        return match_make(*arguments, **settings)._replace(
+            loss=loss,
+            init=lambda: ({"labels": jnp.eye(3)}, ()),
+            optimizer=lambda: optax.sgd(0.5),
+            project=lambda learned: {"labels": labels.onto_simplex(learned["labels"])},
+        )
+
+    match_make = match.make
+    return make
+
+
+def test_labels_that_an_objective_learns_end_in_the_set_within_its_budget(monkeypatch, tmp_path):
+    target = np.array([[1.5, 0.5, 0.5], [0.1, 0.8, 0.1], [-1, 0.5, 0.5]])
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1), np.uint8)
+    settings = {"codec": PixelSpec(), "bytes_per_class": 66, "network": LINEAR_OF_16, "steps": 1, "progress": False}
+    learned = LabelSpec(kind="soft", teacher="learned", dtype="uint4")
+    arguments = jax.random.key(0), images, np.arange(6) % 3
+    with pytest.raises(ValueError, match="labels: the objective distribution learns no labels; expected another"):
+        gsdd_jax.distill(*arguments, label_spec=learned, **settings)
+    monkeypatch.setattr(match, "make", learning(target))
+    with pytest.raises(ValueError, match="learns labels; expected kind=soft and teacher=learned, found kind=hard"):
+        gsdd_jax.distill(*arguments, **settings)
+    found = gsdd_jax.distill(*arguments, label_spec=learned, **settings)
+    # An image of 64 bytes and a label of two for each class. 15 sqrt(1/8) = 5.3.
+    assert found.save(tmp_path)["payload"] == 3 * found.bytes_per_class == 3 * 66
+    assert found.soft.arrays["labels"].tolist() == [[0xF0, 0x00], [0x5F, 0x50], [0x0F, 0xF0]]
+    np.testing.assert_array_equal(gsdd_jax.load(tmp_path).soft_labels, found.soft_labels)
+
+
+def test_learned_labels_are_those_of_the_run_and_no_teacher_labels_what_has_none():
+    experiment = types.SimpleNamespace(config=types.SimpleNamespace(labels=LabelSpec(kind="soft", teacher="learned")))
+    label = labeling.label_stage(experiment, experts=None, run=None, progress=None)
+    images, p = jnp.zeros((3, 4, 4, 1)), rows(3, 5)
+    np.testing.assert_array_equal(label(images, learned={"labels": p}).probabilities(), p)
+    assert labeling.giving(label)(images) is None
 
 
 # Training on soft labels
@@ -281,13 +365,14 @@ def labeled(spec: LabelSpec) -> SynSet:
     return SynSet(codec, codec.init(None, images), 2000, ("a", "b", "c"), {}, labels.pack(rows(6, 3), spec))
 
 
-@pytest.mark.parametrize("spec", [soft(), soft("bfloat16"), soft("uint8", 2)])
+@pytest.mark.parametrize("spec", [soft(), soft("bfloat16"), soft("uint8", 2), soft("uint4")])
 def test_labels_come_back_from_the_file_and_are_part_of_its_bytes(spec, tmp_path):
     made = labeled(spec)
     sizes = made.save(tmp_path)
     read = gsdd_jax.load(tmp_path)
     np.testing.assert_array_equal(read.soft_labels, made.soft_labels)
     assert read.soft_labels.dtype == jnp.float32 and read.soft_labels.shape == (6, 3)
+    np.testing.assert_array_equal(decode_numpy.load(tmp_path).soft_labels, made.soft_labels)
     assert sizes["payload"] == made.nbytes == read.nbytes == 6 * 64 + sizes["labels"]
     assert sizes["labels"] == labels.nbytes(spec, 6, 3)
     assert (tmp_path / "synset.safetensors").stat().st_size == sizes["payload"] + sizes["header"]
@@ -318,11 +403,11 @@ def test_labels_of_another_number_of_images_are_not_saved(tmp_path):
             {"kind": "soft", "dtype": "float16", "top_k": 0},
             "labels: expected kind soft, dtype one of float32, bfloat16",
         ),
-        ({"kind": "soft", "dtype": "float32", "top_k": 3}, "top_k from 0 to 2, found"),
-        ({"kind": "soft", "dtype": "float32", "top_k": True}, "top_k from 0 to 2, found"),
-        ("soft", "top_k from 0 to 2, found 'soft'"),
+        ({"kind": "soft", "dtype": "float32", "top_k": 3}, "top_k from 0 to 2, 0 with uint4, found"),
+        ({"kind": "soft", "dtype": "float32", "top_k": True}, "top_k from 0 to 2, 0 with uint4, found"),
+        ("soft", "top_k from 0 to 2, 0 with uint4, found 'soft'"),
         ({"kind": "soft", "dtype": "uint8", "top_k": 2}, r"label_indices: expected uint8\[6, 2\], found nothing"),
-        (None, "top_k from 0 to 2, found 'None'"),
+        (None, "top_k from 0 to 2, 0 with uint4, found 'None'"),
     ],
 )
 def test_manifest_that_does_not_describe_the_labels_is_refused(entry, message, tmp_path):
@@ -338,6 +423,7 @@ def test_manifest_that_does_not_describe_the_labels_is_refused(entry, message, t
     [
         (soft(), "labels", np.nan, "labels: row 0: expected probabilities with sum 1, found a negative number or NaN"),
         (soft("uint8"), "labels", 255, "labels: row 0: expected probabilities with sum 1, found the sum"),
+        (soft("uint4"), "labels", 0xEE, "labels: row 0: expected 3 codes of 4 bits, the largest 15, found"),
         (soft("uint8", 2), "label_indices", 3, "label_indices: row 0: expected different classes of 0 to 2, found"),
         (soft("uint8", 2), "label_indices", None, "label_indices: row 0: expected different classes of 0 to 2, found"),
     ],
@@ -366,7 +452,7 @@ fit: {steps: 1}
 objective: {name: distribution, batch_real: 4}
 distill: {iterations: 0}
 evaluate: {steps: 2, batch: 16, seeds: 1}
-baselines: {pixel_codec: {dtype: bfloat16}, full_data: false, random_real: false}
+baselines: {pixel_codec: {dtype: bfloat16}, full_data: false, random_real: false, hard_labels: false}
 """
 
 
@@ -422,9 +508,12 @@ def test_continued_run_has_the_bits_of_an_undisturbed_one_and_trains_no_teacher_
     trained = []
     train_network = library.train_network
 
-    def count(key, *arguments, **settings):
+    real = experiments.prepare(configs.load(toy)).dataset.train_images
+
+    def count(key, images, *arguments, **settings):
+        np.testing.assert_array_equal(images, real)
         trained.append(len(trained))
-        return train_network(key, *arguments, **settings)
+        return train_network(key, images, *arguments, **settings)
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -454,9 +543,30 @@ def answers(monkeypatch):
     return seen
 
 
-def test_evaluation_of_a_run_trains_on_its_soft_labels(whole, answers):
-    assert evaluate.main(["--run", str(whole), "--quiet"]) == 0
-    np.testing.assert_array_equal(answers, [gsdd_jax.load(whole).soft_labels])
+def test_every_row_has_the_same_labels_and_is_tested_with_hard_ones_too(toy, tmp_path, answers):
+    out = tmp_path / "run"
+    assert start(toy, out, "baselines.random_real=true", "baselines.hard_labels=true") == 0
+    result = json.loads((out / "result.json").read_text())
+    for name in ("accuracy", "fit_only", "pixel", "random_real"):
+        assert (result[name]["labels"], result[name]["hard_labels"]["labels"]) == ("soft", "hard"), name
+    assert [one.ndim for one in answers] == [2] * 4 + [1] * 4
+    # Of random real images at the same precision: four in steps of 1/255, the others alike.
+    steps = 255 * np.sort(answers[3], 1)[:, -4:]
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
+    assert answers[3].shape == (10, 10) and np.ptp(np.sort(answers[3], 1)[:, :6], 1).max() == 0
+    assert (result["random_real"]["bytes_per_class"], result["random_real"]["label_bytes_per_class"]) == (264, 8)
+    assert "steps each | TFLOP each | with hard labels, % |" in (out / "table.md").read_text()
+
+
+def test_evaluation_of_a_run_trains_on_its_soft_labels_and_on_hard_ones(whole, tmp_path, answers):
+    out = tmp_path / "out.json"
+    settings = ["--quiet", "--out", str(out), "--networks", "convnet"]
+    assert evaluate.main(["--run", str(whole), *settings, "baselines.hard_labels=true"]) == 0
+    soft_ones, hard_ones = answers
+    np.testing.assert_array_equal(soft_ones, gsdd_jax.load(whole).soft_labels)
+    np.testing.assert_array_equal(hard_ones, np.repeat(np.arange(10), 4))
+    entry = json.loads(out.read_text())["networks"]["convnet"]
+    assert entry["mean"] == entry["hard_labels"]["mean"] == 0.5
 
 
 def test_ranking_takes_hard_labels(whole, answers, capsys):
@@ -478,14 +588,14 @@ def test_tests_while_distilling_train_on_soft_labels(toy, tmp_path, monkeypatch)
 
     monkeypatch.setattr(evaluation, "evaluate_stage", record)
     monkeypatch.setattr(evaluation, "as_stored", lambda codec, params: jnp.zeros((40, 8, 8, 1)))
-    state = types.SimpleNamespace(params=None, matcher=None)
+    state = types.SimpleNamespace(params=None, learned={"labels": p})
     with RunDir(tmp_path / "run") as run:
         tests = evaluation.PeriodicTests(
             experiment,
             experiment.codec,
             "distilled",
             4,
-            label=lambda images: labels.pack(p, soft()),
+            label=lambda images, learned: labels.pack(learned["labels"], soft()),
             run=run,
             progress=Progress(quiet=True),
         )
@@ -539,7 +649,11 @@ def test_agreement_counts_images_whose_best_class_is_their_own():
     [
         (
             ["labels.teacher=experts"],
-            "labels.teacher: only objective.name=trajectory has experts, found 'distribution'",
+            "objective.networks=experts or interpolated, has experts, found 'distribution'; expected train",
+        ),
+        (
+            ["labels.teacher=learned"],
+            "labels: the objective distribution learns no labels; expected another teacher than learned, or kind=hard",
         ),
         (
             ["labels.teacher=experts", "objective={name: trajectory}", "experts.count=1"],

@@ -111,6 +111,7 @@ class BaselineSpec:
     pixel: Annotated[bool, Doc("Pixels at the same bytes under the same objective, from real images.")] = True
     pixel_codec: Annotated[PixelSpec, Doc("Their codec.")] = PixelSpec()
     pixel_iterations: Annotated[int, Ge(0), Doc("Their outer steps; 0 = distill.iterations.")] = 0
+    hard_labels: Annotated[bool, Doc("Test every row that has soft labels with hard ones as well.")] = True
     full_data: Annotated[bool, Doc("The whole training set.")] = True
     full_data_steps: Annotated[int, Ge(0), Doc("Its training steps per network; 0 = as config.evaluate.")] = 0
     full_data_seeds: Annotated[int, Ge(0), Doc("Its number of networks; 0 = as config.evaluate.")] = 0

@@ -261,15 +261,14 @@ def run(
         state, tested = arm(codec, start, name="distilled", iterations=config.distill.iterations)
         accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
         distilled = _set_of(experiment, state.params, state.learned, now)
-        distilled = dataclasses.replace(distilled, soft=label(distilled.images()))
+        distilled = dataclasses.replace(distilled, soft=label(distilled.images(), learned=state.learned))
         sizes = distilled.save(rundir.path / synset.EXPORT)
         # What is evaluated is what was written, not what is in memory.
         written = gsdd_jax.load(rundir.path / synset.EXPORT)
         final = written.images()
         images["distilled"] = final
-        soft = {"distilled": written.soft_labels}
-        if "fit_only" in wanted:
-            soft["fit_only"] = labeling.probabilities(label(fitted_images))
+        # The other rows have labels of the same teachers, at the same precision.
+        soft = {"distilled": written.soft_labels, "full_data": None}
 
         pixel = None
         if "pixel" in wanted:
@@ -277,21 +276,28 @@ def run(
             state, accuracies["pixel"] = arm(pixel, start, name="pixel", iterations=pixel_iterations(config))
             drawn = as_stored(pixel, state.params)
             images["pixel"], lrs["pixel"] = drawn, evaluation_lr(experiment, state)
-            soft["pixel"] = labeling.probabilities(label(drawn))
-        rows = {
-            name: accuracies.get(name)
-            or evaluate_stage(
+            soft["pixel"] = labeling.probabilities(label(drawn, learned=state.learned))
+
+        def row(name: str, **others: Any) -> dict[str, Any]:
+            iteration = {"distilled": config.distill.iterations, "pixel": pixel_iterations(config)}.get(name)
+            return evaluate_stage(
                 experiment,
                 name,
                 images[name],
-                labels=soft.get(name),
                 run=rundir,
                 progress=progress,
                 lr=lrs.get(name),
-                iteration={"distilled": config.distill.iterations, "pixel": pixel_iterations(config)}.get(name),
+                iteration=iteration,
+                **others,
             )
-            for name in wanted
+
+        rows = {
+            name: accuracies.get(name) or row(name, labels=soft.get(name, labeling.giving(label))) for name in wanted
         }
+        if config.baselines.hard_labels:
+            for name, found in rows.items():
+                if found.get("labels") == "soft":
+                    found["hard_labels"] = row(name, test=f"{name}, hard labels")
         result = results.collect(
             experiment,
             rows,
@@ -349,13 +355,14 @@ def from_checkpoint(path: Path) -> tuple[synset.SynSet, Any]:
                 newest = checkpoints.newest(like)
             assert newest is not None
             step, found, _ = newest
-            made = _set_of(experiment, found.params, getattr(found, "learned", {}), environment())
+            learned = getattr(found, "learned", {})
+            made = _set_of(experiment, found.params, learned, environment())
             made.meta.update(phase=phase, step=step)
             experts = None
             if experiment.expert_window is not None and config.labels.teacher == "experts":
                 experts = stages.expert_stage(experiment, experiments.expert_path(config, path), progress=quiet)
             label = labeling.label_stage(experiment, experts=experts, run=rundir, progress=quiet)
-            return dataclasses.replace(made, soft=label(made.images())), found
+            return dataclasses.replace(made, soft=label(made.images(), learned=learned)), found
     raise UserError(f"--checkpoint: {path} has no checkpoint yet; expected one of main-fit or main-distill")
 
 

@@ -8,6 +8,8 @@ Across architectures, as in Table 14 of GSDD (five lines of table and the averag
 
     python -m train.evaluate --run DIR --networks alexnet vgg11 resnet18 vit convnet --recipe gsdd --out cross.json
 
+Of a set with soft labels, networks are trained with hard ones as well, unless ``baselines.hard_labels=false``.
+
 ``--recipe`` says how networks are trained: ``config``, ``gsdd`` or ``glad``, see `gsdd_jax.recipes`. Overrides such as
 ``evaluate.steps=100`` apply on top of it, to all networks. ``evaluate.lr_from=syn_lr`` takes the rate that trajectory
 matching learned (MTT).
@@ -45,6 +47,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+import jax.numpy as jnp
 
 from gsdd_jax import nets, recipes
 from gsdd_jax.evaluation import EvalSpec
@@ -196,19 +200,25 @@ def test_networks(
     """Trains and tests every network that is not in the file yet; returns the table."""
     augment = request.config.augment
     settings = {name: request.settings(name, spec, augment) for name, spec in request.specs.items()}
+    kinds = {"": bench.labels}
+    if request.synset.soft_labels is not None and request.config.baselines.hard_labels:
+        kinds["hard_labels"] = jnp.asarray(request.synset.labels)
+        settings = {name: {**known, "hard_labels": True} for name, known in settings.items()}
     entries = {name: results.known("networks", name, settings[name]) for name in networks}
     for name, network in networks.items():
         if entries[name] is not None:
             progress.say(f"{name}: kept from the file of results")
             continue
-        spec, began = request.specs[name], time.perf_counter()
-        with progress.phase(f"test {name}", total=spec.seeds) as bar:
-            training = bench.images, bench.labels
-            tested = train_and_test(request, bench, network, spec, augment, training, bar)
-        seconds = time.perf_counter() - began
-        entry = request.entry(tested, spec, settings[name], bench=bench, images=len(bench.images), seconds=seconds)
-        entries[name] = entry
-        results.keep("networks", name, entry)
+        spec, made = request.specs[name], dict[str, Any]()
+        for key, labels in kinds.items():
+            began = time.perf_counter()
+            with progress.phase(f"test {name}{key and ', hard labels'}", total=spec.seeds) as bar:
+                tested = train_and_test(request, bench, network, spec, augment, (bench.images, labels), bar)
+            seconds = time.perf_counter() - began
+            entry = request.entry(tested, spec, settings[name], bench=bench, images=len(bench.images), seconds=seconds)
+            made |= {key: entry} if key else entry
+        entries[name] = made
+        results.keep("networks", name, made)
     finished: dict[str, dict[str, Any]] = {name: entry for name, entry in entries.items() if entry is not None}
     others = {name: entry["mean"] for name, entry in finished.items() if name != request.maker}
     known = [mean for mean in others.values() if mean is not None]
@@ -217,7 +227,7 @@ def test_networks(
         {"mean": sum(known) / len(known), "networks": list(others)} if complete else None
     )
     own = finished.get(request.config.network.name)
-    keys = ("mean", "std", "n", "seeds", "per_class", "balanced", "accuracies")
+    keys = ("mean", "std", "n", "seeds", "per_class", "balanced", "accuracies", "hard_labels")
     results.content["accuracy"] = None if own is None else {key: own[key] for key in keys if key in own}
     results.save()
     uneven = testset.uneven(bench.test_set)
@@ -232,6 +242,7 @@ def test_networks(
 
 def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str, Any] | None, uneven: bool) -> str:
     height, width = request.size
+    hard = any("hard_labels" in entry for entry in entries.values())
     lines = [
         f"{request.run}: networks trained and tested at {height}x{width} px, recipe {request.recipe}",
         "",
@@ -240,13 +251,16 @@ def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str
     ]
     for name, entry in entries.items():
         made = " (made the set)" if name == request.maker else ""
-        balanced = "" if not uneven else f" {100 * entry['balanced']:.1f} |" if "balanced" in entry else " |"
-        cells = f"{testset.percent(entry)} | {entry['n']} | {entry['lr']:g} | {entry['steps']:,} |{balanced}"
+        more = f" {testset.percent(entry['hard_labels'])} |" if hard else ""
+        more += "" if not uneven else f" {100 * entry['balanced']:.1f} |" if "balanced" in entry else " |"
+        cells = f"{testset.percent(entry)} | {entry['n']} | {entry['lr']:g} | {entry['steps']:,} |{more}"
         lines.append(f"| {name}{made} | {cells}")
+    if hard:
+        lines[2:4] = [lines[2] + " with hard labels, % |", lines[3] + "---:|"]
     if uneven:
         lines[2:4] = [lines[2] + " mean over classes, % |", lines[3] + "---:|"]
     if cross is not None and len(cross["networks"]) > 1:
-        last = " | | | |" + " |" * uneven
+        last = " | | | |" + " |" * (hard + uneven)
         lines.append(f"| average of those that did not make the set | {100 * cross['mean']:.1f}{last}")
     return "\n".join(lines) + "\n"
 

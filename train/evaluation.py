@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from train.progress import Progress
 from train.rundir import RunDir, write_json
 
 EVALUATION = "evaluation.json"
+# Of images: soft labels [n, k], or [n]; None where the order says all, as many of each class.
+Labels = jax.Array | np.ndarray | None
 
 
 def evaluate_stage(
@@ -32,7 +34,8 @@ def evaluate_stage(
     *,
     run: RunDir,
     progress: Progress,
-    labels: jax.Array | np.ndarray | None = None,
+    labels: Labels | Callable[[jax.Array], Labels] = None,
+    test: str = "",
     seeds: Sequence[int] = (),
     lr: float | None = None,
     iteration: int | None = None,
@@ -46,27 +49,29 @@ def evaluate_stage(
         images: ``[n, h, w, c]`` class-major images in [0,1], for the other arms.
         run: Run directory.
         progress: Progress bars.
-        labels: Of the images: soft ones ``[n, k]``, or ``[n]``; None where the order says all, as many of each class.
+        labels: Of the images, or what gives images theirs.
+        test: Name of the test where an arm has several; that of the arm if empty.
         seeds: Of the networks; 0, 1, ... as config.evaluate says if empty.
         lr: Learning rate in place of that of config.evaluate.
         iteration: Outer steps that the images are from, where a run that is extended has others later.
 
     Returns:
-        ``{"mean", "std", "n", "seeds", "per_class", "balanced", "accuracies", "seconds", "images", "steps",
-        "images_seen", "lr"}``, where ``images_seen`` counts those of all steps of one network.
+        ``{"mean", "std", "n", "seeds", "per_class", "balanced", "accuracies", "seconds", "images", "labels", "steps",
+        "images_seen", "lr"}``, where ``images_seen`` counts those of all steps of one network, and ``labels`` is hard
+        or soft.
     """
     config, dataset = experiment.config, experiment.dataset
-    spec = evaluation_spec(experiment, arm)
+    spec, test = evaluation_spec(experiment, arm), test or arm
     seeds = seeds or range(spec.seeds)
     path, known = run.path / EVALUATION, known_tests(run)
-    entry = known.get(arm, {})
+    entry = known.get(test, {})
     if not entry or entry.get("iteration") != iteration:
-        entry = known[arm] = {"accuracies": {}, "seconds": 0.0}
+        entry = known[test] = {"accuracies": {}, "seconds": 0.0}
         entry |= {} if iteration is None else {"iteration": iteration}
     left = [seed for seed in seeds if str(seed) not in entry["accuracies"]]
     # Each network of random real images has a training set of its own.
     together = 1 if arm == "random_real" else spec.parallel
-    with progress.phase(f"test {arm}", total=len(seeds), done=len(seeds) - len(left)) as bar:
+    with progress.phase(f"test {test}", total=len(seeds), done=len(seeds) - len(left)) as bar:
         for group in (left[i : i + together] for i in range(0, len(left), together)):
             began = time.perf_counter()
             training = _training_set(experiment, arm, images, labels, group[0])
@@ -85,13 +90,14 @@ def evaluate_stage(
                 if not np.isfinite(accuracy):
                     rate = spec.lr if lr is None else lr
                     raise DivergedError(
-                        f"test {arm}: network {seed} diverged at a learning rate of {rate:g}; what was distilled is "
+                        f"test {test}: network {seed} diverged at a learning rate of {rate:g}; what was distilled is "
                         f"kept: python -m train.evaluate --run {run.path} evaluate.lr=... tests it"
                     )
                 entry["accuracies"][str(seed)] = float(accuracy)
                 entry.setdefault("hits", {})[str(seed)] = hits.tolist()
             entry["seconds"] += time.perf_counter() - began
             entry["images"] = len(training[0])
+            entry["labels"] = "hard" if training[1].ndim == 1 else "soft"
             write_json(path, known)
             stopping.raise_if_requested()
             bar.advance(len(group), f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
@@ -106,6 +112,8 @@ def evaluate_stage(
         "accuracies": values,
         "seconds": entry["seconds"],
         "images": entry["images"],
+        # Tests of before may not know it.
+        **({"labels": entry["labels"]} if "labels" in entry else {}),
         "steps": steps,
         "images_seen": steps * min(spec.batch, entry["images"]),
         "lr": spec.lr if lr is None else lr,
@@ -128,7 +136,11 @@ def known_tests(run: RunDir) -> dict[str, Any]:
 
 
 def _training_set(
-    experiment: Experiment, arm: str, images: jax.Array | None, labels: jax.Array | np.ndarray | None, seed: int
+    experiment: Experiment,
+    arm: str,
+    images: jax.Array | None,
+    labels: Labels | Callable[[jax.Array], Labels],
+    seed: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns images and labels that a network is trained on."""
     config, dataset = experiment.config, experiment.dataset
@@ -143,6 +155,7 @@ def _training_set(
         )
         images = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
     assert images is not None
+    labels = labels(images) if callable(labels) else labels
     if labels is not None:
         return images, jnp.asarray(labels)
     return images, jnp.repeat(jnp.arange(dataset.num_classes, dtype=jnp.int32), len(images) // dataset.num_classes)
@@ -212,7 +225,7 @@ class PeriodicTests:
             self._experiment,
             f"{self._arm} after {step}",
             images,
-            labels=probabilities(self._label(images)),
+            labels=probabilities(self._label(images, learned=state.learned)),
             run=self._run,
             progress=self._progress,
             # Fresh networks in every test.

@@ -79,7 +79,13 @@ def write(run_dir_path: str | os.PathLike[str], result: Mapping[str, Any], pictu
     versions = {name: version or "not installed" for name, version in (environment["versions"] or {}).items()}
     environment |= {"versions": versions, "started": [start.get("started", "?") for start in starts], "command": None}
     engine = jinja2.Environment(autoescape=True, trim_blocks=True)
-    engine.filters |= {"number": _number, "percent": _percent, "words": _words, "duration": _duration}
+    engine.filters |= {
+        "number": _number,
+        "percent": _percent,
+        "accuracy": _accuracy,
+        "words": _words,
+        "duration": _duration,
+    }
     page = engine.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")).render(
         policy=_POLICY,
         script=_SCRIPT,

@@ -82,12 +82,19 @@ def collect(
     """
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
     starts, history = read_environment(run.path), read_history(run.path)
-    label = labels.nbytes(config.labels, 1, dataset.num_classes)
-    own = codec.images_per_class, sizes["payload"] / dataset.num_classes, codec.images_per_class * label
-    spent = {"distilled": own, "fit_only": own}
+    label, values = labels.nbytes(config.labels, 1, dataset.num_classes), int(np.prod(dataset.image_shape))
+    # Images per class, and bytes of each without its label.
+    own = codec.images_per_class, (sizes["payload"] - sizes.get("labels", 0)) / codec.num_images
+    sets: dict[str, tuple[int, float]] = {"distilled": own, "fit_only": own}
     if pixel is not None:
-        each = int(np.prod(dataset.image_shape)) * storage.PIXEL_ITEMSIZE[pixel.spec.dtype] + label
-        spent["pixel"] = (pixel.images_per_class, pixel.images_per_class * each, pixel.images_per_class * label)
+        sets["pixel"] = pixel.images_per_class, values * storage.PIXEL_ITEMSIZE[pixel.spec.dtype]
+    sets["random_real"] = int(config.ipc), values * storage.ITEMSIZE["float32"]
+    spent = {}
+    for name, (images, size) in sets.items():
+        # Rows of before have the labels of the run, but for random real images, which had hard ones.
+        known = accuracies.get(name, {}).get("labels", "hard" if name == "random_real" else config.labels.kind)
+        of_labels = images * label * (known == "soft")
+        spent[name] = images, images * size + of_labels, of_labels
     return {
         **described(experiment, accuracies, spent, environment=environment, agreement=agreement),
         "num_points": getattr(codec.spec, "num_points", None),
@@ -118,9 +125,9 @@ def described(
     values, full = int(np.prod(dataset.image_shape)), len(dataset.train_labels) // dataset.num_classes
     # The training set is uint8; random real images count as float32, as the field counts.
     spent = {
-        **spent,
         "random_real": (int(config.ipc), int(config.ipc) * values * storage.ITEMSIZE["float32"], 0),
         "full_data": (full, full * values, 0),
+        **spent,
     }
     soft = dataclasses.asdict(config.labels) | {"agreement": agreement}
     flops = forward_flops(experiment.network, dataset.image_shape)
@@ -237,7 +244,8 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> list[BudgetRow]:
 def _seconds(run: RunDir, accuracies: dict[str, dict[str, Any]]) -> float:
     """Adds up the stages, over all starts of the run."""
     last = {entry["phase"]: entry["total_seconds"] for entry in read_metrics(run.path) if "total_seconds" in entry}
-    return sum(last.values()) + sum(entry["seconds"] for entry in accuracies.values())
+    tests = [*accuracies.values(), *(entry["hard_labels"] for entry in accuracies.values() if "hard_labels" in entry)]
+    return sum(last.values()) + sum(entry["seconds"] for entry in tests)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -261,18 +269,23 @@ def table(result: dict[str, Any]) -> str:
     counted = any((result.get(key) or {}).get("training_flops") for key in arms)
     if counted:
         lines[-2:] = [lines[-2] + " TFLOP each |", lines[-1] + "---:|"]
+    hard = any("hard_labels" in (result.get(key) or {}) for key in arms)
+    if hard:
+        lines[-2:] = [lines[-2] + " with hard labels, % |", lines[-1] + "---:|"]
     uneven = testset.uneven(result) and any("balanced" in (result.get(key) or {}) for key in arms)
     if uneven:
         lines[-2:] = [lines[-2] + " mean over classes, % |", lines[-1] + "---:|"]
     for key, label in arms.items():
         entry = result.get(key)
         if entry is None:
-            lines.append(f"| {label} | | | not run | | |{' |' * (counted + uneven)}")
+            lines.append(f"| {label} | | | not run | | |{' |' * (counted + hard + uneven)}")
             continue
         images, size = entry["images_per_class"], f"{entry['bytes_per_class']:,}"
         if entry.get("label_bytes_per_class"):
             size += f", labels {entry['label_bytes_per_class']:,}"
         cost = f" {entry['training_flops'] / 1e12:.3g} |" if entry.get("training_flops") else " |" if counted else ""
+        if hard:
+            cost += f" {testset.percent(entry.get('hard_labels', entry))} |"
         if uneven:
             cost += f" {100 * entry['balanced']:.1f} |" if "balanced" in entry else " |"
         lines.append(
