@@ -557,6 +557,22 @@ def _d3(_: str) -> str:
     return "\n".join(lines) + f"\n\n{_folded(runs)}"
 
 
+def _labels(name: str) -> str:
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    settings = record["settings"]
+    lines = [
+        f"{record['n']} images of {settings['set']}, labels of {settings['teachers']} experts at temperature "
+        f"{settings['temperature']:g}; their most probable class has {settings['largest']:.2f} on average, and is the "
+        f"image's own in {100 * settings['agreement']:.0f} % of cases:",
+        "",
+        "| stored | bytes of a label | total variation | divergence of what is read |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in record["results"]:
+        lines.append(f"| {row['stored']} | {row['bytes']} | {row['total_variation']:.4f} | {row['divergence']:.4f} |")
+    return "\n".join(lines) + f"\n\n{_commands([record])}"
+
+
 def _kind(spec: dict[str, Any]) -> str:
     return "hard" if spec["kind"] == "hard" else f"{spec['dtype']}, {spec['top_k'] or 'all'} largest"
 
@@ -726,6 +742,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "peers": _peers,
     "splat": _splat,
     "kernel_model": _kernel_model,
+    "labels": _labels,
     "matching": _objectives,
     "codecs": _codecs,
     "decode": _decode,

@@ -170,7 +170,7 @@ def pack(probabilities: jax.Array | np.ndarray, spec: LabelSpec) -> SoftLabels:
         rest = np.maximum(rest - p.sum(1), 0)
     if spec.dtype == "uint8":
         parts = np.column_stack([p, rest]) if spec.top_k else p
-        arrays[LABELS] = _shared_out(parts)[:, : p.shape[1]]
+        arrays[LABELS] = shared_out(parts, exchange.LABEL_STEPS)[:, : p.shape[1]]
     elif spec.dtype == "uint4":
         codes = np.round(exchange.LARGEST_CODE * np.sqrt(p / p.max(1, keepdims=True))).astype(np.uint8)
         codes = np.pad(codes, [(0, 0), (0, k % 2)])
@@ -276,11 +276,11 @@ def onto_simplex(rows: jax.Array) -> jax.Array:
     return jax.vmap(optax.projections.projection_simplex)(rows)
 
 
-def _shared_out(parts: np.ndarray) -> np.ndarray:
-    """Shares out ``exchange.LABEL_STEPS`` steps in each row in proportion to its parts, by largest remainder; uint8."""
-    exact = exchange.LABEL_STEPS * parts / parts.sum(1, keepdims=True)
+def shared_out(parts: np.ndarray, steps: int) -> np.ndarray:
+    """Shares out at most 255 steps in each row in proportion to its parts, by largest remainder; uint8."""
+    exact = steps * parts / parts.sum(1, keepdims=True)
     codes = np.floor(exact)
     order = np.argsort(-(exact - codes), axis=1, kind="stable")
-    left = exchange.LABEL_STEPS - codes.sum(1, keepdims=True)
+    left = steps - codes.sum(1, keepdims=True)
     np.put_along_axis(codes, order, np.take_along_axis(codes, order, 1) + (np.arange(parts.shape[1]) < left), 1)
     return codes.astype(np.uint8)

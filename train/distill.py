@@ -493,10 +493,15 @@ def plan(experiment: Experiment) -> str:
     size = labels.nbytes(config.labels, codec.num_images, codec.num_classes)
     if size:
         steps = labeling.teacher_recipe(experiment).num_steps(len(dataset.train_labels))
-        kind = f"trained for {steps} steps" if config.labels.teacher == "train" else "experts"
+        teachers = f"teachers: {config.labels.teachers}"
+        source = {
+            "train": f"{teachers} trained for {steps} steps",
+            "experts": f"{teachers} experts",
+            "learned": "learned with the images",
+        }
         lines.append(
             f"soft labels: {size} bytes, {size // codec.num_classes} per class, within the budget; "
-            f"teachers: {config.labels.teachers} {kind}"
+            f"{source[config.labels.teacher]}"
         )
     state = jax.eval_shape(lambda p: distillation.init_state(experiment.objective(codec), p), params)
     objective, on_host = experiment.objective(codec), config.distill.data == "host"

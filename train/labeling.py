@@ -53,7 +53,7 @@ def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir,
         return lambda images, **_: None
     if spec.teacher == "learned":
         return lambda images, *, learned=None, **_: labels.pack(learned["labels"], spec) if learned else None
-    teachers = _of_experts(experiment, experts) if spec.teacher == "experts" else _trained(experiment, run, progress)
+    teachers = of_experts(experiment, experts) if spec.teacher == "experts" else _trained(experiment, run, progress)
 
     def label(images: jax.Array, *, classes: Any = None, **_: Any) -> labels.SoftLabels:
         probabilities = labels.label(
@@ -97,7 +97,7 @@ def teacher_recipe(experiment: Experiment) -> evaluation.EvalSpec:
     return dataclasses.replace(recipe, epochs=spec.teacher_epochs, steps=spec.teacher_steps)
 
 
-def _of_experts(experiment: Experiment, experts: Experts | None) -> Any:
+def of_experts(experiment: Experiment, experts: Experts | None) -> Any:
     """Returns the stacked weights of the first experts after their last epoch."""
     window, count = experiment.expert_window, experiment.config.labels.teachers
     assert experts is not None and window is not None
