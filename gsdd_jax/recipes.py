@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from gsdd_jax.training import EvalSpec
 
-Recipe = Literal["config", "gsdd", "glad"]
+Recipe = Literal["config", "gsdd", "glad", "dance"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 # GSDD, appendix B.2: "the remaining" networks have 1e-2; it lists VGG11 and ResNet18, ConvNet is counted among them.
@@ -28,8 +28,11 @@ def recipe_for(recipe: Recipe, network: str, run: EvalSpec) -> EvalSpec:
       weight decay 5e-4, batch 256, 1000 epochs, rate up to half time and down along a cosine, 1e-4 for VGG11 and 1e-3
       for the others, mean of the weights with decay 0.995 per epoch, five networks. Deviations: the networks are tested
       once, at the end, where GLaD reports the best of all its tests; its ViT drops out, ours does not.
+    - ``dance``: the code of DANCE (Zhang et al. 2024), nearly that of IDC: SGD at 0.01 with momentum 0.9 and weight
+      decay 5e-4, batch 64, 1500 epochs, times 0.2 at 2/3 and 5/6, CutMix with probability 0.5. Deviation: tested once,
+      at the end, where DANCE reports the best of all its tests.
 
-    Augmentation is no part of a recipe; it is that of the run (GLaD: DSA; GSDD does not say).
+    DSA is no part of a recipe; it is that of the run (GLaD: DSA; DANCE: without cutout; GSDD does not say).
 
     Args:
         recipe: Name of the recipe.
@@ -44,6 +47,18 @@ def recipe_for(recipe: Recipe, network: str, run: EvalSpec) -> EvalSpec:
     """
     if recipe == "config":
         return run
+    if recipe == "dance":
+        return EvalSpec(
+            epochs=1500,
+            batch=64,
+            lr=0.01,
+            momentum=0.9,
+            weight_decay=5e-4,
+            schedule="multistep",
+            cutmix=0.5,
+            seeds=run.seeds,
+            parallel=run.parallel,
+        )
     if network not in _GLAD_LR:
         raise ValueError(f"network: {network!r}, recipe {recipe} is for one of {', '.join(_GLAD_LR)}")
     if recipe == "gsdd":

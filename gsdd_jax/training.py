@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from jax import lax
 from typing_extensions import Doc
 
@@ -44,13 +44,16 @@ class EvalSpec:
         5e-4
     )
     schedule: Annotated[
-        Literal["step", "cosine", "warmup_cosine"],
+        Schedule,
         Doc(
-            "step: a tenth from half time on, optimizer restarted (DC); cosine: to 0; warmup_cosine: linear from 0 to "
-            "half time, then cosine to 0 (GLaD)."
+            "constant; step: a tenth from half time on, optimizer restarted (DC); multistep: times 0.2 at 2/3 and 5/6 "
+            "(IDC, DANCE); cosine: to 0; warmup_cosine: linear from 0 to half time, then cosine to 0 (GLaD)."
         ),
     ] = "step"
     warmup_steps: Annotated[int, Ge(0), Doc("First steps over which the rate rises linearly.")] = 0
+    cutmix: Annotated[
+        float, Ge(0), Le(1), Doc("Probability that a batch is mixed by CutMix, beta 1 (DC: 0; IDC, DANCE: 0.5).")
+    ] = 0.0
     ema: Annotated[
         float,
         Ge(0),
@@ -108,7 +111,7 @@ def train_network(
     Args:
         key: decides the weights, the batches and the augmentations; consumed.
         images: [n, h, w, c], uint8 (divided by 255 batch by batch) or floating point as `pixels.check` says.
-        labels: int [n], in 0..k-1, or soft ones, float [n, k]; augmentation leaves them as they are.
+        labels: int [n], in 0..k-1, or soft ones, float [n, k]; of augmentations only CutMix changes them.
         network: what to train.
         spec: how.
         augment: DSA, with parameters per image; strategy "none" for none.
@@ -291,7 +294,7 @@ def _train(
     key_init, key_stream, key_augment = jax.random.split(key, 3)
     descent = optimizer(spec.optimizer, momentum=spec.momentum, weight_decay=spec.weight_decay)
     batch_of = partial(
-        training_batch, key_augment, steps=steps, network=network, augment=augment, mix=0.0, whitening=whitening
+        training_batch, key_augment, steps=steps, network=network, augment=augment, mix=spec.cutmix, whitening=whitening
     )
 
     def step(carry: tuple[Any, Any, jax.Array, Any], t: jax.Array) -> tuple[tuple[Any, Any, jax.Array, Any], None]:

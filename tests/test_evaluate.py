@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax.augment import DsaSpec
+from gsdd_jax.augment import DsaSpec, cutmix
 from gsdd_jax.evaluation import (
     EvalSpec,
     accuracy,
@@ -65,43 +65,18 @@ def test_toy_images_are_learned():
 
 
 def softmax_gradients(params, x, y):
-    """Gradients of the mean cross entropy of a linear classifier, float64."""
+    """Gradients of the mean cross entropy of a linear classifier to probabilities, float64."""
     logits = x @ params["w"] + params["b"]
     p = np.exp(logits - logits.max(1, keepdims=True))
-    p = p / p.sum(1, keepdims=True) - np.eye(3)[y]
+    p = p / p.sum(1, keepdims=True) - y
     return {"w": x.T @ p / len(y), "b": p.mean(0)}
 
 
-@pytest.mark.parametrize("schedule", ["step", "cosine"])
-def test_training_equals_pytorch_sgd_written_in_numpy(schedule):
-    # One batch holds all images, so that their order does not matter.
-    images, labels = toy(6, size=2)
-    spec = EvalSpec(steps=4, batch=99, lr=0.3, weight_decay=0.02, schedule=schedule, warmup_steps=2)
-    key = jax.random.key(3)
-    trained = train_network(key, images, labels, network=LINEAR, spec=spec, augment=NO_DSA)
-
-    untrained = train_network(key, images, labels, network=LINEAR, spec=spec, augment=NO_DSA, lr=0.0)
-    params = {name: np.asarray(value, np.float64) for name, value in untrained.items()}
-    assert np.abs(params["w"]).max() > 0.1
-    velocity = {name: np.zeros_like(value) for name, value in params.items()}
-    x = images.reshape(6, -1) / 255
-    factors = {"step": [0.5, 1, 0.1, 0.1], "cosine": [0.5, 1, 1, 0.5]}[schedule]
-    for t, factor in enumerate(factors):
-        grads = softmax_gradients(params, x, labels)
-        if schedule == "step" and t == 2:
-            velocity = {name: np.zeros_like(value) for name, value in params.items()}
-        for name in params:
-            velocity[name] = 0.9 * velocity[name] + grads[name] + 0.02 * params[name]
-            params[name] = params[name] - 0.3 * factor * velocity[name]
-    for name in params:
-        np.testing.assert_allclose(trained[name], params[name], atol=2e-6)
-
-
 def in_numpy(params, key, images, labels, spec):
-    """Trains LINEAR in float64; the batches and the factors on the rate are the library's own, tested elsewhere."""
+    """Trains LINEAR in float64; batches, CutMix and the factors on the rate are the library's, tested elsewhere."""
     n = len(images)
     batch, steps = min(spec.batch, n), spec.num_steps(n)
-    key_stream = jax.random.split(key, 3)[1]
+    _, key_stream, key_augment = jax.random.split(key, 3)
 
     @jax.jit
     def stream():
@@ -111,12 +86,16 @@ def in_numpy(params, key, images, labels, spec):
         return jax.lax.scan(cut, stream_start(key_stream, n), jnp.arange(steps))[1]
 
     batches = np.asarray(stream())
-    factors = np.asarray(jax.jit(lambda: lr_factor(jnp.arange(steps), spec.schedule, steps=steps))())
+    factors = np.asarray(
+        jax.jit(lambda: lr_factor(jnp.arange(steps), spec.schedule, steps=steps, warmup_steps=spec.warmup_steps))()
+    )
     state = {name: [np.zeros_like(value), np.zeros_like(value), 0] for name, value in params.items()}
     average, epochs = None, 0
     for t in range(steps):
-        index = batches[t]
-        grads = softmax_gradients(params, images[index].reshape(batch, -1) / 255, labels[index])
+        x, y = np.float32(images[batches[t]] / 255), np.eye(3, dtype=np.float32)[labels[batches[t]]]
+        if spec.cutmix:
+            x, y = map(np.asarray, cutmix(jax.random.fold_in(key_augment, steps + t), x, y, spec.cutmix))
+        grads = softmax_gradients(params, x.reshape(batch, -1), y)
         rate = spec.lr * float(factors[t])
         for name, (first, second, count) in state.items():
             g = grads[name] + spec.weight_decay * params[name]
@@ -143,6 +122,7 @@ def in_numpy(params, key, images, labels, spec):
         {"optimizer": "adam", "schedule": "step"},
         {"optimizer": "sgd", "schedule": "warmup_cosine", "ema": 0.995},
         {"optimizer": "sgd", "schedule": "step", "ema": 0.5},
+        {"optimizer": "sgd", "schedule": "multistep", "cutmix": 0.7, "warmup_steps": 2},
         {"optimizer": "adam", "schedule": "cosine", "ema": 0.4, "batch": 99},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
@@ -218,11 +198,13 @@ def test_recipes_are_those_of_their_sources_and_leave_the_rest_to_the_run(networ
     assert recipe_for("gsdd", network, RUN) == expected
     expected = EvalSpec(batch=256, lr=glad, schedule="warmup_cosine", ema=0.995, parallel=3)
     assert recipe_for("glad", network, RUN) == expected
-    assert expected.num_steps(200) == 1000 and (expected.momentum, expected.weight_decay) == (0.9, 5e-4)
+    expected = EvalSpec(epochs=1500, batch=64, schedule="multistep", cutmix=0.5, seeds=9, parallel=3)
+    assert recipe_for("dance", network, RUN) == expected
+    assert expected.num_steps(64) == 1500 and (expected.momentum, expected.weight_decay) == (0.9, 5e-4)
 
 
 def test_unknown_recipe_or_network_is_refused():
-    with pytest.raises(ValueError, match="recipe: 'mtt', must be one of config, gsdd, glad"):
+    with pytest.raises(ValueError, match="recipe: 'mtt', must be one of config, gsdd, glad, dance"):
         recipe_for("mtt", "vit", RUN)
     with pytest.raises(ValueError, match="network: 'lenet', recipe glad is for one of convnet, alexnet"):
         recipe_for("glad", "lenet", RUN)

@@ -104,6 +104,7 @@ def test_table_and_average_of_several_networks(run, mock, capsys):
     assert start(run, "--resolution", "32", "--networks", "vgg11", "vit", "convnet") == 0
     text = capsys.readouterr().out
     assert "networks trained and tested at 32x32 px, recipe config" in text
+    assert "\nEvery network: sgd, schedule step, batches of 16, DSA crop, no CutMix.\n" in text
     assert "| vgg11 | 50.0 ± 35.4 | 2 | 0.1 | 3 |" in text and "| vit | 50.0 ± 0.0 |" in text
     assert "| average of those that did not make the set | 50.0 |" in text
 
@@ -168,7 +169,7 @@ def test_resolution_renders_the_set_and_reads_the_data_at_that_size(run, mock, t
             "--networks: unknown network 'lenet'; allowed: convnet, alexnet, vgg11, resnet18, vit",
         ),
         (["--networks", "evaluate.seeds=1"], "--networks: expected one or more of convnet, alexnet"),
-        (["--recipe", "mtt"], "--recipe: unknown recipe 'mtt'; allowed: config, gsdd, glad"),
+        (["--recipe", "mtt"], "--recipe: unknown recipe 'mtt'; allowed: config, gsdd, glad, dance"),
         (["--resolution", "16x16"], "--resolution: expected a side in pixels such as 256, found '16x16'"),
         (["--resolution", "0"], "--resolution: expected a side in pixels"),
         (["--resolution", "16", "--size", "16x16"], "--size: --resolution sets the size"),
@@ -230,6 +231,13 @@ def test_file_of_other_settings_set_or_size_is_refused_and_kept(run, mock, tmp_p
     message = refused(capsys, start(run, "--out", out, "--resolution", "16"))
     assert f"{out} holds results with another data, another size: choose another file or delete it" in message
     assert out.read_bytes() == before and len(mock.calls) == count
+    # Settings that a file does not know yet have their default.
+    out.write_bytes(before.replace(b'"evaluate.cutmix": 0.0,', b""))
+    assert start(run, "--out", out) == 0 and len(mock.calls) == count
+    assert "evaluate.cutmix is 0.0 there and 0.5 now" in refused(
+        capsys, start(run, "--out", out, "evaluate.cutmix=0.5")
+    )
+    assert len(mock.calls) == count
     out.write_text("{half")
     assert f"{out} is damaged" in refused(capsys, start(run, "--out", out))
     out.write_text("[1]")
@@ -286,7 +294,8 @@ def test_ranking_of_digits_gives_scores_from_its_own_accuracies(run, tmp_path, c
 def test_ranking_chooses_the_rate_of_random_images_on_held_out_training_images(run, mock):
     # Of five rates the third does best with augmentation, the last one without.
     mock.answers = [0.9] + [0.5] * 2 + [0.1, 0.2, 0.8, 0.3, 0.4] + [0.6] * 2 + [0.5] * 2 + [0.1] * 4 + [0.2] + [0.6] * 2
-    assert start(run, "--ddranking") == 0
+    assert start(run, "--ddranking", "evaluate.cutmix=0.5") == 0
+    assert [call.spec.cutmix for call in mock.calls] == [0.5] * 10 + [0.0] * 9
     assert [call.augment.strategy for call in mock.calls] == ["crop"] * 10 + ["none"] * 9
     assert [(call.spec.steps, call.lr) for call in mock.calls[3:8] if (call.lr)] == [
         (3, lr) for lr in (1e-3, 5e-3, 1e-2, 5e-2, 1e-1)

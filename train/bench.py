@@ -162,10 +162,12 @@ class Results:
         entry = self.content[section].get(name)
         if entry is None:
             return None
+        # Settings that came later have the default that was the rule before.
+        there = {f"evaluate.{name}": value for name, value in vars(EvalSpec()).items()} | entry["settings"]
         differing = [
-            f"{key} is {json.dumps(entry['settings'].get(key))} there and {json.dumps(value)} now"
+            f"{key} is {json.dumps(there.get(key))} there and {json.dumps(value)} now"
             for key, value in settings.items()
-            if entry["settings"].get(key) != value
+            if there.get(key) != value
         ]
         if differing:
             raise UserError(

@@ -10,9 +10,9 @@ Across architectures, as in Table 14 of GSDD (five lines of table and the averag
 
 Of a set with soft labels, networks are trained with hard ones as well, unless ``baselines.hard_labels=false``.
 
-``--recipe`` says how networks are trained: ``config``, ``gsdd`` or ``glad``, see `gsdd_jax.recipes`. Overrides such as
-``evaluate.steps=100`` apply on top of it, to all networks. ``evaluate.lr_from=syn_lr`` takes the rate that trajectory
-matching learned (MTT).
+``--recipe`` says how networks are trained: ``config``, ``gsdd``, ``glad`` or ``dance``, see `gsdd_jax.recipes`.
+Overrides such as ``evaluate.steps=100`` apply on top of it, to all networks. ``evaluate.lr_from=syn_lr`` takes the rate
+that trajectory matching learned (MTT).
 
 Across resolutions, as in Table 17 of GSDD: a set distilled at 128 px, networks trained and tested at 256 and 512 px,
 with five and with six blocks::
@@ -59,7 +59,7 @@ from train.errors import UserError, exit_cleanly
 from train.experiment import WHEREABOUTS
 from train.progress import Progress
 from train.ranking import rank
-from train.results import exported
+from train.results import exported, trained
 from train.rundir import covered
 
 
@@ -246,6 +246,8 @@ def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str
     lines = [
         f"{request.run}: networks trained and tested at {height}x{width} px, recipe {request.recipe}",
         "",
+        trained(dataclasses.asdict(next(iter(request.specs.values()))), request.config.augment.strategy),
+        "",
         "| network | test accuracy, % | networks | learning rate | steps each |",
         "|---|---:|---:|---:|---:|",
     ]
@@ -256,9 +258,9 @@ def _table(request: Request, entries: dict[str, dict[str, Any]], cross: dict[str
         cells = f"{testset.percent(entry)} | {entry['n']} | {entry['lr']:g} | {entry['steps']:,} |{more}"
         lines.append(f"| {name}{made} | {cells}")
     if hard:
-        lines[2:4] = [lines[2] + " with hard labels, % |", lines[3] + "---:|"]
+        lines[4:6] = [lines[4] + " with hard labels, % |", lines[5] + "---:|"]
     if uneven:
-        lines[2:4] = [lines[2] + " mean over classes, % |", lines[3] + "---:|"]
+        lines[4:6] = [lines[4] + " mean over classes, % |", lines[5] + "---:|"]
     if cross is not None and len(cross["networks"]) > 1:
         last = " | | | |" + " |" * (hard + uneven)
         lines.append(f"| average of those that did not make the set | {100 * cross['mean']:.1f}{last}")

@@ -54,7 +54,9 @@ def rank(
     held_out, draw = _random_images(request, bench)
     spec = request.specs[name]
     full = config.baselines.full_data_steps or spec.steps, config.baselines.full_data_seeds or spec.seeds
-    specs = {arm.name: spec for arm in ARMS} | {"full_data": dataclasses.replace(spec, steps=full[0], seeds=full[1])}
+    plainly = dataclasses.replace(spec, cutmix=0.0)
+    specs = {arm.name: spec if arm.augmented else plainly for arm in ARMS}
+    specs |= {"full_data": dataclasses.replace(spec, steps=full[0], seeds=full[1])}
     augments = {arm.name: config.augment if arm.augmented else DsaSpec(strategy="none") for arm in ARMS}
     settings = {arm.name: request.settings(name, specs[arm.name], augments[arm.name]) for arm in ARMS}
     for arm in ARMS:

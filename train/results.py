@@ -14,6 +14,7 @@ import numpy as np
 
 from gsdd_jax import labels, nets, storage, synset
 from gsdd_jax.codecs import Codec
+from gsdd_jax.evaluation import EvalSpec
 from gsdd_jax.merged import MergedSet, load
 from train import testset
 from train.errors import UserError
@@ -262,6 +263,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['objective']} matching, {result['device']}",
         "",
         *_warning(result),
+        *_recipe(result),
         "| training set | images per class | bytes per class | test accuracy, % | networks | steps each |",
         "|---|---:|---:|---:|---:|---:|",
     ]
@@ -292,6 +294,26 @@ def table(result: dict[str, Any]) -> str:
             f"| {label} | {images} | {size} | {testset.percent(entry)} | {entry['n']} | {entry['steps']:,} |{cost}"
         )
     return "\n".join(lines) + "\n" + testset.below(result)
+
+
+def trained(evaluate: Mapping[str, Any], strategy: str) -> str:
+    """Says how the networks of a table were trained, but for the rate and the steps.
+
+    Args:
+        evaluate: Settings as of `EvalSpec`; those of before lack what came later, which has the default.
+        strategy: Operations of DSA.
+    """
+    spec = dataclasses.asdict(EvalSpec()) | dict(evaluate)
+    mixed = f"CutMix of {100 * spec['cutmix']:g} %" if spec["cutmix"] else "no CutMix"
+    return (
+        f"Every network: {spec['optimizer']}, schedule {spec['schedule']}, batches of {spec['batch']}, "
+        f"DSA {strategy}, {mixed}."
+    )
+
+
+def _recipe(result: dict[str, Any]) -> list[str]:
+    protocol = result.get("protocol") or {}
+    return [trained(protocol["evaluate"], protocol["augment"]), ""] if "evaluate" in protocol else []
 
 
 def _warning(result: dict[str, Any]) -> list[str]:
