@@ -494,14 +494,14 @@ def plan(experiment: Experiment) -> str:
     if size:
         steps = labeling.teacher_recipe(experiment).num_steps(len(dataset.train_labels))
         teachers = f"teachers: {config.labels.teachers}"
-        source = {
+        taught = {
             "train": f"{teachers} trained for {steps} steps",
             "experts": f"{teachers} experts",
             "learned": "learned with the images",
         }
         lines.append(
             f"soft labels: {size} bytes, {size // codec.num_classes} per class, within the budget; "
-            f"{source[config.labels.teacher]}"
+            f"{taught[config.labels.teacher]}"
         )
     state = jax.eval_shape(lambda p: distillation.init_state(experiment.objective(codec), p), params)
     objective, on_host = experiment.objective(codec), config.distill.data == "host"
