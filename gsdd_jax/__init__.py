@@ -28,6 +28,7 @@ if find_spec("jax") is not None:
     from gsdd_jax.gaussians import Gaussians
     from gsdd_jax.match import DistributionSpec as DistributionMatching
     from gsdd_jax.match import GradientSpec as GradientMatching
+    from gsdd_jax.match import KernelRidgeSpec as KernelRidgeRegression
     from gsdd_jax.match import MmdSpec as Mmd
     from gsdd_jax.match import TrajectorySpec as TrajectoryMatching
     from gsdd_jax.match import make as make_objective
@@ -45,6 +46,7 @@ __all__ = [
     "Dsa",
     "Gaussians",
     "GradientMatching",
+    "KernelRidgeRegression",
     "MergedSet",
     "Mmd",
     "PackedGaussians",

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,12 @@ from typing_extensions import Doc
 
 from gsdd_jax import exchange, pixels, storage
 from gsdd_jax.exchange import LABEL_INDICES, LABELS
-from gsdd_jax.match.base import Objective
 from gsdd_jax.nets import Network
 from gsdd_jax.training import inputs
 from gsdd_jax.whiten import Whitening
+
+if TYPE_CHECKING:
+    from gsdd_jax.match.base import Objective
 
 # Largest number of classes that uint16 can name.
 _MOST_CLASSES = 2**16

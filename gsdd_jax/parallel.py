@@ -1,9 +1,10 @@
 """The outer step on several devices.
 
-Distribution matching, gradient matching and the MMD term are sums over classes, and trajectory matching is a mean over
-segments of experts: these are what devices share out. Parameters and optimizer are held by every device, gradients are
-added up between them, and every device takes the same step. A step moves as many bytes as that sum does, which is small
-where a set is, and images never.
+Distribution matching, gradient matching and the MMD term are sums over classes, as kernel ridge regression is of real
+images, and trajectory matching is a mean over segments of experts: these are what devices share out. Parameters and
+optimizer are held by every device, gradients are added up between them, and every device takes the same step. A step
+moves as many bytes as that sum does, which is small where a set is, and images never: but for kernel ridge regression,
+which solves for all synthetic images at once and has every device gather them with their features.
 
 Every random number of a class is drawn as if one device had all classes, so that a run on several devices is the run
 on one, up to the rounding of sums.
@@ -63,6 +64,10 @@ class Axis:
     def sum(self, tree: Any) -> Any:
         """Adds up what the devices hold, leaf by leaf."""
         return tree if self.size == 1 else lax.psum(tree, AXIS)
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """Lays what the devices hold end to end along the first axis."""
+        return x if self.size == 1 else lax.all_gather(x, AXIS, tiled=True)
 
     def part(self, x: jax.Array) -> jax.Array:
         """Returns this device's part of a replicated number that ``sum`` is to give once."""

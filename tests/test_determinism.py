@@ -24,7 +24,7 @@ from test_codecs import CLASSES, SPECS, make
 from gsdd_jax import codecs, distillation, match, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import CodecSpec
-from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec
+from gsdd_jax.match import DistributionSpec, GradientSpec, KernelRidgeSpec, MmdSpec, TrajectorySpec
 from gsdd_jax.nets import NetSpec, build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,7 @@ class Case(NamedTuple):
 DISTRIBUTION = DistributionSpec(batch_real=4, batch_syn=2)
 # A network that is trained after the first of its two iterations.
 GRADIENT = GradientSpec(batch_real=4, outer_loop=2, inner_loop=1)
+KERNEL_RIDGE = KernelRidgeSpec(batch_real=4, learn_labels=True, pool=2, net_updates=2)
 TRAJECTORY = TrajectorySpec(syn_steps=2, batch_syn=3, expert_epochs=1, max_start_epoch=1)
 # The first way to store of each codec.
 FIRST = {spec.name: spec for spec in reversed(SPECS.values())}
@@ -50,6 +51,7 @@ GAUSSIAN, PACKED = FIRST["gaussian"], FIRST["packed_gaussian"]
 CASES = {name: Case(spec, DISTRIBUTION, strategy="none") for name, spec in FIRST.items()} | {
     "gaussian": Case(GAUSSIAN, DISTRIBUTION, default=True),
     "packed_gaussian, gradient": Case(PACKED, GRADIENT, strategy="flip"),
+    "packed_gaussian, kernel ridge": Case(PACKED, KERNEL_RIDGE),
     "packed_gaussian, trajectory and MMD": Case(PACKED, TRAJECTORY, MmdSpec(weight=1.0, samples=2), "flip"),
 }
 
@@ -132,7 +134,7 @@ def elsewhere(options) -> dict[str, dict[str, str]]:
 def test_cases_cover_every_codec_and_every_objective():
     assert {case.codec.name for case in CASES.values()} == set(codecs.SPECS)
     kinds = {type(case.objective) for case in CASES.values() if case.codec.name == "packed_gaussian"}
-    assert kinds == {DistributionSpec, GradientSpec, TrajectorySpec}
+    assert kinds == {DistributionSpec, GradientSpec, KernelRidgeSpec, TrajectorySpec}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -23,7 +23,7 @@ from gsdd_jax.batches import Data, batches, hold
 from gsdd_jax.codecs import GaussianSpec, LatentSpec
 from gsdd_jax.data import HostSampler
 from gsdd_jax.data.sampling import ClassTable, class_index, class_table, sample_classes
-from gsdd_jax.match import DistributionSpec, GradientSpec, MmdSpec, TrajectorySpec
+from gsdd_jax.match import DistributionSpec, GradientSpec, KernelRidgeSpec, MmdSpec, TrajectorySpec
 from gsdd_jax.parallel import Shard
 from kernels import compute_capability
 
@@ -58,6 +58,10 @@ CASES = {
     "distribution": Case(GAUSSIANS, DistributionSpec(batch_real=REAL, batch_syn=2, class_chunk=1), devices=3),
     # The second step matches gradients of a network that the first has trained.
     "gradient": Case(GAUSSIANS, GradientSpec(batch_real=REAL, class_chunk=2, outer_loop=2, inner_loop=1)),
+    # More classes to a device than divide evenly, so that what fills up is cut off.
+    "kernel ridge": Case(
+        GAUSSIANS, KernelRidgeSpec(batch_real=REAL, learn_labels=True, flip=True, pool=1, net_updates=2), devices=3
+    ),
     "trajectory": Case(
         GAUSSIANS,
         TrajectorySpec(segments=DEVICES, syn_steps=3, batch_syn=5, lr_lr=0.1),

@@ -17,6 +17,7 @@ from gsdd_jax.codecs import Codec
 from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.distribution import DistributionSpec, ExpertNetwork, distribution_loss
 from gsdd_jax.match.gradient import GradientSpec, gradient_loss
+from gsdd_jax.match.kernel_ridge import KernelRidgeSpec
 from gsdd_jax.match.mmd import MmdSpec, feature_mmd, mmd_loss, with_mmd
 from gsdd_jax.match.needs import (
     ExpertNetworks,
@@ -41,6 +42,7 @@ __all__ = [
     "ExpertWeights",
     "GradientSpec",
     "Held",
+    "KernelRidgeSpec",
     "MmdSpec",
     "Need",
     "Objective",
@@ -64,6 +66,7 @@ __all__ = [
 SPECS: dict[str, type] = {
     "distribution": DistributionSpec,
     "gradient": GradientSpec,
+    "kernel_ridge": KernelRidgeSpec,
     "trajectory": TrajectorySpec,
 }
 

@@ -19,7 +19,7 @@ from typing_extensions import Doc
 from gsdd_jax.nets import alexnet, convnet, microbatch, modules, resnet, vgg, vit
 from gsdd_jax.nets.conv import conv_general_dilated
 
-__all__ = ["NetSpec", "Network", "NetworkLike", "build", "conv_general_dilated", "cross_entropy"]
+__all__ = ["NetSpec", "Network", "NetworkLike", "build", "conv_general_dilated", "cross_entropy", "squared_error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,15 @@ class Network(NamedTuple):
         return call(images) if size == len(images) else microbatch.concatenated(call, size, images)
 
     def loss_and_gradient(
-        self, params: Any, images: jax.Array, labels: jax.Array, weights: jax.Array | None = None
+        self,
+        params: Any,
+        images: jax.Array,
+        labels: jax.Array,
+        weights: jax.Array | None = None,
+        *,
+        loss: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Returns the mean cross entropy of a batch, see `cross_entropy`, and its gradient to the weights.
+        """Returns the mean loss of a batch and its gradient to the weights.
 
         On a CPU a few images at a time, see `nets.microbatch`. Differentiable again, in reverse mode: what that needs
         of a part of the batch is computed anew.
@@ -94,15 +100,17 @@ class Network(NamedTuple):
             images: float [n, h, w, c].
             labels: int [n], or float [n, k].
             weights: float [n], those of the images in the mean; None for equal ones.
+            loss: (logits [n, k], labels) -> [n], such as `squared_error`; None for `cross_entropy`.
         """
+        of_each = loss or cross_entropy
         size = microbatch.size_of(self.init, self.apply, images.shape)
         weights = jnp.ones(len(images), images.dtype) if weights is None else weights
 
         def part(images: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
-            def loss(params: Any) -> jax.Array:
-                return jnp.sum(weights * cross_entropy(self._pair(params, images)[0], labels))
+            def total(params: Any) -> jax.Array:
+                return jnp.sum(weights * of_each(self._pair(params, images)[0], labels))
 
-            return jax.value_and_grad(loss)(params)
+            return jax.value_and_grad(total)(params)
 
         batch = images, labels, weights / weights.sum()
         if size == len(images):
@@ -177,6 +185,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     if labels.shape != logits.shape:
         raise ValueError(f"labels: {labels.shape[1]} classes, the network has {logits.shape[1]}")
     return -jnp.sum(labels * log_probabilities, axis=1)
+
+
+def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns 1/2 ||logits - label||^2 of each image, [...], for logits and labels [..., k]."""
+    return 0.5 * jnp.sum((logits - labels) ** 2, axis=-1)
 
 
 NetworkLike: TypeAlias = NetSpec | Network | linen.Module | Callable[..., Any]
