@@ -29,9 +29,9 @@ def size_of(init: Callable[[jax.Array], Any], apply: Callable[..., Any], shape: 
     n, *image_shape = shape
     if jax.default_backend() != "cpu" or n <= (most := _most(init, apply, tuple(image_shape))):
         return n
-    # A divisor leaves no shorter part, which would be compiled on its own.
+    # A divisor leaves no shorter part; else parts as equal as can be.
     divisor = next(size for size in range(most, 0, -1) if n % size == 0)
-    return divisor if 2 * divisor > most else most
+    return divisor if 2 * divisor > most else -(-n // -(-n // most))
 
 
 @lru_cache(maxsize=64)
@@ -44,11 +44,15 @@ def _most(init: Callable[[jax.Array], Any], apply: Callable[..., Any], image_sha
 
 
 def concatenated(fun: Callable[[jax.Array], Any], size: int, images: jax.Array) -> Any:
-    """Returns `fun(images)`, for a function of each image alone, from parts of `size` images."""
-    n, whole = len(images), len(images) // size * size
-    parts = lax.map(fun, images[:whole].reshape(-1, size, *images.shape[1:]))
-    outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), parts)
-    return outputs if whole == n else jax.tree.map(lambda *x: jnp.concatenate(x), outputs, fun(images[whole:]))
+    """Returns `fun(images)`, for a function of each image alone, from parts of `size` images.
+
+    The first images fill up the last part: a shorter one, compiled on its own, took a third of the time to compile the
+    gradient to 86 images.
+    """
+    n = len(images)
+    images = jnp.concatenate([images, images[: -n % size]])
+    parts = lax.map(fun, images.reshape(-1, size, *images.shape[1:]))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], parts)
 
 
 def summed(fun: Callable[..., Any], size: int, *batch: jax.Array) -> Any:
