@@ -312,6 +312,7 @@ ACCURACY = {
     "pixel, float32": "{name: pixel, optimizer: adam, lr: 0.01}",
     "pixel, bfloat16": "{name: pixel, dtype: bfloat16, optimizer: adam, lr: 0.01}",
     "pixel, uint8": "{name: pixel, dtype: uint8, optimizer: adam, lr: 0.01}",
+    "palette": "{name: palette, bits: 2}",
     "downscale, float32": "{name: downscale, factor: 2, optimizer: adam, lr: 0.01}",
     "downscale, bfloat16": "{name: downscale, factor: 2, dtype: bfloat16, optimizer: adam, lr: 0.01}",
     "downscale, uint8": "{name: downscale, factor: 2, dtype: uint8, optimizer: adam, lr: 0.01}",
@@ -370,8 +371,7 @@ def accuracies(args: argparse.Namespace) -> None:
         tried, found = tuned(base, [f"codec={codec}", *sizes], unseen, folder / "tune")
         chosen = min((row for row in found if row["loss"] is not None), key=lambda row: row["loss"])["overrides"]
         config = configs.load(CONFIG, [f"codec={codec}", *sizes, *chosen])
-        alone = dataclasses.replace(config.baselines, random_real=False, pixel=False, full_data=False, fit_only=False)
-        config = dataclasses.replace(config, baselines=alone, name=name)
+        config = dataclasses.replace(config, baselines=config.baselines.off(), name=name)
         fitted = folder / "tune" / ",".join(tried[0])
         experiment = experiments.prepare(config, dataset)
         result = distill.run(experiment, folder / "run", Progress(quiet=True), fitted=[fitted])

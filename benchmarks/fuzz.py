@@ -71,6 +71,7 @@ SETS: tuple[tuple[codecs.CodecSpec, tuple[int, int, int]], ...] = (
     (codecs.PackedFrequencySpec(coefficients=7, images_per_class=3, bits=5), SHAPE),
     (codecs.PixelSpec(dtype="uint8", images_per_class=3), SHAPE),
     (codecs.DownscaleSpec(factor=2, dtype="uint8", images_per_class=8), SHAPE),
+    (codecs.PaletteSpec(bits=3, images_per_class=2), SHAPE),
 )
 # Which of them have soft labels, and how these are written: precision and top_k.
 SOFT = {2: ("uint8", 1), 3: ("bfloat16", 0), 6: ("uint8", 0)}

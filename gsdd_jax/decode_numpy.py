@@ -304,6 +304,24 @@ def _pixel(manifest: Manifest) -> Decoder:
     return Decoder(lambda: {"images": array}, lambda arrays, size: resized(_pixel_values(arrays["images"]), size))
 
 
+def _palette(manifest: Manifest) -> Decoder:
+    (h, w, c), n = manifest.image_shape, manifest.num_images
+    bits = _setting(manifest, "bits", 8)
+    count = {"image": n, "class": manifest.num_classes, "set": 1}[_choice(manifest, "shared", "image", "class", "set")]
+    total = n * h * w * bits
+    layout = {"codes": Array("uint8", (-(-total // 8),)), "palettes": Array("uint8", (count, 2**bits, c))}
+
+    def decode(arrays: Arrays, size: Size) -> np.ndarray:
+        codes, padding = np.split(np.unpackbits(arrays["codes"]), [total])
+        if padding.any():
+            raise ValueError(f"codes: the {padding.size} bits after the last code must be 0")
+        chosen = packing.from_bits(codes, bits).reshape(count, -1, 1).astype(np.int64)
+        images = np.take_along_axis(_pixel_values(arrays["palettes"]), chosen, axis=1)
+        return resized(images.reshape(n, h, w, c), size)
+
+    return Decoder(lambda: layout, decode)
+
+
 def _downscale(manifest: Manifest) -> Decoder:
     h, w, c = manifest.image_shape
     f = _setting(manifest, "factor", FACTOR)
@@ -482,6 +500,7 @@ DECODERS: dict[str, Callable[[Manifest], Decoder]] = {
     "gaussian": _gaussian,
     "packed_gaussian": _packed_gaussian,
     "pixel": _pixel,
+    "palette": _palette,
     "downscale": _downscale,
     "frequency": _frequency,
     "packed_frequency": _packed_frequency,

@@ -17,6 +17,7 @@ SETTINGS = {
     "gaussian": ["images_per_class: 3"],
     "packed_gaussian": ["images_per_class: 4"],
     "pixel": [],
+    "palette": [],
     "downscale": ["factor: 2"],
     "frequency": ["coefficients: 8"],
     "packed_frequency": ["coefficients: 8"],

@@ -26,6 +26,7 @@ from gsdd_jax.codecs import (
     NeuralFieldSpec,
     PackedFrequencySpec,
     PackedGaussianSpec,
+    PaletteSpec,
     PixelSpec,
     SparseEpitomeSpec,
     SpectralSpec,
@@ -50,6 +51,8 @@ SPECS: dict[str, codecs.CodecSpec] = {
     "pixel": PixelSpec(),
     "pixel bfloat16": PixelSpec(dtype="bfloat16", optimizer="adam", images_per_class=3),
     "pixel uint8": PixelSpec(dtype="uint8", optimizer="adam", images_per_class=3),
+    "palette": PaletteSpec(bits=3, images_per_class=3),
+    "palette of a class": PaletteSpec(bits=2, images_per_class=3, shared="class", optimizer="sgd"),
     "downscale": DownscaleSpec(factor=2),
     "downscale padded": DownscaleSpec(factor=3, dtype="bfloat16", optimizer="adam", images_per_class=9),
     "downscale uint8": DownscaleSpec(factor=2, dtype="uint8", images_per_class=8),
@@ -109,6 +112,10 @@ def of_class(codec: codecs.Codec, i: int) -> Any:
     return i // codec.images_per_class
 
 
+def owner(codec: codecs.Codec, i: int) -> Any:
+    return i if codec.spec.shared == "image" else of_class(codec, i)
+
+
 def cell(codec: codecs.Codec, i: int) -> Any:
     f = codec.spec.factor
     height, width = (int(np.ceil(length / f)) for length in SHAPE[:2])
@@ -131,6 +138,7 @@ def remainder(codec: codecs.Codec, i: int) -> Any:
 
 TRAITS: dict[str, Traits] = {
     "packed_gaussian": Traits({"low": whole, "step": whole}, written={"low": "bfloat16", "step": "bfloat16"}),
+    "palette": Traits({"palettes": owner}, following=["palettes"], written={"palettes": "uint8"}),
     "downscale": Traits({"canvases": cell}),
     "frequency": Traits({"index": of_class}, fixed=["index"], written={"index": "uint8"}),
     "packed_frequency": Traits(

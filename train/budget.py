@@ -27,10 +27,10 @@ from train import compilation_cache, distill, testset
 from train import config as configs
 from train import experiment as experiments
 from train.errors import ConfigError, exit_cleanly
+from train.experiment import hold_out
 from train.progress import Progress
 from train.rundir import environment, write_json
 from train.stopping import on_sigterm
-from train.tune import hold_out
 
 # The paper's precision, and layouts whose sensitivity was measured on fits: bits of each number of position, Cholesky
 # factor and color.
@@ -168,7 +168,7 @@ def search(
     progress: Progress,
 ) -> dict[str, Any]:
     """Fits and tests every candidate, distills the best, and writes frontier.json, .md and .png into ``out``."""
-    alone = dataclasses.replace(config.baselines, fit_only=False, random_real=False, pixel=False, full_data=False)
+    alone = config.baselines.off()
     proxy = dataclasses.replace(config, baselines=alone, distill=dataclasses.replace(config.distill, iterations=0))
     rows = [_row(one, proxy, dataset, out / "fit" / one.name, progress) for one in found]
     best = sorted(range(len(found)), key=lambda i: -rows[i]["accuracy"]["mean"])[:keep]

@@ -8,12 +8,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, MinLen
 from typing_extensions import Doc
 
 from gsdd_jax import codecs, match
 from gsdd_jax.augment import DsaSpec
-from gsdd_jax.codecs import PixelSpec
+from gsdd_jax.codecs import PaletteSpec, PixelSpec
 from gsdd_jax.data import DataSpec
 from gsdd_jax.evaluation import EvalSpec
 from gsdd_jax.exchange import FORMER_NAMES, renamed
@@ -107,14 +107,38 @@ class BaselineSpec:
     """What stands beside the distilled set in the table of results, trained as config.evaluate says."""
 
     fit_only: Annotated[bool, Doc("The fitted images before distillation.")] = True
-    random_real: Annotated[bool, Doc("ipc real images per class, drawn anew for each network.")] = True
+    random_real: Annotated[bool, Doc("Real images stored by pixel_codec, drawn anew for each network.")] = True
     pixel: Annotated[bool, Doc("Pixels at the same bytes under the same objective, from real images.")] = True
-    pixel_codec: Annotated[PixelSpec, Doc("Their codec.")] = PixelSpec()
+    pixel_codec: Annotated[
+        Any,
+        Registered({"pixel": PixelSpec, "palette": PaletteSpec}, "pixel"),
+        Doc("Their codec, and how random real images are stored; without a name it is pixel."),
+    ] = PixelSpec()
     pixel_iterations: Annotated[int, Ge(0), Doc("Their outer steps; 0 = distill.iterations.")] = 0
     hard_labels: Annotated[bool, Doc("Test every row that has soft labels with hard ones as well.")] = True
+    compressed: Annotated[
+        tuple[Literal["webp", "avif", "jpeg"], ...],
+        Doc("Real images as such files, as many as the budget holds without headers: see gsdd_jax.compressed."),
+    ] = ()
+    compressed_select: Annotated[
+        tuple[Literal["random", "kmeans"], ...], Doc("How they are chosen: anew for each network, or by k-means.")
+    ] = ("random",)
+    compressed_qualities: Annotated[
+        tuple[Annotated[int, Ge(0), Le(100)], ...],
+        MinLen(1),
+        Doc("Their qualities, of which the best on held-out training images is taken."),
+    ] = (0, 10, 20, 40)
+    same_number: Annotated[
+        bool, Doc("As many random real images as distilled ones, uncompressed: not at equal bytes, but a ceiling.")
+    ] = False
     full_data: Annotated[bool, Doc("The whole training set.")] = True
     full_data_steps: Annotated[int, Ge(0), Doc("Its training steps per network; 0 = as config.evaluate.")] = 0
     full_data_seeds: Annotated[int, Ge(0), Doc("Its number of networks; 0 = as config.evaluate.")] = 0
+
+    def off(self) -> "BaselineSpec":
+        """Returns the settings with every row left out."""
+        none = {"fit_only": False, "random_real": False, "pixel": False, "same_number": False, "full_data": False}
+        return dataclasses.replace(self, compressed=(), **none)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

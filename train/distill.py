@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 experiment,
                 crew,
                 folder=experiments.expert_path(config, out),
-                pixel=lambda: _pixel_codec(experiment),
+                pixel=lambda: experiments.pixel_codec(experiment),
             )
             return 0
         result = run(experiment, out, Progress(quiet=args.quiet), crew=crew, extend=args.extend)
@@ -409,19 +409,9 @@ def _distilled(
 
 def _pixel_start(experiment: Experiment) -> tuple[codecs.Codec, Any]:
     """Returns the codec of the pixel baseline and its start, real images."""
-    codec = _pixel_codec(experiment)
+    codec = experiments.pixel_codec(experiment)
     real = experiments.real_images(experiment, codec, purpose="pixel_select", how="random")
     return codec, codec.init(experiment.key("start"), real)
-
-
-def _pixel_codec(experiment: Experiment) -> codecs.Codec:
-    return codecs.make(
-        experiment.config.baselines.pixel_codec,
-        image_shape=experiment.dataset.image_shape,
-        num_classes=experiment.dataset.num_classes,
-        bytes_per_class=experiment.bytes_per_class,
-        label_bytes=labels.nbytes(experiment.config.labels, 1, experiment.dataset.num_classes),
-    )
 
 
 def _fit_psnr(experiment: Experiment, fitted: jax.Array, targets: jax.Array) -> float | None:

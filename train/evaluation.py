@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import codecs, distillation, evaluation
-from train import stopping
+from gsdd_jax import codecs, distillation, evaluation, pixels
+from train import compressed, stopping
 from train.checkpoint import Checkpoints
 from train.errors import DivergedError, UserError
-from train.experiment import Experiment, real_images
+from train.experiment import Experiment, random_codec, real_images
 from train.labeling import Labeler, probabilities
 from train.progress import Progress
 from train.rundir import RunDir, write_json
@@ -44,8 +44,8 @@ def evaluate_stage(
 
     Args:
         experiment: The experiment.
-        arm: Row of the table. ``random_real`` draws its images anew for each network; ``full_data`` takes the
-            training set.
+        arm: Row of the table. ``random_real``, ``same_number`` and random compressed images are drawn anew for each
+            network; ``full_data`` takes the training set.
         images: ``[n, h, w, c]`` class-major images in [0,1], for the other arms.
         run: Run directory.
         progress: Progress bars.
@@ -69,12 +69,33 @@ def evaluate_stage(
         entry = known[test] = {"accuracies": {}, "seconds": 0.0}
         entry |= {} if iteration is None else {"iteration": iteration}
     left = [seed for seed in seeds if str(seed) not in entry["accuracies"]]
+    files = compressed.ARMS.get(arm)
+    # Tests of a row have one quality.
+    chosen = known.get(arm, entry)
+    if left and files is not None and "quality" not in chosen:
+        tried = chosen.setdefault("qualities", {})
+        with progress.phase(f"quality {arm}", total=len(config.baselines.compressed_qualities), done=len(tried)) as bar:
+
+            def keep() -> None:
+                write_json(path, known)
+                stopping.raise_if_requested()
+                bar.advance(1)
+
+            chosen["quality"] = compressed.choose_quality(experiment, files, spec, tried, keep)
     # Each network of random real images has a training set of its own.
-    together = 1 if arm == "random_real" else spec.parallel
+    together = 1 if arm.startswith("random_") or arm == "same_number" else spec.parallel
     with progress.phase(f"test {test}", total=len(seeds), done=len(seeds) - len(left)) as bar:
         for group in (left[i : i + together] for i in range(0, len(left), together)):
             began = time.perf_counter()
-            training = _training_set(experiment, arm, images, labels, group[0])
+            if files is None:
+                training = _training_set(experiment, arm, images, labels, group[0])
+            else:
+                training, size = compressed.training_set(
+                    experiment, dataset, files, chosen["quality"], group[0] if files.select == "random" else 0
+                )
+                if callable(labels) and (given := labels(pixels.as_float(training[0]))) is not None:
+                    training = training[0], jnp.asarray(given)
+                entry["bytes_per_class"] = max(size, entry.get("bytes_per_class", 0))
             tested = evaluation.evaluate_networks(
                 jnp.stack([experiment.key("evaluate", seed) for seed in group]),
                 *training,
@@ -117,6 +138,7 @@ def evaluate_stage(
         "steps": steps,
         "images_seen": steps * min(spec.batch, entry["images"]),
         "lr": spec.lr if lr is None else lr,
+        **{key: entry[key] for key in ("quality", "qualities", "bytes_per_class") if key in entry},
     }
 
 
@@ -143,17 +165,15 @@ def _training_set(
     seed: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns images and labels that a network is trained on."""
-    config, dataset = experiment.config, experiment.dataset
+    dataset = experiment.dataset
     if arm == "full_data":
         return jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
     if arm == "random_real":
-        pixels = codecs.make(
-            codecs.PixelSpec(images_per_class=int(config.ipc)),
-            image_shape=dataset.image_shape,
-            num_classes=dataset.num_classes,
-            bytes_per_class=experiment.bytes_per_class,
-        )
-        images = real_images(experiment, pixels, purpose="random_real", how="random", index=seed)
+        codec = random_codec(experiment)
+        real = real_images(experiment, codec, purpose="random_real", how="random", index=seed)
+        images = as_stored(codec, codec.init(experiment.key("start"), real))
+    if arm == "same_number":
+        images = real_images(experiment, experiment.codec, purpose="same_number", how="random", index=seed)
     assert images is not None
     labels = labels(images) if callable(labels) else labels
     if labels is not None:

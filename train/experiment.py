@@ -29,7 +29,11 @@ PURPOSES = (
     "random_real",
     "features",
     "teacher",
+    "compressed",
+    "same_number",
 )
+# Of the training images of a class, the share on which settings are compared.
+HELD_OUT = 0.1
 # Settings that say where data are, not which.
 WHEREABOUTS = ("data.source", "data.name", "data.path")
 
@@ -193,6 +197,10 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     synset.check_codec(codec)
     if config.fit.to == "real" and not config.fit.initial_set:
         data.require_per_class(dataset, codec.images_per_class, "codec.images_per_class")
+    if config.baselines.same_number:
+        data.require_per_class(dataset, codec.images_per_class, "baselines.same_number")
+    if config.baselines.compressed and shape[2] not in (1, 3):
+        raise ConfigError(f"baselines.compressed: expected images of 1 or 3 channels, found {shape[2]}; say []")
     data.require_per_class(dataset, 1, "objective.batch_real")
     network = nets.build(config.network, shape, classes)
     config = dataclasses.replace(config, objective=match.resolved(config.objective, config.ipc))
@@ -227,6 +235,23 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     made = Experiment(config, dataset, available, codec, network, every.train_images, asked, tested, whole, start)
     _check_teacher(made)
     return made
+
+
+def pixel_codec(experiment: Experiment, spec: Any = None) -> codecs.Codec:
+    """Returns the codec of the pixel baseline, or of another spec, whose images and labels fill the budget."""
+    return codecs.make(
+        experiment.config.baselines.pixel_codec if spec is None else spec,
+        image_shape=experiment.dataset.image_shape,
+        num_classes=experiment.dataset.num_classes,
+        bytes_per_class=experiment.bytes_per_class,
+        label_bytes=labels.nbytes(experiment.config.labels, 1, experiment.dataset.num_classes),
+    )
+
+
+def random_codec(experiment: Experiment) -> codecs.Codec:
+    """Returns what random real images are stored in: the codec of the pixel baseline, of as many as fit."""
+    spec = dataclasses.replace(experiment.config.baselines.pixel_codec, images_per_class=0)
+    return pixel_codec(experiment, spec)
 
 
 def _objective(config: RunConfig, codec: codecs.Codec, network: nets.Network) -> match.Objective:
@@ -307,10 +332,25 @@ def _check_teacher(experiment: Experiment) -> None:
         )
 
 
+def hold_out(dataset: data.Dataset) -> data.Dataset:
+    """Returns a dataset whose test set is the last tenth of each class's training images, taken out of them."""
+    labels = dataset.train_labels
+    held = np.zeros(len(labels), bool)
+    for label in range(dataset.num_classes):
+        own = np.flatnonzero(labels == label)
+        held[own[len(own) - max(1, round(HELD_OUT * len(own))) :]] = True
+    return dataset._replace(
+        train_images=dataset.train_images[~held],
+        train_labels=labels[~held],
+        test_images=dataset.train_images[held],
+        test_labels=labels[held],
+    )
+
+
 def real_images(experiment: Experiment, codec: codecs.Codec, *, purpose: str, how: str, index: int = 0) -> jax.Array:
     """Chooses real images for every image of a codec, class-major, as floats in [0,1]."""
     dataset = experiment.dataset
-    features = embed(experiment) if how == "kmeans" else None
+    features = embed(experiment, dataset.train_images) if how == "kmeans" else None
     chosen = fitting.select_images(
         experiment.key(purpose, index),
         dataset.train_labels,
@@ -322,16 +362,15 @@ def real_images(experiment: Experiment, codec: codecs.Codec, *, purpose: str, ho
     return pixels.as_float(dataset.train_images[chosen])
 
 
-def embed(experiment: Experiment, batch: int = 500) -> np.ndarray:
-    """Embeds the training set with a randomly initialized network, for k-means."""
-    network, dataset = experiment.network, experiment.dataset
+def embed(experiment: Experiment, images: np.ndarray, batch: int = 500) -> np.ndarray:
+    """Embeds real images with a randomly initialized network, for k-means."""
+    network = experiment.network
     params = network.init(experiment.key("features"))
 
     @jax.jit
     def features(images: jax.Array, whitening: Any) -> jax.Array:
         return network.outputs(params, whitening(images))[1]
 
-    images = dataset.train_images
     parts = [
         features(pixels.as_float(images[i : i + batch]), experiment.whitening) for i in range(0, len(images), batch)
     ]
@@ -351,6 +390,12 @@ def arms(config: RunConfig) -> Sequence[str]:
         "fit_only": config.baselines.fit_only and (bool(config.fit.initial_set) or fitted),
         "pixel": config.baselines.pixel and config.codec.name != "pixel",
         "random_real": config.baselines.random_real and config.ipc >= 1,
+        **{
+            f"{select}_{format}": True
+            for format in config.baselines.compressed
+            for select in config.baselines.compressed_select
+        },
+        "same_number": config.baselines.same_number,
         "full_data": config.baselines.full_data,
     }
     return [name for name, on in wanted.items() if on]

@@ -50,8 +50,8 @@ MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.sha256", "fit.initial_sha256", "base
 OVERRIDES = ("name", "data", "network", "augment", "evaluate", "baselines", "labels")
 # How the whole was tested, where its parts were chosen by tests.
 PAPER = "; the set of each subtask is the one of all tested iterations that was best on the test images of its classes"
-# Rows of the table beside the merged set. Fits and pixels are those of the subtasks.
-ARMS = ("distilled", "random_real", "full_data")
+# Rows that a merged set has no images for: fits and pixels are those of the subtasks.
+OF_SUBTASKS = ("fit_only", "pixel")
 
 
 class Subtask(NamedTuple):
@@ -221,8 +221,8 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
                 lr=lr if name == "distilled" else None,
                 labels=(own if soft is None else soft) if name == "distilled" else None,
             )
-            for name in ARMS
-            if name in experiments.arms(config)
+            for name in experiments.arms(config)
+            if name not in OF_SUBTASKS
         }
         agreement = None if soft is None else float(np.mean(np.asarray(soft).argmax(1) == own))
         result = _result(experiment, subtasks, rows, own=own, sizes=sizes, environment=environment, agreement=agreement)

@@ -131,7 +131,8 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arms in the order of the table; what an older result does not know of one is that of the whole run."""
     own = "GSDD" if result.get("codec") == "gaussian" else str(result.get("codec") or "Distilled")
     how = ", ".join(f"{result[key]} {key}" for key in ("codec", "objective") if result.get(key))
-    arms = {"accuracy": (own, how)} | _BASELINES
+    named = {key: (entry["label"], "") for key, entry in result.items() if isinstance(entry, dict) and "label" in entry}
+    arms = {"accuracy": (own, how)} | _BASELINES | named
     if result.get("initial_set"):
         arms["fit_only"] = "Initial set", "where distillation started from, a set that was there"
     size, gpc = result.get("bytes_per_class"), result.get("gpc")

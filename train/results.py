@@ -16,9 +16,9 @@ from gsdd_jax import labels, nets, storage, synset
 from gsdd_jax.codecs import Codec
 from gsdd_jax.evaluation import EvalSpec
 from gsdd_jax.merged import MergedSet, load
-from train import testset
+from train import compressed, testset
 from train.errors import UserError
-from train.experiment import Experiment
+from train.experiment import Experiment, random_codec
 from train.rundir import RunDir, read_command, read_environment, read_history, read_metrics, read_steps
 
 # How the networks of a protocol were tested.
@@ -83,18 +83,16 @@ def collect(
     """
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
     starts, history = read_environment(run.path), read_history(run.path)
-    label, values = labels.nbytes(config.labels, 1, dataset.num_classes), int(np.prod(dataset.image_shape))
+    label = labels.nbytes(config.labels, 1, dataset.num_classes)
     # Images per class, and bytes of each without its label.
     own = codec.images_per_class, (sizes["payload"] - sizes.get("labels", 0)) / codec.num_images
     sets: dict[str, tuple[int, float]] = {"distilled": own, "fit_only": own}
     if pixel is not None:
-        sets["pixel"] = pixel.images_per_class, values * storage.PIXEL_ITEMSIZE[pixel.spec.dtype]
-    sets["random_real"] = int(config.ipc), values * storage.ITEMSIZE["float32"]
+        sets["pixel"] = pixel.images_per_class, storage.nbytes(pixel.layout()) / pixel.num_images
     spent = {}
     for name, (images, size) in sets.items():
-        # Rows of before have the labels of the run, but for random real images, which had hard ones.
-        known = accuracies.get(name, {}).get("labels", "hard" if name == "random_real" else config.labels.kind)
-        of_labels = images * label * (known == "soft")
+        # Rows of before have the labels of the run.
+        of_labels = images * label * (accuracies.get(name, {}).get("labels", config.labels.kind) == "soft")
         spent[name] = images, images * size + of_labels, of_labels
     return {
         **described(experiment, accuracies, spent, environment=environment, agreement=agreement),
@@ -124,12 +122,25 @@ def described(
     """
     config, dataset = experiment.config, experiment.dataset
     values, full = int(np.prod(dataset.image_shape)), len(dataset.train_labels) // dataset.num_classes
-    # The training set is uint8; random real images count as float32, as the field counts.
-    spent = {
-        "random_real": (int(config.ipc), int(config.ipc) * values * storage.ITEMSIZE["float32"], 0),
-        "full_data": (full, full * values, 0),
-        **spent,
+    # Images per class, and bytes per class without labels; what is real is uint8.
+    real: dict[str, tuple[float, float]] = {
+        "same_number": (experiment.codec.images_per_class, experiment.codec.images_per_class * values),
+        "full_data": (full, full * values),
     }
+    named = {"same_number": "random real images in the same number, not at equal bytes"}
+    if how := precision(config.baselines.pixel_codec):
+        named |= {"pixel": f"pixels, {how}, distilled", "random_real": f"random real images, {how}"}
+    if "random_real" in accuracies:
+        stored = random_codec(experiment)
+        real["random_real"] = stored.images_per_class, storage.nbytes(stored.layout()) / dataset.num_classes
+    for name in accuracies.keys() & compressed.ARMS.keys():
+        entry = accuracies[name]
+        real[name] = entry["images"] / dataset.num_classes, entry["bytes_per_class"]
+        named[name] = compressed.ARMS[name].label(entry["quality"])
+    label, spent = labels.nbytes(config.labels, 1, dataset.num_classes), dict(spent)
+    for name, (images, size) in real.items():
+        of_labels = round(images * label) if accuracies.get(name, {}).get("labels") == "soft" else 0
+        spent[name] = images, size + of_labels, of_labels
     soft = dataclasses.asdict(config.labels) | {"agreement": agreement}
     flops = forward_flops(experiment.network, dataset.image_shape)
     rows: dict[str, Any] = dict.fromkeys(BASELINES)
@@ -140,6 +151,7 @@ def described(
             "bytes_per_class": round(size),
             "label_bytes_per_class": of_labels,
             "training_flops": None if flops is None else STEP_FLOPS * flops * entry["images_seen"],
+            **({"label": named[name]} if name in named else {}),
         }
     return {
         "name": config.name,
@@ -165,6 +177,13 @@ def described(
         },
         "data_sha256": dataset.fingerprint(),
     }
+
+
+def precision(spec: Any) -> str:
+    """Says how the pixel baseline is stored; '' = in float32, as the field counts."""
+    if spec.name == "palette":
+        return f"{2**spec.bits} colors per {spec.shared}"
+    return "" if spec.dtype == "float32" else spec.dtype
 
 
 def forward_flops(network: nets.Network, image_shape: tuple[int, int, int]) -> float | None:
@@ -256,6 +275,8 @@ def table(result: dict[str, Any]) -> str:
         "fit_only": f"{result['codec']}, {'initial set' if result.get('initial_set') else 'fitted only'}",
         "pixel": "pixels, distilled",
         "random_real": "random real images",
+        # Rows that not every run has name themselves.
+        **{key: entry["label"] for key, entry in result.items() if isinstance(entry, dict) and "label" in entry},
         "full_data": "whole training set",
     }
     lines = [

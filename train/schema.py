@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import core_schema
 from typing_extensions import Doc
 
 from train.errors import ConfigError
@@ -50,12 +51,20 @@ class Registered:
     The registry may grow until a config is read; `forget` lets what was read before see what came later.
     """
 
-    def __init__(self, specs: Mapping[str, type]):
-        self._specs = specs
+    def __init__(self, specs: Mapping[str, type], default: str = ""):
+        """Takes the specs, and the name that a section without one has; '' = it has to have one."""
+        self._specs, self._default = specs, default
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Lets pydantic validate the union of the specs."""
-        return handler.generate_schema(Tagged[typing.Union[tuple(self._specs.values())]])  # type: ignore[misc]  # noqa: UP007
+        union = handler.generate_schema(Tagged[typing.Union[tuple(self._specs.values())]])  # type: ignore[misc]  # noqa: UP007
+        if not self._default:
+            return union
+
+        def named(section: Any) -> Any:
+            return {TAG: self._default} | section if isinstance(section, dict) else section
+
+        return core_schema.no_info_before_validator_function(named, union)
 
 
 class _Documented(GenerateJsonSchema):

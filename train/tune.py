@@ -24,12 +24,11 @@ from train import compilation_cache, distill, testset
 from train import config as configs
 from train import experiment as experiments
 from train.errors import ConfigError, DivergedError, exit_cleanly
+from train.experiment import hold_out
 from train.progress import Progress
 from train.rundir import environment, read_metrics, write_json
 from train.stopping import on_sigterm
 
-# Of the training images of a class, the share on which settings are compared.
-HELD_OUT = 0.1
 # The loss of a combination is the mean of so much of its end, since single batches are noisy.
 END = 0.2
 
@@ -75,21 +74,6 @@ def _values(text: str) -> list[str]:
     if not key.strip() or not all(value.strip() for value in values.split(",")):
         raise ConfigError(f"--vary: expected KEY=V1,V2 such as codec.lr=0.003,0.01, found {text!r}")
     return [f"{key.strip()}={value.strip()}" for value in values.split(",")]
-
-
-def hold_out(dataset: data.Dataset) -> data.Dataset:
-    """Returns a dataset whose test set is the last tenth of each class's training images, taken out of them."""
-    labels = dataset.train_labels
-    held = np.zeros(len(labels), bool)
-    for label in range(dataset.num_classes):
-        own = np.flatnonzero(labels == label)
-        held[own[len(own) - max(1, round(HELD_OUT * len(own))) :]] = True
-    return dataset._replace(
-        train_images=dataset.train_images[~held],
-        train_labels=labels[~held],
-        test_images=dataset.train_images[held],
-        test_labels=labels[held],
-    )
 
 
 def search(
@@ -148,8 +132,7 @@ def search(
 
 def _alone(config: configs.RunConfig) -> configs.RunConfig:
     """Returns a config without the baselines."""
-    off = dataclasses.replace(config.baselines, fit_only=False, random_real=False, pixel=False, full_data=False)
-    return dataclasses.replace(config, baselines=off)
+    return dataclasses.replace(config, baselines=config.baselines.off())
 
 
 def table(result: dict[str, Any]) -> str:

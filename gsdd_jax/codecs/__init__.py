@@ -27,6 +27,7 @@ from gsdd_jax.codecs.memory import MemorySpec
 from gsdd_jax.codecs.neural_field import NeuralFieldSpec
 from gsdd_jax.codecs.packed import PackedGaussianSpec
 from gsdd_jax.codecs.packed_frequency import PackedFrequencySpec
+from gsdd_jax.codecs.palette import PaletteSpec
 from gsdd_jax.codecs.pixel import PixelSpec
 from gsdd_jax.codecs.sparse_epitome import SparseEpitomeSpec
 from gsdd_jax.codecs.spectral import SpectralSpec
@@ -45,6 +46,7 @@ __all__ = [
     "NeuralFieldSpec",
     "PackedFrequencySpec",
     "PackedGaussianSpec",
+    "PaletteSpec",
     "PixelSpec",
     "SparseEpitomeSpec",
     "SpectralSpec",
@@ -57,6 +59,7 @@ CodecSpec = (
     GaussianSpec
     | PackedGaussianSpec
     | PixelSpec
+    | PaletteSpec
     | DownscaleSpec
     | FrequencySpec
     | PackedFrequencySpec

@@ -1,0 +1,56 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gsdd_jax import compressed
+
+# Smooth, of different content: noise would fill files with its coefficients alone.
+Y, X = np.mgrid[:16, :16] / 16
+IMAGES = np.rint(
+    127.5 + 127 * np.sin(np.arange(1, 13).reshape(12, 1, 1, 1) * (X + Y * Y)[..., None] + np.arange(3))
+).astype(np.uint8)
+
+
+def saved(image: np.ndarray, format: str, quality: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format, quality=quality, **compressed.OPTIONS[format])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", compressed.OPTIONS)
+def test_only_what_tells_images_apart_is_counted(format):
+    files = [saved(image, format, 30) for image in IMAGES[:2]]
+    found = [compressed.compress(image, format, 30) for image in IMAGES[:2]]
+    assert found[0][1] != found[1][1]
+    # Padding to an even size; sizes in the unit's header of one byte or two.
+    slack = {"webp": 1, "avif": 1, "jpeg": 0}[format]
+    headers = [len(file) - size for file, (_, size) in zip(files, found, strict=True)]
+    assert abs(headers[0] - headers[1]) <= slack
+    if format == "webp":
+        assert headers[0] - 30 in (0, 1)
+    if format == "jpeg":
+        assert files[0][: headers[0] - 2] == files[1][: headers[1] - 2] and files[0][-2:] == b"\xff\xd9"
+    if format == "avif":
+        # The last unit of the file, which ends it.
+        assert files[0][-found[0][1] - 1] == found[0][1] & 127
+    for file, (decoded, _) in zip(files, found, strict=True):
+        np.testing.assert_array_equal(decoded, np.asarray(Image.open(io.BytesIO(file)).convert("RGB")))
+
+
+def test_images_of_all_classes_fill_the_budget_and_no_more():
+    candidates = [np.arange(6), np.arange(11, 5, -1)]
+    sizes = [compressed.compress(image, "jpeg", 10)[1] for image in IMAGES]
+    rounds = np.cumsum([sizes[a] + sizes[b] for a, b in zip(*candidates, strict=True)])
+    images, spent = compressed.fill(IMAGES, candidates, "jpeg", 10, int(rounds[3]) - 1)
+    assert len(images) == 2 * 3 and spent == rounds[2]
+    np.testing.assert_array_equal(images[3], compressed.compress(IMAGES[11], "jpeg", 10)[0])
+    assert compressed.fill(IMAGES, candidates, "jpeg", 10, int(rounds[0]) - 1)[0].shape == (0, 16, 16, 3)
+
+
+def test_gray_images_and_other_channels():
+    gray, size = compressed.compress(IMAGES[0, :8, :8, :1], "jpeg", 90)
+    assert gray.shape == (8, 8, 1) and size < 64 and np.abs(gray.astype(int) - IMAGES[0, :8, :8, :1]).max() < 30
+    with pytest.raises(ValueError, match="image: expected 1 or 3 channels, found 2"):
+        compressed.compress(IMAGES[0, ..., :2], "jpeg", 90)
