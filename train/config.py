@@ -137,8 +137,10 @@ class BaselineSpec:
 
     def off(self) -> "BaselineSpec":
         """Returns the settings with every row left out."""
-        none = {"fit_only": False, "random_real": False, "pixel": False, "same_number": False, "full_data": False}
-        return dataclasses.replace(self, compressed=(), **none)  # type: ignore[arg-type]
+        rows = [
+            field.name for field in dataclasses.fields(self) if field.type is bool or field.default in (True, False)
+        ]
+        return dataclasses.replace(self, compressed=(), **dict.fromkeys(rows, False))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

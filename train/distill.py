@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "distill.checkpoint_every",
     # Changes the rounding of sums: a run goes on with the machines there are.
     "distill.devices",
+    "baselines.hard_labels",
     "experts.path",
     "experts.train",
     # Which set it is says fit.initial_sha256.
