@@ -97,7 +97,7 @@ def test_demo_result_holds_everything_needed_to_cite_it(demo):
     assert (result["paper_ipc"], result["gpc"]) == (config.ipc, config.codec.images_per_class)
     assert result["bytes_per_class"] == config.ipc * 8 * 8 * 4
     assert result["num_points"] == result["bytes_per_class"] // (config.codec.images_per_class * 7 * 2)
-    for name in ("accuracy", "fit_only", "pixel", "random_real", "full_data"):
+    for name in ("accuracy", "fit_only", "pixel", "random_real", "random_jpeg", "full_data"):
         row = result[name]
         assert row["n"] == len(row["seeds"]) == len(row["accuracies"]) >= 2, name
         assert row["mean"] == pytest.approx(np.mean(row["accuracies"])), name
@@ -132,7 +132,8 @@ def test_demo_export_loads_and_weighs_what_was_counted(demo):
 def test_demo_report_shows_the_numbers(demo):
     result = json.loads((demo[0] / "result.json").read_text())
     html = (demo[0] / "report.html").read_text()
-    for name in ("accuracy", "fit_only", "pixel", "random_real", "full_data"):
+    assert result["random_jpeg"]["bytes_per_class"] <= 256 and result["random_jpeg"]["label"] in html
+    for name in ("accuracy", "fit_only", "pixel", "random_real", "random_jpeg", "full_data"):
         assert f"{100 * result[name]['mean']:.1f}" in html, name
     assert f"{result['bytes_per_class']:,}" in html and result["name"] in html
     assert html.count("data:image/png;base64,") >= 2

@@ -92,7 +92,7 @@ def test_defaults_are_those_of_the_chosen_spec_and_leave_out_what_has_none():
     found = defaults(load(Path(__file__).resolve().parent.parent / "configs" / "digits.yaml", ["codec.lr=0.7"]))
     assert found["codec"]["lr"] == 1e-3 and found["mmd"]["weight"] == 0 and found["labels"]["kind"] == "hard"
     assert "iterations" not in found["distill"] and found["distill"]["schedule"] == "constant"
-    assert found["baselines"]["pixel_codec"]["name"] == "pixel"
+    assert found["baselines"]["pixel_codec"]["name"] == "palette"
 
 
 def test_sections_become_instances_of_the_classes_themselves(read):

@@ -44,7 +44,12 @@ def test_config_holds_what_follows_from_data_and_budget():
     assert (made.config.objective.outer_loop, made.config.objective.inner_loop) == (10, 3)
     assert (made.asked.objective.outer_loop, made.asked.codec.num_points) == (0, 0)
     assert made.config.codec.num_points == made.codec.spec.num_points > 0
-    assert made.config.baselines.pixel_codec.images_per_class == 10
+    # 2,560 bytes hold 319 digits of 8 bytes beside a palette; no class has so many.
+    smallest = int(np.bincount(made.dataset.train_labels).min())
+    chosen = made.config.baselines.pixel_codec.images_per_class, experiments.random_codec(made).images_per_class
+    assert chosen == (smallest, smallest)
+    pixels = experiments.prepare(digits(*loops, "baselines.pixel_codec={}"))
+    assert pixels.config.baselines.pixel_codec == PixelSpec(images_per_class=10)
     assert made.config.data.sha256 == made.dataset.fingerprint()
     assert (made.config.data.resolution, made.config.data.channels) == (8, 1)
     # What a run stores leads to itself.
@@ -98,7 +103,7 @@ def test_arms_leave_out_what_makes_no_sense():
 
 def test_pixel_baseline_that_does_not_fit_names_the_way_out():
     with pytest.raises(ConfigError, match=r"baselines.pixel_codec: .*raise ipc .* or set baselines.pixel=false"):
-        experiments.prepare(digits("ipc=0.5", "codec.images_per_class=1"))
+        experiments.prepare(digits("ipc=0.5", "codec.images_per_class=1", "baselines.pixel_codec={name: pixel}"))
 
 
 def test_table_says_not_run_instead_of_zero():

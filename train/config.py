@@ -140,7 +140,8 @@ class BaselineSpec:
         rows = [
             field.name for field in dataclasses.fields(self) if field.type is bool or field.default in (True, False)
         ]
-        return dataclasses.replace(self, compressed=(), **dict.fromkeys(rows, False))
+        off: Any = dict.fromkeys(rows, False)
+        return dataclasses.replace(self, compressed=(), **off)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

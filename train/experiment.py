@@ -208,7 +208,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     baselines = config.baselines
     if baselines.pixel:
         try:
-            pixel = codecs.make(baselines.pixel_codec, **budget)
+            pixel = _filled(baselines.pixel_codec, dataset, budget)
             _objective(config, pixel, network)
             baselines = dataclasses.replace(baselines, pixel_codec=pixel.spec)
         except ValueError as error:
@@ -237,10 +237,10 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     return made
 
 
-def pixel_codec(experiment: Experiment, spec: Any = None) -> codecs.Codec:
-    """Returns the codec of the pixel baseline, or of another spec, whose images and labels fill the budget."""
+def pixel_codec(experiment: Experiment) -> codecs.Codec:
+    """Returns the codec of the pixel baseline, whose images and labels fill the budget."""
     return codecs.make(
-        experiment.config.baselines.pixel_codec if spec is None else spec,
+        experiment.config.baselines.pixel_codec,
         image_shape=experiment.dataset.image_shape,
         num_classes=experiment.dataset.num_classes,
         bytes_per_class=experiment.bytes_per_class,
@@ -249,9 +249,23 @@ def pixel_codec(experiment: Experiment, spec: Any = None) -> codecs.Codec:
 
 
 def random_codec(experiment: Experiment) -> codecs.Codec:
-    """Returns what random real images are stored in: the codec of the pixel baseline, of as many as fit."""
+    """Returns what random real images are stored in: the codec of the pixel baseline, of as many as fit unlabeled."""
+    dataset = experiment.dataset
+    budget = {
+        "image_shape": dataset.image_shape,
+        "num_classes": dataset.num_classes,
+        "bytes_per_class": experiment.bytes_per_class,
+    }
     spec = dataclasses.replace(experiment.config.baselines.pixel_codec, images_per_class=0)
-    return pixel_codec(experiment, spec)
+    return _filled(spec, dataset, budget)
+
+
+def _filled(spec: codecs.CodecSpec, dataset: data.Dataset, budget: Mapping[str, Any]) -> codecs.Codec:
+    """Builds a codec that starts from real images: of no more than each class has, where their number is open."""
+    codec, most = codecs.make(spec, **budget), int(np.bincount(dataset.train_labels).min())
+    if spec.images_per_class or codec.images_per_class <= most:
+        return codec
+    return codecs.make(dataclasses.replace(spec, images_per_class=most), **budget)
 
 
 def _objective(config: RunConfig, codec: codecs.Codec, network: nets.Network) -> match.Objective:
