@@ -138,7 +138,7 @@ WRONG = {
         ValueError,
         r"codec: made for 2 classes of images \[4, 4, 1\]; found 2 classes of \[8, 8, 1\]",
     ),
-    "experts": ({"objective": gsdd.TrajectoryMatching()}, ValueError, "experts: trajectory matching needs trained"),
+    "experts": ({"objective": gsdd.TrajectoryMatching()}, ValueError, "experts: this objective needs trained"),
     "network": ({"network": Linen(5)}, ValueError, "expected logits of 2 classes, found 5"),
     "diverging": ({"optimizer": optax.sgd(1e38)}, FloatingPointError, "loss not finite in step [23]; try a smaller"),
 }  # fmt: skip

@@ -637,7 +637,8 @@ def test_dry_run_of_pixels(toy, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-REGISTRIES = {"codec": codecs.SPECS, "objective": match.SPECS}
+PIXELS = {"pixel": codecs.PixelSpec, "palette": codecs.PaletteSpec}
+REGISTRIES = {"codec": codecs.SPECS, "objective": match.SPECS, "baselines.pixel_codec": PIXELS}
 
 
 def settings(cls, prefix="") -> set[str]:

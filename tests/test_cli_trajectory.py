@@ -236,4 +236,4 @@ def test_experts_for_another_objective_are_refused(toy, tmp_path, capsys):
     lines = [line for line in TOY.splitlines() if not line.startswith("objective:")]
     config.write_text("\n".join(lines))
     text = refused(capsys, train_experts(config))
-    assert "objective.name: experts are for trajectory, found 'distribution'" in text
+    assert "objective.name: expected trajectory, or distribution with objective.networks=experts" in text

@@ -58,12 +58,12 @@ CASES = {
     "distribution": Case(GAUSSIANS, DistributionSpec(batch_real=REAL, batch_syn=2, class_chunk=1), devices=3),
     # The second step matches gradients of a network that the first has trained.
     "gradient": Case(GAUSSIANS, GradientSpec(batch_real=REAL, class_chunk=2, outer_loop=2, inner_loop=1)),
-    # Regularized, for a system near to singular makes more of the rounding; and with a network that takes small steps,
-    # for the bias before a norm has no gradient but its rounding, of which Adam takes the sign.
+    # Regularized, for the solution of a system makes more of the rounding, by its condition; and with a network that
+    # takes small steps, for the bias before a norm has no gradient but its rounding, of which Adam takes the sign.
     "kernel ridge": Case(
         GAUSSIANS,
         KernelRidgeSpec(
-            batch_real=REAL, learn_labels=True, flip=True, regularization=0.1, pool=1, net_updates=2, net_lr=1e-6
+            batch_real=REAL, learn_labels=True, flip=True, regularization=10, pool=1, net_updates=2, net_lr=1e-7
         ),
         devices=3,
     ),

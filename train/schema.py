@@ -11,9 +11,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import core_schema
 from typing_extensions import Doc
 
 from train.errors import ConfigError
@@ -57,14 +56,12 @@ class Registered:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Lets pydantic validate the union of the specs."""
-        union = handler.generate_schema(Tagged[typing.Union[tuple(self._specs.values())]])  # type: ignore[misc]  # noqa: UP007
-        if not self._default:
-            return union
+        union: Any = Tagged[typing.Union[tuple(self._specs.values())]]  # type: ignore[misc]  # noqa: UP007
 
         def named(section: Any) -> Any:
-            return {TAG: self._default} | section if isinstance(section, dict) else section
+            return {TAG: self._default} | section if self._default and isinstance(section, dict) else section
 
-        return core_schema.no_info_before_validator_function(named, union)
+        return handler.generate_schema(Annotated[union, BeforeValidator(named)])
 
 
 class _Documented(GenerateJsonSchema):

@@ -86,7 +86,7 @@ def make(spec: KernelRidgeSpec, codec: Codec, network: Network, augment: DsaSpec
         like = jax.eval_shape(lambda params: (params, _ADAM.init(params)), params)
         age = jnp.arange(spec.pool, dtype=jnp.int32) * spec.net_updates // spec.pool
         pool = Pool(age, *jax.tree.map(lambda x: jnp.zeros((spec.pool, *x.shape), x.dtype), like))
-        return {"labels": jnp.repeat(jnp.eye(k), g, axis=0)} if spec.learn_labels else {}, pool
+        return {"labels": jnp.repeat(jnp.eye(k, dtype=jnp.float32), g, axis=0)} if spec.learn_labels else {}, pool
 
     def loss(
         key: jax.Array, learned: Any, carry: Pool, synthetic: Synthetic, batch: Batch
@@ -95,7 +95,7 @@ def make(spec: KernelRidgeSpec, codec: Codec, network: Network, augment: DsaSpec
         axis, shard = synthetic.axis, synthetic.shard
         which = jax.random.randint(key_which, (), 0, spec.pool)
         member = drawn(key_network, jax.tree.map(lambda x: x[which], carry), network)
-        classes = centered(jnp.eye(k))
+        classes = centered(jnp.eye(k, dtype=jnp.float32))
         labels = centered(learned["labels"]) if spec.learn_labels else jnp.repeat(classes, g, axis=0)
 
         def embed(images: jax.Array) -> jax.Array:
@@ -122,7 +122,7 @@ def make(spec: KernelRidgeSpec, codec: Codec, network: Network, augment: DsaSpec
             regularization=spec.regularization,
         )
         wanted = classes[shard.classes % k][:, None]
-        weight = (shard.classes < k)[:, None] / (k * real.shape[1])
+        weight = (shard.classes < k)[:, None].astype(found.dtype) / (k * real.shape[1])
         value = jnp.sum(weight * squared_error(found, jnp.broadcast_to(wanted, found.shape)))
         right = jnp.sum(weight * (found.argmax(-1) == shard.classes[:, None]))
         if spec.learn_labels and spec.label_margin:
