@@ -123,7 +123,7 @@ def described(
     config, dataset = experiment.config, experiment.dataset
     values, full = int(np.prod(dataset.image_shape)), len(dataset.train_labels) // dataset.num_classes
     # Images per class, and bytes per class without labels; what is real is uint8.
-    real: dict[str, tuple[float, float]] = {
+    real: dict[str, tuple[int, float]] = {
         "same_number": (experiment.codec.images_per_class, experiment.codec.images_per_class * values),
         "full_data": (full, full * values),
     }
@@ -135,12 +135,12 @@ def described(
         real["random_real"] = stored.images_per_class, storage.nbytes(stored.layout()) / dataset.num_classes
     for name in accuracies.keys() & compressed.ARMS.keys():
         entry = accuracies[name]
-        real[name] = entry["images"] / dataset.num_classes, entry["bytes_per_class"]
+        real[name] = entry["images"] // dataset.num_classes, entry["bytes_per_class"]
         named[name] = compressed.ARMS[name].label(entry["quality"])
     label, spent = labels.nbytes(config.labels, 1, dataset.num_classes), dict(spent)
-    for name, (images, size) in real.items():
-        of_labels = round(images * label) if accuracies.get(name, {}).get("labels") == "soft" else 0
-        spent[name] = images, size + of_labels, of_labels
+    for name, (count, alone) in real.items():
+        own = count * label if accuracies.get(name, {}).get("labels") == "soft" else 0
+        spent[name] = count, alone + own, own
     soft = dataclasses.asdict(config.labels) | {"agreement": agreement}
     flops = forward_flops(experiment.network, dataset.image_shape)
     rows: dict[str, Any] = dict.fromkeys(BASELINES)
