@@ -149,7 +149,7 @@ def distill(
         schedule: Of the codec's learning rate: ``cosine`` to 0, ``constant``, or a factor by step.
         optimizer: Any optax transformation for the codec's parameters; the codec's own if None.
         mmd: The MMD term (D3).
-        experts: Those of trajectory matching, see `gsdd_jax.experts`.
+        experts: Those of trajectory matching, or whose networks match; see `gsdd_jax.experts`.
         label_spec: How labels that the objective learns are written, within the budget: ``LabelSpec(kind="soft",
             teacher="learned", ...)``; hard ones if None.
         class_names: One per class; their numbers if empty.

@@ -75,11 +75,11 @@ def fill(
     spent = 0
     for round_ in zip(*candidates, strict=False):
         decoded, sizes = zip(*(compress(images[i], format, quality) for i in round_), strict=True)
-        spent_then = spent + sum(sizes) + beside * len(sizes)
-        if spent_then > budget:
+        total = spent + sum(sizes) + beside * len(sizes)
+        if total > budget:
             break
         taken.append(list(decoded))
-        spent = spent_then
+        spent = total
     rows = [image for own in zip(*taken, strict=True) for image in own]
     return np.array(rows, np.uint8).reshape(-1, *images.shape[1:]), spent
 

@@ -63,7 +63,7 @@ class DistillSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig(ExpertSpec):
-    """The experts of trajectory matching: how they are trained, where they are kept."""
+    """The experts of an objective: how they are trained, where they are kept."""
 
     path: Annotated[
         str, Doc("Folder of experts that runs may share, subtasks each in it; '' = experts in the run directory.")

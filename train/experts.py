@@ -1,4 +1,4 @@
-"""Train the experts of trajectory matching: ``python -m train.experts --config configs/NAME.yaml [key=value ...]``.
+"""Train the experts of an objective: ``python -m train.experts --config configs/NAME.yaml [key=value ...]``.
 
 Runs that share a folder of experts (``experts.path``) train them once. An interrupted training is continued by the
 same command. ``train.distill`` does all of this by itself where experts are missing.

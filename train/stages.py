@@ -250,7 +250,7 @@ def follow(experiment: Experiment, crew: Crew, *, folder: Path, pixel: Callable[
     Args:
         experiment: The leader's.
         crew: The processes of the run.
-        folder: Of the experts of trajectory matching.
+        folder: Of the experts.
         pixel: Builds the codec of the pixel baseline.
 
     Raises:

@@ -75,8 +75,8 @@ def make(spec: PaletteSpec, image_shape: tuple[int, int, int], num_classes: int)
     def init(key, images):
         images = jnp.asarray(images, jnp.float32)
         palettes = start(grouped(images), 2**spec.bits)
-        steps = jax.lax.fori_loop(0, START_STEPS, lambda _, colors: means(grouped(images), colors), palettes)
-        return {IMAGES: images, PALETTES: steps}
+        palettes = jax.lax.fori_loop(0, START_STEPS, lambda _, colors: means(grouped(images), colors), palettes)
+        return {IMAGES: images, PALETTES: palettes}
 
     def decode(params, index=None, *, size=None, key=None):
         del key
