@@ -1,8 +1,10 @@
 """Run configurations: a YAML file, its smoke block and overrides in; one frozen dataclass, or one clear line, out."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
+import json
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -297,6 +299,16 @@ def _parsed_override(override: str) -> tuple[Place, Any]:
         return place, renamed(value, ".".join(place))
     except ValueError as error:
         raise ConfigError(f"{error} (in override {override})") from None
+
+
+def choices(override: str) -> list[str]:
+    """Splits ``key=v1,v2`` into ``key=v1`` and ``key=v2``; commas within lists, mappings and quotes stay."""
+    key, equals, text = override.partition("=")
+    with contextlib.suppress(ConfigError):
+        values = yaml12.parse(f"[{text}]", source=override)
+        if equals and len(values) > 1:
+            return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for value in values]
+    return [override]
 
 
 def _begun_anew(cls: type, data: Any, changes: Sequence[Change]) -> list[Change]:

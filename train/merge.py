@@ -1,9 +1,8 @@
 """Merge the subtasks of a federated distillation: ``python -m train.merge RUN... [--out DIR] [key=value ...]``.
 
-``subtasks=k`` splits the classes of an experiment into k runs that know nothing of each other, for any scheduler to
-start. On one machine, two at a time::
+``subtasks=k`` splits the classes of an experiment into k runs that know nothing of each other. `train.launch` starts
+them and this command; where something else does, it takes their directories::
 
-    seq 0 4 | xargs -P 2 -I{} python -m train.distill --config configs/digits.yaml subtasks=5 subtask={} --quiet
     python -m train.merge runs/digits/subtask*
 
 The merged set is written as a run directory, so that ``python -m train.evaluate --run DIR`` and `gsdd_jax.load` take it

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug or None), on_sigterm():
         compilation_cache.enable()
-        varied = [_values(text) for text in args.vary]
+        varied = [configs.choices(text) for text in args.vary]
         chosen = [list(one) for one in itertools.product(*varied)]
         found: list[configs.RunConfig] = [
             configs.load(args.config, [*args.overrides, *one], smoke=args.smoke) for one in chosen
@@ -66,14 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print((out / "tune.md").read_text())
         print("best: " + " ".join(result["best"]))
     return 0
-
-
-def _values(text: str) -> list[str]:
-    """Splits ``key=v1,v2`` into ``key=v1`` and ``key=v2``."""
-    key, _, values = text.partition("=")
-    if not key.strip() or not all(value.strip() for value in values.split(",")):
-        raise ConfigError(f"--vary: expected KEY=V1,V2 such as codec.lr=0.003,0.01, found {text!r}")
-    return [f"{key.strip()}={value.strip()}" for value in values.split(",")]
 
 
 def search(
