@@ -112,16 +112,15 @@ def test_oracle_gradient_equals_real_finite_differences():
             assert slope == pytest.approx(gradient[leaf][index], rel=1e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize("cutoff", [0.0, DEFAULT_CUTOFF, 0.1])
+@pytest.fixture(scope="module")
+def for_users(default_code):
+    """Values and gradients in the code that users get."""
+    return jax.jit(value_and_gradient.__wrapped__, static_argnames=SETTINGS, compiler_options=default_code)
+
+
 @pytest.mark.parametrize("name", scenes.HOSTILE)
-def test_hostile_scenes_match_the_oracle(name, cutoff):
-    assert_matches_oracle(scenes.HOSTILE[name](), {"cutoff": cutoff})
-
-
-def test_hostile_scenes_match_the_oracle_in_the_code_that_users_get(default_code):
-    both = jax.jit(value_and_gradient.__wrapped__, static_argnames=SETTINGS, compiler_options=default_code)
-    for build in scenes.HOSTILE.values():
-        assert_matches_oracle(build(), {"cutoff": DEFAULT_CUTOFF}, both=both)
+def test_hostile_scenes_match_the_oracle(name, for_users):
+    assert_matches_oracle(scenes.HOSTILE[name](), {"cutoff": DEFAULT_CUTOFF}, both=for_users)
 
 
 @pytest.mark.parametrize("name", scenes.shaped())
@@ -130,30 +129,26 @@ def test_other_shapes_sizes_and_supersampling_match_the_oracle(name):
     assert_matches_oracle(g, {"cutoff": DEFAULT_CUTOFF} | settings)
 
 
-@pytest.mark.parametrize("supersample", [2, 3])
-def test_float64_matches_the_oracle_to_its_precision(supersample):
+def test_float64_matches_the_oracle_to_its_precision():
     # At this precision a wrong formula cannot hide behind rounding, not even in the needles.
     both = functools.partial(value_and_gradient, draw=draw_in_the_precision_of_the_leaves)
     with jax.enable_x64(True):
         for build in scenes.HOSTILE.values():
             g = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), build())
-            settings = {"cutoff": 0.0, "supersample": supersample}
+            settings = {"cutoff": 0.0, "supersample": 3}
             assert_matches_oracle(g, settings, FLOAT64_TOLERANCE, FLOAT64_TOLERANCE, both)
 
 
-@pytest.mark.parametrize("x64", [False, True])
-def test_images_are_float32_whatever_the_leaves_are(x64):
+def test_images_are_float32_whatever_the_leaves_are():
     single = scenes.random(n=1, m=2, size=(5, 4))
     double, half = (jax.tree.map(lambda x, to=to: np.asarray(x).astype(to), single) for to in ("f8", jnp.bfloat16))
-    with jax.enable_x64(x64):
-        images = render(double)
-        assert images.dtype == jax.eval_shape(render, half).dtype == jnp.float32
-        assert np.array_equal(images, render(single))
-        assert jax.grad(lambda g: jnp.sum(render(g)))(double).mean.dtype == (jnp.float64 if x64 else jnp.float32)
+    with jax.enable_x64(True):
+        assert jax.eval_shape(render, double).dtype == jax.eval_shape(render, half).dtype == jnp.float32
+        assert jax.eval_shape(jax.grad(lambda g: jnp.sum(render(g))), double).mean.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("cutoff", [DEFAULT_CUTOFF, 0.3])
-def test_exactly_the_contributions_below_the_cutoff_are_dropped(cutoff):
+def test_exactly_the_contributions_below_the_cutoff_are_dropped():
+    cutoff = 0.3
     # One white Gaussian and one sample per pixel: a pixel is the contribution.
     g = scenes.gaussians([[[0.1, -0.2]]], scenes.ellipses([[2.0]], 0.5, 0.4), [[[1.0]]], [[1.0]], (40, 33))
     cut = np.asarray(draw(g, supersample=1, cutoff=cutoff))
@@ -164,30 +159,18 @@ def test_exactly_the_contributions_below_the_cutoff_are_dropped(cutoff):
     np.testing.assert_allclose(cut[clear & (whole >= cutoff)], whole[clear & (whole >= cutoff)], atol=VALUE_TOLERANCE)
 
 
-def test_no_gaussians_draw_black():
-    g = scenes.random(n=2, m=0, size=(5, 7))
-    images, gradient = value_and_gradient(g, weights(g))
-    assert images.shape == (2, 5, 7, 3) and not np.any(images) and gradient.mean.shape == (2, 0, 2)
-
-
-def test_no_images_are_an_empty_array():
-    g = scenes.random(n=0, m=3)
-    images, gradient = value_and_gradient(g, weights(g, (4, 6)), size=(4, 6))
-    assert images.shape == (0, 4, 6, 3) and gradient.mean.shape == (0, 3, 2)
-
-
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_nan_fills_its_own_image_and_no_other(leaf):
-    g = scenes.random(n=3, m=4, size=(20, 12))
+    g = scenes.random()
     v = weights(g)
     clean_images, clean = value_and_gradient(g, v)
     position = (1, 2) if leaf == "opacity" else (1, 2, 0)
     images, gradient = value_and_gradient(perturbed(g, leaf, position, jnp.nan), v)
     assert np.all(np.isnan(images[1]))
-    assert np.array_equal(images[::2], clean_images[::2])
+    assert np.array_equal(images[0], clean_images[0])
     for name in LEAVES:
         assert np.all(np.isnan(getattr(gradient, name)[1])), name
-        assert np.array_equal(getattr(gradient, name)[::2], getattr(clean, name)[::2]), name
+        assert np.array_equal(getattr(gradient, name)[0], getattr(clean, name)[0]), name
 
 
 @pytest.mark.parametrize("cutoff", [0.0, DEFAULT_CUTOFF])
@@ -223,79 +206,31 @@ def test_infinitely_wide_is_constant_and_infinitely_far_is_absent():
     wide = scenes.gaussians([[[0.3, 0.0]]], [[[1e30, 0.0, -1e30]]], [[[0.5, 2.0]]], [[-3.0]], (9, 13))
     np.testing.assert_allclose(draw(wide), np.broadcast_to([-1.5, -6.0], (1, 9, 13, 2)), rtol=1e-6)
     for far in ((1e30, 0.0), (0.0, -np.inf)):
-        g = scenes.gaussians([[far]], [[[2.0, 0.0, 2.0]]], [[[1.0]]], [[1.0]], (9, 13))
+        g = scenes.gaussians([[far]], [[[2.0, 0.0, 2.0]]], [[[1.0, 1.0]]], [[1.0]], (9, 13))
         assert not np.any(draw(g))
     assert MAX_PIXELS >= 1e4
-
-
-def test_zero_lower_is_the_prefilter_alone():
-    # Eq. 9 by hand: a Gaussian of no size in the middle of a pixel is exp(-6 d^2) there.
-    g = scenes.gaussians([[[0.0, 0.0]]], np.zeros((1, 1, 3)), [[[1.0]]], [[1.0]], (3, 3))
-    image = np.asarray(draw(g, supersample=1, cutoff=0.0))[0, ..., 0]
-    distance = np.array([[2, 1, 2], [1, 0, 1], [2, 1, 2]])
-    np.testing.assert_allclose(image, np.exp(-6.0 * distance), rtol=1e-5)
-
-
-def test_rendering_at_twice_the_size_and_pooling_approximates_the_native_image():
-    g = scenes.random(n=2, m=8, size=(24, 32))
-    lower = scenes.ellipses(np.linspace(3, 6, 8), 0.7, np.linspace(0, 3, 8))
-    g = scenes.gaussians(g.mean, np.broadcast_to(lower, (2, 8, 3)), g.color, g.opacity, g.size)
-    native = np.asarray(draw(g))
-    double = np.asarray(draw(g, size=(48, 64))).reshape(2, 24, 2, 32, 2, 3).mean((2, 4))
-    scale = np.abs(native).max()
-    # The prefilter is one output pixel, so at 3 pixels or more it changes the variance by less than 1/12/9 of itself.
-    assert np.abs(double - native).max() < 0.01 * scale
-    # A renderer that forgets to scale L with the size is far off.
-    forgetful = scenes.gaussians(g.mean, np.broadcast_to(lower / 2, (2, 8, 3)), g.color, g.opacity, g.size)
-    wrong = np.asarray(draw(forgetful, size=(48, 64))).reshape(2, 24, 2, 32, 2, 3).mean((2, 4))
-    assert np.abs(wrong - native).max() > 0.1 * scale
-
-
-def test_eager_equals_jit_and_its_second_call_does_not_compile_again(caplog):
-    g = scenes.random(n=2, m=5, size=(10, 11))
-    v = weights(g)
-    other = jax.tree.map(lambda x: x + 0.25, g)
-    eager = value_and_gradient.__wrapped__(g, v)
-    for found, wanted in zip(jax.tree.leaves(eager), jax.tree.leaves(value_and_gradient(g, v)), strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
-    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
-        value_and_gradient.__wrapped__(other, v)
-        assert not [message for message in caplog.messages if message.startswith("Compiling")]
-        # The log is the right one: a new shape does compile.
-        render(g[:1])
-        assert [message for message in caplog.messages if message.startswith("Compiling")]
-
-
-def test_vmap_and_nested_vmap_equal_a_loop():
-    batch = [[scenes.random(n=2, m=5, size=(10, 11), seed=3 * i + j) for j in range(3)] for i in range(2)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[jax.tree.map(lambda *x: jnp.stack(x), *row) for row in batch])
-    assert stacked.mean.shape == (2, 3, 2, 5, 2)
-    loop = np.stack([np.stack([draw(g) for g in row]) for row in batch])
-    np.testing.assert_allclose(jax.jit(jax.vmap(jax.vmap(render)))(stacked), loop, atol=1e-6)
-    first = jax.tree.map(lambda x: x[0], stacked)
-    np.testing.assert_allclose(jax.jit(jax.vmap(render))(first), loop[0], atol=1e-6)
 
 
 def test_second_call_and_equal_settings_do_not_trace_again():
     traces = []
 
     @jax.jit
-    def slope(g):
+    def drawn(g):
         traces.append(None)
-        return jax.grad(lambda g: jnp.sum(render(g, (8, 9), cutoff=0.01)))(g)
+        return render(g, (8, 9), cutoff=0.01)
 
-    for seed in range(3):
-        slope(scenes.random(n=2, m=5, size=(6, 7), seed=seed))
-    assert len(traces) == 1 and slope._cache_size() == 1
+    for seed in range(2):
+        drawn(scenes.random(n=2, m=5, size=(6, 7), seed=seed))
+    assert len(traces) == 1
 
 
 def test_getitem_selects_images():
-    g = scenes.random(n=3, m=4)
+    g = jax.tree.map(np.asarray, scenes.random(n=3, m=4))
     assert (g.num_images, g.num_points) == (3, 4)
-    part = g[jnp.array([2, 0])]
+    part = g[np.array([2, 0])]
     assert (part.num_images, part.num_points, part.size) == (2, 4, g.size)
     for name in LEAVES:
-        np.testing.assert_array_equal(getattr(part, name), np.asarray(getattr(g, name))[[2, 0]])
+        np.testing.assert_array_equal(getattr(part, name), getattr(g, name)[[2, 0]])
 
 
 @pytest.mark.parametrize(
@@ -303,7 +238,6 @@ def test_getitem_selects_images():
     [
         ("mean", (2, 5, 3), r"mean: expected shape \[2, 5, 2\] for \[n, m\] = \[2, 5\], found \[2, 5, 3\]"),
         ("mean", (5, 2), r"mean: expected shape .*found \[5, 2\]"),
-        ("cholesky", (2, 5, 4), r"cholesky: expected shape \[2, 5, 3\].*found \[2, 5, 4\]"),
         ("color", (2, 4, 3), r"color: expected shape \[2, 5, 3\].*found \[2, 4, 3\]"),
         ("opacity", (2, 5, 1), r"opacity: expected shape \[2, 5\].*found \[2, 5, 1\]"),
     ],
@@ -317,12 +251,10 @@ def test_a_leaf_of_the_wrong_shape_is_named(leaf, shape, message):
 
 @pytest.mark.parametrize("size", [(np.int64(8), np.int32(6)), np.array([8, 6]), [8, 6]])
 def test_a_size_may_be_of_any_kind_of_integer(size):
-    g = scenes.random(n=1, m=2)
-    native = Gaussians(g.mean, g.cholesky, g.color, g.opacity, size=(np.int64(8), np.int64(6)))
-    assert render(g, size).shape == render(native).shape == (1, 8, 6, 3)
+    assert jax.eval_shape(lambda g: render(g, size), scenes.random(n=1, m=2)).shape == (1, 8, 6, 3)
 
 
-@pytest.mark.parametrize("size", [(8,), (8, 0), (8, 9.0), (8, -1), (True, 8), (8, 8, 3)])
+@pytest.mark.parametrize("size", [(8,), (8, 0), (8, 9.0), (True, 8)])
 def test_a_bad_size_is_named(size):
     g = scenes.random(n=1, m=2)
     with pytest.raises(ValueError, match=r"^size: expected \(height, width\), two integers >= 1; found \("):
@@ -330,19 +262,6 @@ def test_a_bad_size_is_named(size):
     native = Gaussians(g.mean, g.cholesky, g.color, g.opacity, size=size)
     with pytest.raises(ValueError, match=r"size of the Gaussians: expected \(height, width\), two integers >= 1"):
         render(native)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"supersample": 0}, "supersample: expected an integer >= 1, found 0"),
-        ({"cutoff": 1.0}, r"cutoff: expected a number in \[0, 1\), found 1.0"),
-        ({"backend": "cuda"}, "backend: expected one of auto, .*xla.*; found 'cuda'"),
-    ],
-)
-def test_a_bad_setting_is_named(setting, message):
-    with pytest.raises(ValueError, match=message):
-        render(scenes.random(n=1, m=2), **setting)
 
 
 # `gsdd_jax.render` the function hides the module of the same name.

@@ -4,7 +4,6 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import scenes
 
@@ -55,46 +54,6 @@ def chunk_pairs(monkeypatch):
     cache.cache_clear()
 
 
-@pytest.mark.parametrize("cutoff", [0.0, DEFAULT_CUTOFF])
-def test_values_and_gradients_match_the_oracle(cutoff):
-    inputs = operands(m=11)
-    v = weights(3, HEIGHT, WIDTH, 3)
-    images, vjp = jax.vjp(jax.jit(functools.partial(draw, cutoff=cutoff)), *inputs)
-    centers, conics, colors = vjp(v)
-    expected = oracle.splat(*inputs, height=HEIGHT, width=WIDTH, cutoff=cutoff, v=v)
-    scale = max(1.0, np.abs(expected.images).max())
-    assert np.all(np.abs(images - expected.images) <= 1e-5 * scale + expected.images_slack)
-    geometry = np.concatenate([centers, conics], axis=-1)
-    for found, wanted, slack in (
-        *zip(
-            np.moveaxis(geometry, -1, 0),
-            np.moveaxis(expected.v_geometry, -1, 0),
-            np.moveaxis(expected.v_geometry_slack, -1, 0),
-            strict=True,
-        ),
-        (colors, expected.v_colors, expected.v_colors_slack),
-    ):
-        assert np.abs(wanted).max() > 0
-        assert np.all(np.abs(found - wanted) <= 1e-4 * np.abs(wanted).max() + slack)
-
-
-def test_each_operand_alone_has_the_gradient_it_has_together_with_the_others():
-    inputs, v = operands(), weights(3, HEIGHT, WIDTH, 3)
-    _, together = value_and_gradient(*inputs, v)
-    for i, name in enumerate(OPERANDS):
-        alone = jax.jit(jax.grad(loss, argnums=i))(*inputs, v)
-        assert float(jnp.min(jnp.max(jnp.abs(alone), axis=(1, 2)))) > 0, name
-        assert_close(alone, together[i])
-
-
-def test_vmap_of_values_and_gradients_equals_a_loop():
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[operands(seed=seed) for seed in range(4)])
-    v = weights(4, 3, HEIGHT, WIDTH, 3)
-    loop = [value_and_gradient(*(x[i] for x in stacked), v[i]) for i in range(4)]
-    batched = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 1, 2))))(*stacked, v)
-    assert_close(batched, jax.tree.map(lambda *x: jnp.stack(x), *loop))
-
-
 def test_nested_vmap_over_other_axes_equals_a_loop():
     inner = [jax.tree.map(lambda *x: jnp.stack(x, 1), *[operands(seed=9 * i + j) for j in range(2)]) for i in range(3)]
     stacked = tuple(jax.tree.map(lambda *x: jnp.stack(x), *inner))
@@ -107,8 +66,8 @@ def test_nested_vmap_over_other_axes_equals_a_loop():
             assert_close(jax.tree.map(lambda x, i=i, j=j: x[i, j], nested), alone)
 
 
-@pytest.mark.parametrize("shared", range(3), ids=OPERANDS)
-def test_a_shared_operand_gets_the_sum_of_the_gradients(shared):
+def test_a_shared_operand_gets_the_sum_of_the_gradients():
+    shared = OPERANDS.index("conics")
     batch = [operands(seed=seed) for seed in range(3)]
     inputs = [batch[0][i] if i == shared else jnp.stack([one[i] for one in batch]) for i in range(3)]
     v = weights(3, 3, HEIGHT, WIDTH, 3)
@@ -134,13 +93,6 @@ def test_vmap_of_empty_images_and_empty_lists():
         assert [x.shape for x in gradient] == [x.shape for x in inputs]
 
 
-def test_rematerialisation_changes_nothing():
-    inputs, v = operands(), weights(3, HEIGHT, WIDTH, 3)
-    plain = value_and_gradient(*inputs, v)
-    remat = jax.jit(jax.value_and_grad(jax.remat(loss), argnums=(0, 1, 2)))(*inputs, v)
-    assert_close(remat, plain)
-
-
 def test_checkpoint_inside_scan_equals_an_unrolled_loop():
     inputs, v = operands(), weights(3, HEIGHT, WIDTH, 3)
 
@@ -148,10 +100,10 @@ def test_checkpoint_inside_scan_equals_an_unrolled_loop():
         return shift + 0.01 * loss(inputs.centers + shift, *inputs[1:], v), None
 
     def scanned(shift):
-        return jax.lax.scan(jax.checkpoint(step), shift, None, length=3)[0]
+        return jax.lax.scan(jax.checkpoint(step), shift, None, length=2)[0]
 
     def unrolled(shift):
-        for _ in range(3):
+        for _ in range(2):
             shift, _ = step(shift, None)
         return shift
 
@@ -163,9 +115,21 @@ def test_checkpoint_inside_scan_equals_an_unrolled_loop():
 
 
 def test_two_runs_give_the_same_bits():
-    inputs, v = operands(n=6, m=40), weights(6, HEIGHT, WIDTH, 3)
+    inputs, v = operands(), weights(3, HEIGHT, WIDTH, 3)
     first, second = value_and_gradient(*inputs, v), value_and_gradient(*inputs, v)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+
+
+def test_eager_equals_jit_and_its_second_call_does_not_compile_again(caplog):
+    inputs, other, v = operands(), operands(seed=1), weights(3, HEIGHT, WIDTH, 3)
+    eager = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    assert_close(eager(*inputs, v), value_and_gradient(*inputs, v))
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        eager(*other, v)
+        assert not [message for message in caplog.messages if message.startswith("Compiling")]
+        # The log is the right one: a new shape does compile.
+        jnp.sin(v[:1])
+        assert [message for message in caplog.messages if message.startswith("Compiling")]
 
 
 def test_dtypes_are_promoted_to_at_least_float32():
@@ -186,9 +150,9 @@ def test_matrix_products_ask_for_full_precision():
     assert program.count("dot_general[") == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
 
 
-# Three images to a chunk, with two chunks full and one not; and one image to a chunk that is meant for less.
-@pytest.mark.parametrize(("n", "images_per_chunk"), [(7, 3.0), (3, 0.5)])
-def test_chunks_of_images_change_nothing(chunk_pairs, n, images_per_chunk):
+def test_chunks_of_images_change_nothing(chunk_pairs):
+    # Three images to a chunk, with two chunks full and one not.
+    n = 7
     inputs, v = operands(n=n, m=6), weights(n, HEIGHT, WIDTH, 3)
 
     def run(inputs, v):
@@ -196,17 +160,18 @@ def test_chunks_of_images_change_nothing(chunk_pairs, n, images_per_chunk):
 
     whole = jax.jit(run)(inputs, v)
     tile = _splat_xla._tile(SplatSpec(height=HEIGHT, width=WIDTH, supersample=2, cutoff=DEFAULT_CUTOFF))
-    chunk_pairs(int(images_per_chunk * 6 * -(-HEIGHT // tile) * -(-WIDTH // tile)))
+    chunk_pairs(3 * 6 * -(-HEIGHT // tile) * -(-WIDTH // tile))
     assert_close(jax.jit(lambda *x: run(*x))(inputs, v), whole)
 
 
 def test_nan_stays_in_its_image_across_chunks_and_blocks(chunk_pairs):
-    inputs = operands(n=5, m=6)
+    inputs = operands()
     clean = jax.jit(draw)(*inputs)
-    chunk_pairs(100)
+    # Less than an image, of which a chunk holds one all the same.
+    chunk_pairs(10)
     spoilt = jax.jit(lambda *x: draw(*x))(inputs.centers.at[1, 0, 1].set(jnp.nan), *inputs[1:])
     assert np.all(np.isnan(spoilt[1]))
-    assert_close(spoilt[np.array([0, 2, 3, 4])], clean[np.array([0, 2, 3, 4])])
+    assert_close(spoilt[::2], clean[::2])
 
 
 def temporary_bytes(n, m, with_gradient):
@@ -233,20 +198,14 @@ def test_temporary_memory_does_not_grow_with_the_number_of_images(chunk_pairs, w
     many, many_io = temporary_bytes(512, m, with_gradient)
     # The loop over chunks may hold a copy of its inputs and outputs, and nothing else that grows.
     assert many - few <= 1.05 * (many_io - few_io), (few, many, few_io, many_io)
-    chunk_pairs(1 << 30)
-    unbounded, _ = temporary_bytes(512, m, with_gradient)
-    assert unbounded - few > 1.5 * (many - few), "without chunks it should grow: this test has lost its power"
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
         ("centers", (3, 5, 3), r"centers: expected shape \[n, m, 2\], found \[3, 5, 3\]"),
-        ("centers", (5, 2), r"centers: expected shape \[n, m, 2\], found \[5, 2\]"),
-        ("conics", (3, 5, 2), r"conics: expected shape \[n, m, 3\], found \[3, 5, 2\]"),
         ("conics", (3, 4, 3), r"conics: expected leading axes \[3, 5\] as in centers, found \[3, 4\]"),
         ("colors", (3, 5), r"colors: expected shape \[n, m, c\], found \[3, 5\]"),
-        ("colors", (2, 5, 3), r"colors: expected leading axes \[3, 5\] as in centers, found \[2, 5\]"),
     ],
 )
 def test_an_operand_of_the_wrong_shape_is_named(name, shape, message):
@@ -255,12 +214,9 @@ def test_an_operand_of_the_wrong_shape_is_named(name, shape, message):
         draw(**inputs)
 
 
-@pytest.mark.parametrize("name", OPERANDS)
-def test_an_operand_of_integers_is_named(name):
-    inputs = operands()._asdict()
-    inputs[name] = inputs[name].astype(jnp.int32)
-    with pytest.raises(TypeError, match=f"{name}: expected a floating dtype, found int32"):
-        draw(**inputs)
+def test_an_operand_of_integers_is_named():
+    with pytest.raises(TypeError, match="conics: expected a floating dtype, found int32"):
+        draw(**operands()._asdict() | {"conics": jnp.zeros((3, 5, 3), jnp.int32)})
 
 
 @pytest.mark.parametrize(
@@ -268,12 +224,9 @@ def test_an_operand_of_integers_is_named(name):
     [
         ("height", 0, "height: expected an integer >= 1, found 0"),
         ("width", 2.0, "width: expected an integer >= 1, found 2.0"),
-        ("width", True, "width: expected an integer >= 1, found True"),
-        ("supersample", -1, "supersample: expected an integer >= 1, found -1"),
+        ("supersample", True, "supersample: expected an integer >= 1, found True"),
         ("cutoff", 1, r"cutoff: expected a number in \[0, 1\), found 1"),
-        ("cutoff", -0.1, r"cutoff: expected a number in \[0, 1\), found -0.1"),
         ("cutoff", float("nan"), r"cutoff: expected a number in \[0, 1\), found nan"),
-        ("cutoff", "0", r"cutoff: expected a number in \[0, 1\), found '0'"),
         ("backend", "gpu", "backend: expected one of auto, .*xla.*; found 'gpu'"),
     ],
 )
@@ -284,10 +237,7 @@ def test_a_bad_setting_is_named(setting, value, message):
 
 
 SECOND = {
-    "hessian": lambda f, x: jax.hessian(f)(x),
     "jitted hessian": lambda f, x: jax.jit(jax.hessian(f))(x),
-    "grad of grad": lambda f, x: jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(x),
-    "jacrev of jacrev": lambda f, x: jax.jacrev(jax.jacrev(f))(x),
     "jvp of grad": lambda f, x: jax.jvp(jax.grad(f), (x,), (x,)),
     "grad of a batch of grads": lambda f, x: jax.grad(lambda x: jnp.sum(jax.vmap(jax.grad(f))(x[None]) ** 2))(x),
     "grad of grad with remat": lambda f, x: jax.grad(lambda x: jnp.sum(jax.grad(jax.checkpoint(f))(x) ** 2))(x),
