@@ -18,17 +18,13 @@ from gsdd_jax.match.trajectory import (
 from gsdd_jax.nets import NetSpec, build
 
 SHAPE, CLASSES, N = (8, 8, 1), 10, 10
-# Two blocks where the gradient is at stake; one, which compiles in half the time, elsewhere.
-NETWORK = build(NetSpec(depth=2, width=4), SHAPE, CLASSES)
-SMALL = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
+NETWORK = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
 P = NETWORK.num_params
-# Operations whose draw always does something, and no more of them than needed: each takes a second to compile.
-AUGMENT = DsaSpec(strategy="color_scale")
-SPEC = TrajectorySpec(syn_steps=3, batch_syn=4)
+# An operation whose draw always does something; each more takes a second to compile.
+AUGMENT = DsaSpec(strategy="color")
+SPEC = TrajectorySpec(syn_steps=2, batch_syn=4)
 MEAN, STD = jnp.full(1, 0.3), jnp.full(1, 0.4)
 KEY = jax.random.key(3)
-
-
 NORMAL = whiten.MeanStd(MEAN, STD)
 
 
@@ -38,37 +34,28 @@ def digits():
     return jnp.asarray(dataset.train_images, jnp.float32) / 255, jnp.asarray(dataset.train_labels)
 
 
-def segments(network):
+@pytest.fixture(scope="module")
+def weights():
     """Three starts and targets, `[3, p]` each, a small step apart as those of an expert are."""
-    initial = jax.jit(lambda key: flattener(network)[0](network.init(key)))
+    initial = jax.jit(lambda key: flattener(NETWORK)[0](NETWORK.init(key)))
     start = jnp.stack([initial(jax.random.key(seed)) for seed in range(3)])
     return start, start + 0.02 * jax.random.normal(jax.random.key(9), start.shape)
 
 
-@pytest.fixture(scope="module")
-def weights():
-    return segments(NETWORK)
-
-
-@pytest.fixture(scope="module")
-def small_weights():
-    return segments(SMALL)
-
-
-def objective(spec=SPEC, augment=AUGMENT, loss=trajectory_loss, network=NETWORK, whitening=NORMAL):
+def objective(spec=SPEC, augment=AUGMENT, loss=trajectory_loss, whitening=NORMAL):
     """`(key, syn, labels, syn_lr, start, target) -> (loss, metrics), (slope in syn, slope in syn_lr)`, jitted."""
-    bound = partial(loss, network=network, augment=augment, whitening=whitening, spec=spec)
+    bound = partial(loss, network=NETWORK, augment=augment, whitening=whitening, spec=spec)
     return jax.jit(jax.value_and_grad(bound, argnums=(1, 3), has_aux=True))
 
 
 @pytest.fixture(scope="module")
-def small():
-    return objective(network=SMALL)
+def two_steps():
+    return objective()
 
 
 @pytest.fixture(scope="module")
 def one_step():
-    return objective(TrajectorySpec(syn_steps=1), DsaSpec(strategy="none"), network=SMALL)
+    return objective(TrajectorySpec(syn_steps=1), DsaSpec(strategy="none"))
 
 
 def unrolled(key, syn, labels, syn_lr, start, target, *, network, augment, whitening, spec):
@@ -125,20 +112,20 @@ def test_gradient_is_that_of_float64_finite_differences_and_of_the_unrolled_stud
         np.testing.assert_allclose(slope, expected_slope, rtol=0, atol=1e-9 * np.abs(expected_slope).max())
 
 
-def test_gradient_without_checkpoint_is_the_same(small, digits, small_weights):
-    held = objective(dataclasses.replace(SPEC, checkpoint=False), network=SMALL)
-    arguments = (KEY, *digits, jnp.float32(0.05), small_weights[0][0], small_weights[1][0])
-    (loss, _), (slope, slope_lr) = small(*arguments)
+def test_gradient_without_checkpoint_is_the_same(two_steps, digits, weights):
+    held = objective(dataclasses.replace(SPEC, checkpoint=False))
+    arguments = (KEY, *digits, jnp.float32(0.05), weights[0][0], weights[1][0])
+    (loss, _), (slope, slope_lr) = two_steps(*arguments)
     (expected, _), (expected_slope, expected_lr) = held(*arguments)
     assert loss == pytest.approx(float(expected), rel=1e-6)
     assert slope_lr == pytest.approx(float(expected_lr), rel=1e-5)
     np.testing.assert_allclose(slope, expected_slope, atol=1e-6 * np.abs(expected_slope).max())
 
 
-def test_segments_are_the_mean_of_single_ones(small, digits, small_weights):
+def test_segments_are_the_mean_of_single_ones(two_steps, digits, weights):
     lr = jnp.float32(0.05)
-    (loss, metrics), slopes = small(KEY, *digits, lr, *small_weights)
-    singles = [small(KEY, *digits, lr, start, target) for start, target in zip(*small_weights, strict=True)]
+    (loss, metrics), slopes = two_steps(KEY, *digits, lr, *weights)
+    singles = [two_steps(KEY, *digits, lr, start, target) for start, target in zip(*weights, strict=True)]
     values = [float(value) for (value, _), _ in singles]
     assert np.ptp(values) > 1e-3  # or the mean would prove nothing
     assert loss == pytest.approx(np.mean(values), rel=1e-5)
@@ -149,90 +136,35 @@ def test_segments_are_the_mean_of_single_ones(small, digits, small_weights):
         np.testing.assert_allclose(slopes[place], expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_one_segment_may_keep_its_axis(one_step, digits, small_weights):
-    lr = jnp.float32(0.05)
-    (flat, _), _ = one_step(KEY, *digits, lr, small_weights[0][0], small_weights[1][0])
-    (loss, _), _ = one_step(KEY, *digits, lr, small_weights[0][:1], small_weights[1][:1])
-    assert loss.shape == () and loss == pytest.approx(float(flat), rel=1e-6)
-
-
-def test_keys_rates_and_segments_share_one_trace(digits, small_weights):
-    traces = []
-
-    def counted(*args, **kwargs):
-        traces.append(None)
-        return trajectory_loss(*args, **kwargs)
-
-    step = objective(dataclasses.replace(SPEC, syn_steps=2), DsaSpec(strategy="none"), counted, SMALL)
-    losses = {
-        float(
-            step(jax.random.key(i), *digits, jnp.float32(0.01 * (i + 1)), small_weights[0][i], small_weights[1][i])[0][
-                0
-            ]
-        )
-        for i in range(3)
-    }
-    assert len(losses) == 3 and len(traces) == 1
-
-
 def peak(spec):
     arguments = (KEY, np.zeros((N, *SHAPE), np.float32), np.zeros(N, np.int32), np.float32(0.01))
-    step = objective(spec, DsaSpec(strategy="none"), network=SMALL)
-    flat = np.zeros((2, SMALL.num_params), np.float32)
+    step = objective(spec, DsaSpec(strategy="none"))
+    flat = np.zeros((2, P), np.float32)
     return step.lower(*arguments, *flat).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_grows_by_the_flat_weights_of_each_step_and_no_more():
     few, many = (peak(dataclasses.replace(SPEC, syn_steps=steps)) for steps in (4, 16))
-    per_step, flat = (many - few) / 12, 4 * SMALL.num_params
+    per_step, flat = (many - few) / 12, 4 * P
     # Beside the weights: the batch's indices, the step's loss, and the rounding of buffers to 64 bytes.
     assert flat <= per_step <= flat + 4 * SPEC.batch_syn + 128
-    held = [peak(dataclasses.replace(SPEC, syn_steps=steps, checkpoint=False)) for steps in (4, 16)]
-    assert (held[1] - held[0]) / 12 > 2 * per_step
 
 
-def test_loss_is_zero_at_the_student_and_one_without_steps(one_step, digits, small_weights):
-    start = small_weights[0][0]
-    unflatten = flattener(SMALL)[1]
-
-    def cross_entropy(theta):
-        logits = SMALL.apply(unflatten(theta), NORMAL(digits[0]))[0]
-        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(N), digits[1]])
-
-    loss, grads = jax.jit(jax.value_and_grad(cross_entropy))(start)
-    (there, metrics), _ = one_step(KEY, *digits, jnp.float32(0.1), start, start - 0.1 * grads)
-    assert float(there) < 1e-10
-    assert metrics["student_loss"] == pytest.approx(float(loss), rel=1e-5)
-    (still, _), _ = one_step(KEY, *digits, jnp.float32(0), start, start - 0.1 * grads)
-    assert float(still) == 1
-    # Half way along a straight line, a quarter of the squared distance is left.
-    (half, _), _ = one_step(KEY, *digits, jnp.float32(0.05), start, start - 0.1 * grads)
-    assert float(half) == pytest.approx(0.25, rel=1e-4)
-
-
-def test_only_images_of_some_batch_have_a_gradient(digits, small_weights):
-    spec = dataclasses.replace(SPEC, syn_steps=2)  # 8 of 10 images
-    step = objective(spec, DsaSpec(strategy="none"), network=SMALL)
-    _, (slope, _) = step(KEY, *digits, jnp.float32(0.05), small_weights[0][0], small_weights[1][0])
-    seen = np.unique(student_batches(jax.random.split(KEY)[0], N, spec=spec))
-    assert len(seen) == 8
+def test_only_images_of_some_batch_have_a_gradient(two_steps, digits, weights):
+    _, (slope, _) = two_steps(KEY, *digits, jnp.float32(0.05), weights[0][0], weights[1][0])
+    seen = np.unique(student_batches(jax.random.split(KEY)[0], N, spec=SPEC))
+    assert len(seen) == 8  # of 10
     np.testing.assert_array_equal(np.flatnonzero(np.abs(slope).max((1, 2, 3)) > 0), seen)
 
 
 @pytest.mark.parametrize(("start", "rate", "first"), [(0, 0.05, -1), (np.nan, 0.05, 0), (0, 1e38, 1)])
-def test_first_step_that_is_not_finite_is_reported(small, digits, small_weights, start, rate, first):
-    (_, metrics), _ = small(KEY, *digits, jnp.float32(rate), small_weights[0][0] + start, small_weights[1][0])
+def test_first_step_that_is_not_finite_is_reported(two_steps, digits, weights, start, rate, first):
+    (_, metrics), _ = two_steps(KEY, *digits, jnp.float32(rate), weights[0][0] + start, weights[1][0])
     assert metrics["bad_step"].dtype == jnp.int32 and metrics["bad_step"] == first
 
 
-def test_segments_report_the_earliest_bad_step(small, digits, small_weights):
-    start = small_weights[0].at[2].set(jnp.nan)
-    (_, metrics), _ = small(KEY, *digits, jnp.float32(0.05), start, small_weights[1])
-    assert metrics["bad_step"] == 0
-
-
-def test_weights_that_only_the_last_step_spoils_are_reported_as_step_t(one_step, digits, small_weights):
-    (_, metrics), _ = one_step(KEY, *digits, jnp.float32(np.inf), small_weights[0][0], small_weights[1][0])
+def test_weights_that_only_the_last_step_spoils_are_reported_as_step_t(one_step, digits, weights):
+    (_, metrics), _ = one_step(KEY, *digits, jnp.float32(np.inf), weights[0][0], weights[1][0])
     assert metrics["bad_step"] == 1 and np.isfinite(metrics["student_loss"])
 
 
@@ -244,13 +176,6 @@ def test_batches_are_whole_parts_of_permutations():
     for epoch in range(3):  # two batches of four fit into eleven images
         assert len(np.unique(batches[2 * epoch : 2 * epoch + 2])) == batches[2 * epoch : 2 * epoch + 2].size
     assert not np.array_equal(batches[:2], batches[2:4])
-
-
-def test_batches_reach_every_image_equally_often():
-    spec = TrajectorySpec(syn_steps=2000, batch_syn=4)
-    count = np.bincount(np.ravel(student_batches(KEY, 11, spec=spec)), minlength=11)
-    # 1,000 epochs, each leaves out 3 of 11: standard deviation 14 about 727.
-    assert np.abs(count - 8000 / 11).max() < 5 * 14
 
 
 @pytest.mark.parametrize("batch_syn", [0, 10, 12])
@@ -305,11 +230,6 @@ def test_growing_window_is_that_of_datm():
     [
         ({"min_start_epoch": 30}, r"objective.min_start_epoch must be below max_start_epoch \(30\), found 30"),
         ({"first_max_start_epoch": 5}, r"must both be set for a growing window, or both 0, found 5 and 0"),
-        ({"expansion_iterations": 5}, r"must both be set for a growing window, or both 0, found 0 and 5"),
-        (
-            {"first_max_start_epoch": 31, "expansion_iterations": 9},
-            r"objective.first_max_start_epoch must be above min_start_epoch \(0\) and at most max_start_epoch \(30\), ",
-        ),
         (
             {"first_max_start_epoch": 3, "expansion_iterations": 9, "min_start_epoch": 3},
             r"objective.first_max_start_epoch must be above min_start_epoch \(3\) .* found 3",
@@ -325,11 +245,9 @@ def test_windows_without_epochs_are_refused(fields, message):
     ("change", "error", "message"),
     [
         ({"syn": np.zeros((10, 8, 8))}, ValueError, r"syn: shape \(10, 8, 8\), must be \[n, h, w, c\]"),
-        ({"syn": np.zeros((0, 8, 8, 1))}, ValueError, r"n at least 1"),
         ({"labels": np.zeros(9, np.int32)}, ValueError, r"labels: shape \(9,\), must be \(10,\), one per image"),
         ({"labels": np.zeros(10)}, TypeError, r"labels: float64, must be integers"),
         ({"start": np.zeros(P - 1)}, ValueError, rf"start: shape \({P - 1},\), must be \[{P}\] or \[segments, {P}\]"),
-        ({"start": np.zeros((1, 1, P))}, ValueError, r"start: shape \(1, 1, "),
         ({"target": np.zeros((2, P))}, ValueError, rf"target: shape \(2, {P}\), must be that of start, \({P},\)"),
     ],
 )
