@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MultipleOf
+from annotated_types import Ge, Gt, Interval, Le, Len, Lt
 from typing_extensions import Doc
 
 from train import yaml12
-from train.config import ConfigError, RunConfig, Tagged, defaults, describe, load, to_yaml
+from train.config import ConfigError, RunConfig, Tagged, describe, load, to_yaml
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,6 @@ class Config:
     widths: Annotated[tuple[Annotated[int, Ge(1)], ...], Len(1, 3)] = (8, 8)
     batch: Annotated[int, Ge(1)] | None = None
     clip: Annotated[float, Interval(gt=0, le=10)] | None = None
-    block: Annotated[int, MultipleOf(4)] = 8
-    channels: Literal[0, 1, 3] = 0
 
 
 GOOD = "name: a\ncodec: {name: gauss, images_per_class: 3}\n"
@@ -88,13 +86,6 @@ def test_missing_settings_take_the_defaults_of_the_class(read):
     assert read(GOOD) == Config(name="a", codec=GaussSpec(images_per_class=3))
 
 
-def test_defaults_are_those_of_the_chosen_spec_and_leave_out_what_has_none():
-    found = defaults(load(Path(__file__).resolve().parent.parent / "configs" / "digits.yaml", ["codec.lr=0.7"]))
-    assert found["codec"]["lr"] == 1e-3 and found["mmd"]["weight"] == 0 and found["labels"]["kind"] == "hard"
-    assert "iterations" not in found["distill"] and found["distill"]["schedule"] == "constant"
-    assert found["baselines"]["pixel_codec"]["name"] == "palette"
-
-
 def test_sections_become_instances_of_the_classes_themselves(read):
     config = read(GOOD + "distill: {iterations: 20}\nwidths: [4, 5]\n")
     assert type(config) is Config and type(config.distill) is StepSpec and type(config.codec) is GaussSpec
@@ -109,22 +100,18 @@ def test_tag_chooses_the_spec_class(read):
     assert config.baselines == (PixelSpec(),)
 
 
-def test_integer_is_taken_for_a_number_and_becomes_one(read):
-    lr = read(GOOD + "distill: {lr: 1}").distill.lr
-    assert lr == 1.0 and type(lr) is float
-
-
-@pytest.mark.parametrize("text", ["1e-3", "1.e-3", "1E-3", "+1e-3", ".001", "0.001"])
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", ".001"])
 def test_every_spelling_of_a_number_is_a_number(read, text):
     assert read(GOOD + f"distill: {{lr: {text}}}").distill.lr == 1e-3
+    assert type(read(GOOD + "distill: {lr: 1}").distill.lr) is float
 
 
-@pytest.mark.parametrize(("text", "value"), [("010", 10), ("+7", 7), ("0x10", 16), ("0o10", 8)])
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("0x10", 16), ("0o10", 8)])
 def test_integers_are_decimal_unless_marked(read, text, value):
     assert read(GOOD + f"seed: {text}").seed == value
 
 
-@pytest.mark.parametrize("text", ["on", "off", "yes", "no", "y", "2024-01-01", "12:30", "=", "<<", "'1'"])
+@pytest.mark.parametrize("text", ["on", "no", "y", "2024-01-01", "12:30", "<<", "'1'"])
 def test_words_that_yaml_1_1_converts_stay_text(read, text):
     assert read(f"name: {text}\ncodec: {{name: gauss, images_per_class: 3}}").name == text.strip("'")
 
@@ -135,39 +122,22 @@ def test_words_that_yaml_1_1_converts_stay_text(read, text):
         ("seed: '3'", "seed: expected an integer >= 0 and < 2147483648, found '3'"),
         ("seed: true", "seed: expected an integer >= 0 and < 2147483648, found true"),
         ("seed: 3.0", "seed: expected an integer >= 0 and < 2147483648, found 3.0"),
-        ("seed: -1", "seed: expected an integer >= 0 and < 2147483648, found -1"),
         ("seed: 2147483648", "seed: expected an integer >= 0 and < 2147483648, found 2147483648"),
-        ("seed: 12:30", "seed: expected an integer >= 0 and < 2147483648, found '12:30'"),
         ("whiten: zac", "whiten: expected one of zca, meanstd, none, found 'zac'"),
         ("distill: {donate: yes}", "distill.donate: expected true or false, found 'yes'"),
-        ("distill: {lr: '0.1'}", "distill.lr: expected a number > 0, found '0.1'"),
-        ("distill: {lr: true}", "distill.lr: expected a number > 0, found true"),
         ("distill: {lr: 0}", "distill.lr: expected a number > 0, found 0"),
         ("distill: {lr: .inf}", "distill.lr: expected a finite number > 0, found Infinity"),
-        ("distill: {lr: .nan}", "distill.lr: expected a finite number > 0, found NaN"),
         ("distill: {iterations: many}", "distill.iterations: expected an integer >= 1, found 'many'"),
         ("distill: 3", "distill: expected a section with the keys iterations, lr, log_every, donate, found 3"),
         ("widths: 3", "widths: expected a list of length >= 1 and of length <= 3, each an integer >= 1, found 3"),
         ("widths: [1, 0]", "widths.1: expected an integer >= 1, found 0"),
         ("batch: 0", "batch: expected an integer >= 1 or null, found 0"),
-        ("block: 6", "block: expected an integer divisible by 4, found 6"),
-        ("clip: 11", "clip: expected a number > 0 and <= 10 or null, found 11"),
-        ("rival: {name: gauss, images_per_class: 0}", "rival.images_per_class: expected an integer >= 1, found 0"),
         ("rival: 3", "rival: expected a section whose name is one of gauss, pixel or null, found 3"),
-        (
-            "baselines: [{name: pixel}, {name: gauss, images_per_class: 0}]",
-            "baselines.1.images_per_class: expected an integer >= 1, found 0",
-        ),
-        ("baselines: [3]", "baselines.0: expected a section whose name is one of gauss, pixel, found 3"),
         ("warmup: {iterations: 5}", "warmup: log_every: found 10, allowed at most iterations = 5"),
     ],
 )
 def test_bad_value_is_one_line_with_key_found_and_allowed(read, text, expected):
     assert message(read, GOOD + text) == f"{expected} (in x.yaml)"
-
-
-def test_long_values_are_cut_in_messages(read):
-    assert len(message(read, GOOD + f"seed: {'x' * 1000}")) < 200
 
 
 # Tagged unions
@@ -178,10 +148,7 @@ def test_long_values_are_cut_in_messages(read):
     [
         ("codec: {images_per_class: 3}", "codec.name: missing; expected one of gauss, pixel"),
         ("codec: {name: guass}", "codec.name: expected one of gauss, pixel, found 'guass'"),
-        ("codec: {name: 3}", "codec.name: expected one of gauss, pixel, found 3"),
         ("codec: {name: gauss}", "codec.images_per_class: missing; expected an integer >= 1"),
-        ("codec: {name: gauss, images_per_class: 0}", "codec.images_per_class: expected an integer >= 1, found 0"),
-        ("codec: {name: gauss, images_per_class: 3, bits: 8}", "codec.bits: expected one of 16, 32, found 8"),
         ("codec: gauss", "codec: expected a section whose name is one of gauss, pixel, found 'gauss'"),
         (
             "codec: {name: pixel, images_per_class: 3}",
@@ -201,27 +168,14 @@ def test_tagged_section_reports_in_terms_of_the_chosen_spec(read, text, expected
 # Keys
 
 
-def test_unknown_key_names_the_nearest_and_all_allowed(read):
+def test_unknown_and_missing_keys_name_the_nearest_where_it_stands_and_all_allowed(read):
     assert message(read, GOOD + "distill: {iteratons: 3}") == (
         "distill.iteratons: unknown key; did you mean iterations? "
         "allowed: iterations, lr, log_every, donate (in x.yaml)"
     )
-
-
-def test_unknown_key_that_stands_in_other_sections_names_them(read):
     text = message(read, GOOD + "iterations: 3")
     assert "iterations: unknown key; did you mean distill.iterations or warmup.iterations? allowed: name," in text
-    assert (
-        "images_per_class: unknown key; did you mean codec.images_per_class or rival.images_per_class? allowed: name,"
-        in message(read, GOOD + "images_per_class: 3")
-    )
-
-
-def test_unknown_section_is_reported_at_the_top(read):
     assert message(read, GOOD + "dstill: {lr: 1}").startswith("dstill: unknown key; did you mean distill? ")
-
-
-def test_missing_key_says_what_is_expected(read):
     assert message(read, "codec: {name: gauss, images_per_class: 3}") == "name: missing; expected text (in x.yaml)"
 
 
@@ -229,16 +183,13 @@ def test_missing_key_says_what_is_expected(read):
     ("text", "problem"),
     [
         ("name: a\nseed: 1\nname: b", 'x.yaml, line 3: .*duplicate key "name"'),
-        ("a: {b: 1, b: 2}", 'x.yaml, line 1: .*duplicate key "b"'),
         ("1: a", "1: unknown key; allowed: name, "),
         ("[a, b]: 1", "x.yaml: keys must be str"),
         ("name: [1, 2", r"x.yaml, line 1: while parsing a flow sequence, expected ',' or '\]'"),
         ("name: a\n\tseed: 1", "x.yaml, line 2: while scanning"),
         ("name: a\n---\nname: b", "x.yaml, line 2: expected a single document"),
         ("name: !!python/name:os.system", "x.yaml, line 1: could not .* the tag '.*python/name:os.system'"),
-        ("name: !!set {a}", "x.yaml: Object of type set"),
         ("name: &a [*a]", "x.yaml: Circular reference"),
-        ("name: \x07", "x.yaml: unacceptable character #x0007: special characters are not allowed$"),
         ("- name", r'x.yaml: expected keys with values, found \["name"\]'),
         ("", "x.yaml: expected keys with values, found null"),
     ],
@@ -253,11 +204,6 @@ def test_file_that_is_not_text_is_refused(tmp_path):
     path.write_bytes(b"name: \xff")
     with pytest.raises(ConfigError, match="not UTF-8 text .* at byte 6"):
         load(path, cls=Config)
-
-
-def test_absent_file_is_file_not_found(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.yaml"):
-        load(tmp_path / "absent.yaml", cls=Config)
 
 
 def test_message_of_a_spec_that_names_its_own_key_is_not_prefixed_twice(write):
@@ -307,10 +253,6 @@ def test_override_reaches_into_lists(read):
     assert "(in override baselines.1.images_per_class=0)" in message(read, text, "baselines.1.images_per_class=0")
 
 
-def test_later_override_wins(read):
-    assert read(GOOD, "seed=1", "seed=2").seed == 2
-
-
 def test_former_names_of_settings_are_read(read):
     text = "name: a\ncodec: {name: gauss, gpc: 3}\nbaselines: [{name: gauss, lpc: 4}]\nsmoke: {codec: {gpc: 1}}\n"
     assert read(text) == read(GOOD + "baselines: [{name: gauss, images_per_class: 4}]")
@@ -323,11 +265,6 @@ def test_former_names_of_settings_are_read(read):
     assert "ipc: unknown key" in message(read, GOOD + "ipc: 3")
 
 
-def test_override_leaves_an_aliased_section_alone(read):
-    config = read(GOOD + "distill: &a {lr: 1}\nwarmup: *a\n", "distill.lr=2")
-    assert (config.distill.lr, config.warmup.lr) == (2.0, 1.0)
-
-
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -336,37 +273,21 @@ def test_override_leaves_an_aliased_section_alone(read):
             "codec.images_per_class: expected an integer >= 1, found 'many' (in override codec.images_per_class=many)",
         ),
         (
-            "codec.images_per_class=",
-            "codec.images_per_class: expected an integer >= 1, found null (in override codec.images_per_class=)",
-        ),
-        (
             "dstill.iterations=3",
             "dstill: unknown key; did you mean distill? allowed: name, seed, whiten, codec, distill, warmup, "
-            "baselines, rival, widths, batch, clip, block, channels (in x.yaml with override dstill.iterations=3)",
+            "baselines, rival, widths, batch, clip (in x.yaml with override dstill.iterations=3)",
         ),
         (
             "warmup.iterations=5",
             "warmup: log_every: found 10, allowed at most iterations = 5 (in x.yaml with override warmup.iterations=5)",
         ),
-        (
-            "seed.x=3",
-            'seed: expected an integer >= 0 and < 2147483648, found {"x": 3} (in x.yaml with override seed.x=3)',
-        ),
         ("seed", "override 'seed': expected section.key=value, such as distill.iterations=100"),
-        ("=3", "override '=3': expected section.key=value, such as distill.iterations=100"),
         ("a..b=3", "override 'a..b=3': expected section.key=value, such as distill.iterations=100"),
         ("seed=[1", "override 'seed=[1', line 1: while parsing a flow sequence"),
     ],
 )
 def test_bad_override_names_itself(read, override, expected):
     assert message(read, GOOD, override).startswith(expected)
-
-
-def test_cross_check_after_an_override_names_the_file_and_the_override(read):
-    text = message(read, GOOD + "distill: {log_every: 10}", "distill.iterations=5")
-    assert text == (
-        "distill: log_every: found 10, allowed at most iterations = 5 (in x.yaml with override distill.iterations=5)"
-    )
 
 
 FULL = "name: a\ncodec: {name: gauss, images_per_class: 3, bits: 32}\nsmoke: {codec: {images_per_class: 8}}\n"
@@ -386,70 +307,24 @@ def test_overrides_of_a_section_that_begins_anew_hold_in_any_order(read, overrid
     assert read(FULL, *overrides, smoke=True).codec == PixelSpec(scale=0.5)
 
 
+def test_sections_begin_anew_alone_by_the_last_name_and_one_without_a_name_is_completed(read):
+    rivals = GOOD + "baselines: [{name: pixel, scale: 0.5}, {name: gauss, gpc: 3}]\nrival: {name: gauss, gpc: 2}\n"
+    found = read(rivals, "baselines.1.name=pixel", "rival.name=pixel")
+    assert found.baselines == (PixelSpec(scale=0.5), PixelSpec())
+    assert (found.rival, found.codec) == (PixelSpec(), GaussSpec(images_per_class=3))
+    kept = GaussSpec(images_per_class=3, bits=32)
+    assert read(FULL, "codec.name=pixel", "codec.name=gauss").codec == kept
+    assert read(FULL, "codec.name=gauss", "codec.name=pixel").codec == PixelSpec()
+    assert read("name: a\ncodec: {scale: 0.5}", "codec.name=pixel").codec == PixelSpec(scale=0.5)
+    assert read(GOOD + "rival: null", "rival.name=pixel").rival == PixelSpec()
+    text = message(read, "name: a\ncodec: {name: pixel, scale: 0.5}\n", "codec.bits=32", "codec.name=gauss")
+    assert text == "codec.images_per_class: missing; expected an integer >= 1 (in override codec.name=gauss)"
+
+
 def test_the_same_spec_keeps_what_the_file_says_of_it(read):
     assert read(FULL, "codec.name=gauss").codec == GaussSpec(images_per_class=3, bits=32)
     assert read(FULL, "codec.name=gauss", smoke=True).codec == GaussSpec(images_per_class=8, bits=32)
     assert read(FULL, "codec.name=gauss", "codec.images_per_class=5").codec == GaussSpec(images_per_class=5, bits=32)
-
-
-def test_the_last_name_decides_whether_a_section_begins_anew(read):
-    assert read(FULL, "codec.name=pixel", "codec.name=gauss").codec == GaussSpec(images_per_class=3, bits=32)
-    assert read(FULL, "codec.name=gauss", "codec.name=pixel").codec == PixelSpec()
-
-
-def test_a_key_that_both_specs_have_is_not_taken_over(write):
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Coarse:
-        name: Literal["coarse"] = "coarse"
-        lr: float = 100.0
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Fine:
-        name: Literal["fine"] = "fine"
-        lr: float = 1e-3
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Run:
-        rate: Tagged[Coarse | Fine]
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Runs:
-        one: Run
-
-    path = write("one: {rate: {name: coarse, lr: 50.0}}")
-    assert load(path, ["one.rate.name=fine"], cls=Runs).one.rate == Fine(lr=1e-3)
-    assert load(path, ["one.rate.lr=0.5", "one.rate.name=fine"], cls=Runs).one.rate == Fine(lr=0.5)
-
-
-def test_elements_of_lists_and_sections_that_may_be_null_begin_anew_alone(read):
-    text = (
-        GOOD
-        + "baselines: [{name: pixel, scale: 0.5}, {name: gauss, images_per_class: 3}]\nrival: {name: gauss, gpc: 2}\n"
-    )
-    found = read(text, "baselines.1.name=pixel", "rival.name=pixel")
-    assert found.baselines == (PixelSpec(scale=0.5), PixelSpec())
-    assert (found.rival, found.codec) == (PixelSpec(), GaussSpec(images_per_class=3))
-
-
-def test_a_name_completes_a_section_that_has_none(read):
-    assert read("name: a\ncodec: {scale: 0.5}", "codec.name=pixel").codec == PixelSpec(scale=0.5)
-    assert read(GOOD, "rival.name=pixel").rival == PixelSpec()
-    assert read(GOOD + "rival: null", "rival.name=pixel").rival == PixelSpec()
-
-
-def test_a_name_that_chooses_no_spec_replaces_itself_alone(write):
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Data:
-        name: str
-        path: str = ""
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Run:
-        name: str
-        data: Data
-
-    found = load(write("name: a\ndata: {name: b, path: c}"), ["name=x", "data.name=y"], cls=Run)
-    assert found == Run(name="x", data=Data(name="y", path="c"))
 
 
 @pytest.mark.parametrize(
@@ -461,34 +336,15 @@ def test_a_name_that_chooses_no_spec_replaces_itself_alone(write):
             "(in override codec.images_per_class=3)",
         ),
         (
-            ["codec.bits=16", "codec.name=pixel"],
-            "codec.bits: unknown key; known only when codec.name is gauss; allowed: name, scale "
-            "(in override codec.bits=16)",
-        ),
-        (
             ["codec.name=pixel", "codec.scale=2"],
             "codec.scale: expected a number > 0 and <= 1, found 2 (in override codec.scale=2)",
         ),
         (["codec.name=wavelet"], "codec.name: expected one of gauss, pixel, found 'wavelet' (in override codec.name="),
-        (["codec.name="], "codec.name: expected one of gauss, pixel, found null (in override codec.name=)"),
     ],
 )
 @pytest.mark.parametrize("smoke", [False, True])
 def test_error_in_a_section_that_begins_anew_names_the_override(read, overrides, expected, smoke):
     assert message(read, FULL, *overrides, smoke=smoke).startswith(expected)
-
-
-def test_setting_that_the_chosen_spec_needs_is_missing_in_the_override_and_not_in_the_file(read):
-    text = message(read, "name: a\ncodec: {name: pixel, scale: 0.5}\n", "codec.bits=32", "codec.name=gauss")
-    assert text == "codec.images_per_class: missing; expected an integer >= 1 (in override codec.name=gauss)"
-
-
-def test_cross_check_of_a_replaced_section_names_all_overrides_of_it(read):
-    text = message(read, GOOD, "distill={iterations: 20}", "distill.log_every=30")
-    assert text == (
-        "distill: log_every: found 30, allowed at most iterations = 20 "
-        "(in override distill={iterations: 20} with override distill.log_every=30)"
-    )
 
 
 SMOKE = GOOD + "distill: {iterations: 500, lr: 2}\nsmoke:\n  distill: {iterations: 20}\n  widths: [1]\n"
@@ -499,13 +355,7 @@ def test_smoke_block_is_merged_deeply_when_asked_for_and_dropped_otherwise(read)
     assert read(SMOKE) == full
     small = dataclasses.replace(full, distill=StepSpec(iterations=20, lr=2.0), widths=(1,))
     assert read(SMOKE, smoke=True) == small
-
-
-def test_overrides_win_over_the_smoke_block(read):
     assert read(SMOKE, "distill.iterations=30", smoke=True).distill.iterations == 30
-
-
-def test_error_in_the_smoke_block_says_so(read):
     text = message(read, GOOD + "smoke: {distill: {iterations: 0}}", smoke=True)
     assert text == "distill.iterations: expected an integer >= 1, found 0 (in x.yaml, smoke block)"
 
@@ -520,13 +370,13 @@ def test_smoke_run_without_a_smoke_block_is_refused(read, text):
 
 
 @pytest.mark.parametrize(
-    "value", ["yes", "no", "null", "1e-3", "0o7", "010", "12:30", "a: b", "2024-01-01", "", " x ", "é", "<<", "~", "?a"]
+    "value", ["yes", "null", "1e-3", "0o7", "010", "12:30", "a: b", "2024-01-01", "", " x ", "é", "<<", "~"]
 )
 def test_text_survives_writing_whatever_it_looks_like(value):
     assert yaml12.parse(yaml12.dump({"a": value, "b": [value]}), source="text") == {"a": value, "b": [value]}
 
 
-@pytest.mark.parametrize("value", [1e-5, 1e300, 0.1 + 0.2, -0.0, 3.0, 5e-324, 12345678901234567890, True, None, -7])
+@pytest.mark.parametrize("value", [1e-5, 1e300, 0.1 + 0.2, -0.0, 3.0, 12345678901234567890, True, None])
 def test_numbers_survive_writing_to_the_bit(value):
     found = yaml12.parse(yaml12.dump({"a": value}), source="text")["a"]
     assert type(found) is type(value) and found == value
@@ -546,13 +396,6 @@ def test_written_config_loads_back_equal(read):
     )
     assert read(to_yaml(config)) == config
     assert to_yaml(read(to_yaml(config))) == to_yaml(config)
-
-
-def test_written_config_keeps_the_order_of_the_fields_and_shows_every_default():
-    keys = [
-        line.split(":")[0] for line in to_yaml(Config(name="a", codec=PixelSpec())).splitlines() if line[0] not in " -"
-    ]
-    assert keys == [field.name for field in dataclasses.fields(Config)]
 
 
 def test_description_lists_every_setting_with_type_default_and_sentence():
