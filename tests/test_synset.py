@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import struct
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +17,8 @@ from safetensors.numpy import save
 
 import gsdd_jax
 from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, exchange, synset
-from gsdd_jax.codecs import (
-    DownscaleSpec,
-    FactorSpec,
-    FrequencySpec,
-    GaussianSpec,
-    LatentSpec,
-    MemorySpec,
-    NeuralFieldSpec,
-    PackedFrequencySpec,
-    PackedGaussianSpec,
-    PaletteSpec,
-    PixelSpec,
-    SparseEpitomeSpec,
-    SpectralSpec,
-    sparse_epitome,
-)
-from gsdd_jax.exchange import KEYS, short
+from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec, PixelSpec, SparseEpitomeSpec, sparse_epitome
+from gsdd_jax.exchange import KEYS
 from train.evaluation import as_stored
 
 SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152
@@ -42,47 +26,22 @@ NAMES = ("cat", "naïve 犬")
 META = {"dataset": "toy", "channel_mean": [0.5, 0.25, 0.125]}
 SPECS = {
     "gaussian": GaussianSpec(images_per_class=2, num_points=3),
-    "gaussian float32": GaussianSpec(images_per_class=1, dtype="float32", num_points=3),
     "packed": PackedGaussianSpec(images_per_class=2, num_points=5),
-    "packed in order": PackedGaussianSpec(images_per_class=1, num_points=3, order="kept", bits_mean=7, ranges="fitted"),
     "pixel": PixelSpec(images_per_class=1),
-    "pixel bfloat16": PixelSpec(dtype="bfloat16", images_per_class=2),
-    "pixel uint8": PixelSpec(dtype="uint8", images_per_class=3),
-    "palette": PaletteSpec(bits=3, images_per_class=3),
-    "downscale": DownscaleSpec(factor=2),
-    "downscale uint8": DownscaleSpec(factor=2, dtype="uint8", images_per_class=8),
-    "frequency": FrequencySpec(coefficients=5, images_per_class=3),
-    "frequency bits": FrequencySpec(coefficients=9, images_per_class=2),
-    "packed frequency": PackedFrequencySpec(coefficients=7, images_per_class=3, bits=5),
-    "neural field": NeuralFieldSpec(layers=2, width=3, images_per_class=2),
-    "factor": FactorSpec(hallucinators=1, base_channels=1, images_per_class=1, dtype="bfloat16"),
-    "memory": MemorySpec(bases=3, images_per_class=3),
     "sparse epitome": SparseEpitomeSpec(
         patch=2, width=5, blocks=1, heads=1, tokens=3, nonzeros=9, images_per_class=2, dtype="bfloat16"
     ),
-    "spectral": SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=2),
-    "latent": LatentSpec(decoder="small", width=4, latent_dim=3, images_per_class=2),
 }
-# Codecs that cannot draw SHAPE.
-SHAPES = {"latent": (8, 8, 3)}
 
 
 @functools.cache
 def make(name: str) -> SynSet:
-    shape = SHAPES.get(SPECS[name].name, SHAPE)
-    codec = codecs.make(SPECS[name], image_shape=shape, num_classes=CLASSES, bytes_per_class=BUDGET)
-    images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *shape)).astype(np.float32)
+    codec = codecs.make(SPECS[name], image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=BUDGET)
+    images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *SHAPE)).astype(np.float32)
     params = jax.jit(codec.init)(jax.random.key(0), images)
     # Params of a set are at stored precision.
     params = codec.dequantize(codec.quantize(params))
     return SynSet(codec, params, BUDGET, NAMES, META)
-
-
-@pytest.fixture(scope="module", params=SPECS)
-def saved(request, tmp_path_factory):
-    """``(set, folder, sizes)``."""
-    made, folder = make(request.param), tmp_path_factory.mktemp("synset")
-    return made, folder, made.save(folder)
 
 
 @pytest.fixture
@@ -98,56 +57,21 @@ def edit(folder, change) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_contract_table_covers_the_registry():
-    assert {spec.name for spec in SPECS.values()} == set(codecs.SPECS)
-
-
-def test_no_setting_of_a_set_is_left_to_the_budget(saved):
-    spec = saved[0].codec.spec
-    hints = typing.get_type_hints(type(spec), include_extras=True)
-    left = {name for name, hint in hints.items() if any(f"; 0 = {what}" in str(hint) for what in ("as many", "those"))}
-    assert left or spec.name in ("gaussian float32",), hints
-    assert all(getattr(spec, name) > 0 for name in left)
-
-
-def test_loaded_set_is_the_saved_one(saved):
-    made, folder, _ = saved
-    loaded = gsdd_jax.load(folder)
-    assert loaded.codec.spec == made.codec.spec and loaded.codec.name == made.codec.name
-    assert loaded.codec.image_shape == made.codec.image_shape and loaded.codec.num_classes == CLASSES
-    assert (loaded.bytes_per_class, loaded.class_names, loaded.meta) == (BUDGET, NAMES, META)
-    assert loaded.nbytes == made.nbytes
-    np.testing.assert_array_equal(loaded.labels, made.labels)
-    np.testing.assert_array_equal(loaded.images(), made.images())
-
-
-def test_save_of_a_loaded_set_writes_the_same_bytes(saved, tmp_path):
-    _, folder, sizes = saved
-    assert gsdd_jax.load(folder).save(tmp_path) == sizes
-    for file in ("synset.safetensors", "manifest.json"):
-        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
-
-
-def test_labels_are_class_major_int32(saved):
-    made = saved[0]
-    per_class = made.codec.images_per_class
-    assert made.labels.dtype == np.int32
-    assert made.labels.tolist() == [0] * per_class + [1] * per_class
-    assert made.images().shape == (2 * per_class, *made.codec.image_shape)
-
-
-def test_file_is_payload_plus_header(saved):
-    made, folder, sizes = saved
-    raw = (folder / "synset.safetensors").read_bytes()
+# Every codec of the registry is saved and loaded in test_codecs.py.
+@pytest.mark.parametrize("name", ["gaussian", "packed"])
+def test_loaded_set_is_the_saved_one_and_its_file_is_payload_plus_header(name, tmp_path):
+    made, folder = make(name), tmp_path / "run" / "export"
+    sizes = made.save(folder)
+    for place in (folder, str(folder.parent)):
+        loaded = gsdd_jax.load(place)
+        assert loaded.codec is made.codec and loaded.nbytes == made.nbytes
+        assert (loaded.bytes_per_class, loaded.class_names, loaded.meta) == (BUDGET, NAMES, META)
+        assert loaded.labels.dtype == np.int32 and loaded.labels.tolist() == [0, 0, 1, 1]
+        np.testing.assert_array_equal(loaded.images(), made.images())
+    raw, manifest = ((folder / file).read_bytes() for file in ("synset.safetensors", "manifest.json"))
     header = 8 + struct.unpack("<Q", raw[:8])[0]
-    assert sizes == {
-        "payload": made.nbytes,
-        "header": header,
-        "file": len(raw),
-        "manifest": (folder / "manifest.json").stat().st_size,
-    }
-    assert len(raw) == made.nbytes + header
-    assert json.loads((folder / "manifest.json").read_text())["sizes"]["payload"] == made.nbytes
+    assert sizes == {"payload": made.nbytes, "header": header, "file": len(raw), "manifest": len(manifest)}
+    assert len(raw) == made.nbytes + header and json.loads(manifest)["sizes"]["payload"] == made.nbytes
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "synset.safetensors"]
 
 
@@ -158,13 +82,6 @@ def test_serialized_arrays_are_the_file_of_the_safetensors_package():
         for place, dtype in enumerate(reversed(exchange.CODES.values()))
     }
     assert exchange.serialize(arrays) == save(arrays) and exchange.serialize({}) == save({})
-
-
-def test_images_at_another_size_survive_the_file(saved):
-    made, folder, _ = saved
-    large = gsdd_jax.load(folder).images((12, 10))
-    assert large.shape == (made.codec.num_images, 12, 10, 3)
-    np.testing.assert_array_equal(large, made.images((12, 10)))
 
 
 def compilations(caplog, function) -> int:
@@ -196,25 +113,6 @@ def test_images_as_stored_and_those_of_parts_are_compiled_once(tmp_path, caplog)
     merged = gsdd_jax.load(tmp_path)
     assert compilations(caplog, merged.images) <= 2
     assert compilations(caplog, lambda: (merged.images(), gsdd_jax.load(tmp_path).images())) == 0
-
-
-def test_settings_that_are_equal_but_written_differently_stay_apart(folder, tmp_path):
-    for lr in (2, 2.0):
-        edit(folder, lambda m, lr=lr: m["codec"].update(lr=lr))
-        gsdd_jax.load(folder).save(tmp_path / str(lr))
-        assert type(json.loads((tmp_path / str(lr) / "manifest.json").read_text())["codec"]["lr"]) is type(lr)
-
-
-def test_run_directory_is_read_by_its_export(tmp_path):
-    make("pixel").save(tmp_path / "export")
-    np.testing.assert_array_equal(gsdd_jax.load(tmp_path).images(), make("pixel").images())
-    np.testing.assert_array_equal(gsdd_jax.load(str(tmp_path)).images(), make("pixel").images())
-
-
-def test_saving_again_replaces_the_set(folder):
-    other = make("pixel")
-    other.save(folder)
-    assert gsdd_jax.load(folder).codec.name == "pixel"
 
 
 def killed_at_every_write(folder, save, monkeypatch):
@@ -298,14 +196,6 @@ def test_set_that_could_not_be_read_again_is_not_written(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "synset.safetensors"]
 
 
-@pytest.mark.parametrize("lr", [10**8, 1e8])
-def test_learning_rate_of_any_size_survives(tmp_path, lr):
-    made = make("frequency")
-    codec = made.codec._replace(spec=dataclasses.replace(made.codec.spec, lr=lr))
-    dataclasses.replace(made, codec=codec).save(tmp_path)
-    assert gsdd_jax.load(tmp_path).codec.spec.lr == 1e8
-
-
 def test_loading_never_unpickles(folder, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a distilled set must be read as data")
@@ -327,27 +217,19 @@ def test_nothing_there_names_the_folder(tmp_path):
         gsdd_jax.load(tmp_path / "absent")
 
 
-def test_arrays_missing(folder):
-    (folder / "synset.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="synset.safetensors: missing, although manifest.json is there"):
-        gsdd_jax.load(folder)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"", r"damaged manifest \(Expecting value: line 1"),
-        (b'{"format": "gsdd_jax/2",', r"damaged manifest \(Expecting property name"),
         (b"\xff\xfe", r"damaged manifest \('utf-8' codec can't decode"),
         (b"[1, 2]", "expected an object of keys, found a list"),
-        (b"7", "expected an object of keys, found 7"),
         (b"{}", "format: missing"),
         (b'{"format": "gsdd_jax/2", "meta": {"a": 1, "a": 2}}', r"damaged manifest \('a': found twice in one object\)"),
         (b"[" * 100_000, r"damaged manifest \(expected at most 32 levels of JSON, found more\)"),
         (b"[" * 40 + b"]" * 40, r"damaged manifest \(expected at most 32 levels of JSON, found more\)"),
-        (b"1" * 5000, r"damaged manifest \(Exceeds the limit"),
         (b" " * 1_100_000, r"damaged manifest \(expected at most 1048576 bytes of JSON, found more\)"),
     ],
+    ids=range(8),
 )
 def test_damaged_manifest(folder, text, message):
     (folder / "manifest.json").write_bytes(text)
@@ -355,20 +237,65 @@ def test_damaged_manifest(folder, text, message):
         gsdd_jax.load(folder)
 
 
+GONE, HUGE = object(), 10**30
+FOREIGN = "'gsdd_jax/1' or 'gsdd_jax/2', found .*; it is no distilled set of this library"
+
+
 @pytest.mark.parametrize(
-    ("found", "advice"),
+    ("key", "value", "message"),
     [
-        ("gsdd_jax/3", "it is of a newer version: update gsdd_jax"),
-        ("other", "it is no distilled set of this library"),
-        (None, "it is no distilled set of this library"),
-        (1, "it is no distilled set of this library"),
-        ([], "it is no distilled set of this library"),
+        *((key, GONE, f"{key}: missing") for key in KEYS if key not in ("format", "labels")),
+        ("format", "gsdd_jax/3", "found .*; it is of a newer version: update gsdd_jax"),
+        *(("format", value, FOREIGN) for value in ("other", None, 1, [])),
+        *(("codec.name", value, f"expected one of {', '.join(codecs.SPECS)}; found") for value in ("wavelet", {})),
+        ("surprise", 1, "'surprise': unknown; expected format, codec"),
+        ("codec", [], "codec: expected a dict, found a list"),
+        ("meta", None, "meta: expected a dict, found None"),
+        ("codec.surprise", 1, "codec.surprise: unknown; expected name, images_per_class"),
+        ("codec.images_per_class", GONE, "codec.images_per_class: expected what the set was made with, found 0"),
+        ("codec.gpc", 2, "codec.images_per_class: expected once, found as images_per_class and gpc"),
+        ("codec.images_per_class", "many", "codec.images_per_class: expected a value of type int, found 'many'"),
+        ("codec.images_per_class", True, "codec.images_per_class: expected a value of type int, found True"),
+        ("codec.images_per_class", 0, "codec.images_per_class: expected what the set was made with, found 0"),
+        ("codec.images_per_class", HUGE, "codec.images_per_class: expected at most 65536, found 1000"),
+        ("codec.images_per_class", 60000, "codec: 216 bytes of arrays are no such set"),
+        ("codec.num_points", 0, "codec.num_points: expected what the set was made with, found 0"),
+        ("codec.supersample", 99, "codec.supersample: expected at most 64, found 99"),
+        ("codec.lr", math.nan, "codec.lr: expected a finite number, found nan"),
+        ("codec.lr", 10**400, "codec.lr: expected a finite number, found 1000"),
+        ("codec.lr", 0, "codec.lr: expected more than 0, found 0"),
+        ("codec.dtype", "int4", "codec.dtype: expected one of bfloat16, float32; found 'int4'"),
+        ("codec.dtype", [], "codec.dtype: expected one of bfloat16, float32; found a list"),
+        ("images_per_class", 3, "images_per_class: expected 2, found 3"),
+        ("image_shape", [6, 8], r"image_shape: expected \[height, width, channels\], found 2 numbers"),
+        ("image_shape", "large", "image_shape: expected a list, found 'large'"),
+        ("image_shape", [6, 8, HUGE], "image_shape.2: expected an integer from 1 to 8192, found 1000"),
+        ("image_shape", [8192, 8192, 3], "expected at most 16777216 values per image, found 8192 x"),
+        ("num_classes", "two", "num_classes: expected an integer from 1 to 65536, found 'two'"),
+        ("num_classes", 3, "class_names: expected 3, one per class, found 2"),
+        ("bytes_per_class", None, "bytes_per_class: expected an integer from 1 to .*, found None"),
+        ("bytes_per_class", 107, "bytes_per_class: expected an integer from 108 to .*, found 107"),
+        ("class_names", None, "class_names: expected a list, found None"),
+        ("class_names", ["cat", 1], "class_names.1: expected a text of at most 1024 letters, found 1"),
+        ("class_names", ["cat", "\ud800"], "class_names.1: expected a text"),
+        ("class_names", ["cat", "x" * 2000], r"'xxx.*x\.\.\. of 2002 characters"),
+        ("sizes.file", GONE, "sizes: expected payload, header, file, found 'payload, header'"),
+        ("sizes.file", "1", "sizes.file: expected an integer from 0 to .*, found '1'"),
+        ("sha256", "0" * 63, "sha256: expected 64 hexadecimal digits, found '000"),
     ],
 )
-def test_other_format_says_what_to_do(folder, found, advice):
-    edit(folder, lambda m: m.update(format=found))
-    message = r"manifest.json: format: expected 'gsdd_jax/1' or 'gsdd_jax/2', found .*; " + advice
-    with pytest.raises(ValueError, match=message):
+def test_manifest_with_a_wrong_value_names_key_expected_and_found(folder, key, value, message):
+    def change(manifest):
+        *sections, name = key.split(".")
+        for section in sections:
+            manifest = manifest[section]
+        if value is GONE:
+            del manifest[name]
+        else:
+            manifest[name] = value
+
+    edit(folder, change)
+    with pytest.raises(ValueError, match=f"{folder / 'manifest.json'}: .*{message}"):
         gsdd_jax.load(folder)
 
 
@@ -379,112 +306,23 @@ def test_set_of_the_first_format_has_no_sum_and_loads(folder):
         np.testing.assert_array_equal(getattr(found.params, name), getattr(make("gaussian").params, name))
 
 
-@pytest.mark.parametrize("name", ["wavelet", None, [], {}])
-def test_unknown_codec_lists_the_known_ones(folder, name):
-    edit(folder, lambda m: m["codec"].update(name=name))
-    with pytest.raises(
-        ValueError, match=f"manifest.json: codec.name: expected one of {', '.join(codecs.SPECS)}; found {short(name)}"
-    ):
-        gsdd_jax.load(folder)
-
-
-@pytest.mark.parametrize("key", [key for key in KEYS if key not in ("format", "labels")])
-def test_manifest_without_a_key_names_it(folder, key):
-    edit(folder, lambda m: m.pop(key))
-    with pytest.raises(ValueError, match=f"manifest.json: {key}: missing"):
-        gsdd_jax.load(folder)
-
-
-HUGE = 10**30
+def with_arrays(folder, change) -> None:
+    stored = load_file(folder / "synset.safetensors")
+    save_file(change(stored), folder / "synset.safetensors")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(surprise=1), "'surprise': unknown; expected format, codec"),
-        (lambda m: m.update(codec=[]), "codec: expected a dict, found a list"),
-        (lambda m: m.update(meta=None), "meta: expected a dict, found None"),
-        (lambda m: m["codec"].update(surprise=1), "codec.surprise: unknown; expected name, images_per_class"),
-        (
-            lambda m: m["codec"].pop("images_per_class"),
-            "codec.images_per_class: expected what the set was made with, found 0",
-        ),
-        (
-            lambda m: m["codec"].update(gpc=2),
-            "codec.images_per_class: expected once, found as images_per_class and gpc",
-        ),
-        (
-            lambda m: m["codec"].update(images_per_class="many"),
-            "codec.images_per_class: expected a value of type int, found 'many'",
-        ),
-        (
-            lambda m: m["codec"].update(images_per_class=True),
-            "codec.images_per_class: expected a value of type int, found True",
-        ),
-        (
-            lambda m: m["codec"].update(images_per_class=0),
-            r"codec.images_per_class: expected what the set was made with, found 0",
-        ),
-        (
-            lambda m: m["codec"].update(images_per_class=HUGE),
-            "codec.images_per_class: expected at most 65536, found 1000",
-        ),
-        (lambda m: m["codec"].update(supersample=99), "codec.supersample: expected at most 64, found 99"),
-        (lambda m: m["codec"].update(lr=math.nan), "codec.lr: expected a finite number, found nan"),
-        (lambda m: m["codec"].update(lr=10**400), "codec.lr: expected a finite number, found 1000"),
-        (lambda m: m["codec"].update(lr=0), r"codec.lr: expected more than 0, found 0"),
-        (lambda m: m["codec"].update(cutoff=1), r"codec.cutoff: expected less than 1, found 1"),
-        (lambda m: m["codec"].update(dtype="int4"), "codec.dtype: expected one of bfloat16, float32; found 'int4'"),
-        (lambda m: m["codec"].update(dtype=[]), "codec.dtype: expected one of bfloat16, float32; found a list"),
-        (lambda m: m["codec"].update(num_points=0), "codec.num_points: expected what the set was made with, found 0"),
-        (lambda m: m["codec"].update(images_per_class=60000), "codec: 216 bytes of arrays are no such set"),
-        (lambda m: m.update(images_per_class=3), "images_per_class: expected 2, found 3"),
-        (lambda m: m.update(image_shape=[6, 8]), r"image_shape: expected \[height, width, channels\], found 2 numbers"),
-        (lambda m: m.update(image_shape="large"), "image_shape: expected a list, found 'large'"),
-        (lambda m: m.update(image_shape=[6, 8, HUGE]), "image_shape.2: expected an integer from 1 to 8192, found 1000"),
-        (lambda m: m.update(image_shape=[8192, 8192, 3]), "expected at most 16777216 values per image, found 8192 x"),
-        (lambda m: m.update(num_classes="two"), "num_classes: expected an integer from 1 to 65536, found 'two'"),
-        (lambda m: m.update(num_classes=3), "class_names: expected 3, one per class, found 2"),
-        (lambda m: m.update(bytes_per_class=None), "bytes_per_class: expected an integer from 1 to .*, found None"),
-        (lambda m: m.update(bytes_per_class=107), "bytes_per_class: expected an integer from 108 to .*, found 107"),
-        (lambda m: m.update(class_names=None), "class_names: expected a list, found None"),
-        (lambda m: m.update(class_names=["cat"]), "class_names: expected 2, one per class, found 1"),
-        (lambda m: m.update(class_names=["cat", 1]), "class_names.1: expected a text of at most 1024 letters, found 1"),
-        (lambda m: m.update(class_names=["cat", "\ud800"]), "class_names.1: expected a text"),
-        (lambda m: m.update(class_names=["cat", "x" * 2000]), r"'xxx.*x\.\.\. of 2002 characters"),
-        (lambda m: m["sizes"].pop("file"), "sizes: expected payload, header, file, found 'payload, header'"),
-        (lambda m: m["sizes"].update(file="1"), "sizes.file: expected an integer from 0 to .*, found '1'"),
-        (lambda m: m.update(sha256="0" * 63), "sha256: expected 64 hexadecimal digits, found '000"),
+        (lambda s: s | {"opacity": s["opacity"][:, :2]}, r"opacity: expected bfloat16\[4, 3\], found bfloat16\[4, 2\]"),
+        (lambda s: {k: v.astype(jnp.float32) for k, v in s.items()}, r"expected bfloat16\[4, 3, 3\], found float32\[4"),
+        (lambda s: {k: v for k, v in s.items() if k != "mean"}, r"mean: expected bfloat16\[4, 3, 2\], found nothing"),
+        (lambda s: s | {"weights": jnp.ones(3)}, r"weights: expected nothing, found float32\[3\]"),
     ],
 )
-def test_manifest_with_a_wrong_value_names_key_expected_and_found(folder, change, message):
-    edit(folder, change)
-    with pytest.raises(ValueError, match=f"{folder / 'manifest.json'}: .*{message}"):
-        gsdd_jax.load(folder)
-
-
-def test_budget_of_the_file_itself_bounds_every_codec(saved, tmp_path):
-    _, folder, _ = saved
-    shutil.copytree(folder, tmp_path / "set")
-    # More classes than the file has bytes, whatever the codec.
-    edit(tmp_path / "set", lambda m: m.update(num_classes=60_000, class_names=["x"] * 60_000, bytes_per_class=1 << 39))
-    with pytest.raises(ValueError, match="manifest.json: (codec: .* bytes of arrays are no such set|codec.)"):
-        gsdd_jax.load(tmp_path / "set")
-
-
-@pytest.mark.parametrize(
-    ("keep", "message"),
-    [
-        (0, "expected a header of 8 bytes at least, found 0"),
-        (4, "expected a header of 8 bytes at least, found 4"),
-        (40, "length of the header: expected 2 to 32 bytes, found "),
-        (-1, "header: expected a file of [0-9]+ bytes, found "),
-    ],
-)
-def test_truncated_arrays(folder, keep, message):
-    file = folder / "synset.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=rf"{file}: damaged file \({message}"):
+def test_arrays_that_the_manifest_does_not_describe_are_named(folder, change, message):
+    with_arrays(folder, change)
+    with pytest.raises(ValueError, match=message):
         gsdd_jax.load(folder)
 
 
@@ -500,38 +338,36 @@ def with_header(folder, header: dict, payload: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda h: h["mean"].pop("dtype"), "'mean': expected dtype, shape and data_offsets, found a dict"),
-        (lambda h: h.update(mean=1), "'mean': expected dtype, shape and data_offsets, found 1"),
-        (lambda h: h["mean"].update(dtype="F8"), "'mean': dtype: expected one of U64, .*BOOL; found 'F8'"),
-        (lambda h: h["mean"].update(dtype=[]), "'mean': dtype: expected one of U64, .*BOOL; found a list"),
-        (lambda h: h["mean"].update(shape=24), "'mean': shape: expected a list of numbers, found 24"),
-        (lambda h: h["mean"].update(shape=[1] * 40), "'mean': shape: expected a list of numbers, found a list"),
-        (lambda h: h["mean"].update(shape=[-1]), "'mean': shape: expected an integer from 0 to [0-9]+, found -1"),
-        (lambda h: h["mean"].update(shape=[1 << 40] * 32), r"'mean': data_offsets: expected \["),
-        (lambda h: h["mean"].update(data_offsets=[0]), "'mean': data_offsets: expected 2 numbers, found 1"),
-        (lambda h: h["mean"].update(data_offsets=[0, 48]), "data_offsets: expected "),
-        (lambda h: h.update(more={"dtype": "U8", "shape": [0], "data_offsets": [5, 5]}), "data_offsets: expected "),
+        lambda h: h["mean"].pop("dtype"),
+        lambda h: h.update(mean=1),
+        lambda h: h["mean"].update(dtype="F8"),
+        lambda h: h["mean"].update(shape=24),
+        lambda h: h["mean"].update(shape=[-1]),
+        lambda h: h["mean"].update(shape=[1 << 40] * 32),
+        lambda h: h["mean"].update(data_offsets=[0]),
+        lambda h: h["mean"].update(data_offsets=[0, 48]),
+        lambda h: h.update(more={"dtype": "U8", "shape": [0], "data_offsets": [5, 5]}),
     ],
+    ids=range(9),
 )
-def test_damaged_header_names_the_array(folder, change, message):
+def test_damaged_header_is_one_line_that_names_the_file(folder, change):
     header, payload = header_of(folder)
     change(header)
     with_header(folder, header, payload)
-    with pytest.raises(ValueError, match=rf"synset.safetensors: damaged file \(header: .*{message}"):
+    with pytest.raises(ValueError, match=f"{folder / 'synset.safetensors'}: damaged file"):
         gsdd_jax.load(folder)
 
 
-def test_header_that_is_no_object(folder):
-    with_header(folder, [], b"")
-    with pytest.raises(ValueError, match=r"damaged file \(header: expected an object of arrays, found a list\)"):
-        gsdd_jax.load(folder)
-
-
-def test_header_of_gigabytes_is_not_read(folder):
-    (folder / "synset.safetensors").write_bytes(struct.pack("<Q", 1 << 33) + bytes(100_000))
-    with pytest.raises(ValueError, match="length of the header: expected 2 to 65536 bytes, found 8589934592"):
+def test_truncated_file_and_header_of_gigabytes_are_one_line_that_names_the_file(folder):
+    file, raw = folder / "synset.safetensors", (folder / "synset.safetensors").read_bytes()
+    for damaged in (b"", raw[:4], raw[:40], raw[:-1], struct.pack("<Q", 1 << 33) + bytes(100_000)):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{file}: damaged file \(.*expected .*, found "):
+            gsdd_jax.load(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="synset.safetensors: missing, although manifest.json is there"):
         gsdd_jax.load(folder)
 
 
@@ -599,53 +435,10 @@ def sha256(folder) -> str:
     return hashlib.sha256((folder / "synset.safetensors").read_bytes()).hexdigest()
 
 
-def test_sorted_set_of_too_many_points_is_refused_before_it_is_numbered(tmp_path):
-    make("packed").save(tmp_path)
-    edit(tmp_path, lambda m: m["codec"].update(num_points=5000))
-    with pytest.raises(ValueError, match="codec.num_points: expected .* 4096, found 5000"):
-        gsdd_jax.load(tmp_path)
-
-
-def test_arrays_of_another_shape_name_the_leaf(folder):
-    stored = load_file(folder / "synset.safetensors")
-    save_file(stored | {"opacity": stored["opacity"][:, :2]}, folder / "synset.safetensors")
-    with pytest.raises(ValueError, match=r"opacity: expected bfloat16\[4, 3\], found bfloat16\[4, 2\]"):
-        gsdd_jax.load(folder)
-
-
-def test_arrays_of_another_precision_name_the_leaf(folder):
-    stored = load_file(folder / "synset.safetensors")
-    save_file({k: v.astype(jnp.float32) for k, v in stored.items()}, folder / "synset.safetensors")
-    with pytest.raises(ValueError, match=r"cholesky: expected bfloat16\[4, 3, 3\], found float32\[4, 3, 3\]"):
-        gsdd_jax.load(folder)
-
-
-def test_missing_and_surplus_arrays_are_named(folder):
-    stored = load_file(folder / "synset.safetensors")
-    save_file({k: v for k, v in stored.items() if k != "mean"}, folder / "synset.safetensors")
-    with pytest.raises(ValueError, match=r"mean: expected bfloat16\[4, 3, 2\], found nothing"):
-        gsdd_jax.load(folder)
-    save_file(stored | {"weights": jnp.ones(3)}, folder / "synset.safetensors")
-    with pytest.raises(ValueError, match=r"weights: expected nothing, found float32\[3\]"):
-        gsdd_jax.load(folder)
-
-
-def test_files_of_two_sets_do_not_pass_for_one(folder, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    make("pixel").save(other)
-    (folder / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
-    with pytest.raises(ValueError, match=r"synset.safetensors: cholesky: expected nothing"):
-        gsdd_jax.load(folder)
-
-
-def test_numbers_of_numpy_make_the_same_set(tmp_path):
-    plain, counted = (
-        GaussianSpec(images_per_class=2, num_points=3),
-        GaussianSpec(images_per_class=np.int64(2), num_points=np.int32(3)),
-    )
-    for name, spec, kind in (("plain", plain, int), ("numpy", counted, np.int64)):
-        codec = codecs.make(spec, image_shape=np.array(SHAPE), num_classes=kind(CLASSES), bytes_per_class=kind(BUDGET))
-        params = codec.init(jax.random.key(0), jnp.full((4, *SHAPE), 0.5))
-        SynSet(codec, params, kind(BUDGET), NAMES).save(tmp_path / name)
-    assert (tmp_path / "plain" / synset.MANIFEST).read_bytes() == (tmp_path / "numpy" / synset.MANIFEST).read_bytes()
-    assert gsdd_jax.load(tmp_path / "numpy").images((np.int64(3), np.int32(4))).shape == (4, 3, 4, 3)
+def test_numbers_of_numpy_make_the_same_set(folder):
+    spec = GaussianSpec(images_per_class=np.int64(2), num_points=np.int32(3))
+    kind = np.int64
+    codec = codecs.make(spec, image_shape=np.array(SHAPE), num_classes=kind(CLASSES), bytes_per_class=kind(BUDGET))
+    SynSet(codec, make("gaussian").params, kind(BUDGET), NAMES, META).save(folder / "numpy")
+    assert (folder / "numpy" / synset.MANIFEST).read_bytes() == (folder / synset.MANIFEST).read_bytes()
+    assert gsdd_jax.load(folder / "numpy").images((np.int64(3), np.int32(4))).shape == (4, 3, 4, 3)
