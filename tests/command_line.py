@@ -1,26 +1,27 @@
 """Runs of the command line inside the test process, and what they leave."""
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 from benchmarks.kills import findings
 from train import distill
-from train.rundir import read_metrics
 
-__all__ = ["ROOT", "assert_same", "findings", "kill_while_distilling", "refused", "start"]
+__all__ = ["ROOT", "assert_same", "ends", "findings", "refused", "start"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(config: Path, out: Path | None, *arguments: str) -> int:
-    """Runs the command line in this process and returns its exit code."""
-    where = [] if out is None else ["--out", str(out)]
+def ends(command: ModuleType, *arguments) -> int:
+    """Runs a command line in this process and returns its exit code."""
     try:
-        return distill.main(["--config", str(config), "--quiet", *where, *arguments])
+        return command.main([str(argument) for argument in arguments])
     except SystemExit as end:
         return end.code
+
+
+def start(config: Path, out: Path | None, *arguments: str) -> int:
+    """Runs `train.distill` in this process and returns its exit code."""
+    return ends(distill, "--config", config, "--quiet", *([] if out is None else ["--out", out]), *arguments)
 
 
 def refused(capsys, code: int) -> str:
@@ -34,23 +35,3 @@ def refused(capsys, code: int) -> str:
 def assert_same(found: dict, expected: dict) -> None:
     for key in expected:
         assert found[key] == expected[key], key
-
-
-def kill_while_distilling(config: Path, out: Path, step: int) -> None:
-    """Runs the command line in a process that SIGKILL ends right after the line of metrics of a step."""
-    program = f"""
-import os, signal
-from train import distill
-from train.rundir import RunDir
-append = RunDir.append
-def wrapper(self, phase, step, **values):
-    append(self, phase, step, **values)
-    if (phase, step) == ("main-distill", {step}):
-        os.kill(os.getpid(), signal.SIGKILL)
-RunDir.append = wrapper
-distill.main(["--config", {str(config)!r}, "--quiet", "--out", {str(out)!r}])
-"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert read_metrics(out)[-1]["step"] == step

@@ -37,6 +37,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 ROOT = Path(__file__).resolve().parent.parent
+# Paths in configs are relative to the checkout.
+os.chdir(ROOT)
 
 
 def pytest_collection_finish() -> None:
@@ -93,3 +95,21 @@ def default_code() -> dict[str, Any]:
         return {}
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     return options | ({_GENERATOR: True, _PARTS: 32} if _GENERATOR in os.environ.get("XLA_FLAGS", "") else {})
+
+
+@pytest.fixture(scope="module")
+def toy(request, tmp_path_factory) -> Path:
+    """The config that a module has as ``TOY``, as a file."""
+    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
+    path.write_text(request.module.TOY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory) -> Path:
+    """An uninterrupted run of `toy`; read only."""
+    from command_line import start
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(toy, out) == 0
+    return out

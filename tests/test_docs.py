@@ -1,5 +1,6 @@
 """What docs/ shows is run as it stands there."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -48,7 +49,7 @@ def test_codec_of_the_documentation_works_once_its_file_and_its_line_are_there(t
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,

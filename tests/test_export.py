@@ -4,20 +4,19 @@ import dataclasses
 import io
 import json
 import pickle
+import shutil
 import sys
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import ROOT
+from command_line import ROOT, ends, refused
 from PIL import Image
 
 import gsdd_jax
 from gsdd_jax import MergedSet, SynSet, codecs, data, labels, render, whiten
 from gsdd_jax.data import folder as image_folder
-from gsdd_jax.data import tfds as tfds_source
-from gsdd_jax.data.decode import Converter
 from train import config as configs
 from train import export, import_gsdd, yaml12
 from train.rundir import plain
@@ -43,21 +42,6 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def start(command, *arguments) -> int:
-    """Runs a command line in this process and returns its exit code."""
-    try:
-        return command.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return end.code
-
-
-def refused(capsys, code) -> str:
-    err = capsys.readouterr().err
-    assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
-
-
 def eight_bits(images) -> np.ndarray:
     return np.rint(255 * np.clip(np.asarray(images, np.float64), 0, 1)).astype(np.uint8)
 
@@ -66,7 +50,7 @@ def eight_bits(images) -> np.ndarray:
 
 
 def test_png_folders_hold_the_clipped_images_in_the_order_of_the_labels(run, tmp_path, capsys):
-    assert start(export, "--run", run, "--to", "png", "--out", tmp_path / "out" / ".." / "png") == 0
+    assert ends(export, "--run", run, "--to", "png", "--out", tmp_path / "out" / ".." / "png") == 0
     said = capsys.readouterr().out
     first, second = said.splitlines()
     assert first.endswith("6 images of 5x4x3 in 3 classes; 10.00 % of all values were outside [0,1] and were clipped")
@@ -82,28 +66,22 @@ def test_png_folders_hold_the_clipped_images_in_the_order_of_the_labels(run, tmp
     assert [file.name for file in files] == [f"{i}.png" for i in range(6)]
     for file, image in zip(files, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
-
-
-def test_png_folders_are_a_source_of_data(run, tmp_path):
+    # Such a folder is a source of data.
     (tmp_path / "root").mkdir()
     for split in ("train", "test"):
-        assert start(export, "--run", run, "--to", "png", "--out", tmp_path / "root" / split) == 0
-    found = image_folder.open_folder(tmp_path / "root")
-    assert found.class_names == ("0_cat_.._x", "1_naïve_犬", "2_con")
-    assert np.concatenate(list(found.train.labels())).tolist() == [0, 0, 1, 1, 2, 2]
-
-
-def test_gray_images_are_gray_pngs(tmp_path):
-    made = pixel_set(shape=(5, 4, 1))
-    made.save(tmp_path / "set")
-    assert start(export, "--run", tmp_path / "set", "--to", "png", "--out", tmp_path / "png") == 0
-    with Image.open(tmp_path / "png" / "2_con" / "4.png") as image:
-        assert image.mode == "L"
-        np.testing.assert_array_equal(np.asarray(image), eight_bits(made.params["images"])[4, ..., 0])
+        shutil.copytree(tmp_path / "png", tmp_path / "root" / split)
+    assert np.concatenate(list(image_folder.open_folder(tmp_path / "root").train.labels())).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_npz_holds_the_values_as_they_are_and_no_pickle(run, tmp_path, capsys):
-    assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / "npz") == 0
+    assert ends(export, "--run", run, "--to", "npz", "--out", tmp_path / "npz") == 0
     assert "10.00 % of all values were outside [0,1] and stay so" in capsys.readouterr().out
     with np.load(tmp_path / "npz" / "images.npz", allow_pickle=False) as found:
         assert sorted(found) == ["channel_mean", "class_names", "images", "labels", "whiten"]
@@ -115,32 +93,16 @@ def test_npz_holds_the_values_as_they_are_and_no_pickle(run, tmp_path, capsys):
 
 def test_images_are_drawn_at_the_size_that_is_asked_for(run, tmp_path):
     for text, size in (("8", (8, 8)), ("3x6", (3, 6))):
-        assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / text, "--size", text) == 0
+        # An empty target is taken.
+        (tmp_path / text).mkdir()
+        assert ends(export, "--run", run, "--to", "npz", "--out", tmp_path / text, "--size", text) == 0
         with np.load(tmp_path / text / "images.npz", allow_pickle=False) as found:
             np.testing.assert_allclose(found["images"], pixel_set().images(size), atol=1e-6)
 
 
-def test_tfds_directory_is_read_by_tfds_and_by_our_own_reader(run, tmp_path):
-    library = pytest.importorskip("tensorflow_datasets")
-    path = tmp_path / "distilled"
-    assert start(export, "--run", run, "--to", "tfds", "--out", path) == 0
-    expected = eight_bits(pixel_set().params["images"])
-    builder = library.builder_from_directory(str(path))
-    records = builder.as_data_source(split="train")
-    assert len(records) == 6 and builder.info.features["label"].names == ["cat/../x", "naïve 犬", "con."]
-    for i in range(6):
-        assert records[i]["label"] == i // 2
-        np.testing.assert_array_equal(records[i]["image"], expected[i])
-    source = tfds_source.open_tfds(path=path, test_split="train")
-    assert (source.train.size, source.channels, source.class_names) == (6, 3, NAMES)
-    convert = Converter(resolution=0, resize="crop", channels=3)
-    images = [pixels for _, pixels in source.train.read(np.arange(6), convert)]
-    np.testing.assert_array_equal(images, expected)
-
-
 def test_huggingface_folder_is_a_table_that_says_what_its_columns_are(run, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    assert start(export, "--run", run, "--to", "huggingface", "--out", tmp_path / "hub") == 0
+    assert ends(export, "--run", run, "--to", "huggingface", "--out", tmp_path / "hub") == 0
     table = parquet.read_table(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert features["label"] == {"_type": "ClassLabel", "names": list(NAMES)} and features["image"]["_type"] == "Image"
@@ -153,22 +115,18 @@ def test_huggingface_folder_is_a_table_that_says_what_its_columns_are(run, tmp_p
     assert 'Distilled from "toy" by gsdd_jax into 480 bytes per class (codec pixel).' in text
 
 
-def soft_set(kind: str) -> SynSet | MergedSet:
-    """A set whose soft labels are those of the whole, of one part of two, or of no parts."""
-    made = pixel_set(names=tuple("abcde"))
-    rows = labels.pack(np.random.default_rng(1).dirichlet(np.ones(5), 10), labels.LabelSpec(kind="soft"))
-    if kind == "whole":
-        return dataclasses.replace(made, bytes_per_class=made.bytes_per_class + 40, soft=rows)
+def soft_set(kind: str) -> MergedSet:
+    """A set whose soft labels are those of the whole, or of one part of two."""
     first, second = pixel_set(names=("a", "b")), pixel_set(names=("c", "d", "e"))
+    rng, spec = np.random.default_rng(1), labels.LabelSpec(kind="soft")
     if kind == "merged":
-        return MergedSet((first, second), META, rows)
-    own = labels.pack(np.random.default_rng(1).dirichlet(np.ones(2), 4), labels.LabelSpec(kind="soft"))
+        return MergedSet((first, second), META, labels.pack(rng.dirichlet(np.ones(5), 10), spec))
     size = first.bytes_per_class + 16
-    first = dataclasses.replace(first, bytes_per_class=size, soft=own)
+    first = dataclasses.replace(first, bytes_per_class=size, soft=labels.pack(rng.dirichlet(np.ones(2), 4), spec))
     return MergedSet((first, dataclasses.replace(second, bytes_per_class=size)), META)
 
 
-@pytest.mark.parametrize("kind", ["whole", "merged", "part"])
+@pytest.mark.parametrize("kind", ["merged", "part"])
 def test_every_form_has_the_soft_labels(kind, tmp_path, monkeypatch):
     made = soft_set(kind)
     made.save(tmp_path / "made")
@@ -176,7 +134,7 @@ def test_every_form_has_the_soft_labels(kind, tmp_path, monkeypatch):
     assert expected.shape == (10, 5) and (kind != "part" or not expected[:4, 2:].any())
     monkeypatch.chdir(tmp_path)
     for form in export.FORMS:
-        assert start(export, "--run", "made", "--to", form, "--out", form) == 0
+        assert ends(export, "--run", "made", "--to", form, "--out", form) == 0
         assert json.loads((tmp_path / form / "metadata.json").read_text(encoding="utf-8"))["soft_labels"] is True
     with np.load("npz/images.npz", allow_pickle=False) as found:
         assert found["soft_labels"].dtype == np.float32
@@ -211,7 +169,7 @@ def zca_run(tmp_path):
 
 def test_npz_of_a_whitened_run_maps_images_into_its_space(zca_run, tmp_path, capsys):
     run, dataset = zca_run
-    assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / "npz") == 0
+    assert ends(export, "--run", run, "--to", "npz", "--out", tmp_path / "npz") == 0
     assert "left out" not in capsys.readouterr().out
     with np.load(tmp_path / "npz" / "images.npz", allow_pickle=False) as found:
         own = (found["images"] - found["zca_mean"]).reshape(4, -1) @ found["zca_matrix"]
@@ -222,42 +180,6 @@ def test_npz_of_a_whitened_run_maps_images_into_its_space(zca_run, tmp_path, cap
     assert metadata["training"]["network"]["name"] == "convnet" and metadata["set"]["whiten"] == "zca"
 
 
-def test_matrix_that_cannot_be_had_is_left_out_in_one_line(zca_run, tmp_path, capsys):
-    run, dataset = zca_run
-    said = []
-    for name, arguments in (("size", ["--size", "8"]), ("other", []), ("absent", [])):
-        if name == "other":
-            (run / "result.json").write_text(json.dumps({"data_sha256": "f" * 64}))
-        elif name == "absent":
-            (tmp_path / "data").rename(tmp_path / "moved")
-        assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / name, *arguments) == 0
-        with np.load(tmp_path / name / "images.npz", allow_pickle=False) as found:
-            assert "zca_matrix" not in found
-        said.append(capsys.readouterr().out.splitlines()[1])
-    start_of_line = "left out, although the accuracies of the run needed it: the ZCA matrix ("
-    assert said[0] == f"{start_of_line}it is of images of 5x4x3)"
-    digest = dataset.fingerprint()[:12]
-    expected = f"the data of the run have the SHA-256 ffffffffffff, those that are there {digest}"
-    assert said[1] == f"{start_of_line}{expected})"
-    assert said[2].startswith(start_of_line) and str(tmp_path / "data") in said[2]
-
-
-def test_failure_leaves_nothing(run, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setitem(export.FORMS, "png", fail)
-    with pytest.raises(SystemExit):
-        export.main(["--run", str(run), "--to", "png", "--out", str(tmp_path / "out")])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-
-
-def test_an_empty_target_is_taken(run, tmp_path):
-    (tmp_path / "out").mkdir()
-    assert start(export, "--run", run, "--to", "npz", "--out", tmp_path / "out") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images.npz", "metadata.json"]
-
-
 # What is refused
 
 
@@ -266,7 +188,6 @@ def test_an_empty_target_is_taken(run, tmp_path):
     [
         (["--to", "jpg"], "--to: unknown form 'jpg'; allowed: png, npz, tfds, huggingface, set"),
         (["--to", "npz", "--size", "big"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found 'big'"),
-        (["--to", "npz", "--size", "0"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found '0'"),
         (["--to", "npz", "--size", "9000x2"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH"),
         (["--to", "set", "--size", "8"], "--size: a set is drawn at any size later; leave it out, found '8'"),
         (["--to", "npz", "--run", "absent"], "absent: no distilled set here"),
@@ -274,46 +195,58 @@ def test_an_empty_target_is_taken(run, tmp_path):
     ],
 )
 def test_bad_argument_is_one_line(run, tmp_path, capsys, arguments, message):
-    code = start(export, "--run", run, "--out", tmp_path / "out", *arguments)
+    code = ends(export, "--run", run, "--out", tmp_path / "out", *arguments)
     assert message in refused(capsys, code)
     assert not (tmp_path / "out").exists()
 
 
 def test_target_that_holds_something_is_left_alone(run, tmp_path, capsys):
-    code = start(export, "--run", run, "--to", "png", "--out", run)
+    code = ends(export, "--run", run, "--to", "png", "--out", run)
     assert f"--out: {run} is not empty; expected an absent or empty directory" in refused(capsys, code)
     assert [path.name for path in run.iterdir()] == ["export"]
     (tmp_path / "file").write_text("")
-    code = start(export, "--run", run, "--to", "png", "--out", tmp_path / "file")
+    code = ends(export, "--run", run, "--to", "png", "--out", tmp_path / "file")
     assert f"--out: {tmp_path / 'file'} is a file; expected an absent or empty directory" in refused(capsys, code)
+
+
+def with_nan() -> SynSet:
+    made = pixel_set()
+    return dataclasses.replace(made, params={"images": made.params["images"].at[1, 0, 0, 0].set(jnp.nan)})
 
 
 @pytest.mark.parametrize(
     ("to", "made", "message"),
     [
+        ("png", with_nan(), "1 of 6 images hold NaN, which a PNG cannot; expected npz"),
         ("png", pixel_set(shape=(5, 4, 2)), "a PNG has 1 or 3 channels, the images have 2; expected npz"),
         ("tfds", pixel_set(names=("a b", "a  b")), "tfds needs classes of different names, and two of the set's are"),
-        ("tfds", pixel_set(names=("a", " ")), "or one is empty"),
         ("huggingface", pixel_set(names=("a", "a")), "huggingface needs classes of different names, and two of"),
     ],
 )
 def test_set_that_a_form_cannot_hold_is_refused(tmp_path, capsys, to, made, message):
     made.save(tmp_path / "set")
-    assert message in refused(capsys, start(export, "--run", tmp_path / "set", "--to", to, "--out", tmp_path / "out"))
+    assert message in refused(capsys, ends(export, "--run", tmp_path / "set", "--to", to, "--out", tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
 
 
-def test_nan_is_no_color(tmp_path, capsys):
-    made = pixel_set()
-    params = {"images": made.params["images"].at[1, 0, 0, 0].set(jnp.nan)}
-    SynSet(made.codec, params, made.bytes_per_class, NAMES).save(tmp_path / "set")
-    code = start(export, "--run", tmp_path / "set", "--to", "png", "--out", tmp_path / "out")
-    assert "1 of 6 images hold NaN, which a PNG cannot; expected npz" in refused(capsys, code)
-
-
-def test_tfds_without_array_record_says_what_to_install(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
-    code = start(export, "--run", run, "--to", "tfds", "--out", tmp_path / "out")
-    assert "--to: tfds needs tensorflow_datasets and array_record: pip install gsdd_jax[data]" in refused(capsys, code)
+@pytest.mark.parametrize(
+    ("module", "call", "message"),
+    [
+        (
+            "array_record.python.array_record_module",
+            lambda run: ends(export, "--run", run, "--to", "tfds", "--out", run.parent / "out"),
+            "--to: tfds needs tensorflow_datasets and array_record: pip install gsdd_jax[data]",
+        ),
+        (
+            "torch",
+            lambda run: bring_in(run / "model.pth", run.parent / "set"),
+            "--file: reading it needs PyTorch: pip install gsdd_jax[torch]",
+        ),
+    ],
+)
+def test_a_missing_package_says_what_to_install(run, capsys, monkeypatch, module, call, message):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert message in refused(capsys, call(run))
 
 
 # The authors' files
@@ -376,7 +309,7 @@ def load_as(monkeypatch, tmp_path):
 
 
 def bring_in(file, out, *arguments) -> int:
-    return start(import_gsdd, "--file", file, "--out", out, "--size", 8, "--classes", "a", "b", *arguments)
+    return ends(import_gsdd, "--file", file, "--out", out, "--size", 8, "--classes", "a", "b", *arguments)
 
 
 @pytest.mark.parametrize("as_checkpoint", [False, True])
@@ -398,7 +331,7 @@ def test_imported_image_is_the_sum_that_the_authors_code_draws(load_as, tmp_path
     # One Gaussian per image, at whose center a sample of 1 x 1 lies: xy 0 at 9 px is the center of pixel 4.
     tensors = state(n=2, m=1, **{"params.xy": np.zeros((2, 2)), "params.opacity": np.array([[0.5], [1.0]])})
     file = load_as(tensors)
-    assert start(import_gsdd, "--file", file, "--out", tmp_path / "set", "--size", 9, "--classes", "a", "b") == 0
+    assert ends(import_gsdd, "--file", file, "--out", tmp_path / "set", "--size", 9, "--classes", "a", "b") == 0
     found = gsdd_jax.load(tmp_path / "set").params
     images = render(found, supersample=1)
     theirs = np.float32(tensors["params.features"].array) * np.array([[0.5], [1.0]])
@@ -421,7 +354,6 @@ def test_imported_image_is_the_sum_that_the_authors_code_draws(load_as, tmp_path
         (state(num_points_per_image=[3, 3, 3, 4]), "num_points_per_image: expected equally many Gaussians for each"),
         (state(cholesky_bound=[0.5, 0, 1]), "cholesky_bound: expected (0.5, 0.0, 0.5), found [0.5, 0.0, 1.0]"),
         (state(**{"params.xy": np.zeros((12, 3))}), "params.xy: expected shape [12, 2], found [12, 3]"),
-        (state(**{"params.features": np.zeros(12)}), "params.features: expected shape [12, 3], found [12]"),
         (state(_opacity=np.ones(3)), "opacity: expected 12 numbers, found 3"),
         (state(**{"params.xy": np.full((12, 2), np.nan)}), "expected finite numbers, found NaN or infinity"),
         (state(n=3), "--classes: 3 images are not equally many for each of 2 classes"),
@@ -431,21 +363,4 @@ def test_file_that_does_not_match_is_refused(load_as, tmp_path, capsys, content,
     file = load_as(content)
     assert message in refused(capsys, bring_in(file, tmp_path / "set"))
     assert not (tmp_path / "set").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--size", "0"], "--size: expected a side from 1 to 8192 pixels, found 0"),
-        (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16; found 'int8'"),
-        (["--file", "absent"], "--file: no such file: absent"),
-    ],
-)
-def test_bad_argument_of_the_import_is_one_line(load_as, tmp_path, capsys, arguments, message):
-    assert message in refused(capsys, bring_in(load_as({}), tmp_path / "set", *arguments))
-
-
-def test_import_without_pytorch_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    code = bring_in(tmp_path / "model.pth", tmp_path / "set")
-    assert "--file: reading it needs PyTorch: pip install gsdd_jax[torch]" in refused(capsys, code)
+    assert "--size: expected a side from 1 to 8192 pixels" in refused(capsys, bring_in(file, tmp_path, "--size", "0"))
