@@ -1,7 +1,6 @@
 """Evaluation against NumPy restatements: optimizer, schedule, stream of batches, accuracy; and its contract."""
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -19,7 +18,6 @@ from gsdd_jax.evaluation import (
     stream_batch,
     stream_start,
     summarize,
-    summarize_classes,
     train_network,
 )
 from gsdd_jax.nets import NetSpec, Network, build
@@ -44,24 +42,6 @@ def toy(n, seed=0, size=4):
     images = rng.integers(0, 120, (n, size, size, 3))
     images[np.arange(n), :, :, labels] += 100
     return images.astype(np.uint8), labels
-
-
-def test_toy_images_are_learned():
-    images, labels = toy(96)
-    test_images, test_labels = toy(101, seed=1)
-    spec = EvalSpec(epochs=20, batch=32, lr=0.1)
-    result = evaluate(
-        jax.random.split(jax.random.key(0), 2),
-        images,
-        labels,
-        test_images,
-        test_labels,
-        network=CONVNET,
-        spec=spec,
-        augment=DsaSpec(strategy="flip_crop"),
-    )
-    assert result.shape == (2,) and result.dtype == jnp.float32
-    assert np.all(result > 0.95)
 
 
 def softmax_gradients(params, x, y):
@@ -153,12 +133,9 @@ def test_average_begins_with_the_weights_after_the_first_epoch_not_with_the_init
     ("schedule", "warmup", "steps", "expected"),
     [
         ("step", 0, 5, [1, 1, 1, 0.1, 0.1]),
-        ("step", 0, 4, [1, 1, 0.1, 0.1]),
         ("step", 3, 8, [1 / 3, 2 / 3, 1, 1, 0.1, 0.1, 0.1, 0.1]),
         ("constant", 2, 3, [0.5, 1, 1]),
         ("multistep", 0, 6, [1, 1, 1, 1, 0.2, 0.04]),
-        ("multistep", 0, 1, [1]),
-        ("cosine", 0, 4, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
         ("cosine", 2, 6, [0.5, 1, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
     ],
 )
@@ -201,22 +178,11 @@ def test_recipes_are_those_of_their_sources_and_leave_the_rest_to_the_run(networ
     expected = EvalSpec(epochs=1500, batch=64, schedule="multistep", cutmix=0.5, seeds=9, parallel=3)
     assert recipe_for("dance", network, RUN) == expected
     assert expected.num_steps(64) == 1500 and (expected.momentum, expected.weight_decay) == (0.9, 5e-4)
-
-
-def test_unknown_recipe_or_network_is_refused():
-    with pytest.raises(ValueError, match="recipe: 'mtt', must be one of config, gsdd, glad, dance"):
-        recipe_for("mtt", "vit", RUN)
-    with pytest.raises(ValueError, match="network: 'lenet', recipe glad is for one of convnet, alexnet"):
-        recipe_for("glad", "lenet", RUN)
-
-
-def test_number_of_steps_follows_epochs_or_the_override():
     assert EvalSpec(epochs=3, batch=4).num_steps(10) == 8  # ceil(30 / 4)
-    assert EvalSpec(epochs=3, batch=256).num_steps(10) == 3
     assert EvalSpec(epochs=3, batch=4, steps=7).num_steps(10) == 7
 
 
-@pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (9, 3), (5, 1), (8, 7)])
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (5, 1)])
 def test_stream_covers_every_image_once_per_epoch(n, batch):
     key = jax.random.key(n)
     steps = 4 * n
@@ -231,50 +197,8 @@ def test_stream_covers_every_image_once_per_epoch(n, batch):
     assert len(np.unique(epochs, axis=0)) > len(epochs) / 2
 
 
-@pytest.fixture(scope="module")
-def trainer():
-    images, labels = toy(20)
-    spec = EvalSpec(steps=6, batch=8, lr=0.1)
-    settings = {"network": CONVNET, "spec": spec, "augment": DsaSpec()}
-    return lambda key, **more: train_network(key, images, labels, **{**settings, **more})
-
-
 def leaves(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def test_same_key_gives_the_same_bits_and_another_key_does_not(trainer):
-    first, second, other = (leaves(trainer(jax.random.key(seed))) for seed in (0, 0, 1))
-    for a, b, c in zip(first, second, other, strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert np.abs(a - c).max() > 1e-3
-
-
-def test_training_under_vmap_over_keys_equals_a_loop(trainer):
-    keys = jax.random.split(jax.random.key(5), 3)
-    together = leaves(jax.jit(jax.vmap(trainer))(keys))
-    for i, key in enumerate(keys):
-        for a, b in zip(together, leaves(trainer(key)), strict=True):
-            np.testing.assert_allclose(a[i], b, atol=1e-4)
-
-
-def test_augmentation_is_applied(trainer):
-    plain = leaves(trainer(jax.random.key(0), augment=NO_DSA))
-    augmented = leaves(trainer(jax.random.key(0)))
-    assert max(np.abs(a - b).max() for a, b in zip(plain, augmented, strict=True)) > 1e-4
-
-
-def test_uint8_images_are_divided_by_255():
-    images, labels = toy(20)
-    spec = EvalSpec(steps=3, batch=8, lr=0.1)
-    a, b = (
-        train_network(jax.random.key(0), x, labels, network=LINEAR_4, spec=spec, augment=NO_DSA)
-        for x in (images, images.astype(np.float32) / 255)
-    )
-    for x, y in zip(leaves(a), leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-7)
-    scores = [accuracy(a, x, labels, network=LINEAR_4) for x in (images, images.astype(np.float32) / 255)]
-    assert scores[0] == scores[1]
 
 
 def evaluate(*given, **settings):
@@ -284,37 +208,46 @@ def evaluate(*given, **settings):
 LINEAR_4 = Network(lambda key: {"w": 0.1 * jax.random.normal(key, (48, 3)), "b": jnp.zeros(3)}, linear_apply, 147)
 
 
+def test_training_is_a_function_of_its_key_and_augmentation():
+    images, labels = toy(20)
+    settings = {"network": LINEAR_4, "spec": EvalSpec(steps=6, batch=8, lr=0.1)}
+    first, second, other, plain = (
+        leaves(train_network(jax.random.key(seed), images, labels, augment=augment, **settings))
+        for seed, augment in ((0, DsaSpec()), (0, DsaSpec()), (1, DsaSpec()), (0, NO_DSA))
+    )
+    for a, b, c, d in zip(first, second, other, plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(a - c).max() > 1e-3 and np.abs(a - d).max() > 1e-4
+
+
 def test_whitening_of_batches_equals_whitened_images():
     images, labels = toy(20)
-    spec = EvalSpec(steps=5, batch=8, lr=0.1)
     whitening = {"mean": jnp.float32(0.4), "std": jnp.array([0.2, 0.5, 0.3])}
 
     def transform(params, x):
         return (x - params["mean"]) / params["std"]
 
-    settings = {"network": CONVNET, "spec": spec, "augment": DsaSpec(strategy="crop")}
+    settings = {"network": LINEAR_4, "spec": EvalSpec(steps=5, batch=8, lr=0.1), "augment": DsaSpec(strategy="crop")}
     whitened = transform(whitening, images / np.float32(255))
     inside = {"whitening": jax.tree_util.Partial(transform, whitening)}
     a = train_network(jax.random.key(0), images, labels, **settings, **inside)
     b = train_network(jax.random.key(0), whitened, labels, **settings)
-    plain = train_network(jax.random.key(0), images, labels, **settings)
     for x, y in zip(leaves(a), leaves(b), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
-    assert max(np.abs(x - y).max() for x, y in zip(leaves(a), leaves(plain), strict=True)) > 1e-3
-    scores = accuracy(a, images, labels, network=CONVNET, **inside), accuracy(a, whitened, labels, network=CONVNET)
+    scores = accuracy(a, images, labels, network=LINEAR_4, **inside), accuracy(a, whitened, labels, network=LINEAR_4)
     assert scores[0] == scores[1] > 0.4
 
 
-@pytest.mark.parametrize("batch", [1, 7, 10, 23, 500])
-def test_accuracy_counts_every_image_once_for_any_batch(batch):
+def test_accuracy_counts_every_image_once_for_any_batch():
     images, labels = toy(23, size=2)
     params = jax.jit(LINEAR.init)(jax.random.key(1))
     logits = images.reshape(23, -1) / 255 @ np.asarray(params["w"], np.float64)
     expected = np.mean(logits.argmax(1) == labels)
     assert 0 < expected < 1
-    result = accuracy(params, images, labels, network=LINEAR, batch=batch)
-    assert result.dtype == jnp.float32 and result.shape == ()
-    np.testing.assert_allclose(result, expected, rtol=1e-6)
+    for batch in (1, 10, 500):
+        result = accuracy(params, images, labels, network=LINEAR, batch=batch)
+        assert result.dtype == jnp.float32 and result.shape == ()
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
 def test_test_images_are_counted_class_by_class():
@@ -333,68 +266,28 @@ def test_test_images_are_counted_class_by_class():
         assert found.accuracies.tolist() == (np.asarray(found.hits).sum(1).astype(np.float32) / np.float32(23)).tolist()
 
 
-def test_classes_are_averaged_alike_and_one_without_test_images_has_no_accuracy():
-    found = summarize_classes(jnp.array([[9, 0, 0], [7, 1, 0]]), [10, 1, 0])
-    assert found == {"per_class": [0.8, 0.5, None], "balanced": 0.65}
-    assert json.loads(json.dumps(found)) == found
-
-
-def test_accuracy_runs_under_jit_and_vmap():
-    images, labels = toy(23, size=2)
-    keys = jax.random.split(jax.random.key(1), 3)
-    params = jax.jit(jax.vmap(LINEAR.init))(keys)
-    together = jax.jit(jax.vmap(lambda p: accuracy(p, images, labels, network=LINEAR, batch=10)))(params)
-    for i in range(3):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-        np.testing.assert_allclose(together[i], accuracy(one, images, labels, network=LINEAR), rtol=1e-6)
-
-
-def counting_shift():
+def test_evaluate_and_choose_lr_compile_once_for_all_networks_calls_and_rates():
     traces = []
 
     def transform(params, x):
         traces.append(x.shape)
         return x - params
 
-    return lambda by: jax.tree_util.Partial(transform, jnp.float32(by)), traces
+    def settings(by, **changes):
+        shift = jax.tree_util.Partial(transform, jnp.float32(by))
+        spec = dataclasses.replace(EvalSpec(steps=3, batch=8), **changes)
+        return {"network": LINEAR_4, "augment": NO_DSA, "whitening": shift, "spec": spec}
 
-
-def test_evaluate_and_choose_lr_compile_once_for_all_networks_calls_and_rates():
-    shift, traces = counting_shift()
-    images, labels = toy(20)
-    test_images, test_labels = toy(30, seed=1)
-    spec = EvalSpec(steps=3, batch=8)
-    settings = {"network": LINEAR_4, "augment": NO_DSA}
-    data = (images, labels, test_images, test_labels)
+    data = (*toy(20), *toy(30, seed=1))
     keys = jax.random.split(jax.random.key(0), 3)
-    evaluate(keys, *data, **settings, spec=spec, whitening=shift(0.5))
+    evaluate(keys, *data, **settings(0.5))
     count = len(traces)
     assert count >= 2  # training and testing
-    other = [x.copy() for x in data]
-    evaluate(keys[:2], *other, **settings, spec=spec, whitening=shift(0.1))
-    evaluate(
-        keys,
-        *data,
-        **settings,
-        spec=dataclasses.replace(spec, lr=0.7, seeds=2),
-        whitening=shift(0),
-    )
-    choose_lr(
-        keys[0],
-        *data,
-        [0.1, 0.2, 0.3],
-        **settings,
-        spec=spec,
-        whitening=shift(0),
-    )
+    evaluate(keys[:2], *(x.copy() for x in data), **settings(0.1))
+    evaluate(keys, *data, **settings(0, lr=0.7, seeds=2))
+    choose_lr(keys[0], *data, [0.1, 0.2, 0.3], **settings(0))
     assert len(traces) == count
-    evaluate(
-        keys,
-        *data,
-        **settings,
-        spec=dataclasses.replace(spec, steps=4),
-        whitening=shift(0),
-    )
+    evaluate(keys, *data, **settings(0, steps=4))
     assert len(traces) > count
 
 
@@ -402,7 +295,7 @@ def test_evaluate_gives_the_same_results_one_by_one_and_in_parallel():
     images, labels = toy(30)
     data = (images, labels, *toy(200, seed=1))
     keys = jax.random.split(jax.random.key(2), 4)
-    settings = {"network": CONVNET, "spec": EvalSpec(steps=8, batch=8, lr=0.1), "augment": DsaSpec(strategy="flip")}
+    settings = {"network": LINEAR_4, "spec": EvalSpec(steps=8, batch=8, lr=0.1), "augment": DsaSpec(strategy="flip")}
     single = np.asarray(evaluate(keys, *data, **settings))
     # Three and then one.
     spec = dataclasses.replace(settings["spec"], parallel=3)
@@ -410,7 +303,7 @@ def test_evaluate_gives_the_same_results_one_by_one_and_in_parallel():
     assert len(set(single.tolist())) > 1
     np.testing.assert_allclose(single, grouped, atol=0.011)  # rounding may turn two of 200 images
     trained = train_network(keys[1], images, labels, **settings)
-    assert accuracy(trained, *data[2:], network=CONVNET) == single[1]
+    assert accuracy(trained, *data[2:], network=LINEAR_4) == single[1]
 
 
 def test_choose_lr_picks_the_rate_that_does_best_on_the_held_out_images():
@@ -422,7 +315,7 @@ def test_choose_lr_picks_the_rate_that_does_best_on_the_held_out_images():
         *toy(100, seed=1),
         [1e-6, 0.1, 1e4],
         networks=2,
-        network=CONVNET,
+        network=LINEAR_4,
         spec=EvalSpec(steps=60, batch=32),
         augment=NO_DSA,
     )
@@ -452,42 +345,41 @@ def test_summary_is_plain_and_uses_the_sample_deviation():
 
 
 IMAGES, LABELS = toy(4)
+KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+GIVEN = {"network": CONVNET, "spec": EvalSpec(), "augment": NO_DSA}
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "error", "message"),
+    ("images", "labels", "message"),
     [
-        (IMAGES[0], LABELS, ValueError, r"images: found uint8 of shape \[4, 4, 3\]; expected \[n, h, w, c\]"),
-        (IMAGES[:0], LABELS[:0], ValueError, r"images: found uint8 of shape \[0, 4, 4, 3\]; expected .*none of them 0"),
-        (IMAGES.astype(np.int32), LABELS, TypeError, "images: found int32 of shape .*uint8 .* or floating point"),
-        (IMAGES, LABELS[:3], ValueError, r"labels: shape \(3,\), must be \(4,\), one per image"),
-        (IMAGES, LABELS.astype(np.float32), TypeError, "labels: float32, must be integers"),
+        (IMAGES[0], LABELS, r"images: found uint8 of shape \[4, 4, 3\]; expected \[n, h, w, c\]"),
+        (IMAGES[:0], LABELS[:0], r"images: found uint8 of shape \[0, 4, 4, 3\]; expected .*none of them 0"),
+        (IMAGES.astype(np.int32), LABELS, "images: found int32 of shape .*uint8 .* or floating point"),
+        (IMAGES, LABELS[:3], r"labels: shape \(3,\), must be \(4,\), one per image"),
+        (IMAGES, LABELS.astype(np.float32), "labels: float32, must be integers"),
     ],
 )
-def test_data_that_does_not_fit_is_refused(images, labels, error, message):
-    settings = {"network": CONVNET, "spec": EvalSpec(), "augment": NO_DSA}
-    keys = jax.random.split(jax.random.key(0), 2)
-    with pytest.raises(error, match=f"^{message}"):
-        train_network(keys[0], images, labels, **settings)
-    with pytest.raises(error, match=f"^{message}"):
+def test_data_that_do_not_fit_are_refused(images, labels, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        train_network(KEYS, images, labels, **GIVEN)
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         accuracy({}, images, labels, network=CONVNET)
-    with pytest.raises(error, match=f"^test_{message}"):
-        evaluate(keys, IMAGES, LABELS, images, labels, **settings)
+    with pytest.raises((ValueError, TypeError), match=f"^test_{message}"):
+        evaluate(KEYS, IMAGES, LABELS, images, labels, **GIVEN)
 
 
-def test_settings_that_do_not_fit_are_refused():
-    keys = jax.random.split(jax.random.key(0), 3)
-    data = (IMAGES, LABELS, IMAGES, LABELS)
-    settings = {"network": CONVNET, "spec": EvalSpec(), "augment": NO_DSA}
-    with pytest.raises(ValueError, match=r"keys: shape \(\), must be \[s\]"):
-        evaluate(keys[0], *data, **settings)
-    with pytest.raises(ValueError, match="batch: 0, must be at least 1"):
-        accuracy({}, IMAGES, LABELS, network=CONVNET, batch=0)
-    with pytest.raises(ValueError, match=r"lrs: \[\], must be one or more positive"):
-        choose_lr(keys[0], *data, [], **settings)
-    with pytest.raises(ValueError, match=r"lrs: \[0.1, -1\], must be one or more positive"):
-        choose_lr(keys[0], *data, [0.1, -1], **settings)
-    with pytest.raises(ValueError, match="networks: 0, must be at least 1"):
-        choose_lr(keys[0], *data, [0.1], networks=0, **settings)
-    with pytest.raises(ValueError, match="accuracies: 2 of them, must be at least 1 and one per seed"):
-        summarize([0.1, 0.2], [1])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda data: evaluate(jax.random.key(0), *data, **GIVEN), r"keys: shape \(\), must be \[s\]"),
+        (lambda data: accuracy({}, *data[:2], network=CONVNET, batch=0), "batch: 0, must be at least 1"),
+        (lambda data: choose_lr(KEYS, *data, [0.1, -1], **GIVEN), r"lrs: \[0.1, -1\], must be one or more positive"),
+        (lambda data: choose_lr(KEYS, *data, [0.1], networks=0, **GIVEN), "networks: 0, must be at least 1"),
+        (lambda data: summarize([0.1, 0.2], [1]), "accuracies: 2 of them, must be at least 1 and one per seed"),
+        (lambda data: recipe_for("mtt", "vit", RUN), "recipe: 'mtt', must be one of config, gsdd, glad, dance"),
+        (lambda data: recipe_for("glad", "lenet", RUN), "network: 'lenet', recipe glad is for one of convnet, alexnet"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call((IMAGES, LABELS, IMAGES, LABELS))
