@@ -5,6 +5,7 @@ import io
 import json
 import re
 import struct
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -14,7 +15,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pydantic
 import pytest
 from PIL import Image
 
@@ -154,32 +154,17 @@ def test_digits_split_is_a_stratified_partition_of_the_shipped_set() -> None:
     assert found == expected
     share = np.bincount(target) * 500 / 1797
     assert np.abs(np.bincount(digits.test_labels) - share).max() < 1
-
-
-def test_digits_never_change() -> None:
-    # Results on the demo are only comparable while the split and the pixels stay what they were in the first release.
-    fingerprint = load(DataSpec()).fingerprint()
-    assert fingerprint == "2d084f933083b4cc02abca336a610f7606ccc1fe8a1097c4788125167cc7c68b"
-
-
-def test_digits_resize_and_channels() -> None:
-    native, large = load(DataSpec(per_class=2)), load(DataSpec(per_class=2, resolution=16, channels=3))
-    assert large.image_shape == (16, 16, 3)
-    np.testing.assert_array_equal(large.train_images[..., 0], large.train_images[..., 2])
-    reduced = large.train_images[..., :1].reshape(20, 8, 2, 8, 2, 1).mean((2, 4))
-    assert np.corrcoef(reduced.ravel(), native.train_images.ravel())[0, 1] > 0.95
+    # Results on the demo are only comparable while split and pixels stay what they were in the first release.
+    assert digits.fingerprint() == "2d084f933083b4cc02abca336a610f7606ccc1fe8a1097c4788125167cc7c68b"
+    # The first images of each class, in stored order.
+    few = load(DataSpec(per_class=3))
+    chosen = np.sort(np.concatenate([np.flatnonzero(digits.train_labels == label)[:3] for label in range(10)]))
+    np.testing.assert_array_equal(few.train_images, digits.train_images[chosen])
+    np.testing.assert_array_equal(few.train_labels, digits.train_labels[chosen])
+    np.testing.assert_array_equal(few.test_images, digits.test_images)
 
 
 # --- choosing records ---------------------------------------------------------------------------------------
-
-
-def test_per_class_keeps_the_first_images_of_each_class_in_stored_order() -> None:
-    everything, few = load(DataSpec()), load(DataSpec(per_class=3))
-    first = [np.flatnonzero(everything.train_labels == label)[:3] for label in range(10)]
-    chosen = np.sort(np.concatenate(first))
-    np.testing.assert_array_equal(few.train_images, everything.train_images[chosen])
-    np.testing.assert_array_equal(few.train_labels, everything.train_labels[chosen])
-    np.testing.assert_array_equal(few.test_images, everything.test_images)
 
 
 def test_test_limit_spreads_over_the_classes(tmp_path: Path) -> None:
@@ -231,19 +216,11 @@ def test_shrinking_is_antialiased() -> None:
         assert np.abs(small[2:-2, 2:-2].astype(int) - 127).max() < 12
 
 
-def test_channels_convert_by_luma_and_by_replication() -> None:
-    red = Image.fromarray(np.full((2, 2, 3), (255, 0, 0), np.uint8))
-    gray = Converter(resolution=0, resize="crop", channels=1)(red)
-    assert gray.shape == (2, 2, 1)
-    assert gray[0, 0, 0] == 76  # 0.299 * 255
-    back = Converter(resolution=0, resize="crop", channels=3)(Image.fromarray(gray[..., 0]))
-    np.testing.assert_array_equal(back, np.full((2, 2, 3), 76))
-
-
 # --- folder -------------------------------------------------------------------------------------------------
 
 
 def test_folder_reads_sorted_classes_and_exact_pixels(tmp_path: Path) -> None:
+    # Created from the last to the first.
     root = _write_folder(tmp_path / "set", {"train": {"dog": 2, "cat": 1}, "validation": {"cat": 1}})
     (tmp_path / "set" / "train" / "dog" / "._000.png").write_bytes(b"left by a file manager")
     (tmp_path / "set" / "train" / "dog" / "Z.PNG").write_bytes(_png(_pixels(7)))
@@ -255,23 +232,6 @@ def test_folder_reads_sorted_classes_and_exact_pixels(tmp_path: Path) -> None:
     for image, seed in zip(found.train_images, (2, 0, 1, 7), strict=True):
         np.testing.assert_array_equal(image, _pixels(seed))
     assert load(DataSpec(source="folder", path=root, name="pets")).name == "pets"
-
-
-def test_folder_order_does_not_depend_on_the_order_of_creation(tmp_path: Path) -> None:
-    root = _write_folder(tmp_path, {"train": {"a": 0}, "test": {"a": 1}})
-    order = np.random.default_rng(0).permutation(12)
-    for number in order:
-        (tmp_path / "train" / "a" / f"{number:02}.png").write_bytes(_png(_pixels(100 + number)))
-    found = load(DataSpec(source="folder", path=root))
-    np.testing.assert_array_equal(found.train_images, [_pixels(100 + number) for number in range(12)])
-
-
-def test_folder_is_one_channel_only_if_all_images_are(tmp_path: Path) -> None:
-    root = _write_folder(tmp_path, {"train": {"a": 2}, "test": {"a": 1}}, shape=(4, 4, 1))
-    assert load(DataSpec(source="folder", path=root)).image_shape == (4, 4, 1)
-    assert load(DataSpec(source="folder", path=root, channels=3)).image_shape == (4, 4, 3)
-    (tmp_path / "test" / "a" / "color.png").write_bytes(_png(_pixels(0)))
-    assert load(DataSpec(source="folder", path=root)).image_shape == (4, 4, 3)
 
 
 # What an image file may be: a format that Pillow writes, with options.
@@ -300,18 +260,6 @@ def test_folder_reads_what_lies_deeper_and_every_format(tmp_path: Path) -> None:
     np.testing.assert_array_equal(images[1], _pixels(2))
     assert len(images) == 3 + len(_FORMATS)
     np.testing.assert_allclose(images[2:].astype(int), np.broadcast_to([200, 30, 90], images[2:].shape), atol=3)
-
-
-def test_folder_visits_what_links_lead_back_to_once(tmp_path: Path) -> None:
-    spec = _folder(tmp_path, {"a/sub/1.png": _png(_pixels(1)), "b/1.png": _png(_pixels(2))})
-    (tmp_path / "train" / "a" / "sub" / "loop").symlink_to(tmp_path / "train" / "a")
-    (tmp_path / "train" / "a" / "up").symlink_to(tmp_path)
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "2.png").write_bytes(_png(_pixels(3)))
-    (tmp_path / "train" / "a" / "zlink").symlink_to(tmp_path / "elsewhere")
-    found = load(spec)
-    assert found.train_labels.tolist() == [0, 0, 1]
-    np.testing.assert_array_equal(found.train_images[:2], [_pixels(1), _pixels(3)])
 
 
 def test_files_that_are_no_images_are_counted_and_hidden_ones_are_not(tmp_path: Path) -> None:
@@ -345,8 +293,7 @@ def _glyph(mode: str, *, opaque: bool = False) -> Image.Image:
     return palette
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-@pytest.mark.parametrize("background", ["white", "#ff0000"])
+@pytest.mark.parametrize(("mode", "background"), [("RGBA", "white"), ("LA", "#ff0000"), ("P", "#ff0000")])
 def test_transparent_pixels_show_the_background(tmp_path: Path, mode: str, background: str) -> None:
     image = _glyph(mode)
     file = tmp_path / "train" / "a" / "0.png"
@@ -358,28 +305,15 @@ def test_transparent_pixels_show_the_background(tmp_path: Path, mode: str, backg
     expected[...] = [255, 0, 0] if background == "#ff0000" else 255
     expected[1:3, 1:3] = 0
     np.testing.assert_array_equal(found, expected)
-
-
-def test_glyph_of_the_color_of_the_background_is_told(tmp_path: Path) -> None:
-    spec = _folder(tmp_path, {"a/0.png": _glyph("RGBA")}, background="black")
+    # An opaque alpha is dropped without a word; ink that no longer stands out is told.
+    _glyph("RGBA", opaque=True).save(file)
+    np.testing.assert_array_equal(load(spec).train_images[0], _pixels(5))
+    _glyph("RGBA").save(file)
     with pytest.warns(data.DataNotice, match="composited on black .*; 1 of them are of one color then"):
-        load(spec)
+        load(dataclasses.replace(spec, background="black"))
 
 
-def test_half_transparent_pixels_mix(tmp_path: Path) -> None:
-    spec = _folder(tmp_path, {"a/0.png": Image.new("RGBA", (4, 4), (255, 0, 0, 51))}, background="black")
-    with pytest.warns(data.DataNotice):
-        np.testing.assert_array_equal(load(spec).train_images[0, 0, 0], [51, 0, 0])
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_opaque_alpha_is_dropped_without_a_word(tmp_path: Path, mode: str) -> None:
-    image = _glyph(mode, opaque=True)
-    spec = _folder(tmp_path, {"a/0.png": image})
-    np.testing.assert_array_equal(load(spec).train_images[0], np.asarray(image.convert("RGB")))
-
-
-@pytest.mark.parametrize("form", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("form", ["jpg", "png"])
 def test_exif_orientation_is_applied(tmp_path: Path, form: str) -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[:, 2:] = 255
@@ -387,7 +321,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, form: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     spec = _folder(tmp_path, {"a/1.png": upright})
-    options = {"quality": 100} if form == "jpg" else {"lossless": True} if form == "webp" else {}
+    options = {"quality": 100} if form == "jpg" else {}
     upright.rotate(90).save(tmp_path / "train" / "a" / f"0.{form}", exif=exif, **options)
     found = load(spec).train_images.astype(int)
     assert np.abs(found[0] - found[1]).max() < 30
@@ -475,15 +409,6 @@ def test_large_images_are_named_before_they_are_decoded(tmp_path: Path) -> None:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def test_color_spaces_are_converted(tmp_path: Path) -> None:
-    lab = Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (136, 208, 195)])  # L 53, a 80, b 67: red
-    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    spec = _folder(tmp_path, {"a/lab.tif": lab, "a/cmyk.tif": cmyk, "a/bit.png": Image.new("1", (4, 4), 1)})
-    bit, ink, red = load(spec).train_images[:, 0, 0].astype(int)
-    assert bit.tolist() == [255] * 3 and ink.tolist() == [255, 0, 0]
-    assert np.abs(red - [255, 0, 0]).max() < 12
-
-
 # --- other splits and classes -------------------------------------------------------------------------------
 
 
@@ -510,16 +435,6 @@ def test_folder_without_test_is_split_by_class(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     with pytest.raises(ValueError, match=r"data\.test_fraction: .* has a test folder \(val\); expected 0"):
         load(spec)
-
-
-def test_tfds_without_test_is_split_by_class(tmp_path: Path) -> None:
-    path = _write_tfds(tmp_path / "1.0.0", {"train": _records(20, 2)}, ["x", "y"])
-    found = load(DataSpec(source="tfds", path=path, test_fraction=0.3))
-    assert np.bincount(found.train_labels).tolist() == [7, 7] and np.bincount(found.test_labels).tolist() == [3, 3]
-    images = {_pixels(i).tobytes(): i % 2 for i in range(20)}
-    for image, label in zip(found.test_images, found.test_labels, strict=True):
-        assert images.pop(image.tobytes()) == label
-    assert all(image.tobytes() in images for image in found.train_images)
 
 
 def test_classes_are_taken_in_the_order_given(tmp_path: Path) -> None:
@@ -567,85 +482,48 @@ def test_flat_test_folder_is_read_by_its_list(tmp_path: Path, form: str) -> None
         load(dataclasses.replace(spec, test_labels=""))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("val_0.JPEG a\nval_1.JPEG b\n", r"list\.txt has no label for 1 images, such as .*val_2\.JPEG"),
-        ("val_0.JPEG a\nval_9.JPEG b\n", r"line 2: 'val_9\.JPEG' names 0 images"),
-        ("val_0.JPEG a\nval_1.JPEG 2\n", r"line 2: '2' is no label; expected a class .* or a number from 0 to 1"),
-        ("val_0.JPEG a\nval_0.JPEG b\n", r"line 2: a second label for 'val_0\.JPEG'"),
-    ],
-)
-def test_list_that_does_not_fit_the_images_is_explained(tmp_path: Path, text: str, message: str) -> None:
-    spec = _flat(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"data\.test_labels: no such file: .*val.list\.txt"):
-        load(spec)
-    (tmp_path / "val" / "list.txt").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load(spec)
-
-
-def test_unreadable_image_is_named(tmp_path: Path) -> None:
-    root = _write_folder(tmp_path, {"train": {"a": 3}, "test": {"a": 1}})
-    target = tmp_path / "train" / "a" / "001.png"
-    whole = target.read_bytes()
-    for broken in (b"", b"no image at all", whole[: len(whole) // 2]):
-        target.write_bytes(broken)
-        with pytest.raises(
-            OSError, match=r"1 of 4 images cannot be read: .*train.a.001\.png \(.+\); data\.unreadable=skip"
-        ):
-            load(DataSpec(source="folder", path=root))
-
-
 def test_mixed_sizes_need_a_resolution(tmp_path: Path) -> None:
     root = _write_folder(tmp_path, {"train": {"a": 2}, "test": {"a": 1}})
     (tmp_path / "train" / "a" / "wide.png").write_bytes(_png(_pixels(0, (4, 6, 3))))
-    with pytest.raises(
-        ValueError, match=r"train.a.wide\.png is 4x6, .*train.a.000\.png is 4x4; .*need data\.resolution"
-    ):
-        load(DataSpec(source="folder", path=root))
-    assert load(DataSpec(source="folder", path=root, resolution=5)).image_shape == (5, 5, 3)
+    spec = DataSpec(source="folder", path=root)
+    with pytest.raises(ValueError, match=r"a.wide\.png is 4x6, .*a.000\.png is 4x4; .*need data\.resolution"):
+        load(spec)
+    assert load(dataclasses.replace(spec, resolution=5)).image_shape == (5, 5, 3)
     (tmp_path / "train" / "a" / "wide.png").rename(tmp_path / "test" / "a" / "000.png")
-    with pytest.raises(
-        ValueError, match=r"training images are \[4, 4, 3\], test images \[4, 6, 3\]; set data\.resolution"
-    ):
-        load(DataSpec(source="folder", path=root))
+    with pytest.raises(ValueError, match=r"images are \[4, 4, 3\], test images \[4, 6, 3\]; set data\.resolution"):
+        load(spec)
 
 
-@pytest.mark.parametrize(
-    ("counts", "error", "message"),
-    [
-        ({"train": {"a": 1}, "test": {"a": 1, "b": 1}}, ValueError, "has class 'b', which .*train does not have"),
-        (
-            {"train": {"a": 1, "b": 0}, "test": {"a": 1}},
-            ValueError,
-            r"train.b has no images; expected files that Pillow reads, such as \*\.png",
-        ),
-        ({"train": {}, "test": {"a": 1}}, FileNotFoundError, "data.train_split: no such folder: .*train; found test"),
-        ({"train": {"a": 1}}, FileNotFoundError, r"no test folder \(test, val, validation\)"),
-        (
-            {"train": {"a": 1}, "test": {"a": 1}, "val": {"a": 1}},
-            ValueError,
-            "several test folders .test, val.; choose",
-        ),
-    ],
-)
-def test_bad_folders_are_explained(tmp_path: Path, counts: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        load(DataSpec(source="folder", path=_write_folder(tmp_path, counts)))
+# Folders of images, the text of a list of test labels where there is one, and what is said of them.
+_BAD_FOLDERS = [
+    ({"train": {"a": 1}, "test": {"a": 1, "b": 1}}, "has class 'b', which .*train does not have"),
+    (
+        {"train": {"a": 1, "b": 0}, "test": {"a": 1}},
+        r"train.b has no images; expected files that Pillow reads, such as",
+    ),
+    ({"train": {"a": 1}, "test": {"a": 0}}, "test has no image of the chosen classes|test.a has no images"),
+    ({"train": {}, "test": {"a": 1}}, "data.train_split: no such folder: .*train; found test"),
+    ({"train": {"a": 1}}, r"no test folder \(test, val, validation\)"),
+    ({"train": {"a": 1}, "test": {"a": 1}, "val": {"a": 1}}, "several test folders .test, val.; choose"),
+    ({}, "data.path: no such folder: .*absent"),
+    ("", r"data\.test_labels: no such file: .*val.list\.txt"),
+    ("val_0.JPEG a\nval_1.JPEG b\n", r"list\.txt has no label for 1 images, such as .*val_2\.JPEG"),
+    ("val_0.JPEG a\nval_9.JPEG b\n", r"line 2: 'val_9\.JPEG' names 0 images"),
+    ("val_0.JPEG a\nval_1.JPEG 2\n", r"line 2: '2' is no label; expected a class .* or a number from 0 to 1"),
+    ("val_0.JPEG a\nval_0.JPEG b\n", r"line 2: a second label for 'val_0\.JPEG'"),
+]
 
 
-def test_missing_folder_and_missing_classes_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="data.path: no such folder: .*absent"):
-        load(DataSpec(source="folder", path=str(tmp_path / "absent")))
-    (tmp_path / "train").mkdir()
-    (tmp_path / "test").mkdir()
-    with pytest.raises(ValueError, match="has no class folders"):
-        load(DataSpec(source="folder", path=str(tmp_path)))
-    (tmp_path / "train" / "a").mkdir()
-    (tmp_path / "train" / "a" / "0.png").write_bytes(_png(_pixels(0)))
-    with pytest.raises(ValueError, match=r"test has no image of the chosen classes"):
-        load(DataSpec(source="folder", path=str(tmp_path)))
+@pytest.mark.parametrize(("content", "message"), _BAD_FOLDERS, ids=range(len(_BAD_FOLDERS)))
+def test_bad_folders_are_explained(tmp_path: Path, content: dict | str, message: str) -> None:
+    if isinstance(content, str):
+        spec = _flat(tmp_path)
+        if content:
+            (tmp_path / "val" / "list.txt").write_text(content)
+    else:
+        spec = DataSpec(source="folder", path=_write_folder(tmp_path / ("" if content else "absent"), content))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(spec)
 
 
 # --- TFDS ---------------------------------------------------------------------------------------------------
@@ -665,14 +543,6 @@ def test_tfds_reads_exact_pixels_and_labels(tmp_path: Path) -> None:
     assert sliced.name == "label"
     np.testing.assert_array_equal(sliced.train_images, found.train_images[:10])
     np.testing.assert_array_equal(sliced.test_images, found.train_images[10:12])
-
-
-def test_tfds_gray_images_have_one_channel(tmp_path: Path) -> None:
-    records = _records(4, 2, shape=(5, 5, 1))
-    path = _write_tfds(tmp_path / "1.0.0", {"train": records, "test": records}, ["x", "y"], shape=(5, 5, 1))
-    found = load(DataSpec(source="tfds", path=path))
-    assert found.image_shape == (5, 5, 1)
-    np.testing.assert_array_equal(found.train_images[3], _pixels(3, (5, 5, 1)))
 
 
 def test_tfds_passes_over_a_test_split_without_labels(tmp_path: Path) -> None:
@@ -704,18 +574,6 @@ def test_tfds_subset_decodes_only_its_own_images(tmp_path: Path) -> None:
         load(DataSpec(source="tfds", path=path))
 
 
-def test_tfds_class_without_images_is_an_error(tmp_path: Path) -> None:
-    path = _write_tfds(tmp_path / "1.0.0", {"train": _records(4, 2), "test": _records(1, 1)}, ["x", "y", "z"])
-    with pytest.raises(ValueError, match=r"class 'z' has no training images \(1 of 3 classes\)"):
-        load(DataSpec(source="tfds", path=path))
-
-
-def test_tfds_unknown_split_lists_the_splits(tmp_path: Path) -> None:
-    path = _write_tfds(tmp_path / "1.0.0", {"train": _records(4, 2), "test": _records(4, 2)}, ["x", "y"])
-    with pytest.raises(ValueError, match=r"data\.train_split: no split 'dev' in .*; found train, test"):
-        load(DataSpec(source="tfds", path=path, train_split="dev"))
-
-
 def test_tfds_damaged_files_are_named(tmp_path: Path) -> None:
     records = _records(600, 2, shape=(16, 16, 3))
     path = _write_tfds(tmp_path / "1.0.0", {"train": records, "test": records[:2]}, ["x", "y"], shape=(16, 16, 3))
@@ -736,15 +594,27 @@ def test_tfds_damaged_files_are_named(tmp_path: Path) -> None:
         load(spec)
 
 
-def test_tfds_wrong_features_are_explained(tmp_path: Path) -> None:
+def test_tfds_of_the_wrong_kind_is_explained(tmp_path: Path, monkeypatch) -> None:
     record = [(_png(_pixels(0)), 0)]
-    path = _write_tfds(tmp_path / "1.0.0", {"train": record, "test": record}, ["x"], dtype="uint16")
-    with pytest.raises(ValueError, match="feature 'image' must be a uint8 image"):
-        load(DataSpec(source="tfds", path=path))
-    spec = tmp_path / "1.0.0" / "features.json"
-    spec.write_text(spec.read_text().replace('"image": {"python', '"picture": {"python'))
-    with pytest.raises(ValueError, match="needs the features 'image' and 'label', found label, picture"):
-        load(DataSpec(source="tfds", path=path))
+    path = _write_tfds(tmp_path / "1.0.0", {"train": record, "test": record}, ["x", "z"])
+    found = DataSpec(source="tfds", path=path)
+    for spec, message in (
+        (found, r"class 'z' has no training images \(1 of 2 classes\)"),
+        (dataclasses.replace(found, train_split="dev"), r"data\.train_split: no split 'dev' in .*; found train, test"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(spec)
+    file = tmp_path / "1.0.0" / "features.json"
+    for before, after, message in (
+        ('"uint8"', '"uint16"', "feature 'image' must be a uint8 image"),
+        ('"image": {"python', '"picture": {"python', "needs the features 'image' and 'label', found label, picture"),
+    ):
+        file.write_text(file.read_text().replace(before, after))
+        with pytest.raises(ValueError, match=message):
+            load(found)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"needs tensorflow_datasets: pip install gsdd_jax\[data\]"):
+        load(found)
 
 
 def test_tfds_missing_directory_names_what_is_there(tmp_path: Path) -> None:
@@ -786,12 +656,6 @@ def test_tfds_by_name_reads_what_is_prepared_and_says_how_to_prepare(tmp_path: P
     info.write_text("{")
     with pytest.raises(OSError, match=r"TFDS cannot open data set 'mnist', expected in .*mnist \(.*JSON"):
         load(DataSpec(source="tfds", name="mnist"))
-
-
-def test_tfds_missing_package_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match=r"needs tensorflow_datasets: pip install gsdd_jax\[data\]"):
-        load(DataSpec(source="tfds", name="cifar10"))
 
 
 def test_real_cifar10_is_complete_and_balanced(data_root: Path) -> None:
@@ -858,17 +722,10 @@ def test_subset_by_wnid_by_name_by_number_and_by_position() -> None:
     assert resolve("imagefruit", [*shuffled, "pineapple"])[0] == (9, 5, 8, 1, 4, 7, 2, 3, 6, 0)
 
 
-def test_subset_that_is_not_there_is_explained() -> None:
-    with pytest.raises(ValueError, match="unknown subset 'imagecats'; allowed: imagenette, imagewoof"):
-        resolve("imagecats", ["a"])
-    with pytest.raises(ValueError, match=r"missing n01440764 \(tench\), .* and 7 more; it has 2 classes \(a, b\)"):
-        resolve("imagenette", ["a", "b"])
-    # A folder of 1,000 readable names is sorted by name, so positions would pick the wrong classes.
-    with pytest.raises(ValueError, match="'imagewoof' is not in this source"):
-        resolve("imagewoof", sorted(f"class {place:03}" for place in range(1000)))
-
-
 # --- spec and checks ----------------------------------------------------------------------------------------
+
+
+_OF_FOLDER = {"source": "folder", "path": "x"}
 
 
 @pytest.mark.parametrize(
@@ -876,37 +733,20 @@ def test_subset_that_is_not_there_is_explained() -> None:
     [
         ({"source": "tfds"}, r"needs data\.name .* or data\.path"),
         ({"source": "folder"}, r"'folder' needs data\.path"),
-        (
-            {"source": "digits", "name": "cifar10"},
-            r"data\.name must be empty with data\.source 'digits', found 'cifar10'",
-        ),
+        ({"name": "cifar10"}, r"data\.name must be empty with data\.source 'digits', found 'cifar10'"),
         ({"subset": "imagewoof"}, r"data\.subset must be empty"),
         ({"test_fraction": 0.1}, r"data\.test_fraction must be empty"),
         ({"test_labels": "val.txt"}, r"data\.test_labels needs data\.source 'folder', found 'digits'"),
         ({"classes": ("3", "8", "3")}, r"data\.classes: expected distinct names, found '3' twice"),
-        (
-            {"source": "folder", "path": "x", "subset": "imagewoof", "classes": ("a",)},
-            r"data\.classes: expected none beside",
-        ),
-        (
-            {"source": "folder", "path": "x", "test_fraction": 0.1, "test_split": "val"},
-            r"data\.test_split: expected none beside data\.test_fraction 0\.1, found 'val'",
-        ),
-        ({"background": "blak"}, r"data\.background: expected a color .*found 'blak'"),
-        ({"background": "#00000080"}, r"data\.background: expected a color"),
+        (_OF_FOLDER | {"subset": "imagewoof", "classes": ("a",)}, r"data\.classes: expected none beside"),
+        (_OF_FOLDER | {"test_fraction": 0.1, "test_split": "val"}, r"data\.test_split: expected none beside .*'val'"),
+        ({"background": "#00000080"}, r"data\.background: expected a color .*found '#00000080'"),
+        ({"source": "web"}, "unknown source 'web'; allowed: digits, tfds, folder"),
     ],
 )
 def test_spec_checks_fields_against_each_other(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DataSpec(**fields)
-    with pytest.raises(pydantic.ValidationError, match=message):
-        pydantic.TypeAdapter(DataSpec).validate_python(fields)
-
-
-def test_spec_is_hashable_and_unknown_source_lists_the_sources() -> None:
-    assert hash(DataSpec()) == hash(DataSpec(source="digits"))
-    with pytest.raises(ValueError, match="unknown source 'web'; allowed: digits, tfds, folder"):
-        load(DataSpec(source="web"))  # type: ignore[arg-type]
+        load(DataSpec(**fields))
 
 
 def test_fingerprint_sees_pixels_labels_names_and_shape() -> None:
@@ -927,47 +767,62 @@ def test_fingerprint_sees_pixels_labels_names_and_shape() -> None:
     assert strided.fingerprint() == base.fingerprint()
 
 
+_TOY, _ZEROS = _toy([0, 1]), np.zeros((12, 2, 2, 3), np.uint8)
+_CATS = _toy([0, 0, 0, 1, 1, 1, 1], names=("cat", "dog"))
+
+
+def _check(**changes: object) -> None:
+    data.check(_TOY._replace(**changes))
+
+
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("call", "message"),
     [
+        (lambda: _check(train_images=_TOY.train_images.astype(int)), "train_images: found int64"),
         (
-            lambda d: d._replace(train_images=d.train_images.astype(int)),
-            TypeError,
-            "train_images: found int64",
-        ),
-        (
-            lambda d: d._replace(train_images=d.train_images + 255.0),
-            ValueError,
+            lambda: _check(train_images=_TOY.train_images + 255.0),
             r"train_images: found float64 from 255 to 255 of shape .* floating point \(0 to 1\)",
         ),
-        (lambda d: d._replace(test_images=d.test_images[0]), ValueError, r"test_images: .*expected \[n, h, w, c\]"),
-        (lambda d: d._replace(test_images=d.test_images[..., :2]), ValueError, "test_images must have 1 or 3 channels"),
-        (lambda d: d._replace(train_labels=d.train_labels * 1.0), TypeError, "train_labels must be integers"),
-        (lambda d: d._replace(train_labels=d.train_labels[:1]), ValueError, r"train_labels must have shape \[2\]"),
+        (lambda: _check(test_images=_TOY.test_images[0]), r"test_images: .*expected \[n, h, w, c\]"),
+        (lambda: _check(test_images=_TOY.test_images[..., :2]), "must have 1 or 3 channels"),
+        (lambda: _check(train_labels=_TOY.train_labels * 1.0), "train_labels must be integers"),
+        (lambda: _check(train_labels=_TOY.train_labels[:1]), r"train_labels must have shape \[2\]"),
+        (lambda: _check(test_labels=_TOY.test_labels + 2), "test: label 2 is out of range; allowed: 0"),
+        (lambda: _check(train_labels=_TOY.train_labels * 0), "class 'b' has no training images"),
+        (lambda: _check(class_names=("a", "a")), "class_names must be distinct"),
+        (lambda: data.require_per_class(_CATS, 4, "ipc"), "class 'cat' has 3 training images, ipc needs 4$"),
+        (lambda: data.require_per_class(_CATS, 10, "ipc"), r"ipc needs 10 \(2 classes have too few\)"),
+        (lambda: resolve("imagecats", ["a"]), "unknown subset 'imagecats'; allowed: imagenette, imagewoof"),
+        (lambda: resolve("imagenette", ["a", "b"]), r"missing n01440764 \(tench\), .* and 7 more; it has 2"),
+        # A folder of 1,000 readable names is sorted by name, so positions would pick the wrong classes.
         (
-            lambda d: d._replace(test_labels=d.test_labels + 2),
-            ValueError,
-            "test: label 2 is out of range; allowed: 0 to 1",
+            lambda: resolve("imagewoof", sorted(f"class {i:03}" for i in range(1000))),
+            "'imagewoof' is not in this source",
         ),
-        (lambda d: d._replace(train_labels=d.train_labels - 1), ValueError, "train: label -1 is out of range"),
-        (lambda d: d._replace(train_labels=d.train_labels * 0), ValueError, "class 'b' has no training images"),
-        (lambda d: d._replace(class_names=("a", "a")), ValueError, "class_names must be distinct"),
+        (lambda: class_table(np.array([0, 2]), 3), "class 1 has no images"),
+        (lambda: class_table(np.array([0, 3]), 3), "label 3 is out of range; allowed: 0 to 2"),
+        (lambda: class_table(np.array([-1, 0]), 3), "label -1 is out of range"),
+        (lambda: class_table(np.array([0.0, 1.0]), 3), "labels must be integers, found float64"),
+        (lambda: sample_classes(jax.random.key(0), class_table(_LABELS, 3), 0), "batch must be at least 1, found 0"),
+        (lambda: _host(source=_ZEROS.astype(np.int32)), "images: found int32"),
+        (lambda: _host(source=_ZEROS - 1.0), "images: found float64 from -1 to -1 of shape"),
+        (lambda: _host(source=_ZEROS[:3]), "3 images but 12 labels"),
+        (lambda: _host(0), "batch must be at least 1"),
+        (lambda: _host(seed=-1), "seed must be in 0 to"),
+        (lambda: _host().batch(-1), "step must be at least 0, found -1"),
+        (
+            lambda: _host(7, source=[{"image": np.zeros((2, 2 + (i == 4), 3), np.uint8)} for i in range(12)]).batch(0),
+            r"image 4 is uint8 \[2, 3, 3\], image 0 is uint8 \[2, 2, 3\]",
+        ),
+        (lambda: _host(7, source=[{"image": np.zeros((2, 2, 3), int)}] * 12).batch(0), "image 0: found int64 of shape"),
+        (lambda: next(prefetch(_host(), 0, depth=0)), "depth must be at least 1, found 0"),
+        (lambda: next(prefetch(_host(), -3)), "start_step must be at least 0, found -3"),
     ],
+    ids=range(29),
 )
-def test_check_explains_malformed_data_sets(change: Callable, error: type[Exception], message: str) -> None:
-    dataset = _toy([0, 1])
-    assert data.check(dataset) is dataset
-    with pytest.raises(error, match=message):
-        data.check(change(dataset))
-
-
-def test_require_per_class_names_the_class() -> None:
-    dataset = _toy([0, 0, 0, 1, 1, 1, 1], names=("cat", "dog"))
-    data.require_per_class(dataset, 3, "ipc")
-    with pytest.raises(ValueError, match="class 'cat' has 3 training images, ipc needs 4$"):
-        data.require_per_class(dataset, 4, "ipc")
-    with pytest.raises(ValueError, match=r"class 'cat' has 3 training images, ipc needs 10 \(2 classes have too few\)"):
-        data.require_per_class(dataset, 10, "ipc")
+def test_bad_input_is_explained(call: Callable, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
 
 
 # --- sampling on the device ---------------------------------------------------------------------------------
@@ -982,7 +837,7 @@ def test_class_table_lists_every_image_once_and_pads_by_repeating() -> None:
     assert table.index.dtype == table.count.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 5, 7, 18])
+@pytest.mark.parametrize("batch", [1, 4, 18])
 def test_sample_classes_draws_without_replacement_as_far_as_possible(batch: int) -> None:
     table = class_table(_LABELS, 3)
     draw = jax.jit(sample_classes, static_argnums=2)
@@ -996,7 +851,7 @@ def test_sample_classes_draws_without_replacement_as_far_as_possible(batch: int)
             assert set(times) <= {batch // len(times), -(-batch // len(times))}
 
 
-@pytest.mark.parametrize("batch", [1, 2, 6, 9])
+@pytest.mark.parametrize("batch", [2, 9])
 def test_sample_classes_is_uniform_whatever_the_padding(batch: int) -> None:
     table = class_table(_LABELS, 3)
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -1007,52 +862,6 @@ def test_sample_classes_is_uniform_whatever_the_padding(batch: int) -> None:
         np.testing.assert_allclose(times, batch / count, atol=5 * 0.5 / np.sqrt(4000))
 
 
-def test_sample_classes_gives_every_ordered_pair_alike() -> None:
-    table = class_table(np.zeros(4, int), 1)
-    keys = jax.random.split(jax.random.key(1), 6000)
-    pairs = np.asarray(jax.vmap(lambda key: sample_classes(key, table, 2))(keys))[:, 0]
-    frequency = np.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16).reshape(4, 4)
-    assert (np.diag(frequency) == 0).all()
-    np.testing.assert_allclose(frequency[~np.eye(4, dtype=bool)], 500, atol=5 * np.sqrt(500))
-
-
-def test_sample_classes_is_a_function_of_the_key_under_jit_and_vmap() -> None:
-    table = class_table(_LABELS, 3)
-    keys = jax.random.split(jax.random.key(3), 5)
-    plain = np.stack([sample_classes(key, table, 3) for key in keys])
-    traces = []
-
-    @jax.jit
-    def jitted(key: jax.Array, table: data.ClassTable) -> jax.Array:
-        traces.append(1)
-        return sample_classes(key, table, 3)
-
-    np.testing.assert_array_equal(plain, np.stack([jitted(key, table) for key in keys]))
-    assert len(traces) == 1
-    np.testing.assert_array_equal(plain, jax.vmap(lambda key: sample_classes(key, table, 3))(keys))
-    assert len({row.tobytes() for row in plain}) > 1
-
-
-@pytest.mark.parametrize(
-    ("labels", "error", "message"),
-    [
-        ([0, 2], ValueError, "class 1 has no images"),
-        ([0, 3], ValueError, "label 3 is out of range; allowed: 0 to 2"),
-        ([-1, 0], ValueError, "label -1 is out of range"),
-        ([0.0, 1.0], TypeError, "labels must be integers, found float64"),
-        ([[0, 1]], ValueError, r"labels must have shape \[n\]"),
-    ],
-)
-def test_class_table_refuses_bad_labels(labels: list, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        class_table(np.array(labels), 3)
-
-
-def test_sample_classes_refuses_an_empty_batch() -> None:
-    with pytest.raises(ValueError, match="batch must be at least 1, found 0"):
-        sample_classes(jax.random.key(0), class_table(_LABELS, 3), 0)
-
-
 # --- sampling on the host -----------------------------------------------------------------------------------
 
 
@@ -1061,7 +870,7 @@ def _host(batch: int = 3, seed: int = 0, source: object = None) -> HostSampler:
     return HostSampler(images if source is None else source, _LABELS, num_classes=3, batch=batch, seed=seed)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 5, 18])
+@pytest.mark.parametrize("batch", [3, 18])
 def test_host_sampler_draws_without_replacement_and_uniformly(batch: int) -> None:
     sampler = _host(batch)
     index = np.stack([sampler.indices(step) for step in range(3000)])
@@ -1123,41 +932,6 @@ def test_host_sampler_reads_a_folder_lazily(tmp_path: Path) -> None:
     assert len(records) == 6
 
 
-def test_host_sampler_refuses_bad_input() -> None:
-    images = np.zeros((12, 2, 2, 3), np.uint8)
-    good = {"num_classes": 3, "batch": 1, "seed": 0}
-    for arguments, error, message in (
-        ((images.astype(np.int32), _LABELS, good), TypeError, "images: found int32"),
-        ((images - 1.0, _LABELS, good), ValueError, "images: found float64 from -1 to -1 of shape"),
-        ((images[0], _LABELS, good), ValueError, r"expected \[n, h, w, c\]"),
-        ((images, _LABELS[:3], good), ValueError, "12 images but 3 labels"),
-        ((images, _LABELS, good | {"batch": 0}), ValueError, "batch must be at least 1"),
-        ((images, _LABELS, good | {"seed": -1}), ValueError, "seed must be in 0 to"),
-        ((images, _LABELS, good | {"num_classes": 4}), ValueError, "class 3 has no images"),
-    ):
-        with pytest.raises(error, match=message):
-            HostSampler(arguments[0], arguments[1], **arguments[2])
-    with pytest.raises(ValueError, match="step must be at least 0, found -1"):
-        _host().batch(-1)
-    mixed = [{"image": np.zeros((2, 2 + (i == 4), 3), np.uint8)} for i in range(12)]
-    with pytest.raises(ValueError, match=r"image 4 is uint8 \[2, 3, 3\], image 0 is uint8 \[2, 2, 3\]"):
-        _host(7, source=mixed).batch(0)
-    with pytest.raises(TypeError, match="image 0: found int64 of shape"):
-        _host(7, source=[{"image": np.zeros((2, 2, 3), int)}] * 12).batch(0)
-
-
-@pytest.mark.parametrize("of_records", [False, True])
-def test_host_sampler_draws_the_same_images_in_floating_point(of_records: bool) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (12, 2, 2, 3), dtype=np.uint8)
-
-    def batch(images: np.ndarray) -> np.ndarray:
-        return _host(source=[{"image": image} for image in images] if of_records else images).batch(3)
-
-    floats = batch(images / 255)
-    assert floats.dtype == np.float32
-    np.testing.assert_array_equal(floats, (batch(images) / 255).astype(np.float32))
-
-
 def _prefetch_threads() -> int:
     return sum(thread.name == "gsdd-prefetch" for thread in threading.enumerate())
 
@@ -1186,10 +960,3 @@ def test_prefetch_raises_the_samplers_error_at_its_step() -> None:
     with pytest.raises(OSError, match="disk gone"):
         next(stream)
     assert _prefetch_threads() == 0
-
-
-def test_prefetch_checks_its_arguments() -> None:
-    with pytest.raises(ValueError, match="depth must be at least 1, found 0"):
-        next(prefetch(_host(), 0, depth=0))
-    with pytest.raises(ValueError, match="start_step must be at least 0, found -3"):
-        next(prefetch(_host(), -3))
