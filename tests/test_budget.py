@@ -217,7 +217,7 @@ def test_tune_goes_on_after_a_rate_that_diverges(toy, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("vary", "message"),
     [
-        ("codec.lr", "--vary: expected KEY=V1,V2 such as codec.lr=0.003,0.01, found 'codec.lr'"),
+        ("codec.lr", "override 'codec.lr': expected section.key=value"),
         ("data.per_class=10,20", "--vary: expected settings other than those of data"),
     ],
 )
