@@ -1,6 +1,3 @@
-import dataclasses
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,15 +50,11 @@ def bits(tree) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def test_fit_lowers_the_error_of_every_image(codec, start, fitted, targets):
-    before, after = errors(codec, start.params, targets), errors(codec, fitted.params, targets)
-    assert (after < 0.9 * before).all(), (before, after)
-
-
 def test_fit_of_digits_reaches_a_floor(codec, fitted, targets):
     # Measured: 23.7, 29.8, 26.0 and 23.3 dB (CPU).
     psnr = np.asarray(fitting.psnr(jax.jit(codec.decode)(fitted.params), targets))
     assert psnr.mean() > 24.5 and psnr.min() > 22
+    assert np.abs(fitted.params.mean).max() <= np.float32(1 - 1e-3)
 
 
 def test_images_are_fitted_as_if_each_were_alone(codec, advance, start, fitted, targets):
@@ -74,20 +67,6 @@ def test_images_are_fitted_as_if_each_were_alone(codec, advance, start, fitted, 
         for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(fitted.params), strict=True):
             np.testing.assert_allclose(a[i], b[i], rtol=0, atol=1e-5)
         assert np.abs(alone.params.color[1] - fitted.params.color[1]).max() > 0.01
-
-
-def test_one_image_by_itself_is_fitted_as_in_the_batch(codec, start, fitted, targets):
-    single = codecs.make(
-        dataclasses.replace(codec.spec, images_per_class=1),
-        image_shape=(8, 8, 1),
-        num_classes=2,
-        bytes_per_class=POINTS * 14,
-    )
-    params = start.params[jnp.array([2])]
-    state = fitting.FitState(params, single.fitter(STEPS).init(params), jnp.zeros((), jnp.int32))
-    alone, _ = jax.jit(lambda s: fitting.fit_steps(s, targets[2:3], codec=single, steps=STEPS, count=STEPS))(state)
-    for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(fitted.params), strict=True):
-        np.testing.assert_allclose(a[0], b[2], rtol=0, atol=1e-4)
 
 
 def test_fit_in_parts_equals_fit_in_one_go_bit_for_bit(advance, start, fitted, targets):
@@ -110,10 +89,6 @@ def test_reported_psnr_is_that_before_the_last_step(codec, advance, start, fitte
     assert reported == pytest.approx(expected, abs=1e-3)
 
 
-def test_fit_keeps_centers_inside(fitted):
-    assert np.abs(fitted.params.mean).max() <= np.float32(1 - 1e-3)
-
-
 def test_pixels_fit_in_no_steps(digits):
     codec = codecs.make(PixelSpec(), image_shape=(8, 8, 1), num_classes=2, bytes_per_class=256)
     targets = jnp.asarray(digits.train_images[:2], jnp.float32) / 255
@@ -127,12 +102,8 @@ def test_psnr_by_hand():
     targets = np.zeros((3, 2, 2, 1), np.float32)
     images = targets.copy()
     images[0] = 0.1  # mse 0.01
-    images[1, 0, 0] = 1  # mse 1/4
-    np.testing.assert_allclose(fitting.psnr(images, targets), [20, 10 * math.log10(4), 120], rtol=1e-5)
-
-
-def test_psnr_does_not_clamp_images():
-    assert fitting.psnr(np.full((1, 2, 2, 1), 2.0, np.float32), np.ones((1, 2, 2, 1), np.float32))[0] == 0
+    images[1, 0, 0] = 2  # mse 1: nothing is clamped
+    np.testing.assert_allclose(fitting.psnr(images, targets), [20, 0, 120], rtol=1e-5, atol=1e-5)
 
 
 def test_solid_targets_are_copies_of_the_mean_color():
@@ -160,8 +131,7 @@ def select(how, per_class=2, seed=0, **options) -> np.ndarray:
     return fitting.select_images(jax.random.key(seed), LABELS, per_class, how=how, num_classes=3, **options)
 
 
-@pytest.mark.parametrize("how", ["random", "first", "kmeans"])
-@pytest.mark.parametrize("per_class", [1, 2, 4])
+@pytest.mark.parametrize(("how", "per_class"), [("random", 4), ("first", 1), ("kmeans", 2)])
 def test_selection_is_class_major_distinct_and_repeatable(how, per_class):
     chosen = select(how, per_class)
     assert chosen.shape == (3 * per_class,)
@@ -193,16 +163,14 @@ def test_kmeans_takes_one_image_of_every_cluster():
             assert distance[cluster == index] <= distance.min() + 1e-9
 
 
-def test_selection_from_a_small_class_names_it():
-    with pytest.raises(ValueError, match="per_class: 5 images per class are to be fitted, class 1 has 4 training ones"):
-        select("first", per_class=5)
-
-
-def test_kmeans_needs_features():
-    with pytest.raises(ValueError, match="fit.select: kmeans needs features, found none"):
-        select("kmeans", features=None)
-
-
-def test_unknown_selection_lists_the_known_ones():
-    with pytest.raises(ValueError, match="fit.select: expected one of random, first, kmeans; found 'best'"):
-        select("best")
+@pytest.mark.parametrize(
+    ("how", "options", "message"),
+    [
+        ("first", {"per_class": 5}, "per_class: 5 images per class are to be fitted, class 1 has 4 training ones"),
+        ("kmeans", {"features": None}, "fit.select: kmeans needs features, found none"),
+        ("best", {}, "fit.select: expected one of random, first, kmeans; found 'best'"),
+    ],
+)
+def test_selection_that_cannot_be_made_is_refused(how, options, message):
+    with pytest.raises(ValueError, match=message):
+        select(how, **options)

