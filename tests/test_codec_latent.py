@@ -1,7 +1,6 @@
 """The latent codec: its decoder against PyTorch's definitions in float64, D3's counts, and what a key draws."""
 
 import dataclasses
-import json
 import math
 import re
 
@@ -9,19 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objectives import data_of
 
-import gsdd_jax
-from gsdd_jax import SynSet, codecs, distillation, fitting, match, nets, whiten
-from gsdd_jax.augment import DsaSpec
+from gsdd_jax import codecs
 from gsdd_jax.codecs import LatentSpec, latent
-from gsdd_jax.match import DistributionSpec, TrajectorySpec
 
 SHAPE, CLASSES, BUDGET = (8, 8, 3), 2, 4000
-AUGMENT = DsaSpec(strategy="crop")
 SMALL = LatentSpec(decoder="small", width=8, latent_dim=3, images_per_class=2)
 SPECS = {
-    "small": SMALL,
     "small batch": dataclasses.replace(SMALL, norm="batch"),
     "medium": LatentSpec(decoder="medium", width=4, latent_dim=3, images_per_class=2, dtype="bfloat16"),
     "large": LatentSpec(decoder="large", width=4, latent_dim=16, images_per_class=2, sample=False),
@@ -120,30 +113,12 @@ def test_key_decodes_one_sample_of_each_latent(case):
     assert np.abs(found - decode(params, key=jax.random.key(6))).max() > 0.01
 
 
-def test_decode_by_index_is_decode_of_all_with_and_without_a_key(case):
-    codec, params, decode = case
-    index = np.array([3, 0, 3])
-    for key in (None, jax.random.key(7)):
-        found = decode(params, index, key=key)
-        np.testing.assert_allclose(found, decode(params, key=key)[index], rtol=0, atol=1e-6)
-
-
 def test_images_depend_on_others_under_batch_normalization_only(case):
     codec, params, decode = case
     moved = params | {"mean": params["mean"] + 0.5 * (np.arange(4) == 1)[:, None].astype(np.float32)}
     change = np.abs(np.asarray(decode(moved)) - decode(params)).max((1, 2, 3))
     assert change[1] > 1e-3
     assert (change[[0, 2, 3]] > 0).all() if codec.spec.norm == "batch" else not change[[0, 2, 3]].any()
-
-
-def test_log_variances_have_a_gradient_with_a_key_and_none_without():
-    codec = make(SMALL)
-    params = started(codec)
-    grad = jax.jit(jax.grad(lambda p, key: jnp.sum(codec.decode(p, key=key) ** 2)))
-    with_key, without = grad(params, jax.random.key(1)), grad(params, None)
-    assert (np.abs(with_key["log_variance"]).max(1) > 1e-6).all()
-    assert not np.asarray(without["log_variance"]).any()
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(with_key))
 
 
 def test_start_draws_normal_latents_and_pytorchs_decoder_whatever_the_images():
@@ -188,28 +163,11 @@ def test_published_decoders_have_the_published_numbers_at_64_px(decoder, width, 
     assert sum(sizes.values()) == floats
 
 
-@pytest.mark.parametrize(
-    ("decoder", "width", "side", "maps"),
-    [
-        ("small", 256, 32, [256, 128, 64, 32, 32]),
-        ("small", 256, 128, [256, 128, 64, 32, 32, 32, 32]),
-        ("small", 256, 256, [256, 128, 64, 32, 32, 32, 32, 32]),
-        ("medium", 512, 32, [512, 256, 128, 64, 64]),
-        ("small", 8, 8, [8, 4, 2]),
-    ],
-)
-def test_maps_at_other_sizes_follow_d3s_lists(decoder, width, side, maps):
-    assert latent.channels(LatentSpec(decoder=decoder, width=width, latent_dim=4), side) == maps
-
-
 # Where all of D3's files is counted but soft labels, of which a set here has none: those of a block of classes.
 @pytest.mark.parametrize(
     ("width", "latent_dim", "side", "classes", "ipc", "floats", "lpc"),
     [
-        (128, 64, 128, 10, 1, 218_515, 213),
         (64, 32, 128, 10, 1, 54_987, 682),
-        (32, 16, 32, 10, 1, 13_391, 54),
-        (64, 32, 32, 10, 10, 52_891, 397),
         (64, 32, 32, 100, 1, 52_891, 39),
     ],
 )
@@ -224,30 +182,6 @@ def test_budgets_of_the_benchmarks_hold_as_many_latents_as_computed_by_hand(
     assert (available - floats) // (classes * 2 * latent_dim) == lpc
     params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((codec.num_images, side, side, 3)))
     assert codec.nbytes(params) == 4 * (floats + classes * lpc * 2 * latent_dim) <= 4 * available
-
-
-def test_means_alone_or_half_precision_cost_half():
-    both, means = (
-        make(dataclasses.replace(SMALL, images_per_class=0)),
-        make(dataclasses.replace(SMALL, images_per_class=0, sample=False)),
-    )
-    half = make(dataclasses.replace(SMALL, images_per_class=0, dtype="bfloat16"))
-    # 3 * 32 + 32, 16 * 8 * 4 + 3 * 4, 16 * 4 * 2 + 3 * 2, 9 * 2 * 3 + 3.
-    shared = 128 + 524 + 134 + 57
-    assert numbers(SMALL, 8) == shared
-    assert both.images_per_class == (2 * BUDGET // 4 - shared) // 12
-    assert means.images_per_class == (2 * BUDGET // 4 - shared) // 6
-    assert half.images_per_class == (2 * BUDGET // 2 - shared) // 12
-    assert set(means.layout()) == set(both.layout()) - {"log_variance"}
-
-
-def test_saved_set_loads_to_the_same_images(case, tmp_path):
-    codec, params, decode = case
-    SynSet(codec, params, BUDGET, ("a", "b")).save(tmp_path)
-    loaded = gsdd_jax.load(tmp_path)
-    assert loaded.codec.spec == codec.spec
-    assert json.loads((tmp_path / "manifest.json").read_text())["sizes"]["payload"] == codec.nbytes(params)
-    assert np.asarray(decode(loaded.params)).tobytes() == np.asarray(decode(params)).tobytes()
 
 
 def test_distillation_is_sgd_of_the_latents_and_adam_with_decay_of_the_decoder():
@@ -298,42 +232,12 @@ def test_fitting_is_adam_with_a_rate_for_each_part_on_a_cosine():
         np.testing.assert_allclose(updates["out"], -latent.FIT_DECODER / 8 * cosine, rtol=1e-4)
 
 
-def test_fit_of_four_images_gets_near_them():
-    codec = make(dataclasses.replace(SMALL, sample=False))
-    ramp = np.linspace(0, 1, 8)[None, :, None] * np.ones(SHAPE)
-    colors = np.random.default_rng(3).uniform(0, 1, (4, 1, 1, 3))
-    images = (0.3 * ramp + 0.7 * colors).astype(np.float32)
-    state = jax.jit(lambda: fitting.init_fit(jax.random.key(0), images, codec=codec, steps=150))()
-    take = jax.jit(lambda s, count: fitting.fit_steps(s, images, codec=codec, steps=150, count=count))
-    _, first = take(state, 1)
-    _, last = take(state, 150)
-    assert last > max(first + 8, 21)
-
-
-def test_another_size_is_the_native_image_resized():
-    codec = make(SMALL)
-    params = started(codec)
-    large = jax.jit(lambda p: codec.decode(p, size=(16, 12)))(params)
-    resized = jax.jit(lambda p: jax.image.resize(codec.decode(p), (4, 16, 12, 3), "bilinear"))(params)
-    np.testing.assert_allclose(large, resized, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        (
-            {},
-            {"image_shape": (6, 8, 3)},
-            "codec.name: latent.*square images whose side is a power of two from 8, found 6 x 8",
-        ),
-        ({}, {"image_shape": (28, 28, 1)}, "codec.name: latent.*power of two from 8, found 28 x 28"),
+        ({}, {"image_shape": (6, 8, 3)}, "codec.name: latent.*square images .* power of two from 8, found 6 x 8"),
         ({}, {"image_shape": (4, 4, 3)}, "codec.name: latent.*power of two from 8, found 4 x 4"),
         ({"width": 6}, {}, "codec.width: expected a multiple of 4, found 6"),
-        (
-            {"width": 12, "decoder": "medium"},
-            {"image_shape": (64, 64, 3)},
-            "codec.width: expected a multiple of 16, found 12",
-        ),
         (
             {"decoder": "large"},
             {},
@@ -344,35 +248,3 @@ def test_another_size_is_the_native_image_resized():
 def test_impossible_settings_say_what_would_do(changes, settings, message):
     with pytest.raises(ValueError, match=message):
         make(dataclasses.replace(SMALL, **changes), **settings)
-
-
-def test_what_the_error_offers_fits_and_one_more_does_not():
-    codec = make(dataclasses.replace(SMALL, images_per_class=96))
-    params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((192, *SHAPE)))
-    assert codec.nbytes(params) == 3372 + 96 * 48 <= 8000 < 3372 + 97 * 48
-    assert make(dataclasses.replace(SMALL, width=4, images_per_class=0), bytes_per_class=1000).images_per_class >= 1
-    assert make(dataclasses.replace(SMALL, images_per_class=0), bytes_per_class=1710).images_per_class == 1
-    wide = LatentSpec(decoder="large", width=8, latent_dim=32)
-    with pytest.raises(ValueError, match="codec.width of at most 6, or at least 1390 bytes per class"):
-        make(wide, bytes_per_class=1300)
-    assert make(dataclasses.replace(wide, width=6, latent_dim=24), bytes_per_class=1300).images_per_class >= 1
-    assert make(wide, bytes_per_class=1390).images_per_class == 1
-
-
-@pytest.mark.parametrize("name", ["distribution", "trajectory"])
-def test_distillation_draws_a_sample_per_step_so_that_log_variances_are_trained(name):
-    codec = make(dataclasses.replace(SMALL, optimizer="adam", lr=0.1))
-    network = nets.build(nets.NetSpec(depth=1, width=4), SHAPE, CLASSES)
-    objective = {
-        "distribution": DistributionSpec(batch_real=3),
-        "trajectory": TrajectorySpec(syn_steps=1, batch_syn=4, expert_epochs=1, max_start_epoch=1),
-    }[name]
-    objective = match.make(objective, codec=codec, network=network, augment=AUGMENT)
-    step = jax.jit(distillation.make_step(objective))
-    state = distillation.init_state(objective, started(codec))
-    images = np.full((CLASSES, *SHAPE), 90, np.uint8)
-    data = data_of(objective, images, np.arange(CLASSES), whiten.Identity())
-    after, metrics = step(state, data, jax.random.key(0))
-    assert np.isfinite(metrics["loss"])
-    for latents in ("mean", "log_variance"):
-        assert np.abs(after.params[latents] - state.params[latents]).max() > 0.01, latents

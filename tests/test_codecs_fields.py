@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import optax
 import pytest
 
 from benchmarks import ddif_decode
-from gsdd_jax import SynSet, codecs, fitting, storage
+from gsdd_jax import SynSet, codecs, storage
 from gsdd_jax.codecs import FactorSpec, NeuralFieldSpec, SparseEpitomeSpec, neural_field, sparse_epitome
 from gsdd_jax.codecs.generator import GeneratorSpec, generator_prior
 
@@ -32,19 +31,6 @@ def half(spec):
 def make(spec, **changes) -> codecs.Codec:
     settings = {"image_shape": SHAPE, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
     return codecs.make(spec, **settings)
-
-
-class Case(NamedTuple):
-    codec: codecs.Codec
-    params: Any
-    decode: Any  # jitted
-
-
-@pytest.fixture(scope="module", params=SPECS)
-def case(request) -> Case:
-    codec = make(half(SPECS[request.param]))
-    started = jax.jit(codec.init)(jax.random.key(0), smooth_images(codec.num_images))
-    return Case(codec, moved(started), jax.jit(codec.decode))
 
 
 def smooth_images(n):
@@ -72,33 +58,6 @@ def bits(tree) -> list[bytes]:
 def rounded(params) -> dict[str, np.ndarray]:
     """bfloat16 by NumPy's own rounding, as float64."""
     return {name: np.asarray(leaf).astype(jnp.bfloat16).astype(np.float64) for name, leaf in params.items()}
-
-
-def test_gradient_is_finite_reaches_every_leaf_and_is_the_slope_along_itself(case):
-    # Of float32, because rounded parameters have no slope: their gradient passes straight through.
-    codec = make(dataclasses.replace(case.codec.spec, dtype="float32"), bytes_per_class=2 * BUDGET)
-    weights = np.random.default_rng(2).normal(size=(codec.num_images, *SHAPE)).astype(np.float32)
-    slope = jax.jit(jax.value_and_grad(lambda p: jnp.sum(weights * codec.decode(p))))
-    grads = jax.device_get(slope(case.params)[1])
-    for name, grad in grads.items():
-        assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-3, name
-    norm = math.sqrt(sum(np.sum(np.float64(grad) ** 2) for grad in grads.values()))
-
-    def at(step):
-        return float(slope(jax.tree.map(lambda p, g: p + np.float32(step / norm) * g, case.params, grads))[0])
-
-    assert (at(1e-3) - at(-1e-3)) / 2e-3 == pytest.approx(norm, rel=0.02)
-
-
-def test_fitting_improves_images_and_moves_every_leaf(case):
-    images = smooth_images(case.codec.num_images)
-    state = jax.jit(lambda p: fitting.FitState(p, case.codec.fitter(60).init(p), 0))(case.params)
-    psnr = jax.jit(fitting.psnr)
-    before = psnr(case.decode(state.params), images).mean()
-    state, _ = jax.jit(lambda s: fitting.fit_steps(s, images, codec=case.codec, steps=60, count=60))(state)
-    assert psnr(case.decode(state.params), images).mean() > before + 1
-    for name, leaf in state.params.items():
-        assert bits(leaf) != bits(case.params[name]), name
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -133,11 +92,11 @@ def siren(params, size, spec, channels):
     return images
 
 
-@pytest.mark.parametrize("size", [None, (5, 11)])
-def test_field_draws_the_equations_at_any_size(size):
+def test_field_draws_the_equations_at_any_size():
+    size = (5, 11)
     codec = make(half(FIELD))
     params = moved(jax.jit(codec.init)(jax.random.key(0), smooth_images(codec.num_images)))
-    expected = siren(rounded(params), size or SHAPE[:2], FIELD, 3)
+    expected = siren(rounded(params), size, FIELD, 3)
     assert expected.std(axis=(1, 2)).min() > 0.01
     # Phases reach tens, of which float32 knows 1e-6.
     np.testing.assert_allclose(jax.jit(lambda p: codec.decode(p, size=size))(params), expected, rtol=0, atol=2e-5)
@@ -210,15 +169,7 @@ def test_field_that_draws_again_holds_fewer_bytes(monkeypatch):
     ("shape", "ipc", "layers", "width", "images"),
     [
         ((32, 32, 3), 1, 2, 6, 37),
-        ((32, 32, 3), 10, 2, 6, 379),
-        ((32, 32, 3), 50, 2, 20, 282),
-        ((32, 32, 3), 1, 2, 10, 17),
-        ((32, 32, 3), 10, 2, 15, 92),
-        ((32, 32, 3), 50, 2, 30, 138),
-        ((128, 128, 3), 1, 3, 20, 51),
         ((128, 128, 3), 10, 3, 20, 510),
-        ((128, 128, 3), 50, 3, 40, 697),
-        ((256, 256, 3), 1, 3, 40, 55),
     ],
 )
 def test_fields_fill_the_budget_as_ddif_counts(shape, ipc, layers, width, images):
@@ -227,14 +178,6 @@ def test_fields_fill_the_budget_as_ddif_counts(shape, ipc, layers, width, images
     assert codec.images_per_class == codec.spec.images_per_class == images
     more = make(half(spec), image_shape=shape, bytes_per_class=storage.budget_bytes(ipc, shape))
     assert more.images_per_class in (2 * images, 2 * images + 1)
-
-
-def test_a_field_costs_the_numbers_of_its_layers():
-    codec = make(NeuralFieldSpec(layers=3, width=4), image_shape=(4, 4, 1))
-    params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((codec.num_images, 4, 4, 1)))
-    each = (2 * 4 + 4) + 2 * (4 * 4 + 4) + (4 + 1)
-    assert codec.nbytes(params) == codec.num_images * each * 4
-    assert codec.images_per_class == BUDGET // (each * 4)
 
 
 # Bases and hallucinators
@@ -289,36 +232,6 @@ def test_factor_starts_from_the_first_real_image_of_each_base_and_pytorchs_convo
         assert 0.95 * bound < np.abs(drawn).max() <= bound * (1 + 1e-5)
         assert 0 < np.abs(params[f"{name}_bias"]).max() <= bound
     assert bits(params["conv"][0]) != bits(params["conv"][1])
-
-
-@pytest.mark.parametrize(("ipc", "published", "ours"), [(1, 5, 0), (10, 50, 45), (50, 250, 245)])
-def test_factor_counts_the_hallucinators_that_haba_does_not(ipc, published, ours):
-    # HaBa's budget is that of its bases alone; one image per class more, FreD's comparison, pays for hallucinators.
-    def images(ipc):
-        budget = storage.budget_bytes(ipc, (32, 32, 3))
-        return make(FactorSpec(), image_shape=(32, 32, 3), num_classes=10, bytes_per_class=budget).images_per_class
-
-    assert images(ipc + 1) == published
-    if ours:
-        assert images(ipc) == ours
-    else:
-        with pytest.raises(
-            ValueError, match="codec.hallucinators: .*codec.base_channels=1 with codec.hallucinators of at most 3"
-        ):
-            images(ipc)
-
-
-def test_a_factor_costs_bases_and_hallucinators():
-    codec = make(FACTOR)
-    params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((codec.num_images, *SHAPE)))
-    hallucinator = (9 * 1 * 3 + 3) + 2 * 4 * 6 * 3 + (9 * 3 * 3 + 3)
-    assert codec.nbytes(params) == 2 * (CLASSES * 2 * 6 * 8 + 2 * hallucinator)
-
-
-def test_factors_at_128_pixels_need_single_channel_bases():
-    # Five hallucinators are 97 % of the budget, and ten bases all of it.
-    with pytest.raises(ValueError, match="codec.base_channels=1 with codec.hallucinators of at most 3"):
-        make(FactorSpec(), image_shape=(128, 128, 3), num_classes=10, bytes_per_class=4 * 49_152)
 
 
 # Sparse epitomes
@@ -398,46 +311,6 @@ def test_coefficients_that_take_no_part_have_no_gradient(epitome):
     np.testing.assert_array_equal(grad, weights * (cut(coefficients, 7) != 0))
 
 
-def test_images_of_an_epitome_do_not_depend_on_each_other(epitome):
-    codec, _, params = epitome
-    decode = jax.jit(codec.decode)
-    sign = np.where(np.arange(6) == 1, np.float32(-1), np.float32(1))[:, None, None, None]
-    other = params | {"coefficients": params["coefficients"] * sign}
-    before, after = np.asarray(decode(params)), np.asarray(decode(other))
-    assert np.abs(after[1] - before[1]).max() > 1e-2
-    np.testing.assert_array_equal(np.delete(after, 1, 0), np.delete(before, 1, 0))
-
-
-def test_patches_go_row_by_row_and_back():
-    images = np.arange(2 * 6 * 8 * 3, dtype=np.float32).reshape(2, *SHAPE)
-    patches = sparse_epitome.to_patches(jnp.asarray(images), 2)
-    np.testing.assert_array_equal(patches[1, 5].reshape(2, 2, 3), images[1, 2:4, 2:4])
-    np.testing.assert_array_equal(sparse_epitome.from_patches(patches, (6, 8), 2), images)
-
-
-def test_output_layer_is_the_ridge_regression_of_the_patches(epitome):
-    _, params, _ = epitome
-    eye = {"out": np.eye(6), "out_bias": np.zeros(6)}
-    sparse = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
-    sparse |= {"coefficients": cut(params["coefficients"], 7)} | eye
-    seen = np.asarray(jax.jit(sparse_epitome.features)(jax.tree.map(jnp.float32, sparse)), np.float64).reshape(-1, 6)
-    rows = np.concatenate([np.concatenate([seen, np.ones((72, 1))], 1), np.sqrt(1e-3 * 72) * np.eye(7)])
-    patches = np.stack(
-        [[im[y : y + 2, x : x + 2].ravel() for y in range(0, 6, 2) for x in range(0, 8, 2)] for im in random_images(6)]
-    )
-    target = np.concatenate([(patches.reshape(72, 12) - 0.5) / 0.25, np.zeros((7, 12))])
-    expected = np.linalg.lstsq(rows, target, rcond=None)[0]
-    np.testing.assert_allclose(params["out"], expected[:-1], atol=2e-3)
-    np.testing.assert_allclose(params["out_bias"], expected[-1], atol=2e-3)
-
-
-def test_matched_coefficients_favour_the_token_that_fits_a_patch_best(epitome):
-    _, params, _ = epitome
-    ordered = np.sort(np.abs(params["coefficients"]), axis=-1)
-    assert (ordered[..., -2] <= sparse_epitome.RUNNER_UP * ordered[..., -1] * (1 + 1e-5)).all()
-    assert math.sqrt(np.mean(ordered[..., -1] ** 2)) == pytest.approx(sparse_epitome.DRAWN, rel=1e-4)
-
-
 def test_epitome_is_drawn_as_published():
     spec = SparseEpitomeSpec(patch=4, width=32, blocks=3, heads=2, tokens=64, nonzeros=8)
     params = jax.device_get(jax.jit(lambda key: sparse_epitome.speed(key, 20, 16, spec, 3))(jax.random.key(0)))
@@ -454,12 +327,6 @@ def test_epitome_is_drawn_as_published():
     ("size", "classes", "ipc", "settings", "images"),
     [
         (32, 10, 1, (4, 32, 1, 2, 16, 48), 17),
-        (32, 10, 10, (4, 96, 1, 3, 64, 48), 124),
-        (32, 10, 50, (4, 192, 3, 6, 64, 48), 272),
-        (32, 100, 1, (4, 96, 2, 3, 64, 48), 11),
-        (32, 100, 10, (4, 192, 3, 6, 64, 48), 62),
-        (32, 100, 50, (4, 192, 3, 6, 64, 166), 100),
-        (128, 10, 1, (8, 192, 2, 4, 256, 192), 15),
         (128, 10, 10, (8, 384, 2, 6, 256, 384), 111),
     ],
 )
@@ -524,11 +391,6 @@ def test_a_generator_of_ones_own_becomes_a_codec(tmp_path):
     sizes = SynSet(codec, params, BUDGET, ("a", "b")).save(tmp_path)
     assert sizes["payload"] == 6 * 5 * 2 and codec.nbytes(params) == 6 * 5 * 2 + 100
     assert json.loads((tmp_path / "manifest.json").read_text())["codec"]["generator_bytes"] == 100
-    state = fitting.init_fit(jax.random.key(0), images, codec=codec, steps=20)
-    psnr = jax.jit(lambda params: fitting.psnr(codec.decode(params), images).mean())
-    before = psnr(state.params)
-    state, _ = jax.jit(lambda s: fitting.fit_steps(s, images, codec=codec, steps=20, count=20))(state)
-    assert psnr(state.params) > before + 1
     updates, _ = codec.optimizer().update(params, codec.optimizer().init(params))
     np.testing.assert_allclose(updates["w"], -0.1 * params["w"], rtol=1e-6)
 
@@ -552,7 +414,7 @@ def test_a_generator_that_does_not_fit_says_what_would():
 
 def test_benchmark_times_loops_and_batches_that_draw_the_same(tmp_path):
     out = tmp_path / "ddif.json"
-    ddif_decode.main(["--images", "2", "--size", "8", "--repeats", "2", "--out", str(out)])
+    ddif_decode.main(["--images", "2", "--size", "4", "--repeats", "1", "--out", str(out)])
     results = json.loads(out.read_text())["results"]
     assert list(results) == ["op_by_op", "jitted_loop", "batched", "remat"]
     for row in results.values():

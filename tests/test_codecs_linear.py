@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsdd_jax import codecs, fitting, storage
+from gsdd_jax import codecs, storage
 from gsdd_jax.codecs import DownscaleSpec, FrequencySpec, MemorySpec, SpectralSpec
 from gsdd_jax.codecs import downscale as downscale_codec
 from gsdd_jax.codecs import frequency as frequency_codec
 from gsdd_jax.codecs import memory as memory_codec
 from gsdd_jax.codecs import spectral as spectral_codec
-from train import results
 
 SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152  # bytes of two float32 images per class
 CIFAR, IMAGENET = (32, 32, 3), (128, 128, 3)
@@ -80,9 +79,8 @@ def cells_of(canvas, factor) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("factor", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16"), (3, "float32"), (3, "uint8")]
+    ("factor", "dtype", "size"), [(1, "float32", None), (2, "bfloat16", None), (3, "uint8", (9, 16))]
 )
-@pytest.mark.parametrize("size", [None, (9, 16)])
 def test_downscale_enlarges_the_cells_of_padded_canvases_row_by_row(factor, dtype, size):
     codec = make(DownscaleSpec(factor=factor, dtype=dtype))
     canvases = np.random.default_rng(1).uniform(0, 1, (codec.num_images // factor**2, *SHAPE)).astype(np.float32)
@@ -92,8 +90,8 @@ def test_downscale_enlarges_the_cells_of_padded_canvases_row_by_row(factor, dtyp
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("factor", [2, 3])
-def test_downscale_starts_at_the_least_squares_cells(factor):
+def test_downscale_starts_at_the_least_squares_cells():
+    factor = 3
     codec = make(DownscaleSpec(factor=factor))
     images = pictures(codec.num_images)
     canvases = np.asarray(started(codec, images)["canvases"])
@@ -112,16 +110,9 @@ def test_downscale_starts_at_the_least_squares_cells(factor):
         np.testing.assert_allclose(found, 0.5 + solved.reshape(*free, 3), rtol=0, atol=2e-5)
 
 
-def test_downscale_clips_canvases_and_nothing_else():
-    codec = make(DownscaleSpec(factor=2))
-    canvases = noise((codec.num_images // 4, *SHAPE))
-    np.testing.assert_array_equal(codec.project({"canvases": canvases})["canvases"], canvases.clip(0, 1))
-    assert codec.regularize({"canvases": canvases}) == 0
-
-
 @pytest.mark.parametrize(
     ("factor", "ipc", "shape", "images"),
-    [(2, 1, CIFAR, 4), (2, 10, CIFAR, 40), (2, 50, CIFAR, 200), (2, 1, IMAGENET, 4), (3, 1, IMAGENET, 9)],
+    [(2, 10, CIFAR, 40), (3, 1, IMAGENET, 9)],
 )
 def test_downscale_holds_the_published_number_of_images_in_exactly_the_budget(factor, ipc, shape, images):
     codec = published(DownscaleSpec(factor=factor), ipc, shape)
@@ -132,22 +123,6 @@ def test_downscale_holds_the_published_number_of_images_in_exactly_the_budget(fa
     halved = published(DownscaleSpec(factor=factor, dtype="bfloat16"), ipc, shape)
     assert halved.images_per_class == 2 * images
     assert published(DownscaleSpec(factor=factor, dtype="uint8"), ipc, shape).images_per_class == 4 * images
-
-
-@pytest.mark.parametrize(
-    ("spec", "numbers", "written"),
-    [
-        (DownscaleSpec(dtype="uint8"), 8 * 144, 1152),
-        (DownscaleSpec(dtype="bfloat16"), 4 * 144, 1152),
-        # Places of one byte each are no numbers.
-        (FrequencySpec(coefficients=5, images_per_class=3), 3 * 5 * 3, 4 * 3 * 5 * 3 + 5),
-    ],
-)
-def test_table_of_the_budget_counts_bytes_of_pixels_as_numbers_and_places_not(spec, numbers, written):
-    codec = make(spec)
-    row = results.budget_rows(2, codec, storage.nbytes(codec.layout()))[-1]
-    assert (row.floats, row.bytes, row.bytes_available) == (numbers, written, BUDGET)
-    assert row.what == f"this run: {codec.images_per_class} images of {codec.name}, {codec.spec.dtype}"
 
 
 # Frequency
@@ -170,8 +145,7 @@ def spectra_of(images) -> np.ndarray:
     return np.einsum("khw,nhwc->nkc", basis, (np.asarray(images, np.float64) - 0.5) / 0.25)
 
 
-@pytest.mark.parametrize("size", [None, (12, 24)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("size", "dtype"), [((12, 24), "float32"), (None, "bfloat16")])
 def test_frequency_sums_the_cosines_of_its_class(size, dtype):
     codec = make(FrequencySpec(coefficients=4, images_per_class=3, dtype=dtype))
     coefficients, index = noise((6, 4, 3)), np.array([[0, 5, 8, 47], [1, 2, 30, 40]])
@@ -205,45 +179,15 @@ def test_frequency_starts_at_the_widest_coefficients_of_each_class(mask):
         np.testing.assert_allclose(params["coefficients"][i], expected, rtol=0, atol=1e-5)
 
 
-def test_frequency_start_is_the_least_squares_solution():
-    codec = make(FrequencySpec(coefficients=6, images_per_class=3))
-    images = pictures(6)
-    params = started(codec, images)
-    for i in range(6):
-        design = np.array([wave(int(place), SHAPE[:2]).reshape(-1) for place in params["index"][i // 3]]).T
-        solved = np.linalg.lstsq(design, (images[i].reshape(-1, 3) - 0.5) / 0.25, rcond=None)[0]
-        np.testing.assert_allclose(params["coefficients"][i], solved, rtol=0, atol=1e-5)
-
-
 def test_class_of_one_image_has_no_variance_and_gets_its_lowest_frequencies():
     params = started(make(FrequencySpec(coefficients=4, images_per_class=1, mask="variance")), pictures(2))
     # Cycles per axis: (0,0), (0,1), (1,0), (1,1) in 8 columns and 6 rows; next are (0,2), then (2,0).
     np.testing.assert_array_equal(params["index"], [[0, 1, 8, 9]] * 2)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "fitter"])
-def test_frequencies_of_a_class_survive_training(optimizer):
-    spec = FrequencySpec(coefficients=4, images_per_class=2, optimizer="adam" if optimizer == "fitter" else optimizer)
-    codec = make(spec)
-    start = params = started(codec, pictures(4))
-    transformation = codec.fitter(3) if optimizer == "fitter" else codec.optimizer()
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(lambda p: jnp.sum(codec.decode(p) ** 3))(params)
-        updates, state = transformation.update(grads, state, params)
-        return jax.tree.map(jnp.add, params, updates), state
-
-    state = transformation.init(params)
-    for _ in range(2):
-        params, state = step(params, state)
-    assert np.asarray(params["index"]).tobytes() == np.asarray(start["index"]).tobytes()
-    assert np.array_equal(params["coefficients"], start["coefficients"]) == (optimizer == "fitter")
-
-
 @pytest.mark.parametrize(
     ("count", "name", "dtype", "size"),
-    [(5, "index", "uint8", 2 * 5), (6, "index", "uint8", 2 * 6), (7, "mask", "uint8", 2 * 48 // 8)],
+    [(6, "index", "uint8", 2 * 6), (7, "mask", "uint8", 2 * 48 // 8)],
 )
 def test_frequency_writes_the_smaller_of_numbers_and_bits(count, name, dtype, size):
     codec = make(FrequencySpec(coefficients=count, images_per_class=2))
@@ -274,7 +218,6 @@ def test_numbers_of_large_images_are_two_bytes_wide():
     [
         ({"mask": np.array([0b11100000, 0b11000000], np.uint8)}, "mask: expected 3 bits of each of 2 classes"),
         ({"mask": np.array([0b11100011, 0b10000001], np.uint8)}, "mask: .* zeros after them"),
-        ({"index": np.array([[0, 2, 1], [0, 1, 2]], np.uint8)}, "index: expected 3 places below 6 .* rising order"),
         ({"index": np.array([[0, 1, 2], [3, 4, 6]], np.uint8)}, "index: expected 3 places below 6 .* rising order"),
     ],
 )
@@ -283,24 +226,12 @@ def test_damaged_places_are_refused(arrays, message):
         frequency_codec.unpack({"coefficients": np.zeros((2, 3, 3), np.float32)} | arrays, 2, 3, 6)
 
 
-@pytest.mark.parametrize(
-    ("count", "shape", "authors", "ours"),
-    # The authors' images fill the budget to the last byte, and so have no room for the places.
-    [(64, CIFAR, 16, 15), (2048, IMAGENET, 8, 7), (63, CIFAR, 16, 16), (2026, IMAGENET, 8, 8)],
-)
-def test_counting_the_places_costs_frequency_one_of_the_published_images(count, shape, authors, ours):
-    codec = published(FrequencySpec(coefficients=count), 1, shape)
-    assert codec.images_per_class == ours
-    assert shape[0] * shape[1] // count == authors
-    places = min(shape[0] * shape[1] // 8, 2 * count)
-    assert storage.nbytes(codec.layout()) == 10 * (ours * count * 3 * 4 + places)
-
-
 # Memory
 
 
-@pytest.mark.parametrize(("factor", "dtype"), [(1, "float32"), (2, "bfloat16"), (4, "float32")])
-@pytest.mark.parametrize("size", [None, (9, 16)])
+@pytest.mark.parametrize(
+    ("factor", "dtype", "size"), [(1, "float32", None), (2, "bfloat16", None), (4, "float32", (9, 16))]
+)
 def test_memory_enlarges_combinations_of_shared_bases(factor, dtype, size):
     codec = make(MemorySpec(bases=3, factor=factor, images_per_class=2, dtype=dtype))
     small = (-(-6 // factor), -(-8 // factor))
@@ -312,7 +243,7 @@ def test_memory_enlarges_combinations_of_shared_bases(factor, dtype, size):
         np.testing.assert_allclose(decoded[i], spread_out(enlarged(combined, size or SHAPE[:2])), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("factor", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1, 4])
 def test_memory_starts_at_the_best_approximation_of_its_rank(factor):
     codec = make(MemorySpec(bases=2, factor=factor, images_per_class=3))
     images = pictures(6)
@@ -327,23 +258,6 @@ def test_memory_starts_at_the_best_approximation_of_its_rank(factor):
     found = np.sum((np.asarray(jax.jit(codec.decode)(params), np.float64) - images) ** 2)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     np.testing.assert_allclose(np.mean(np.asarray(params["coefficients"]) ** 2, axis=0), 1, rtol=1e-4)
-
-
-def test_memory_start_of_the_reference_is_a_xavier_draw():
-    codec = make(MemorySpec(bases=4, factor=2, images_per_class=20, start="xavier"))
-    params = started(codec, pictures(40), jax.random.key(0))
-    for leaf, fans in ((params["coefficients"], 4 + 40), (params["bases"], (3 + 4) * 3 * 4)):
-        limit = np.sqrt(6 / fans)
-        assert 0.9 * limit < np.abs(leaf).max() <= limit and abs(np.mean(leaf)) < 0.2 * limit
-    other = started(codec, pictures(40), jax.random.key(1))
-    assert not np.array_equal(other["bases"], params["bases"])
-
-
-def test_memory_holds_the_published_115_images_of_16_bases():
-    codec = published(MemorySpec(bases=16), 1, CIFAR)
-    assert codec.images_per_class == 115
-    assert storage.nbytes(codec.layout()) == 4 * (16 * 16 * 16 * 3 + 1150 * 16) == 4 * 30_688
-    assert published(MemorySpec(bases=16, dtype="bfloat16"), 1, CIFAR).images_per_class == (61_440 - 12_288) // 160
 
 
 def test_memory_sgd_clips_the_norm_of_the_gradient():
@@ -367,32 +281,17 @@ def spectral_params(spec, classes=CLASSES) -> dict[str, np.ndarray]:
     return {name: noise(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_spectral_combines_every_tensor_with_every_set_of_matrices(dtype):
-    spec = SpectralSpec(matrices=2, rank_height=3, rank_width=4, rank_channels=2, images_per_class=4, dtype=dtype)
+def test_spectral_combines_every_tensor_with_every_set_of_matrices():
+    ranks = {"rank_height": 3, "rank_width": 4, "rank_channels": 2}
+    spec = SpectralSpec(matrices=2, images_per_class=4, dtype="bfloat16", **ranks)
     params = spectral_params(spec)
     decoded = jax.jit(make(spec).decode)(params)
-    shown = {name: as_bfloat16(x) if dtype == "bfloat16" else x.astype(np.float64) for name, x in params.items()}
+    shown = {name: as_bfloat16(x) for name, x in params.items()}
     for tensor, s in itertools.product(range(4), range(2)):
         image = np.tensordot(shown["rows"][s], shown["tensors"][tensor], (1, 0))  # h, q, r
         image = np.tensordot(image, shown["columns"][s], (1, 1))  # h, r, w
         image = np.tensordot(image, shown["channels"][s], (1, 1))  # h, w, c
         np.testing.assert_allclose(decoded[2 * tensor + s], spread_out(image), rtol=0, atol=2e-5)
-
-
-def test_spectral_at_another_size_is_interpolated():
-    spec = SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=1)
-    codec, params = make(spec), spectral_params(spec)
-    expected = [enlarged(image, (9, 16)) for image in np.asarray(jax.jit(codec.decode)(params))]
-    found = jax.jit(lambda p: codec.decode(p, size=(9, 16)))(params)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-
-
-def test_spectral_of_full_rank_starts_at_the_images():
-    codec = make(SpectralSpec(matrices=1, rank_height=6, rank_width=8, images_per_class=1), budget=3000)
-    images = pictures(2)
-    decoded = jax.jit(lambda images: codec.decode(codec.init(None, images)))(images)
-    np.testing.assert_allclose(decoded, images, rtol=0, atol=1e-5)
 
 
 def test_spectral_starts_at_the_higher_order_svd():
@@ -411,28 +310,6 @@ def test_spectral_starts_at_the_higher_order_svd():
     decoded = np.asarray(jax.jit(make(spec).decode)(params)).reshape(4, 2, *SHAPE)
     for s in range(2):
         np.testing.assert_allclose(decoded[:, s], spread_out(expected), rtol=0, atol=1e-4)
-
-
-def test_fit_of_spectral_tells_the_images_of_a_tensor_apart():
-    codec = make(SpectralSpec(matrices=2, rank_height=4, rank_width=5, rank_channels=3, images_per_class=2))
-    images = pictures(4)
-    start = jax.jit(lambda key: fitting.init_fit(key, images, codec=codec, steps=60))(jax.random.key(0))
-    state, _ = jax.jit(lambda state: fitting.fit_steps(state, images, codec=codec, steps=60, count=60))(start)
-    psnr = jax.jit(lambda params: fitting.psnr(codec.decode(params), images).mean())
-    before, after = psnr(start.params), psnr(state.params)
-    assert after > before + 2
-
-
-def test_spectral_counts_tensors_and_shared_matrices():
-    spec = SpectralSpec(matrices=2, rank_height=3, rank_width=4, rank_channels=2)
-    codec = make(spec)
-    each, one_set = 3 * 4 * 2, 6 * 3 + 8 * 4 + 3 * 2
-    tensors = (2 * BUDGET // 4 - 2 * one_set) // (2 * each)
-    assert codec.images_per_class == 2 * tensors == 18
-    assert storage.nbytes(codec.layout()) == 4 * (2 * tensors * each + 2 * one_set)
-    assert codec.spec.rank_channels == 2 and make(SpectralSpec(matrices=1, rank_height=1, rank_width=1)).spec == (
-        SpectralSpec(matrices=1, rank_height=1, rank_width=1, rank_channels=3, images_per_class=92)
-    )
 
 
 # Learning rates of all
@@ -456,24 +333,26 @@ def walked(transformation, params, grads, steps):
     return walk(params)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(
-    ("spec", "settings", "rates"),
+    ("spec", "rates"),
     [
-        (DownscaleSpec, {}, {"canvases": 0.02}),
-        (FrequencySpec, {"coefficients": 3}, {"coefficients": 0.02, "index": 0.02}),
-        (MemorySpec, {"bases": 2, "lr_bases": 3.0}, {"coefficients": 0.02, "bases": 0.06}),
-        (SpectralSpec, RANKS | {"lr_matrices": 0.5}, {"tensors": 0.02} | dict.fromkeys(MATRICES, 0.01)),
+        (DownscaleSpec(lr=0.02, optimizer="sgd"), {"canvases": 0.02}),
+        (FrequencySpec(lr=0.02, coefficients=3, optimizer="adam"), {"coefficients": 0.02, "index": 0.02}),
+        (MemorySpec(lr=0.02, bases=2, lr_bases=3.0, optimizer="adam"), {"coefficients": 0.02, "bases": 0.06}),
+        (
+            SpectralSpec(lr=0.02, lr_matrices=0.5, optimizer="sgd", **RANKS),
+            {"tensors": 0.02} | dict.fromkeys(MATRICES, 0.01),
+        ),
     ],
 )
-def test_distillation_takes_the_configured_rate_of_each_leaf(spec, settings, rates, optimizer):
-    codec = make(spec(optimizer=optimizer, lr=0.02, **settings))
+def test_distillation_takes_the_configured_rate_of_each_leaf(spec, rates):
+    codec = make(spec)
     shapes = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((codec.num_images, *SHAPE)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     grads = {name: np.full(x.shape, 1e-3, np.float32) for name, x in params.items()}
     total = walked(codec.optimizer(), params, grads, steps=3)
     # Of a constant gradient, Adam takes its sign; momentum one half sums to 1 + 1.5 + 1.75.
-    moved = 4.25e-3 if optimizer == "sgd" else 3.0
+    moved = 4.25e-3 if spec.optimizer == "sgd" else 3.0
     assert total.keys() == rates.keys()
     for name, rate in rates.items():
         np.testing.assert_allclose(total[name], -rate * moved, rtol=1e-4, err_msg=name)

@@ -1,8 +1,6 @@
 """What is special to packed Gaussians; test_codecs.py and test_synset.py hold them to the common contract."""
 
 import dataclasses
-import hashlib
-import json
 import math
 
 import jax
@@ -10,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from safetensors.flax import load_file, save_file
 
 import gsdd_jax
-from benchmarks import packed_psnr
-from gsdd_jax import SynSet, codecs, fitting, packing, storage
+from gsdd_jax import SynSet, codecs, fitting, storage
 from gsdd_jax.codecs import PackedGaussianSpec, packed
 from gsdd_jax.codecs.packed import PackedGaussians
 from gsdd_jax.gaussians import Gaussians, to_pixels
@@ -58,6 +54,8 @@ def bfloat16(x) -> np.ndarray:
 
 # The quantizer
 
+on_grid = jax.jit(storage.on_grid, static_argnums=3)
+
 
 def grid_arguments(seed=0):
     rng = np.random.default_rng(seed)
@@ -65,15 +63,14 @@ def grid_arguments(seed=0):
     return x, np.float32([-1.0, -0.5, 0.25]), np.float32([0.0625, 0.109375, 0.25])
 
 
-@pytest.mark.parametrize("width", [2, 6, 11])
+@pytest.mark.parametrize("width", [2, 11])
 def test_grid_values_are_the_nearest_in_float64(width):
     x, low, step = grid_arguments()
     grid = low.astype(np.float64)[:, None] + np.arange(2**width) * step.astype(np.float64)[:, None]
     nearest = np.abs(x.astype(np.float64)[..., None] - grid).argmin(-1)
     np.testing.assert_array_equal(storage.grid_codes(x, low, step, width), nearest)
     expected = np.take_along_axis(np.broadcast_to(grid, (*x.shape, 2**width)), nearest[..., None], -1)[..., 0]
-    for function in (storage.on_grid, jax.jit(storage.on_grid, static_argnums=3)):
-        np.testing.assert_array_equal(function(x, low, step, width), expected.astype(np.float32))
+    np.testing.assert_array_equal(on_grid(x, low, step, width), expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("width", [8, 16])
@@ -86,8 +83,7 @@ def test_grid_values_are_exact_to_one_rounding_and_find_their_codes_again(width)
     step[:5] = finest[:5]
     codes = np.concatenate([[0, 1, 2**width - 1], rng.integers(0, 2**width, 200)]).astype(np.float32)[:, None]
     exact = (low.astype(np.float64) + codes.astype(np.float64) * step).astype(np.float32)
-    for function in (storage.on_grid, jax.jit(storage.on_grid, static_argnums=3)):
-        np.testing.assert_array_equal(function(exact, low, step, width), exact)
+    np.testing.assert_array_equal(on_grid(exact, low, step, width), exact)
     np.testing.assert_array_equal(storage.grid_codes(exact, low, step, width), np.broadcast_to(codes, exact.shape))
 
 
@@ -109,32 +105,17 @@ def test_gradient_is_straight_through_inside_and_lsq_at_the_ends():
     np.testing.assert_allclose(v_step, scale * (v * d_step).sum((0, 1)), rtol=1e-4)
 
 
-def test_gradient_of_clipped_values_is_that_of_the_end_they_sit_at():
-    # All beyond the upper end low + top * step, or below low: finite differences of the function itself.
-    low, step, width = np.float32([0.5]), np.float32([0.25]), 3
-    for x, d_low, d_step in ((np.float32([[9.0]]), 1, 7), (np.float32([[-9.0]]), 1, 0)):
-
-        def value(low, step, x=x):
-            return storage.on_grid(x, low, step, width).sum()
-
-        found = jax.grad(value, argnums=(0, 1))(low, step)
-        scale = 1 / math.sqrt(7)
-        np.testing.assert_allclose(np.ravel(found), [scale * d_low, scale * d_step], rtol=1e-6)
-        assert value(low + 0.125, step) - value(low, step) == 0.125 * d_low
-        assert value(low, step + 0.125) - value(low, step) == 0.125 * d_step
-
-
-@pytest.mark.parametrize("hostile", [np.inf, -np.inf, 3e38, -3e38])
+@pytest.mark.parametrize("hostile", [np.inf, -3e38])
 def test_values_beyond_all_bounds_take_the_end_of_the_grid(hostile):
     low, step = np.float32([-1.0]), np.float32([0.125])
     end = -1 + 0.125 * 15 if hostile > 0 else -1
-    assert storage.on_grid(jnp.full((1, 1), hostile), low, step, 4) == end
+    assert on_grid(jnp.full((1, 1), hostile), low, step, 4) == end
 
 
 # The Gaussians that are drawn
 
 
-@pytest.mark.parametrize(("order", "widths"), [("sorted", (8, 6, 6)), ("kept", (5, 2, 16)), ("sorted", (16, 16, 2))])
+@pytest.mark.parametrize(("order", "widths"), [("sorted", (8, 6, 6)), ("kept", (5, 2, 16))])
 def test_decode_draws_the_values_on_the_grids(order, widths):
     names = ("bits_mean", "bits_cholesky", "bits_color")
     spec = PackedGaussianSpec(
@@ -183,17 +164,15 @@ def test_fit_begins_unrounded_and_the_grids_follow_until_the_switch():
     assert (slope.step == 0).all() and (slope.low == 0).all() and np.abs(slope.cholesky).min() > 0
 
 
-@pytest.mark.parametrize(("ranges", "order"), [("learned", "sorted"), ("fitted", "kept")])
-def test_what_is_trained_is_what_the_file_shows_bit_by_bit(ranges, order, tmp_path):
-    spec = PackedGaussianSpec(images_per_class=2, num_points=7, order=order, ranges=ranges)
+def test_what_is_trained_is_what_the_file_shows_bit_by_bit(tmp_path):
+    spec = PackedGaussianSpec(images_per_class=2, num_points=7)
     codec = make(spec)
     images = jnp.asarray(np.random.default_rng(3).uniform(0, 1, (4, *SIZE, 3)), jnp.float32)
     state = jax.jit(lambda x: fitting.init_fit(jax.random.key(0), x, codec=codec, steps=30))(images)
     started = state.params
     state, _ = jax.jit(lambda s, x: fitting.fit_steps(s, x, codec=codec, steps=30, count=30))(state, images)
     params = state.params
-    if ranges == "learned":
-        assert (params.step != started.step).all()
+    assert (params.step != started.step).all()
     # The training step draws inside a larger program.
     trained = jax.jit(jax.value_and_grad(lambda p: (jnp.sum(codec.decode(p) ** 2), codec.decode(p)), has_aux=True))
     written = SynSet(codec, params, BUDGET, ("a", "b"))
@@ -204,11 +183,6 @@ def test_what_is_trained_is_what_the_file_shows_bit_by_bit(ranges, order, tmp_pa
     assert bits(written.images((9, 11))) == bits(read.images((9, 11)))
     for draw in (codec.gaussians, jax.jit(codec.gaussians)):
         assert tree_bits(draw(params)) == tree_bits(draw(read.params)) == tree_bits(codec.gaussians(params))
-    assert bits(codec.decode(params)) == bits(codec.decode(read.params))
-    # And once more through the file.
-    read.save(tmp_path / "again")
-    assert tree_bits(gsdd_jax.load(tmp_path / "again").params) == tree_bits(read.params)
-    assert (tmp_path / "again" / "synset.safetensors").read_bytes() == (tmp_path / "synset.safetensors").read_bytes()
 
 
 def test_images_of_a_sorted_set_do_not_depend_on_the_order_of_the_masters():
@@ -250,19 +224,6 @@ def test_projection_fits_fitted_ranges_to_the_masters_and_leaves_learned_ones():
     assert tree_bits((learned.low, learned.step)) == tree_bits((params.low, params.step))
     fitted = make(dataclasses.replace(spec, ranges="fitted")).project(moved)
     assert (fitted.step[3:] > params.step[3:]).all() and (fitted.step[:2] < params.step[:2]).all()
-
-
-def test_fitted_ranges_are_quantiles_widened_by_no_more_than_the_rounding_needs():
-    for width in (6, 16):
-        spec = PackedGaussianSpec(images_per_class=2, num_points=5, bits_cholesky=width, bits_color=width)
-        params = packed.from_gaussians(random_gaussians(), spec)
-        masters = np.concatenate([params.cholesky, params.color], axis=-1).reshape(-1, 6).astype(np.float64)
-        low, step = np.asarray(params.low, np.float64), np.asarray(params.step, np.float64)
-        assert (low == bfloat16(low)).all() and (step == bfloat16(step)).all()
-        high = low + (2**width - 1) * step
-        first, last = np.quantile(masters, [0.003, 0.997], axis=0)
-        assert (low <= first + 1e-6).all() and (high >= last - 1e-6).all()
-        assert (high - low <= 1.04 * (last - first)).all()
 
 
 def test_folding_and_canonical_signs_keep_the_image():
@@ -335,15 +296,7 @@ def test_nan_masters_spoil_their_image_alone_and_get_code_zero():
         codec.pack(codec.quantize(bad))
 
 
-def test_set_without_a_finite_number_has_a_range():
-    spec = PackedGaussianSpec(images_per_class=2, num_points=5)
-    params = random_params(spec)
-    bad = packed.fit_ranges(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params), spec)
-    assert np.isfinite(bad.low).all() and np.isfinite(bad.step).all()
-
-
-@pytest.mark.parametrize("value", [0.0, 0.3, -17.7, 1000.1])
-@pytest.mark.parametrize("width", [2, 6, 16])
+@pytest.mark.parametrize(("value", "width"), [(0.0, 2), (1000.1, 16)])
 def test_range_of_zero_width_draws_the_one_value(value, width):
     spec = PackedGaussianSpec(images_per_class=2, num_points=5, bits_cholesky=width, bits_color=width)
     params = random_params(spec)
@@ -357,7 +310,7 @@ def test_range_of_zero_width_draws_the_one_value(value, width):
     assert bits(codec.gaussians(loaded).color) == bits(drawn)
 
 
-@pytest.mark.parametrize("step", [0.0, -1.0, 1e-30])
+@pytest.mark.parametrize("step", [0.0, -1.0])
 def test_step_that_vanishes_or_turns_negative_is_the_finest(step):
     spec = PackedGaussianSpec(images_per_class=2, num_points=5)
     codec, params = make(spec), random_params(spec)
@@ -369,9 +322,8 @@ def test_step_that_vanishes_or_turns_negative_is_the_finest(step):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("order", ["sorted", "kept"])
-def test_equal_positions_come_back_with_their_own_shapes_and_colors(order):
-    spec = PackedGaussianSpec(images_per_class=2, num_points=5, order=order)
+def test_equal_positions_come_back_with_their_own_shapes_and_colors():
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5)
     codec, params = make(spec), random_params(spec)
     crowded = dataclasses.replace(params, mean=jnp.full_like(params.mean, 0.9995).at[:, 3].set(-0.9995))
     stored = codec.quantize(crowded)
@@ -404,24 +356,7 @@ def test_payload_is_the_codes_in_binary_one_kind_after_the_other():
     assert kept.pack(stored)["codes"][0] == first
 
 
-def test_52_bits_hold_2_8_times_the_images_of_bfloat16():
-    # CIFAR-10 at 12,288 bytes per class: 16 + 18 + 18 bits, less the order, which is worth 16 - 283/22 bits.
-    settings = {"image_shape": (32, 32, 3), "num_classes": 10, "bytes_per_class": 12288}
-    for widths, order, bits_per_image in (((8, 6), "kept", 22 * 52), ((8, 6), "sorted", 283 + 22 * 36)):
-        spec = PackedGaussianSpec(
-            images_per_class=1, num_points=22, bits_mean=widths[0], bits_cholesky=widths[1], order=order
-        )
-        most = (8 * (122880 - 24)) // bits_per_image // 10
-        codec = codecs.make(dataclasses.replace(spec, images_per_class=most), **settings)
-        size = -(-10 * most * bits_per_image // 8) + 24
-        assert codec.nbytes(None) == storage.nbytes(codec.layout()) == size <= 122880
-        with pytest.raises(ValueError, match="codec.num_points"):
-            codecs.make(dataclasses.replace(spec, images_per_class=most + 1), **settings)
-    assert most == 91 and codecs.make(PackedGaussianSpec(images_per_class=85), **settings).spec.num_points == 23
-
-
-@pytest.mark.parametrize("order", ["sorted", "kept"])
-@pytest.mark.parametrize(("gpc", "channels"), [(1, 3), (7, 3), (20, 1)])
+@pytest.mark.parametrize(("order", "gpc", "channels"), [("sorted", 7, 3), ("kept", 20, 1)])
 def test_open_number_of_points_fills_the_budget(order, gpc, channels):
     spec = PackedGaussianSpec(images_per_class=gpc, order=order)
     codec = make(spec, image_shape=(*SIZE, channels))
@@ -434,67 +369,9 @@ def test_open_number_of_points_fills_the_budget(order, gpc, channels):
     assert codec.nbytes(None) == size(m) <= available < size(m + 1)
 
 
-def test_one_gaussian_per_image_survives_the_file(tmp_path):
-    spec = PackedGaussianSpec(images_per_class=1, num_points=1, bits_mean=2, bits_cholesky=2, bits_color=2)
-    codec = make(spec)
-    made = SynSet(codec, random_params(spec, n=2, m=1), BUDGET, ("a", "b"))
-    sizes = made.save(tmp_path)
-    # 4 + 6 + 6 bits for each of two images, and the grids.
-    assert sizes["payload"] == 2 * 16 // 8 + 24
-    assert bits(gsdd_jax.load(tmp_path).images()) == bits(made.images())
-
-
-@pytest.fixture
-def folder(tmp_path):
-    spec = PackedGaussianSpec(images_per_class=2, num_points=3, bits_cholesky=5)
-    SynSet(make(spec), random_params(spec, m=3), BUDGET, ("a", "b")).save(tmp_path)
-    return tmp_path
-
-
-def rewrite(folder, arrays):
-    """Replaces the arrays of a set and the sum that its manifest has of their file."""
-    save_file(arrays, folder / "synset.safetensors")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = hashlib.sha256((folder / "synset.safetensors").read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_bytes_that_are_no_set_name_the_file(folder):
-    file = folder / "synset.safetensors"
-    arrays = load_file(file)
-    codes = np.asarray(arrays["codes"])
-    assert packing.multiset_bits(3, 2**16) == 46
-    high = codes.copy()
-    high[:6] = 255
-    rewrite(folder, arrays | {"codes": jnp.asarray(high)})
-    with pytest.raises(ValueError, match=f"{file}: no set of 3 of 65536 codes has the number 0x3fffffffffff"):
-        gsdd_jax.load(folder)
-    odd = codes.copy()
-    odd[-1] |= 1
-    rewrite(folder, arrays | {"codes": jnp.asarray(odd)})
-    with pytest.raises(ValueError, match=f"{file}: codes: the 4 bits after the last code must be 0"):
-        gsdd_jax.load(folder)
-
-
-def test_arrays_of_another_layout_are_named(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["codec"]["bits_color"] = 7
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"codes: expected uint8\[77\], found uint8\[73\]"):
-        gsdd_jax.load(folder)
-
-
-def test_manifest_of_a_packed_set_holds_no_arrays(folder):
-    assert (folder / "manifest.json").stat().st_size < 1500
-
-
-def test_benchmark_counts_the_bits_of_a_gaussian_in_every_coding():
-    assert packed_psnr.entropy(np.repeat(np.arange(8), 5)) == 3
-    assert packed_psnr.entropy(np.array([0, 0, 0, 1])) == pytest.approx(2 - 0.75 * math.log2(3))
-    assert packed_psnr.entropy(np.zeros(9, np.int64)) == 0
-    spec = PackedGaussianSpec(images_per_class=2, num_points=5, bits_mean=7, bits_color=5)
-    codec, params = make(spec), random_params(spec)
-    found = packed_psnr.bits_per_gaussian(codec, params)
-    assert found["kept"] == 14 + 18 + 15
-    assert found["written"] == 8 * math.ceil(4 * (packing.multiset_bits(5, 2**14) + 5 * 33) / 8) / 20
-    assert packing.multiset_bits(5, 2**14) / 5 < found["entropy"] < found["written"]
+def test_bits_after_the_last_code_are_refused():
+    codec = make(PackedGaussianSpec(images_per_class=2, num_points=3, bits_cholesky=5))
+    written = codec.pack(codec.quantize(random_params(codec.spec, m=3)))
+    written["codes"][-1] |= 1
+    with pytest.raises(ValueError, match="codes: the 4 bits after the last code must be 0"):
+        codec.unpack(written)
