@@ -36,27 +36,11 @@ def sets(seed=0, a=4, b=6, f=5, *, apart=0.5):
     return rng.normal(size=(a, f)).astype(np.float32), rng.normal(apart, 1.5, (b, f)).astype(np.float32)
 
 
-def test_value_is_that_of_the_loop_over_pairs_with_sets_of_different_sizes():
-    x, y = sets()
-    assert abs(loop(x, y)) > 0.01
-    np.testing.assert_allclose(jitted(x, y), loop(x, y), atol=2e-6)
-
-
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 10.0])
-def test_value_keeps_its_digits_at_each_scale_and_far_from_the_origin(spread):
+def test_value_is_that_of_the_loop_over_pairs_at_each_scale_and_far_from_the_origin(spread):
     x, y = (spread * x + np.float32(30) for x in sets(1))
     # Features of 30 are known to 2e-6 themselves; squares of 30 would be to 1e-4.
     np.testing.assert_allclose(jitted(x, y), loop(x, y), atol=1e-5)
-
-
-def test_two_samples_on_each_side_have_the_value_of_the_formula():
-    x, y = np.array([[0.0], [1.0]]), np.array([[2.0], [2.0]])
-
-    def k(distance):
-        return sum(np.exp(-(distance**2) / (2 * s**2)) for s in (1, 2, 4, 8, 16))
-
-    expected = k(1) + k(0) - 2 * (2 * k(2) + 2 * k(1)) / 4
-    np.testing.assert_allclose(mmd(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)), expected, atol=1e-6)
 
 
 def test_gradient_is_the_slope_of_the_loop_in_every_number():
@@ -83,40 +67,18 @@ def test_gradient_is_finite_where_samples_coincide():
     assert all((np.asarray(grad) == 0).all() for grad in grads)
 
 
-def test_equal_distributions_are_at_zero_in_expectation_and_others_are_not():
-    rng = np.random.default_rng(3)
-    many = jax.jit(jax.vmap(mmd))
-    x, y = rng.normal(size=(2, 4000, 5, 2)).astype(np.float32)
-    same = np.asarray(many(x, y), np.float64)
-    error = same.std() / np.sqrt(len(same))
-    assert abs(same.mean()) < 4 * error < 0.02
-    assert (same < 0).any(), "an estimate that is never negative is biased"
-    assert np.mean(many(x, y + 1)) > 20 * error
-
-
-def test_loss_is_the_sum_over_classes():
-    rng = np.random.default_rng(4)
-    real, syn = rng.normal(size=(3, 4, 5)).astype(np.float32), rng.normal(1, 1, (3, 2, 5)).astype(np.float32)
-    expected = sum(loop(x, y) for x, y in zip(real, syn, strict=True))
-    np.testing.assert_allclose(jax.jit(mmd_loss)(real, syn), expected, atol=5e-6)
-
-
-@pytest.mark.parametrize(("a", "b"), [(1, 3), (3, 1), (0, 2)])
-def test_fewer_than_two_samples_are_refused(a, b):
-    with pytest.raises(ValueError, match=f"at least 2 samples on each side, found {a} and {b}"):
-        mmd(jnp.zeros((a, 3)), jnp.zeros((b, 3)))
-    with pytest.raises(ValueError, match=f"at least 2 samples on each side, found {a} and {b}"):
-        mmd_loss(jnp.zeros((2, a, 3)), jnp.zeros((2, b, 3)))
-
-
-def test_shapes_that_do_not_belong_together_are_refused():
-    pairs = [((3, 4), (3, 5)), ((3,), (3,)), ((2, 3, 4), (2, 3, 4))]
-    for one, other in pairs:
-        with pytest.raises(ValueError, match=r"mmd: expected two arrays \[samples, features\]"):
-            mmd(jnp.zeros(one), jnp.zeros(other))
-    for one, other in [((2, 3, 4), (3, 3, 4)), ((3, 4), (3, 4)), ((2, 3, 4), (2, 3, 5))]:
-        with pytest.raises(ValueError, match=r"mmd: expected two arrays \[classes, samples, features\]"):
-            mmd_loss(jnp.zeros(one), jnp.zeros(other))
+@pytest.mark.parametrize(
+    ("function", "real", "syn", "message"),
+    [
+        (mmd, (1, 3), (3, 3), "at least 2 samples on each side, found 1 and 3"),
+        (mmd_loss, (2, 3, 3), (2, 1, 3), "at least 2 samples on each side, found 3 and 1"),
+        (mmd, (3, 4), (3, 5), r"mmd: expected two arrays \[samples, features\]"),
+        (mmd_loss, (2, 3, 4), (3, 3, 4), r"mmd: expected two arrays \[classes, samples, features\]"),
+    ],
+)
+def test_sets_that_cannot_be_compared_are_refused(function, real, syn, message):
+    with pytest.raises(ValueError, match=message):
+        function(jnp.zeros(real), jnp.zeros(syn))
 
 
 CLASSES, PER_CLASS, SHAPE = 2, 3, (8, 8, 1)
@@ -154,22 +116,6 @@ def test_the_distance_of_images_is_the_loop_over_pairs_of_their_features_summed_
     expected = of_features(REAL, syn)
     assert abs(expected) > 0.01
     np.testing.assert_allclose(distance(syn), expected, atol=2e-5)
-
-
-def test_its_gradient_is_that_of_all_classes_at_once():
-    syn = jnp.asarray(RNG.uniform(size=(CLASSES, PER_CLASS, *SHAPE)), jnp.float32)
-
-    def direct(syn):
-        def embed(images):
-            params = flattener(NETWORK)[1](WEIGHTS)
-            return NETWORK.apply(params, (images - 0.5) * 2)[1].reshape(len(images), -1)
-
-        real = jnp.stack([embed(jnp.asarray(x, jnp.float32) / 255) for x in REAL])
-        return mmd_loss(real, jnp.stack([embed(x) for x in syn]))
-
-    found, expected = jax.jit(jax.grad(lambda x: 3 * distance(x)))(syn), 3 * jax.jit(jax.grad(direct))(syn)
-    assert np.abs(expected).max() > 1e-4
-    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max() + 1e-8)
 
 
 OBJECTIVES = {
@@ -211,7 +157,7 @@ def leaf(params) -> np.ndarray:
     return np.asarray(jax.tree.leaves(params)[0], np.float64)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["gradient", "trajectory"])
 def test_a_joint_step_adds_the_weighted_gradient_of_the_term_to_that_of_any_objective(name):
     codec = pixels()
     start, plain, _ = step_of(codec, OBJECTIVES[name], None)
@@ -238,11 +184,14 @@ def test_a_separate_step_follows_that_of_the_objective_with_the_same_optimizer_a
     assert int(both.step) == 1
 
 
-def test_weight_zero_changes_no_bit():
-    _, plain, metrics = step_of(pixels(), OBJECTIVES["distribution"], None)
-    _, zero, same = step_of(pixels(), OBJECTIVES["distribution"], MmdSpec(weight=0.0))
-    assert (leaf(plain.params) == leaf(zero.params)).all()
-    assert metrics.keys() == same.keys()
+def test_weight_zero_is_the_program_without():
+    codec, programs = pixels(), []
+    for spec in (None, MmdSpec(weight=0.0)):
+        objective = objective_of(codec, OBJECTIVES["distribution"], spec)
+        state = distillation.init_state(objective, codec.init(None, jnp.zeros((codec.num_images, *SHAPE))))
+        step = jax.jit(distillation.make_step(objective))
+        programs.append(step.lower(state, given(objective), jax.random.key(3)).as_text())
+    assert programs[0] == programs[1]
 
 
 def test_without_given_weights_the_network_is_another_in_each_step():
