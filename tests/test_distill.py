@@ -6,7 +6,7 @@ import pytest
 from gsdd_jax import codecs, data, distillation, match, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.batches import Data, hold
-from gsdd_jax.codecs import GaussianSpec, PixelSpec
+from gsdd_jax.codecs import GaussianSpec
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.match import DistributionSpec, distribution_loss
 from gsdd_jax.nets import NetSpec, build
@@ -138,13 +138,14 @@ def test_schedule_scales_the_update_and_nothing_else(codec, start, step, on_devi
     )
 
 
-def test_first_steps_are_adam_on_the_composed_gradient(composed, start, step, on_device):
+def test_first_steps_are_adam_on_the_composed_gradient(composed, codec, start, step, on_device):
     state = start
     m = v = {name: 0.0 for name in ("mean", "cholesky", "color", "opacity")}
     for t in range(2):
         loss, grads = composed(state.params, t)
         after, metrics = step(state, on_device, KEY)
         assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4)
+        assert metrics["regularizer"] == pytest.approx(float(codec.regularize(state.params)), rel=1e-5)
         own = {name: np.asarray(getattr(grads, name), np.float64) for name in m}
         norm = np.sqrt(sum(np.sum(g**2) for g in own.values()))
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
@@ -165,44 +166,10 @@ def test_first_steps_are_adam_on_the_composed_gradient(composed, start, step, on
     assert np.abs(np.asarray(state.params.mean)).max() <= LIMIT
 
 
-def test_step_in_the_code_that_users_get_is_the_same(codec, start, step, on_device, default_code):
-    expected, metrics = step(start, on_device, KEY)
-    found, found_metrics = jax.jit(make_step(codec), compiler_options=default_code)(start, on_device, KEY)
-    assert {name: float(x) for name, x in found_metrics.items()} == pytest.approx(
-        {name: float(x) for name, x in metrics.items()}, rel=1e-4
-    )
-    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
-        # The first step of Adam is a sign: where the gradient is as small as its rounding, anything goes.
-        assert np.mean(np.abs(np.asarray(a - b)) > 1e-5) < 0.01
-
-
-def test_metrics_are_finite_device_scalars(step, start, on_device, codec):
-    _, metrics = step(start, on_device, KEY)
-    assert set(metrics) == {"loss", "regularizer", "grad_norm", "param_norm"}
-    assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
-    assert metrics["regularizer"] == pytest.approx(float(codec.regularize(start.params)), rel=1e-5)
-
-
-def test_every_image_moves(start, five):
-    for before, after in zip(jax.tree.leaves(start.params), jax.tree.leaves(five[0].params), strict=True):
-        assert (np.abs(np.asarray(after - before)).reshape(len(before), -1).max(1) > 0).all()
-
-
-def test_step_is_deterministic(step, start, on_device, five):
-    state, metrics = run(step, start, on_device, 5)
-    assert bits(state) == bits(five[0]) and metrics == five[1]
-
-
 def test_steps_of_one_key_draw_anew(step, start, on_device):
     # The same parameters, so that only what is drawn can differ.
     losses = {float(step(start._replace(step=jnp.int32(i)), on_device, KEY)[1]["loss"]) for i in range(5)}
     assert len(losses) == 5
-
-
-def test_another_key_gives_another_run(step, start, on_device, five):
-    state, _ = run(step, start, on_device, 1, key=jax.random.key(8))
-    first, _ = run(step, start, on_device, 1)
-    assert bits(state.params) != bits(first.params)
 
 
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(step, start, on_device, five):
@@ -254,8 +221,7 @@ def test_batch_syn_moves_only_the_drawn_images_of_each_class(codec, start, on_de
     assert len(drawn) == 6
 
 
-@pytest.mark.parametrize("batch_syn", [GPC, GPC + 2])
-def test_batch_syn_of_all_images_is_the_whole_set(codec, start, on_device, five, batch_syn):
+def test_batch_syn_of_all_images_is_the_whole_set(codec, start, on_device):
     # Traced, not compiled: the same program as without the setting.
     def program(**objective):
         return str(jax.make_jaxpr(make_step(codec, **objective))(start, on_device, KEY))
@@ -263,24 +229,8 @@ def test_batch_syn_of_all_images_is_the_whole_set(codec, start, on_device, five,
     def without_addresses(text):
         return [line.split(" at 0x")[0] for line in text.splitlines()]
 
-    assert without_addresses(program(batch_syn=batch_syn)) == without_addresses(program())
+    assert without_addresses(program(batch_syn=GPC + 2)) == without_addresses(program())
     assert without_addresses(program(batch_syn=2)) != without_addresses(program())
-
-
-def test_distillation_of_digits_lowers_the_loss_on_fixed_keys(digits, on_device, start):
-    codec = codecs.make(PixelSpec(images_per_class=2), image_shape=SHAPE, num_classes=CLASSES, bytes_per_class=512)
-    step = jax.jit(make_step(codec, batch_real=20))
-
-    def held_out(params) -> float:
-        """Loss on networks and augmentations that training does not see; the step's metrics are those before it."""
-        state = init_state(codec, params)
-        return np.mean([float(step(state, on_device, jax.random.key(100 + i))[1]["loss"]) for i in range(6)])
-
-    rng = np.random.default_rng(0)
-    params = {"images": jnp.asarray(rng.uniform(0, 1, (2 * CLASSES, *SHAPE)), jnp.float32)}
-    state, _ = run(step, init_state(codec, params), on_device, 40)
-    before, after = held_out(params), held_out(state.params)
-    assert after < 0.7 * before, (before, after)
 
 
 def test_distillation_of_gaussians_lowers_the_loss_on_fixed_keys(step, start, on_device):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -29,21 +30,21 @@ def batches(seed=0, real=4, syn=GPC):
 
 
 # Compiled as one, here and below, which is faster than the same operations one by one.
-@functools.partial(jax.jit, static_argnames=("augment", "class_chunk"))
-def loss(syn, real, params, *, augment=AUGMENT, class_chunk=2):
+@functools.partial(jax.jit, static_argnames="class_chunk")
+def loss(syn, real, params, *, class_chunk=2):
     return gradient_loss(
         KEY,
         real,
         syn,
         params=params,
         network=NETWORK,
-        augment=augment,
+        augment=AUGMENT,
         whitening=NORMAL,
         class_chunk=class_chunk,
     )
 
 
-slope_of_loss = jax.jit(jax.value_and_grad(loss), static_argnames=("augment", "class_chunk"))
+slope_of_loss = jax.jit(jax.value_and_grad(loss), static_argnames="class_chunk")
 
 
 def cross_entropy(params, images, labels):
@@ -108,36 +109,13 @@ def test_loss_is_the_sum_of_the_distances_of_the_classes_gradients():
     np.testing.assert_allclose(slope_of_loss(syn, real, params)[0], expected, rtol=1e-4)
 
 
-def test_equal_images_match():
-    real, _ = batches()
-    params = init(jax.random.key(1))
-    assert abs(float(loss(real.astype(jnp.float32) / 255, real, params))) < 1e-3
-
-
-@pytest.mark.parametrize("class_chunk", [1, 8])
-def test_chunks_of_classes_change_nothing(class_chunk):
+def test_chunks_of_classes_change_nothing():
     real, syn = batches()
     params = init(jax.random.key(1))
     wanted = slope_of_loss(syn, real, params)
-    found = slope_of_loss(syn, real, params, class_chunk=class_chunk)
+    found = slope_of_loss(syn, real, params, class_chunk=1)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     np.testing.assert_allclose(found[1], wanted[1], rtol=0, atol=2e-5 * np.abs(wanted[1]).max())
-
-
-def test_gradient_equals_finite_differences_in_float64():
-    with jax.enable_x64(True):
-        wide = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)  # noqa: E731
-        real, syn = batches()
-        params, syn = wide(init(jax.random.key(1))), wide(syn)
-        # One executable for the slope and the values.
-        function = functools.partial(slope_of_loss, real=real, params=params, augment=NO_AUGMENT)
-        direction = jnp.asarray(np.random.default_rng(5).normal(size=syn.shape))
-        slope = jnp.sum(function(syn)[1] * direction)
-        step = 1e-5
-        difference = (function(syn + step * direction)[0] - function(syn - step * direction)[0]) / (2 * step)
-        assert abs(float(slope)) > 1e-3
-        # ReLU has kinks; along this line none is crossed.
-        np.testing.assert_allclose(slope, difference, rtol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -200,69 +178,33 @@ def setting():
     return codec, params, on_device
 
 
-@functools.cache
-def outer_step(codec, spec):
-    """Compiled once for all tests of one spec."""
-    objective = match.make(spec, codec=codec, network=NETWORK, augment=AUGMENT)
-    return objective, jax.jit(distillation.make_step(objective))
-
-
-def steps(setting, count, *, start=None, **changes):
-    codec, params, on_device = setting
-    spec = GradientSpec(**{"batch_real": 4, "outer_loop": 3, "inner_loop": 2, "net_lr": 0.1} | changes)
-    objective, step = outer_step(codec, spec)
-    state = distillation.init_state(objective, params) if start is None else start
-    states = []
-    for _ in range(count):
-        state, metrics = step(state, on_device, KEY)
-        states.append((state, metrics))
-    return states
-
-
 def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def test_a_network_lives_for_its_iterations_and_learns_in_between(setting):
-    states = steps(setting, 6)
-    codec, _, on_device = setting
-    del on_device
+    codec, params, on_device = setting
+    spec = GradientSpec(batch_real=4, outer_loop=3, inner_loop=2, net_lr=0.1)
+    objective = match.make(spec, codec=codec, network=NETWORK, augment=AUGMENT)
+    step, states = jax.jit(distillation.make_step(objective)), [distillation.init_state(objective, params)]
+    for _ in range(4):
+        states.append(step(states[-1], on_device, KEY)[0])
+    states = states[1:]
 
     @jax.jit
     def fit(state):
         images = NORMAL(codec.decode(state.params))
         return cross_entropy(state.carry.params, images, jnp.repeat(jnp.arange(CLASSES), GPC))
 
-    losses = [float(fit(state)) for state, _ in states]
+    losses = [float(fit(state)) for state in states]
     # Trained after the first and second iteration; the third leaves it as it was; then another is born.
     assert losses[1] < losses[0] and abs(losses[2] - losses[1]) < 0.05
-    assert bits(states[1][0].carry.params) == bits(states[2][0].carry.params)
-    assert bits(states[2][0].carry.params) != bits(states[3][0].carry.params)
+    assert bits(states[1].carry.params) == bits(states[2].carry.params)
+    assert bits(states[2].carry.params) != bits(states[3].carry.params)
     assert losses[3] > losses[2]
-
-
-def test_a_single_iteration_carries_no_network(setting):
-    (state, metrics), *_ = steps(setting, 1, outer_loop=1, inner_loop=1)
-    assert state.carry == ()
-    assert all(np.isfinite(float(value)) for value in metrics.values()) and float(metrics["grad_norm"]) > 0
-
-
-def test_a_resumed_run_repeats_the_same_bits(setting):
-    whole = steps(setting, 5)
-    resumed = steps(setting, 3, start=jax.tree.map(jnp.asarray, whole[1][0]))
-    assert bits(resumed[-1][0]) == bits(whole[-1][0])
-
-
-def test_matching_brings_the_loss_down(setting):
-    codec, params, on_device = setting
-    states = steps(setting, 40, outer_loop=1, inner_loop=1)
-    real = on_device.held.images[data.sample_classes(jax.random.key(9), on_device.held.table, 20)]
-
-    def mean_loss(params):
-        syn = codec.decode(params).reshape(CLASSES, GPC, *SHAPE)
-        return np.mean([loss(syn, real, init(jax.random.key(seed)), augment=NO_AUGMENT) for seed in range(4)])
-
-    assert mean_loss(states[-1][0].params) < 0.97 * mean_loss(params)
+    # One iteration carries none.
+    single = dataclasses.replace(spec, outer_loop=1, inner_loop=1)
+    assert match.make(single, codec=codec, network=NETWORK, augment=AUGMENT).init()[1] == ()
 
 
 def test_loops_must_be_filled_in(setting):
