@@ -1,8 +1,6 @@
 """The command lines as a user meets them: results, accidents, and bad input."""
 
-import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
@@ -12,20 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from command_line import assert_same, findings, kill_while_distilling, refused, start
+from command_line import assert_same, ends, findings, refused, start
 from PIL import Image
 
 import gsdd_jax
-from gsdd_jax import codecs, data, distillation, files, match, synset, whiten
+from gsdd_jax import codecs, data, distillation, files, synset, whiten
 from train import config as configs
-from train import distill, evaluate, evaluation, export, merge, report
+from train import evaluate, evaluation, export, merge, report
 from train.checkpoint import Checkpoints
 from train.rundir import RunDir, read_metrics
 
@@ -46,27 +43,6 @@ evaluate: {steps: 8, batch: 8, lr: 0.1, seeds: 2}
 baselines: {full_data: false}
 smoke: {fit: {steps: 2}}
 """
-
-
-@pytest.fixture(autouse=True)
-def in_checkout(monkeypatch):
-    """Paths in configs are relative to the checkout."""
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
-    path.write_text(TOY)
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(toy, tmp_path_factory) -> Path:
-    """An uninterrupted toy run; read only."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert start(toy, out) == 0
-    return out
 
 
 # The demo, as a real command
@@ -129,45 +105,23 @@ def test_demo_export_loads_and_weighs_what_was_counted(demo):
     assert {"dataset", "objective", "whiten", "channel_mean", "channel_std", "versions"} <= loaded.meta.keys()
 
 
-def test_demo_report_shows_the_numbers(demo):
-    result = json.loads((demo[0] / "result.json").read_text())
-    html = (demo[0] / "report.html").read_text()
-    assert result["random_jpeg"]["bytes_per_class"] <= 256 and result["random_jpeg"]["label"] in html
-    for name in ("accuracy", "fit_only", "pixel", "random_real", "random_jpeg", "full_data"):
-        assert f"{100 * result[name]['mean']:.1f}" in html, name
-    assert f"{result['bytes_per_class']:,}" in html and result["name"] in html
-    assert html.count("data:image/png;base64,") >= 2
-    for name in ("images.png", "ellipses.png"):
-        assert (demo[0] / name).read_bytes().startswith(b"\x89PNG")
+KEPT = ("metrics.jsonl", "evaluation.json", "config.yaml", "table.md")
 
 
-def test_demo_metrics_are_complete_and_finite(demo):
-    config = configs.load(ROOT / "configs" / "digits.yaml", smoke=True)
-    lines = [json.loads(line) for line in (demo[0] / "metrics.jsonl").read_text().splitlines()]
+def test_run_again_computes_nothing_and_its_metrics_are_complete_and_finite(toy, whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(whiten, "fit")
+    again = Path(shutil.copytree(whole, tmp_path / "again"))
+    assert start(toy, again) == 0
+    assert (again / "table.md").read_text() in capsys.readouterr().out
+    assert picked(again, *KEPT) == picked(whole, *KEPT)
+    assert_same(findings(again), findings(whole))
+    lines = read_metrics(whole)
     steps = {phase: [e["step"] for e in lines if e["phase"] == phase] for phase in {e["phase"] for e in lines}}
-    assert set(steps) == {"main-fit", "main-distill", "pixel-distill"}
-    assert all(own == sorted(set(own)) for own in steps.values())
-    assert steps["main-fit"][-1] == config.fit.steps
-    assert steps["main-distill"][-1] == steps["pixel-distill"][-1] == config.distill.iterations
+    assert steps.keys() == {"main-fit", "main-distill", "pixel-distill"} and steps["main-fit"][-1] == 6
+    assert steps["main-distill"] == steps["pixel-distill"] == [1, 2, 3, 4, 5, 6]
     for entry in lines:
         assert all(np.isfinite(value) for key, value in entry.items() if key != "phase"), entry
-        if entry["phase"].endswith("distill"):
-            assert {"loss", "regularizer", "grad_norm"} <= entry.keys()
-
-
-def test_demo_again_changes_nothing_and_is_fast(demo, tmp_path, capsys, monkeypatch):
-    out, _, seconds = demo
-    monkeypatch.delattr(whiten, "fit")
-    again = tmp_path / "again"
-    shutil.copytree(out, again)
-    began = time.perf_counter()
-    assert start(ROOT / "configs" / "digits.yaml", again, "--smoke") == 0
-    assert time.perf_counter() - began < 0.5 * seconds
-    assert (again / "table.md").read_text() in capsys.readouterr().out
-    for name in ("metrics.jsonl", "evaluation.json", "config.yaml", "table.md"):
-        assert (again / name).read_bytes() == (out / name).read_bytes(), name
-    assert_same(findings(again), findings(out))
-    assert len(json.loads((again / "environment.json").read_text())) == 1
+        assert not entry["phase"].endswith("distill") or {"loss", "regularizer", "grad_norm"} <= entry.keys()
 
 
 # Accidents
@@ -354,7 +308,7 @@ def test_extension_goes_on_from_where_it_was_and_survives_a_kill(toy, whole, tmp
         start(toy, out, *more)
     # The old result is there, and does not stand for the new run.
     assert not (out / "result.json").exists() and (out / "result-6.json").read_bytes() == before["result.json"]
-    assert f"not finished: {out}" in refused(capsys, started(merge, str(out)))
+    assert f"not finished: {out}" in refused(capsys, ends(merge, str(out)))
     assert export.main(["--run", str(out), "--to", "npz", "--out", str(tmp_path / "npz")]) == 0
     assert capsys.readouterr().err == f"notice: {out} is being extended: its set may still be the one of before\n"
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -390,48 +344,18 @@ def test_extension_goes_on_from_where_it_was_and_survives_a_kill(toy, whole, tmp
 ALONE = ("baselines={fit_only: false, pixel: false, full_data: false, random_real: false}", "evaluate.seeds=1")
 
 
-def started(command, *arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        command.main(list(arguments))
-    return end.value.code
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["distill.iterations=5"], "distill.iterations: expected at least the 6 that main-distill has done in"),
-        (["codec.lr=0.5"], "has done all 6 in RUN, so that another codec.lr changes nothing; expected more than 6"),
-        (["distill.iterations=8", "seed=1"], "seed is 0 there and 1 now"),
-        (["distill.iterations=8", "fit.steps=9"], "--extend takes distill.iterations, distill.schedule, codec.lr*"),
-        (["baselines.pixel_codec.lr=1", "distill.iterations=8", "baselines.pixel_iterations=6"], "pixel-distill has"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry"])
-def test_extension_that_makes_no_sense_is_refused(toy, whole, capsys, arguments, message, dry):
-    before = contents(whole)
-    text = refused(capsys, start(toy, whole, "--extend", *dry, *arguments))
-    assert message.replace("RUN", str(whole)) in text
-    assert contents(whole) == before
-
-
-def test_extension_of_nothing_is_refused(toy, tmp_path, capsys):
-    text = refused(capsys, start(toy, tmp_path / "run", "--extend", "distill.iterations=9"))
-    assert text.startswith(f"error: --extend: {tmp_path / 'run'} holds no run") and not (tmp_path / "run").exists()
-
-
 def test_checkpoint_is_a_set_that_another_run_starts_from(toy, whole, tmp_path, monkeypatch, capsys):
     out, made, short = tmp_path / "run", tmp_path / "set", tmp_path / "short"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at(RunDir, "append", line("main-distill", 5), die, patch)
         start(toy, out, *ALONE)
-    text = refused(capsys, started(evaluate, "--run", str(out)))
+    text = refused(capsys, ends(evaluate, "--run", str(out)))
     assert "the run is not finished, so that there is no set (checkpointed: main-distill 4, main-fit 6)" in text
     assert (
         "; go on with: the command that started it; or" in text
         and f"train.export --checkpoint --to set --run {out}" in text
     )
-    assert refused(capsys, started(export, "--run", str(out), "--to", "npz", "--out", str(made))) == text
+    assert refused(capsys, ends(export, "--run", str(out), "--to", "npz", "--out", str(made))) == text
     assert export.main(["--run", str(out), "--checkpoint", "--to", "set", "--out", str(made)]) == 0
     assert not (out / "export").exists()
 
@@ -465,29 +389,6 @@ def test_checkpoint_is_a_set_that_another_run_starts_from(toy, whole, tmp_path, 
     assert configs.load(begun / "config.yaml").fit.initial_sha256 == synset.fingerprint([found])
     text = refused(capsys, start(toy, begun, f"fit.initial_set={whole}", *settings))
     assert "fit.initial_sha256 is " in text
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            ["codec.images_per_class=1"],
-            "fit.initial_set: RUN has another codec.images_per_class than this run: 2, expected 1",
-        ),
-        (
-            ["codec={name: pixel}"],
-            "RUN has another codec.name than this run: gaussian, expected pixel",
-        ),
-        (["data.resolution=16"], "fit.initial_set: RUN has another image_shape than this run: (8, 8, 1), expected (16"),
-        (["subtasks=2"], "fit.initial_set: RUN has another class_names than this run"),
-        (["fit.initial_set=/absent/set"], "/absent/set: no distilled set here"),
-        (["fit.initial_set=''", "fit.initial_sha256=abc"], "fit.initial_set: expected the folder of the set"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_initial_set_that_does_not_fit_is_one_line(toy, whole, tmp_path, capsys, settings, message):
-    text = refused(capsys, start(toy, tmp_path / "run", "--dry-run", f"fit.initial_set={whole}", *settings))
-    assert message.replace("RUN", str(whole)) in text
 
 
 @pytest.fixture(scope="module")
@@ -532,51 +433,35 @@ def test_data_are_known_by_their_content_wherever_they_are(toy, digits_on_disk, 
             line = refused(capsys, start(toy, out, *elsewhere, *extra))
             assert f"than the run in {out} was made from: SHA-256 {changed[:12]}..., expected {found[:12]}" in line
         assert contents(out) == before
-    line = refused(capsys, started(evaluate, "--run", str(out), "--quiet"))
+    line = refused(capsys, ends(evaluate, "--run", str(out), "--quiet"))
     assert f"SHA-256 {changed[:12]}..., expected {found[:12]}..." in line and "data.sha256=''" in line
     assert evaluate.main(["--run", str(out), "--quiet", "data.sha256=''"]) == 0
 
 
-# Kills inside the process are above, and processes are killed in test_hosts.py too.
-@pytest.mark.slow
-def test_sigkill_in_the_distillation_is_continued_to_the_same_bits(toy, whole, tmp_path):
-    out = tmp_path / "run"
-    kill_while_distilling(toy, out, 3)
-    assert start(toy, out) == 0
-    assert_same(findings(out), findings(whole))
+def test_sigterm_saves_ends_with_0_and_is_continued_to_the_same_bits(toy, whole, tmp_path, monkeypatch, capsys):
+    out, append, evaluate = tmp_path / "run", RunDir.append, evaluation.evaluation.evaluate_networks
+    for phase, step in (("main-fit", 2), ("main-distill", 3)):
 
+        def interrupted(self, now, count, phase=phase, step=step, **values):
+            append(self, now, count, **values)
+            if (now, count) == (phase, step):
+                os.kill(os.getpid(), signal.SIGTERM)
 
-@pytest.mark.parametrize(("phase", "step", "kept"), [("main-fit", 2, "main-fit"), ("main-distill", 3, "main-distill")])
-def test_sigterm_saves_ends_with_0_and_is_continued_to_the_same_bits(
-    toy, whole, tmp_path, monkeypatch, capsys, phase, step, kept
-):
-    out, append = tmp_path / "run", RunDir.append
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDir, "append", interrupted)
+            assert start(toy, out) == 0
+        assert "stopped by SIGTERM, everything is saved; the same command goes on: python " in capsys.readouterr().out
+        assert read_metrics(out)[-1]["step"] == step and not (out / "result.json").exists()
+        with Checkpoints(out / "checkpoints" / phase) as held:
+            assert held.latest() == step
 
-    def interrupted(self, now, count, **values):
-        append(self, now, count, **values)
-        if (now, count) == (phase, step):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "append", interrupted)
-        assert start(toy, out) == 0
-    assert "stopped by SIGTERM, everything is saved; the same command goes on: python " in capsys.readouterr().out
-    assert read_metrics(out)[-1]["step"] == step and not (out / "result.json").exists()
-    with Checkpoints(out / "checkpoints" / kept) as held:
-        assert held.latest() == step
-    assert start(toy, out) == 0
-    assert_same(findings(out), findings(whole))
-
-
-def test_sigterm_between_two_networks_keeps_the_first(toy, whole, tmp_path, monkeypatch, capsys):
-    out, evaluate = tmp_path / "run", evaluation.evaluation.evaluate_networks
-
-    def interrupted(*args, **settings):
+    def between(*args, **settings):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **settings)
 
+    # Of two networks, the first is kept.
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.evaluation, "evaluate_networks", interrupted)
+        patch.setattr(evaluation.evaluation, "evaluate_networks", between)
         assert start(toy, out) == 0
     assert len(json.loads((out / "evaluation.json").read_text())["distilled"]["accuracies"]) == 1
     assert start(toy, out) == 0
@@ -600,7 +485,7 @@ with on_sigterm():
 
 def test_images_drawn_on_the_host_resume_to_the_same_bits(toy, tmp_path, monkeypatch):
     # Steps and sizes are those of the toy run, whose executables serve again.
-    settings = ["distill.data=host", *(f"baselines.{name}=false" for name in ("fit_only", "pixel", "random_real"))]
+    settings = ["distill.data=host", *ALONE]
     assert start(toy, tmp_path / "whole", *settings) == 0
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at(RunDir, "append", line("main-distill", 4), die, patch)
@@ -631,144 +516,85 @@ def test_dry_run_prints_budget_and_shapes_and_writes_nothing(toy, tmp_path, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_of_pixels(toy, tmp_path, capsys):
-    assert start(toy, tmp_path / "run", "--dry-run", "codec={name: pixel}") == 0
-    assert "written: 2560 bytes, 256 per class" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-
-
-PIXELS = {"pixel": codecs.PixelSpec, "palette": codecs.PaletteSpec}
-REGISTRIES = {"codec": codecs.SPECS, "objective": match.SPECS, "baselines.pixel_codec": PIXELS}
-
-
-def settings(cls, prefix="") -> set[str]:
-    """All dotted keys of a config class, straight from its annotations and the registries."""
-    found = set()
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        members = [hint, *typing.get_args(hint), *REGISTRIES.get(prefix + field.name, {}).values()]
-        inner = [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
-        keys = {key for member in inner for key in settings(member, f"{prefix}{field.name}.")}
-        found |= keys or {prefix + field.name}
-    return found
-
-
-def test_help_mentions_every_setting(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        distill.main(["--help"])
-    text = capsys.readouterr().out
-    listed = {line.split()[0] for line in text.splitlines() if line.strip()}
-    keys = settings(configs.RunConfig)
-    assert {"ipc", "codec.images_per_class", "codec.optimizer", "baselines.pixel_codec.lr", "augment.strategy"} <= keys
-    assert keys - listed == set()
-    for option in ("--config", "--out", "--smoke", "--dry-run"):
-        assert option in text
-
-
 # Bad input: one line, exit code 2
+
+
+TFDS = "data={source: tfds, path: "
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--config", "absent.yaml"], "error: absent.yaml: no such file or directory"),
         (["codec.image_per_class=3"], "codec.image_per_class: unknown key; did you mean images_per_class"),
         (["distill.iterations=many"], "distill.iterations: expected an integer >= 0, found"),
-        (["evaluate.lr=-1"], "evaluate.lr: expected a number > 0, found -1"),
         (["codec.lr=.nan"], "codec.lr: expected a finite number > 0"),
         (["nonsense"], "override 'nonsense': expected section.key=value"),
         (["codec.name=wavelet"], f"codec.name: expected one of {', '.join(codecs.SPECS)}, found"),
-        (
-            ["codec.images_per_class=19", "codec.num_points=0"],
-            "codec.images_per_class: 2660 bytes for num_points=1, images_per_class=19, the budget",
-        ),
         (["codec.num_points=10"], "codec.num_points: 2800 bytes for num_points=10, images_per_class=2, the budget"),
-        (
-            ["ipc=0.5", "codec.num_points=0"],
-            "baselines.pixel_codec: 2560 bytes for images_per_class=1, the budget of all classes has 1280",
-        ),
+        (["ipc=0.5", "codec.num_points=0"], "baselines.pixel_codec: 2560 bytes for images_per_class=1, the budget"),
         (["ipc=0.5", "codec.num_points=1"], "raise ipc (found 0.5) or set baselines.pixel=false"),
-        (
-            ["codec={name: pixel, ipc: 2}"],
-            "codec.images_per_class: 5120 bytes for images_per_class=2, the budget of all classes has 2560",
-        ),
-        (
-            ["codec.images_per_class=9", "codec.num_points=1"],
-            "class '0' has 8 training images, codec.images_per_class needs 9 (10 classes",
-        ),
+        (["codec={name: pixel, ipc: 2}"], "codec.images_per_class: 5120 bytes for images_per_class=2, the budget of"),
+        (["codec={name: pixel, ipc: 9}", "ipc=9"], "class '0' has 8 training images, codec.images_per_class needs 9"),
         (["network.depth=4"], "network.depth: 4 blocks halve 8x8 px images below one pixel"),
         (["augment.strategy=crop_twirl"], "strategy: 'crop_twirl', must be 'none' or some of"),
         (["data={source: folder, path: /absent/place}"], "/absent/place"),
-        (["data={source: tfds, path: /absent/place/1.0.0}"], "data.path: no such directory: /absent/place/1.0.0"),
+        ([TFDS + "/absent/1.0.0}"], "data.path: no such directory: /absent/1.0.0"),
+        ([TFDS + "HERE/cut/3.0.2}"], "an earlier preparation was interrupted and left HERE/cut/incomplete.AB_3.0.2"),
+        ([TFDS + "HERE/half}"], "is not a prepared TFDS version directory: dataset_info.json is missing"),
+        (["--out", "TOY"], "TOY is a file; a run directory is needed"),
+        (["--extend", "distill.iterations=9"], "error: --extend: HERE/run holds no run"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_bad_setting_is_one_line_that_names_it(toy, tmp_path, capsys, arguments, message):
-    if any("tfds" in argument for argument in arguments):
+    if arguments[0].startswith(TFDS):
         pytest.importorskip("tensorflow_datasets")
-    text = refused(capsys, start(toy, tmp_path / "run", *arguments))
-    assert message in text
+    (tmp_path / "cut" / "incomplete.AB_3.0.2").mkdir(parents=True)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "features.json").write_text("{}")
+    given = [one.replace("HERE", str(tmp_path)).replace("TOY", str(toy)) for one in arguments]
+    text = refused(capsys, start(toy, tmp_path / "run", *given))
+    assert message.replace("HERE", str(tmp_path)).replace("TOY", str(toy)) in text
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_config_file_is_named(tmp_path, capsys):
-    text = refused(capsys, start(tmp_path / "absent.yaml", tmp_path / "run"))
-    assert text == f"error: {tmp_path / 'absent.yaml'}: no such file or directory\n"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--extend", "distill.iterations=5"], "distill.iterations: expected at least the 6 that main-distill has"),
+        (["--extend", "codec.lr=0.5"], "has done all 6 in RUN, so that another codec.lr changes nothing; expected"),
+        (["--extend", "distill.iterations=8", "seed=1"], "seed is 0 there and 1 now"),
+        (["--extend", "distill.iterations=8", "fit.steps=9"], "--extend takes distill.iterations, distill.schedule, "),
+        (
+            ["--extend", "baselines.pixel_codec.lr=1", "distill.iterations=8", "baselines.pixel_iterations=6"],
+            "pixel-distill has",
+        ),
+        (["--dry-run", "--extend", "distill.iterations=5"], "distill.iterations: expected at least the 6"),
+        (["seed=1", "codec.lr=0.5"], "RUN holds a run with another config: "),
+        (["seed=1", "codec.lr=0.5"], "codec.lr is 0.01 there and 0.5 now"),
+    ],
+)
+def test_another_config_and_an_extension_that_makes_no_sense_are_refused(toy, whole, capsys, arguments, message):
+    before = contents(whole)
+    assert message.replace("RUN", str(whole)) in refused(capsys, start(toy, whole, *arguments))
+    assert contents(whole) == before
 
 
-def test_config_without_smoke_block_says_so(tmp_path, capsys):
-    path = tmp_path / "plain.yaml"
-    path.write_text(TOY.partition("smoke:")[0])
-    assert "needs the block 'smoke:'" in refused(capsys, start(path, tmp_path / "run", "--smoke"))
-
-
-def test_interrupted_download_is_recognized(toy, tmp_path, capsys):
-    pytest.importorskip("tensorflow_datasets")
-    (tmp_path / "cifar10" / "incomplete.ABCDEF_3.0.2").mkdir(parents=True)
-    path = tmp_path / "cifar10" / "3.0.2"
-    text = refused(capsys, start(toy, tmp_path / "run", f"data={{source: tfds, path: {path}}}"))
-    assert f"data.path: no such directory: {path}" in text
-    assert f"an earlier preparation was interrupted and left {tmp_path / 'cifar10' / 'incomplete.ABCDEF_3.0.2'}" in text
-
-
-def test_half_copied_dataset_names_what_is_missing(toy, tmp_path, capsys):
-    pytest.importorskip("tensorflow_datasets")
-    path = tmp_path / "cifar10" / "3.0.2"
-    path.mkdir(parents=True)
-    (path / "features.json").write_text("{}")
-    text = refused(capsys, start(toy, tmp_path / "run", f"data={{source: tfds, path: {path}}}"))
-    assert "is not a prepared TFDS version directory: dataset_info.json is missing" in text
-
-
-def test_run_directory_of_another_config_is_refused_and_untouched(toy, whole, capsys):
-    before = hashlib.sha256((whole / "config.yaml").read_bytes() + (whole / "metrics.jsonl").read_bytes()).digest()
-    text = refused(capsys, start(toy, whole, "seed=1", "codec.lr=0.5"))
-    assert f"{whole} holds a run with another config: " in text
-    assert "seed is 0 there and 1 now" in text and "codec.lr is 0.01 there and 0.5 now" in text
-    after = hashlib.sha256((whole / "config.yaml").read_bytes() + (whole / "metrics.jsonl").read_bytes()).digest()
-    assert after == before
-
-
-def test_run_directory_in_use_is_refused(toy, tmp_path, capsys):
-    with RunDir(tmp_path / "run"):
-        text = refused(capsys, start(toy, tmp_path / "run"))
-    assert f"{tmp_path / 'run'} is being written by process {os.getpid()}" in text
-
-
-def test_run_directory_that_is_a_file_is_refused(toy, capsys):
-    assert f"{toy} is a file; a run directory is needed" in refused(capsys, start(toy, toy))
-
-
-def test_absurd_learning_rate_stops_the_run_which_goes_on_with_another(toy, whole, tmp_path, capsys):
-    text = refused(capsys, start(toy, tmp_path / "run", "codec.lr=1e30", *ALONE))
-    assert re.search(r"main-distill: .*param_norm.* not finite in iteration \d+;", text)
-    assert "try a smaller learning rate (codec.lr, now 1e+30), with --extend codec.lr=... in this run" in text
-    assert "main-fit" in {entry["phase"] for entry in read_metrics(tmp_path / "run")}
-    assert all(np.isfinite(entry.get("loss", 0)) for entry in read_metrics(tmp_path / "run"))
-    assert not (tmp_path / "run" / "export").exists()
-    assert start(toy, tmp_path / "run", "--extend", "codec.lr=0.01", *ALONE) == 0
-    file = Path("export") / "synset.safetensors"
-    assert (tmp_path / "run" / file).read_bytes() == (whole / file).read_bytes()
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["codec.images_per_class=1"], "RUN has another codec.images_per_class than this run: 2, expected 1"),
+        (["codec={name: pixel}"], "RUN has another codec.name than this run: gaussian, expected pixel"),
+        (["data.resolution=16"], "fit.initial_set: RUN has another image_shape than this run: (8, 8, 1), expected (16"),
+        (["subtasks=2"], "fit.initial_set: RUN has another class_names than this run"),
+        (["fit.initial_set=/absent/set"], "/absent/set: no distilled set here"),
+        (["fit.initial_set=''", "fit.initial_sha256=abc"], "fit.initial_set: expected the folder of the set"),
+    ],
+)
+def test_initial_set_that_does_not_fit_is_one_line(toy, whole, tmp_path, capsys, settings, message):
+    text = refused(capsys, start(toy, tmp_path / "run", "--dry-run", f"fit.initial_set={whole}", *settings))
+    assert message.replace("RUN", str(whole)) in text
 
 
 def test_networks_that_diverge_end_the_run_and_the_set_is_kept(toy, tmp_path, capsys):
@@ -779,13 +605,6 @@ def test_networks_that_diverge_end_the_run_and_the_set_is_kept(toy, tmp_path, ca
     with pytest.raises(SystemExit):
         evaluate.main(["--run", str(run), "--quiet"])
     assert evaluate.main(["--run", str(run), "--quiet", "evaluate.lr=0.1"]) == 0
-
-
-def test_networks_trained_side_by_side_find_the_same_accuracies(toy, whole, tmp_path):
-    assert start(toy, tmp_path / "run", "evaluate.parallel=2", "baselines.pixel=false") == 0
-    alone, together = (json.loads((run / "result.json").read_text()) for run in (whole, tmp_path / "run"))
-    for arm in ("accuracy", "fit_only", "random_real"):
-        np.testing.assert_allclose(together[arm]["accuracies"], alone[arm]["accuracies"], atol=0.021)
 
 
 # Evaluation of an exported set
@@ -807,33 +626,17 @@ def test_evaluation_repeats_the_accuracies_of_the_run(whole, tmp_path, capsys):
     assert contents(whole) == before
 
 
-def test_evaluation_takes_other_seeds_and_settings(whole, capsys):
-    assert evaluate.main(["--run", str(whole), "--quiet", "--first-seed", "7", "evaluate.seeds=1"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert (printed["seeds"], printed["n"]) == ([7], 1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "64"], "--size: expected HEIGHTxWIDTH such as 64x64, found '64'"),
-        (["--size", "0x8"], "--size: expected HEIGHTxWIDTH"),
-        (["--size", "16x16"], "the set renders to [16, 16, 1], test images are [8, 8, 1]"),
-        (["evaluate.sedes=3"], "evaluate.sedes: unknown key; did you mean seeds"),
+        (["--run", "RUN", "--size", "64"], "--size: expected HEIGHTxWIDTH such as 64x64, found '64'"),
+        (["--run", "RUN", "--size", "16x16"], "the set renders to [16, 16, 1], test images are [8, 8, 1]"),
+        (["--run", "RUN", "evaluate.sedes=3"], "evaluate.sedes: unknown key; did you mean seeds"),
+        (["--run", "HERE"], "HERE: no distilled set here"),
+        (["--run", "HERE/set"], "HERE/set holds an exported set but no config.yaml"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_evaluation_with_bad_arguments_is_one_line(whole, capsys, arguments, message):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main(["--run", str(whole), "--quiet", *arguments])
-    assert message in refused(capsys, end.value.code)
-
-
-def test_evaluation_needs_an_exported_set_and_its_config(whole, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main(["--run", str(tmp_path)])
-    assert f"{tmp_path}: no distilled set here" in refused(capsys, end.value.code)
-    shutil.copytree(whole / "export", tmp_path / "export")
-    with pytest.raises(SystemExit) as end:
-        evaluate.main(["--run", str(tmp_path)])
-    assert f"{tmp_path} holds an exported set but no config.yaml" in refused(capsys, end.value.code)
+def test_evaluation_that_cannot_be_is_one_line(whole, tmp_path, capsys, arguments, message):
+    shutil.copytree(whole / "export", tmp_path / "set" / "export")
+    given = [one.replace("RUN", str(whole)).replace("HERE", str(tmp_path)) for one in arguments]
+    assert message.replace("HERE", str(tmp_path)) in refused(capsys, ends(evaluate, "--quiet", *given))
