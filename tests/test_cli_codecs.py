@@ -33,12 +33,6 @@ BUDGETS = {"latent": 4}
 WITHOUT = [f"baselines.{name}=false" for name in ("pixel", "random_real", "full_data")]
 
 
-@pytest.fixture(autouse=True)
-def in_checkout(monkeypatch):
-    """Paths in configs are relative to the checkout."""
-    monkeypatch.chdir(ROOT)
-
-
 def test_settings_cover_the_registry():
     assert SETTINGS.keys() == codecs.SPECS.keys()
 

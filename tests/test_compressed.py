@@ -47,10 +47,3 @@ def test_images_of_all_classes_fill_the_budget_and_no_more():
     assert len(images) == 2 * 3 and spent == rounds[2]
     np.testing.assert_array_equal(images[3], compressed.compress(IMAGES[11], "jpeg", 10)[0])
     assert compressed.fill(IMAGES, candidates, "jpeg", 10, int(rounds[0]) - 1)[0].shape == (0, 16, 16, 3)
-
-
-def test_gray_images_and_other_channels():
-    gray, size = compressed.compress(IMAGES[0, :8, :8, :1], "jpeg", 90)
-    assert gray.shape == (8, 8, 1) and size < 64 and np.abs(gray.astype(int) - IMAGES[0, :8, :8, :1]).max() < 30
-    with pytest.raises(ValueError, match="image: expected 1 or 3 channels, found 2"):
-        compressed.compress(IMAGES[0, ..., :2], "jpeg", 90)

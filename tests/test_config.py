@@ -199,31 +199,6 @@ def test_malformed_yaml_names_file_and_line(read, text, problem):
         read(text)
 
 
-def test_file_that_is_not_text_is_refused(tmp_path):
-    path = tmp_path / "x.yaml"
-    path.write_bytes(b"name: \xff")
-    with pytest.raises(ConfigError, match="not UTF-8 text .* at byte 6"):
-        load(path, cls=Config)
-
-
-def test_message_of_a_spec_that_names_its_own_key_is_not_prefixed_twice(write):
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Data:
-        path: str = ""
-
-        def __post_init__(self):
-            raise ValueError(self.path)
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Run:
-        data: Data
-
-    for text in ("data.path is needed", "data: is empty"):
-        with pytest.raises(ConfigError) as caught:
-            load(write(f"data: {{path: '{text}'}}"), cls=Run)
-        assert str(caught.value) == f"{text} (in x.yaml)"
-
-
 # Several errors
 
 
@@ -240,11 +215,6 @@ def test_overrides_replace_values_and_create_sections(read):
     assert config == Config(
         name="a", whiten="none", codec=GaussSpec(images_per_class=30), distill=StepSpec(iterations=100, lr=1e-3)
     )
-
-
-def test_override_of_a_section_replaces_it_whole(read):
-    assert read(GOOD, "codec={name: pixel}").codec == PixelSpec()
-    assert read(GOOD, "rival={name: pixel, scale: 0.5}", "rival.scale=0.25").rival == PixelSpec(scale=0.25)
 
 
 def test_override_reaches_into_lists(read):

@@ -1,6 +1,5 @@
 """`benchmarks.frequency_gradient` against SciPy's transforms and descent on pixels in float64."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,36 +20,6 @@ def test_scale_is_that_of_the_two_transforms_of_scipy():
     x = np.random.default_rng(0).normal(size=(5, 7))
     ratio = fft.dctn(x, norm=None) / fft.dctn(x, norm="ortho")
     np.testing.assert_allclose(bench.unnormalized(np.arange(35), (5, 7)), ratio.reshape(-1), rtol=1e-6)
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_errors_are_those_of_descent_on_pixels(scaled):
-    """SGD with momentum by hand: coefficients, inverse transform, mean square error over pixels."""
-    image, places, steps, rate = np.asarray(IMAGES[0], np.float64), np.array([0, 1, W, W + 2]), 5, 300.0 * (scaled + 1)
-    norm = None if scaled else "ortho"
-    scale = bench.unnormalized(places, (H, W)) if scaled else np.ones(len(places), np.float32)
-    spectrum = fft.dctn(image, axes=(0, 1), norm="ortho").reshape(H * W, -1)
-    target = spectrum[places].astype(np.float32)[None]
-    missing = np.float32([(spectrum**2).sum() - (spectrum[places] ** 2).sum()])
-    found = bench.errors(target, missing, scale[None], optimizer="sgd", rate=rate, steps=steps, pixels=image.size)
-
-    params = np.asarray(jax.random.normal(jax.random.key(bench.SEED), target.shape), np.float64)[0]
-    velocity = np.zeros_like(params)
-
-    def drawn(params):
-        full = np.zeros((H * W, image.shape[-1]))
-        full[places] = params
-        return fft.idctn(full.reshape(image.shape), axes=(0, 1), norm=norm)
-
-    for _ in range(steps):
-        slope = np.zeros_like(params)
-        for at in np.ndindex(*params.shape):
-            one = np.zeros_like(params)
-            one[at] = 1.0
-            slope[at] = 2 * np.mean((drawn(params) - image) * drawn(one))
-        velocity = bench.MOMENTUM * velocity + slope
-        params = params - rate * velocity
-    np.testing.assert_allclose(found, [np.mean((drawn(params) - image) ** 2)], rtol=1e-4)
 
 
 def test_closed_form_is_what_the_codec_stores():

@@ -289,20 +289,6 @@ def test_latents_beside_a_shared_decoder_give_way_to_labels():
     assert make(spec, soft("bfloat16"), available - 1).images_per_class == 6
 
 
-def test_given_images_that_do_not_fit_with_their_labels_say_what_would():
-    with pytest.raises(ValueError) as caught:
-        make(PixelSpec(images_per_class=2), soft(), 532)
-    assert str(caught.value) == (
-        "labels: 5920 bytes for images_per_class=2 and 20 labels of 40 bytes, the budget of all classes has 5320; "
-        "expected codec.images_per_class of at most 1, or labels of at most 10 bytes (labels.top_k, labels.dtype), or "
-        "at least 592 bytes per class"
-    )
-    assert make(PixelSpec(images_per_class=2), soft("uint8"), 532).images_per_class == 2
-    assert make(PixelSpec(images_per_class=2), soft(), 592).images_per_class == 2
-    with pytest.raises(ValueError, match="labels: .* budget of all classes has 2560; expected at least 296 bytes"):
-        make(PixelSpec(), soft(), 256)
-
-
 # The file
 
 

@@ -1,5 +1,6 @@
 """`evaluate.protocol=paper`: tests while distilling, and the set that was best on the test set."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -25,20 +26,6 @@ distill: {iterations: 5, log_every: 3, checkpoint_every: 4}
 evaluate: {protocol: paper, test_every: 2, steps: 8, batch: 8, lr: 0.1, seeds: 2}
 baselines: {full_data: false, random_real: false}
 """
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
-    path.write_text(TOY)
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(toy, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert start(toy, out) == 0
-    return out
 
 
 @pytest.mark.parametrize("arm", ["distilled", "pixel"])
@@ -94,28 +81,32 @@ class KilledError(Exception):
     """Stands for SIGKILL."""
 
 
-@pytest.mark.parametrize("moment", ["half tested", "tested", "kept"])
-def test_run_killed_in_a_test_ends_in_the_same_bits(toy, whole, tmp_path, monkeypatch, moment):
+def test_run_killed_in_its_tests_ends_in_the_same_bits(toy, whole, tmp_path, monkeypatch):
     write, save, written = evaluation.write_json, Checkpoints.save, []
 
-    def write_and_die(path, value):
+    def half_tested(path, value):
         write(path, value)
         written.append(path)
         # The first of the two networks of the second test.
-        if moment == "half tested" and len(written) == 3:
+        if len(written) == 3:
             raise KilledError
 
-    def save_and_die(self, step, *rest):
-        if self.path.name != "distilled-best" or moment == "half tested":
+    def tested(self, step, *rest, kept=False):
+        if self.path.name != "distilled-best":
             return save(self, step, *rest)
-        if moment == "kept":
+        if kept:
             save(self, step, *rest)
         raise KilledError
 
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(evaluation, "write_json", write_and_die)
-        patch.setattr(Checkpoints, "save", save_and_die)
-        start(toy, tmp_path / "run")
+    # Killed with a test that nothing was kept of, with one that was kept, and within a test.
+    for target, name, kill in (
+        (Checkpoints, "save", tested),
+        (Checkpoints, "save", functools.partialmethod(tested, kept=True)),
+        (evaluation, "write_json", half_tested),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(KilledError):
+            patch.setattr(target, name, kill)
+            start(toy, tmp_path / "run")
     assert start(toy, tmp_path / "run") == 0
     assert_same(findings(tmp_path / "run"), findings(whole))
 

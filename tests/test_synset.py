@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.flax import load_file, save_file
-from safetensors.numpy import save
 
 import gsdd_jax
-from gsdd_jax import MergedSet, SynSet, codecs, decode_numpy, exchange, synset
+from gsdd_jax import SynSet, codecs, decode_numpy, synset
 from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec, PixelSpec, SparseEpitomeSpec, sparse_epitome
 from gsdd_jax.exchange import KEYS
-from train.evaluation import as_stored
 
 SHAPE, CLASSES, BUDGET = (6, 8, 3), 2, 1152
 NAMES = ("cat", "naïve 犬")
@@ -75,15 +73,6 @@ def test_loaded_set_is_the_saved_one_and_its_file_is_payload_plus_header(name, t
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "synset.safetensors"]
 
 
-def test_serialized_arrays_are_the_file_of_the_safetensors_package():
-    rng = np.random.default_rng(0)
-    arrays = {
-        f"{place}.é-{dtype}": np.asarray(9 * rng.normal(size=rng.integers(0, 4, place % 4))).astype(jnp.dtype(dtype))
-        for place, dtype in enumerate(reversed(exchange.CODES.values()))
-    }
-    assert exchange.serialize(arrays) == save(arrays) and exchange.serialize({}) == save({})
-
-
 def compilations(caplog, function) -> int:
     caplog.clear()
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
@@ -102,17 +91,6 @@ def test_images_are_compiled_once_for_each_size(folder, caplog):
         assert (
             compilations(caplog, lambda again=again: (again.images(), again.images((7, 9)), again.images([7, 9]))) == 0
         )
-
-
-def test_images_as_stored_and_those_of_parts_are_compiled_once(tmp_path, caplog):
-    made = make("packed")
-    assert compilations(caplog, lambda: as_stored(made.codec, made.params)) > 0
-    assert compilations(caplog, lambda: as_stored(made.codec, made.params)) == 0
-    other = dataclasses.replace(make("pixel"), class_names=("c", "d"))
-    MergedSet((make("pixel"), other)).save(tmp_path)
-    merged = gsdd_jax.load(tmp_path)
-    assert compilations(caplog, merged.images) <= 2
-    assert compilations(caplog, lambda: (merged.images(), gsdd_jax.load(tmp_path).images())) == 0
 
 
 def killed_at_every_write(folder, save, monkeypatch):
@@ -369,20 +347,6 @@ def test_truncated_file_and_header_of_gigabytes_are_one_line_that_names_the_file
     file.unlink()
     with pytest.raises(FileNotFoundError, match="synset.safetensors: missing, although manifest.json is there"):
         gsdd_jax.load(folder)
-
-
-def test_text_that_other_programs_add_to_the_header_is_passed_over(folder):
-    header, payload = header_of(folder)
-    with_header(folder, header | {"__metadata__": {"format": "pt"}}, payload)
-    edit(folder, lambda m: m.pop("sha256") and m.update(format="gsdd_jax/1"))
-    with pytest.raises(ValueError, match="sizes.header: the manifest expects"):
-        gsdd_jax.load(folder)
-    edit(folder, lambda m: m["sizes"].update({"header": 8 + length_of(folder), "file": 8 + length_of(folder) + 216}))
-    assert gsdd_jax.load(folder).nbytes == 216
-
-
-def length_of(folder) -> int:
-    return struct.unpack("<Q", (folder / "synset.safetensors").read_bytes()[:8])[0]
 
 
 def test_one_flipped_bit_in_any_byte_of_the_arrays_is_found(folder):

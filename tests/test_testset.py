@@ -45,23 +45,6 @@ def test_half_of_the_test_images_from_training_is_refused_and_fewer_are_counted(
     assert testset.check(allowed, with_training_images(20))["test_images_also_in_training"] == 20
 
 
-def test_what_stands_below_a_table():
-    facts = {
-        "class_names": ["cat", "dog", "emu"],
-        "test_images_per_class": [3, 0, 2],
-        "test_images_also_in_training": 1,
-    }
-    assert testset.notes(facts) == [
-        "1 of the 5 test images are training images, pixel for pixel.",
-        "No test images of dog: accuracies are of the other classes.",
-    ]
-    assert testset.uneven(facts) is False and testset.uneven(facts | {"test_images_per_class": [4, 0, 2]})
-    many = {"class_names": list("abcdefgh"), "test_images_per_class": [0] * 7 + [1]}
-    assert testset.notes(many) == ["No test images of a, b, c, d, e and 2 more: accuracies are of the other classes."]
-    # A result of before this was known.
-    assert testset.notes({}) == [] and testset.below({}) == "" and not testset.uneven({})
-
-
 ROW = {"mean": 0.9, "std": 0.0, "n": 1, "steps": 5, "images_per_class": 1, "bytes_per_class": 256, "balanced": 0.5}
 RESULT = {
     "name": "toy", "codec": "pixel", "dataset": "toy", "bytes_per_class": 256, "paper_ipc": 1, "objective": "gradient",
