@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import struct
+import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import oracle
 import pytest
 
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, starts, storage
+from gsdd_jax import SynSet, codecs, storage
 from gsdd_jax.codecs import (
     DownscaleSpec,
     FactorSpec,
@@ -38,32 +39,24 @@ from gsdd_jax.render import render
 SHAPE, CLASSES = (6, 8, 3), 2
 BUDGET = 2 * 6 * 8 * 3 * 4  # two float32 images per class
 
-# Every codec of the registry, in each of its ways to store. A new line needs a name and a spec that fits BUDGET with at
-# least two images per class. If the first axis of every leaf is the image, and all is written in the spec's dtype, that
-# is all; otherwise the codec needs a line in TRAITS.
+# Every codec of the registry, in its ways to store that share no code. A new line needs a name and a spec that fits
+# BUDGET with at least two images per class. If the first axis of every leaf is the image, and all is written in the
+# spec's dtype, that is all; otherwise the codec needs a line in TRAITS.
 SPECS: dict[str, codecs.CodecSpec] = {
     "gaussian": GaussianSpec(images_per_class=3, num_points=5, cutoff=0.0),
-    "gaussian float32": GaussianSpec(
-        images_per_class=2, dtype="float32", num_points=4, cutoff=0.0, supersample=1, start="gradient"
-    ),
     "packed": PackedGaussianSpec(images_per_class=3, num_points=5, cutoff=0.0),
     "packed fitted": PackedGaussianSpec(images_per_class=3, num_points=4, ranges="fitted", order="kept", bits_color=9),
     "pixel": PixelSpec(),
-    "pixel bfloat16": PixelSpec(dtype="bfloat16", optimizer="adam", images_per_class=3),
     "pixel uint8": PixelSpec(dtype="uint8", optimizer="adam", images_per_class=3),
     "palette": PaletteSpec(bits=3, images_per_class=3),
-    "palette of a class": PaletteSpec(bits=2, images_per_class=3, shared="class", optimizer="sgd"),
     "downscale": DownscaleSpec(factor=2),
     "downscale padded": DownscaleSpec(factor=3, dtype="bfloat16", optimizer="adam", images_per_class=9),
     "downscale uint8": DownscaleSpec(factor=2, dtype="uint8", images_per_class=8),
     "frequency": FrequencySpec(coefficients=5, images_per_class=3),
     "frequency bits": FrequencySpec(coefficients=9, images_per_class=2, mask="variance", dtype="bfloat16"),
     "packed frequency": PackedFrequencySpec(coefficients=7, images_per_class=3, bits=7),
-    "packed frequency sgd": PackedFrequencySpec(coefficients=9, images_per_class=4, mask="variance", optimizer="sgd"),
     "memory": MemorySpec(bases=3, images_per_class=4),
-    "memory bfloat16": MemorySpec(bases=3, factor=4, images_per_class=3, dtype="bfloat16", optimizer="sgd", lr=0.1),
-    "spectral": SpectralSpec(matrices=1, rank_height=3, rank_width=4, images_per_class=3),
-    "spectral sets": SpectralSpec(
+    "spectral": SpectralSpec(
         matrices=2, rank_height=4, rank_width=5, rank_channels=2, images_per_class=4, dtype="bfloat16"
     ),
     # Slow waves, since 6 by 8 pixels cannot show DDiF's.
@@ -73,9 +66,6 @@ SPECS: dict[str, codecs.CodecSpec] = {
         patch=2, width=6, blocks=1, heads=2, tokens=4, nonzeros=20, images_per_class=3, dtype="bfloat16"
     ),
     "latent": LatentSpec(decoder="medium", width=8, latent_dim=4, images_per_class=3, dtype="bfloat16"),
-    "latent means": LatentSpec(
-        decoder="medium", width=4, latent_dim=5, images_per_class=3, sample=False, optimizer="adam", lr=0.01
-    ),
 }
 # Codecs that cannot draw SHAPE.
 SHAPES = {"latent": (8, 8, 3)}
@@ -112,10 +102,6 @@ def of_class(codec: codecs.Codec, i: int) -> Any:
     return i // codec.images_per_class
 
 
-def owner(codec: codecs.Codec, i: int) -> Any:
-    return i if codec.spec.shared == "image" else of_class(codec, i)
-
-
 def cell(codec: codecs.Codec, i: int) -> Any:
     f = codec.spec.factor
     height, width = (int(np.ceil(length / f)) for length in SHAPE[:2])
@@ -138,7 +124,7 @@ def remainder(codec: codecs.Codec, i: int) -> Any:
 
 TRAITS: dict[str, Traits] = {
     "packed_gaussian": Traits({"low": whole, "step": whole}, written={"low": "bfloat16", "step": "bfloat16"}),
-    "palette": Traits({"palettes": owner}, following=["palettes"], written={"palettes": "uint8"}),
+    "palette": Traits(following=["palettes"], written={"palettes": "uint8"}),
     "downscale": Traits({"canvases": cell}),
     "frequency": Traits({"index": of_class}, fixed=["index"], written={"index": "uint8"}),
     "packed_frequency": Traits(
@@ -189,9 +175,7 @@ def case(request) -> Case:
     # Off the start, so that no leaf is a constant that rounds to itself.
     rng, traits = np.random.default_rng(1), TRAITS.get(codec.name, Traits())
     params = change(
-        started,
-        traits,
-        lambda x: (x * rng.normal(1, 0.1, x.shape) + rng.normal(0, 0.01, x.shape)).astype(np.float32),
+        started, traits, lambda x: (x * rng.normal(1, 0.1, x.shape) + rng.normal(0, 0.01, x.shape)).astype(np.float32)
     )
     return Case(codec, images, started, jax.jit(codec.project)(params), jax.jit(codec.decode), traits)
 
@@ -258,12 +242,13 @@ def test_params_are_float32_masters_of_every_image(case):
         assert name not in case.traits.fixed or (leaf == leaf.round()).all(), name
     assert {*case.traits.parts, *untrained(case.traits)} <= leaves(case.started).keys()
     assert {*case.traits.written} <= leaves(codec.quantize(case.started)).keys()
-
-
-def test_resolved_spec_makes_the_same_codec(case):
-    again = make(case.codec.spec)
-    assert again.spec == case.codec.spec
-    assert (again.num_images, again.layout()) == (case.codec.num_images, case.codec.layout())
+    hints = typing.get_type_hints(type(codec.spec), include_extras=True)
+    left = [name for name, hint in hints.items() if any(f"; 0 = {what}" in str(hint) for what in ("as many", "those"))]
+    assert left and all(getattr(codec.spec, name) > 0 for name in left), "left to the budget"
+    again = make(codec.spec)
+    assert (again.spec, again.num_images, again.layout()) == (codec.spec, codec.num_images, codec.layout())
+    value = codec.regularize(case.params)
+    assert value.shape == () and np.isfinite(value)
 
 
 def test_start_resembles_the_images_it_was_made_from_unless_it_is_blind(case):
@@ -277,22 +262,34 @@ def test_start_resembles_the_images_it_was_made_from_unless_it_is_blind(case):
     assert np.mean((started - case.images) ** 2) < np.mean((started - wrong) ** 2)
 
 
-def test_decode_gives_float_images_of_the_native_size(case):
+def test_an_index_has_the_images_of_all_and_its_gradient_reaches_every_leaf_of_them_alone(case):
+    n, weights = case.codec.num_images, np.random.default_rng(2).normal(size=case.images.shape).astype(np.float32)
+
+    @jax.jit
+    def both(params, index):
+        images, pull = jax.vjp(lambda p: case.codec.decode(p, index, key=key_of(case)), params)
+        return images, pull(weights)[0]
+
+    _, grads = both(case.params, np.arange(n))
+    assert all(np.isfinite(grad).all() for grad in leaves(grads).values())
+    for name, grad in leaves(grads).items():
+        if name in untrained(case.traits):
+            assert not grad.any(), name
+            continue
+        for i, chosen in enumerate(parts(case, name)):
+            assert np.abs(grad[chosen]).max() > 1e-4, (name, i)
+
+    index = np.resize([2, 0], n)
+    images, grads = both(case.params, index)
+    for name, grad in trained_leaves(grads, case.traits).items():
+        first, _, third, *_ = parts(case, name)
+        assert grad[first].any() and grad[third].any() and not grad[~(first | third)].any(), name
+    if case.traits.sampled:
+        images = jax.jit(lambda params, index: case.codec.decode(params, index))(case.params, index)
     decoded = case.decode(case.params)
-    assert case.codec.image_shape == SHAPES.get(case.codec.name, SHAPE)
-    assert decoded.shape == case.images.shape == (case.codec.num_images, *case.codec.image_shape)
-    assert decoded.dtype == jnp.float32
-    assert np.isfinite(decoded).all()
-
-
-def test_decode_by_index_equals_decode_of_all_and_compiles_once(case):
-    # A function of its own: jit shares its cache between wrappers of one function.
-    decode = jax.jit(lambda params, index: case.codec.decode(params, index))
-    for scale, index in ((1.0, [3, 0, 3]), (0.5, [1, 2, 0])):
-        params = change(case.params, case.traits, lambda x, scale=scale: np.float32(scale) * x)
-        expected = np.asarray(case.decode(params))[index]
-        np.testing.assert_allclose(decode(params, np.array(index, np.int32)), expected, rtol=0, atol=1e-6)
-    assert decode._cache_size() == 1
+    assert decoded.shape == case.images.shape and decoded.dtype == jnp.float32 and np.isfinite(decoded).all()
+    np.testing.assert_allclose(images, np.asarray(decoded)[index], rtol=0, atol=1e-6)
+    assert both._cache_size() == 1
 
 
 def test_images_depend_on_every_leaf_and_only_on_their_own_part_of_it(case):
@@ -306,31 +303,6 @@ def test_images_depend_on_every_leaf_and_only_on_their_own_part_of_it(case):
         assert np.abs(after[1] - before[1]).max() > 1e-3, name
         others = [i for i in range(case.codec.num_images) if not (chosen[i] & chosen[1]).any()]
         np.testing.assert_array_equal(after[others], before[others], err_msg=name)
-
-
-def test_gradient_is_finite_and_reaches_every_leaf_of_every_image(case):
-    weights = np.random.default_rng(2).normal(size=case.images.shape).astype(np.float32)
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(weights * case.codec.decode(p, key=key_of(case)))))(case.params)
-    assert all(np.isfinite(grad).all() for grad in leaves(grads).values())
-    for name, grad in leaves(grads).items():
-        if name in untrained(case.traits):
-            assert not grad.any(), name
-            continue
-        for i, chosen in enumerate(parts(case, name)):
-            assert np.abs(grad[chosen]).max() > 1e-4, (name, i)
-
-
-def test_gradient_of_an_index_leaves_other_images_alone(case):
-    index = np.array([0, 2])
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(case.codec.decode(p, index, key=key_of(case)) ** 2)))(case.params)
-    for name, grad in trained_leaves(grads, case.traits).items():
-        first, _, third, *_ = parts(case, name)
-        assert grad[first].any() and grad[third].any() and not grad[~(first | third)].any(), name
-
-
-def test_regularizer_is_a_finite_scalar(case):
-    value = case.codec.regularize(case.params)
-    assert value.shape == () and np.isfinite(value)
 
 
 def test_nbytes_is_what_is_stored_and_fits_the_budget(case):
@@ -352,26 +324,26 @@ def test_exported_file_holds_exactly_the_counted_bytes_and_loads_to_the_same_ima
     assert sum(spans) == len(raw) - 8 - length == sizes["payload"] == case.codec.nbytes(case.params)
     assert sizes["header"] == 8 + length
     loaded = gsdd_jax.load(tmp_path)
-    assert loaded.codec.spec == case.codec.spec
+    assert loaded.codec is case.codec
     assert bits(case.decode(loaded.params)) == bits(case.decode(case.params))
-
-
-def test_what_is_written_reads_back_to_what_was_stored(case):
-    stored = case.codec.quantize(case.params)
-    back = case.codec.unpack(case.codec.pack(stored))
-    assert {name: (bits(x), x.dtype) for name, x in back.items()} == {
-        name: (bits(x), x.dtype) for name, x in stored.items()
-    }
-
-
-def test_stored_arrays_have_the_declared_precision(case):
-    for name, leaf in leaves(case.codec.quantize(case.params)).items():
-        expected = case.traits.written.get(name, getattr(case.codec.spec, "dtype", "uint16"))
-        assert str(leaf.dtype) == expected, name
+    assert loaded.save(tmp_path / "again") == sizes
+    for file in ("synset.safetensors", "manifest.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
+    # More classes than the file has bytes, whatever the codec.
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest |= {"num_classes": 60_000, "class_names": ["x"] * 60_000, "bytes_per_class": 1 << 39}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="manifest.json: (codec: .* bytes of arrays are no such set|codec.)"):
+        gsdd_jax.load(tmp_path)
 
 
 def test_stored_and_loaded_params_decode_to_the_same_bits(case):
-    loaded = case.codec.dequantize(case.codec.quantize(case.params))
+    stored = case.codec.quantize(case.params)
+    for name, leaf in leaves(stored).items():
+        assert str(leaf.dtype) == case.traits.written.get(name, getattr(case.codec.spec, "dtype", "uint16")), name
+    back = case.codec.unpack(case.codec.pack(stored))
+    assert {k: (bits(x), x.dtype) for k, x in back.items()} == {k: (bits(x), x.dtype) for k, x in stored.items()}
+    loaded = case.codec.dequantize(stored)
     assert jax.tree.structure(loaded) == jax.tree.structure(case.params)
     assert bits(case.decode(loaded)) == bits(case.decode(case.params))
     before, after = leaves(case.params), leaves(loaded)
@@ -381,24 +353,21 @@ def test_stored_and_loaded_params_decode_to_the_same_bits(case):
     assert all(bits(after[name]) == bits(before[name]) for name in case.traits.fixed)
 
 
-def test_gaussians_of_a_codec_draw_its_images(case):
+def test_gaussians_of_a_codec_draw_its_images_and_vmap_is_a_loop(case):
+    many = jax.tree.map(lambda x: np.stack([x, np.float32(0.9) * x]), case.params)
+    vmapped = jax.vmap(case.codec.decode)
     g = jax.jit(case.codec.gaussians)(case.params)
     if not isinstance(case.codec.spec, GaussianSpec | PackedGaussianSpec):
         assert g is None
+        assert jax.eval_shape(vmapped, many).shape == (2, *case.images.shape)
         return
+    # They alone have a rule of their own under vmap.
+    for one, alone in zip(jax.jit(vmapped)(many), range(2), strict=True):
+        expected = case.decode(jax.tree.map(lambda x, i=alone: x[i], many))
+        np.testing.assert_allclose(one, expected, rtol=0, atol=2e-6)
     spec = case.codec.spec
     drawn = jax.jit(lambda g: render(g, supersample=spec.supersample, cutoff=spec.cutoff))(g)
     np.testing.assert_allclose(drawn, case.decode(case.params), rtol=0, atol=1e-6)
-
-
-def test_native_size_spelt_out_decodes_by_the_same_program(case):
-    # Traced, not compiled: the same program gives the same bits.
-    def program(size=None):
-        text = str(jax.make_jaxpr(lambda params: case.codec.decode(params, size=size))(case.params))
-        return [line.split(" at 0x")[0] for line in text.splitlines()]
-
-    h, w, _ = case.codec.image_shape
-    assert program((h, w)) == program() != program((2 * h, 3 * w))
 
 
 def test_decode_at_another_size_shows_the_same_picture(case):
@@ -431,34 +400,6 @@ def test_training_step_compiles_once_and_moves_all_but_the_fixed_leaves(case):
     assert {name for name in before if bits(before[name]) == bits(after[name])} == set(case.traits.fixed)
 
 
-def test_decode_vmap_equals_loop(case):
-    scaled = change(case.params, case.traits, lambda x: np.float32(0.9) * x)
-    many = jax.tree.map(lambda *x: np.stack(x), case.params, scaled)
-    together = jax.jit(jax.vmap(case.codec.decode))(many)
-    for i in range(2):
-        alone = case.decode(jax.tree.map(lambda x, i=i: x[i], many))
-        np.testing.assert_allclose(together[i], alone, rtol=0, atol=2e-6)
-
-
-def test_optimizer_and_fitter_states_do_not_change_in_structure(case):
-    # A state that changes in shape or dtype would compile the step anew and could not be restored.
-    for transformation in (case.codec.optimizer(), case.codec.fitter(10)):
-        start = jax.eval_shape(transformation.init, case.params)
-        updates, state = jax.eval_shape(transformation.update, case.params, start, case.params)
-        assert jax.tree.structure(updates) == jax.tree.structure(case.params)
-        assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [
-            (x.shape, x.dtype) for x in jax.tree.leaves(start)
-        ]
-
-
-def test_unknown_codec_lists_the_known_ones():
-    spec = dataclasses.replace(SPECS["pixel"])
-    object.__setattr__(spec, "name", "wavelet")
-    known = ", ".join(sorted(codecs.SPECS))
-    with pytest.raises(ValueError, match=re.escape(f"codec.name: expected one of {known}; found 'wavelet'")):
-        make(spec)
-
-
 # Gaussians
 
 
@@ -480,32 +421,22 @@ def rounded(g: Gaussians) -> Gaussians:
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16).astype(np.float32)), g)
 
 
-@pytest.mark.parametrize("size", [None, (9, 20)])
-def test_gaussian_decode_draws_the_rounded_parameters(gaussians, size):
-    decoded = jax.jit(lambda p: make(SPECS["gaussian"]).decode(p, size=size))(gaussians)
-    np.testing.assert_allclose(decoded, oracle.render(rounded(gaussians), size).images, rtol=0, atol=1e-5)
-    exact = oracle.render(gaussians, size).images
-    assert np.abs(decoded - exact).max() > 1e-3
-
-
-def test_gaussian_gradient_passes_straight_through_the_rounding(gaussians):
-    weights = np.random.default_rng(5).normal(size=(gaussians.num_images, *SHAPE))
+def test_gaussian_decode_draws_the_rounded_parameters_and_its_gradient_passes_straight_through(gaussians):
+    weights = np.random.default_rng(5).normal(size=(gaussians.num_images, *SHAPE)).astype(np.float32)
     codec = make(SPECS["gaussian"])
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.asarray(weights, jnp.float32) * codec.decode(p))))(gaussians)
+
+    @jax.jit
+    def both(params):
+        images, pull = jax.vjp(codec.decode, params)
+        return images, codec.decode(params, size=(9, 20)), pull(weights)[0]
+
+    native, large, grads = both(gaussians)
+    for decoded, size in ((native, None), (large, (9, 20))):
+        np.testing.assert_allclose(decoded, oracle.render(rounded(gaussians), size).images, rtol=0, atol=1e-5)
+        assert np.abs(decoded - oracle.render(gaussians, size).images).max() > 1e-3
     expected = oracle.render(rounded(gaussians), v=weights).gradient
     for name, grad in leaves(grads).items():
         np.testing.assert_allclose(grad, expected[name], rtol=0, atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
-
-
-def test_gaussians_fill_the_budget_exactly_as_the_paper_counts():
-    # GSDD, section 4.1: floor(3 res^2 ipc 2 / (gpc 9)); 32 px, ipc 1 and 10.
-    for ipc, gpc in ((1, 30), (10, 170), (1, 64)):
-        budget = storage.budget_bytes(ipc, (32, 32, 3))
-        codec = make(GaussianSpec(images_per_class=gpc), image_shape=(32, 32, 3), bytes_per_class=budget)
-        assert codec.spec.num_points == 3 * 32**2 * ipc * 2 // (gpc * 9)
-        params = jax.eval_shape(codec.init, jax.random.key(0), jnp.zeros((CLASSES * gpc, 32, 32, 3)))
-        free = CLASSES * budget - codec.nbytes(params)
-        assert 0 <= free < CLASSES * gpc * 9 * 2
 
 
 REMEDY = re.compile(r"codec\.(\w+) of at most (\d+)")
@@ -549,26 +480,6 @@ def test_a_refusal_names_the_largest_settings_and_the_least_budget_that_fit(name
 def test_impossible_settings_say_what_is_possible(spec, message):
     with pytest.raises(ValueError, match=message):
         make(spec)
-
-
-def test_without_a_budget_nothing_is_left_open():
-    with pytest.raises(
-        ValueError, match=r"codec.images_per_class: expected at least 1, or a budget \(bytes_per_class\)"
-    ):
-        make(PixelSpec(), bytes_per_class=None)
-
-
-def test_equal_settings_are_one_codec_and_those_that_only_compare_equal_are_not():
-    assert make(GaussianSpec(images_per_class=64, num_points=0)) is make(
-        GaussianSpec(images_per_class=np.int64(0), num_points=1)
-    )
-    zeros = [make(GaussianSpec(images_per_class=1, boundary=zero)) for zero in (0.0, -0.0, 0)]
-    assert len({id(codec) for codec in zeros}) == 3
-
-
-def test_gray_gaussians_cost_seven_numbers():
-    codec = make(GaussianSpec(images_per_class=1), image_shape=(8, 8, 1), bytes_per_class=256)
-    assert codec.spec.num_points == 256 // (7 * 2)
 
 
 def test_projection_keeps_centers_inside_and_nothing_else(gaussians):
@@ -626,10 +537,14 @@ def assert_moved(found, gradients, rate, **options) -> None:
 
 
 def run_optimizer(transformation, params, gradients):
-    state, total = transformation.init(params), jax.tree.map(jnp.zeros_like, params)
+    state, total, update = (
+        transformation.init(params),
+        jax.tree.map(np.zeros_like, params),
+        jax.jit(transformation.update),
+    )
     for grads in gradients:
-        updates, state = transformation.update(grads, state, params)
-        total = jax.tree.map(jnp.add, total, updates)
+        updates, state = update(grads, state, params)
+        total = jax.tree.map(lambda a, b: a + np.asarray(b), total, updates)
     return total
 
 
@@ -639,17 +554,11 @@ def random_gradients(params, count):
 
 
 def test_distillation_is_adam_with_the_configured_rate_of_each_leaf(gaussians):
-    codec = make(GaussianSpec(images_per_class=3, num_points=5, lr=0.02, lr_mean=0.1, lr_cholesky=3.0, lr_color=0.5))
+    codec = make(GaussianSpec(images_per_class=3, num_points=5, lr=0.02, lr_mean=0.0, lr_cholesky=3.0, lr_color=0.5))
     gradients = random_gradients(gaussians, 4)
     total = run_optimizer(codec.optimizer(), gaussians, gradients)
-    for name, rate in {"mean": 0.002, "cholesky": 0.06, "color": 0.01, "opacity": 0.01}.items():
+    for name, rate in {"mean": 0, "cholesky": 0.06, "color": 0.01, "opacity": 0.01}.items():
         assert_moved(getattr(total, name), [getattr(g, name) for g in gradients], lambda t, r=rate: r, err_msg=name)
-
-
-def test_factor_of_zero_freezes_a_leaf(gaussians):
-    codec = make(GaussianSpec(images_per_class=3, num_points=5, lr_mean=0.0))
-    total = run_optimizer(codec.optimizer(), gaussians, random_gradients(gaussians, 2))
-    assert not np.asarray(total.mean).any() and np.asarray(total.color).all()
 
 
 def test_fitting_is_adam_with_rates_per_leaf_on_a_cosine(gaussians):
@@ -666,38 +575,6 @@ def test_fitting_is_adam_with_rates_per_leaf_on_a_cosine(gaussians):
         assert_moved(getattr(total, name), [getattr(g, name) for g in gradients], cosine, err_msg=name)
 
 
-@pytest.mark.parametrize("start", ["clusters", "gradient"])
-def test_starts_from_images_are_finite_and_inside(start):
-    images = np.random.default_rng(7).uniform(0, 1, (2, 6, 8, 3)).astype(np.float32)
-    images[1] = 0.5  # no edge anywhere
-    for points in (2, 60):  # few, and more than there are pixels
-        g = jax.jit(starts.START[start], static_argnums=2)(jax.random.key(0), images, points)
-        assert (g.num_images, g.num_points, g.size) == (2, points, (6, 8))
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(g))
-        assert np.abs(g.mean).max() <= 1
-
-
-def test_uniform_start_draws_the_authors_ranges():
-    g = jax.jit(starts.START["uniform"], static_argnums=2)(jax.random.key(0), jnp.zeros((4, 6, 8, 3)), 500)
-    assert (g.num_images, g.num_points, g.size) == (4, 500, (6, 8))
-    for leaf, low, high in ((g.mean, -1, 1), (g.cholesky, 0, 1), (g.color, 0, 1)):
-        leaf, slack = np.asarray(leaf), 0.02 * (high - low)
-        assert low <= leaf.min() < low + slack and high - slack < leaf.max() <= high
-    assert (np.asarray(g.opacity) == 1).all()
-
-
-def test_colors_of_the_cluster_start_solve_the_ridge_regression():
-    rng = np.random.default_rng(8)
-    image = rng.uniform(0, 1, (6, 8, 3)).astype(np.float32)
-    mean, raw = rng.uniform(-0.9, 0.9, (4, 2)), rng.uniform(0.2, 1.5, (4, 3))
-    each = Gaussians(*(jnp.asarray(x, jnp.float32)[None] for x in (mean, raw, np.eye(4), np.ones(4))), size=(6, 8))
-    design = oracle.render(each).images[0].reshape(-1, 4)
-    gram = design.T @ design
-    expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / 4 * np.eye(4), design.T @ image.reshape(-1, 3))
-    found = jax.jit(starts.least_squares_colors)(each.mean[0], each.cholesky[0], jnp.asarray(image))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
 # Pixels
 
 
@@ -709,23 +586,7 @@ def test_pixels_are_the_images_themselves():
     assert bits(codec.decode(params)) == bits(images)
     assert bits(codec.project(params)["images"]) == bits(images)
     assert codec.regularize(params) == 0
-
-
-def test_bfloat16_pixels_are_rounded_in_the_forward_pass_and_twice_as_many():
-    codec = make(PixelSpec(dtype="bfloat16"))
-    assert codec.images_per_class == 4
-    images = np.random.default_rng(9).uniform(0, 1, (8, *SHAPE)).astype(np.float32)
-    decoded = codec.decode(codec.init(jax.random.key(0), images))
-    np.testing.assert_array_equal(decoded, images.astype(jnp.bfloat16).astype(np.float32))
-
-
-def test_bytes_of_pixels_are_a_quarter_of_the_budget_each_and_rounded_in_the_forward_pass():
-    codec = make(PixelSpec(dtype="uint8"), bytes_per_class=storage.budget_bytes(1, SHAPE))
-    assert codec.images_per_class == 4
-    images = np.random.default_rng(9).uniform(0, 1, (8, *SHAPE)).astype(np.float32)
-    params = codec.init(jax.random.key(0), images)
-    assert codec.nbytes(params) == CLASSES * storage.budget_bytes(1, SHAPE) == 8 * 6 * 8 * 3
-    np.testing.assert_allclose(codec.decode(params), np.round(85.0 * images) / 85, rtol=0, atol=1e-6)
+    assert [make(PixelSpec(dtype=dtype)).images_per_class for dtype in ("float32", "bfloat16", "uint8")] == [2, 4, 8]
 
 
 def test_bytes_of_pixels_stay_where_they_have_a_gradient_and_others_where_they_are():
@@ -740,23 +601,13 @@ def test_bytes_of_pixels_stay_where_they_have_a_gradient_and_others_where_they_a
         assert (np.asarray(slope["images"]) == 1).all()
 
 
-def test_pixel_sgd_has_momentum_one_half():
+def test_pixels_are_trained_by_sgd_with_momentum_one_half_or_adam_and_never_fitted():
     params = {"images": jnp.zeros((4, *SHAPE))}
     gradients = random_gradients(params, 3)
     a, b, c = (np.asarray(g["images"], np.float64) for g in gradients)
     velocity = [a, 0.5 * a + b, 0.25 * a + 0.5 * b + c]
     total = run_optimizer(make(PixelSpec(lr=0.3)).optimizer(), params, gradients)
     np.testing.assert_allclose(total["images"], -0.3 * sum(velocity), rtol=1e-5, atol=1e-6)
-
-
-def test_pixel_adam_takes_the_configured_rate():
-    params = {"images": jnp.zeros((4, *SHAPE))}
-    gradients = random_gradients(params, 3)
-    total = run_optimizer(make(PixelSpec(optimizer="adam", lr=0.3)).optimizer(), params, gradients)
-    assert_moved(total["images"], [g["images"] for g in gradients], lambda t: 0.3)
-
-
-def test_fitting_never_changes_pixels():
-    params = {"images": jnp.ones((4, *SHAPE))}
-    total = run_optimizer(make(PixelSpec()).fitter(3), params, random_gradients(params, 3))
-    assert not np.asarray(total["images"]).any()
+    adam = run_optimizer(make(PixelSpec(optimizer="adam", lr=0.3)).optimizer(), params, gradients)
+    assert_moved(adam["images"], [g["images"] for g in gradients], lambda t: 0.3)
+    assert not np.asarray(run_optimizer(make(PixelSpec()).fitter(3), params, gradients)["images"]).any()
