@@ -275,7 +275,8 @@ def onto_simplex(rows: jax.Array) -> jax.Array:
     For objectives that learn labels: their ``learned["labels"]`` are probabilities of all images in order, and
     ``project`` keeps them such. They start one-hot, which no softmax of learned logits reaches.
     """
-    return jax.vmap(optax.projections.projection_simplex)(rows)
+    # Under JAX_ENABLE_X64 optax counts the columns in float64, and gives that.
+    return jax.vmap(optax.projections.projection_simplex)(rows).astype(rows.dtype)
 
 
 def shared_out(parts: np.ndarray, steps: int) -> np.ndarray:
