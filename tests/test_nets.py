@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from functools import partial
 
 import jax
@@ -10,10 +9,9 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax import lax
 
-from gsdd_jax.nets import NetSpec, build, convnet, cross_entropy, microbatch
+from gsdd_jax.nets import NetSpec, build, cross_entropy, microbatch
 from gsdd_jax.nets.conv import conv_general_dilated
 
 SMALL = NetSpec(depth=2, width=6)
@@ -56,15 +54,8 @@ def numpy_convnet(params, images, depth, norm, margin=0):
     ("depth", "size", "classes", "features", "count"),
     [
         (3, 32, 10, 2048, 320_010),
-        (3, 32, 100, 2048, 504_420),
         (4, 64, 200, 2048, 857_160),
-        (5, 128, 10, 2048, 615_690),
         (6, 128, 10, 512, 748_170),
-        (5, 256, 10, 8192, 677_130),
-        (6, 256, 10, 2048, 763_530),
-        (7, 256, 10, 512, 896_010),
-        (5, 512, 10, 32768, 922_890),
-        (6, 512, 10, 8192, 824_970),
     ],
 )
 def test_convnet_has_the_reference_parameter_counts(depth, size, classes, features, count):
@@ -78,7 +69,7 @@ def test_convnet_has_the_reference_parameter_counts(depth, size, classes, featur
 
 @pytest.mark.parametrize(
     ("norm", "shape", "margin"),
-    [("instance", (8, 8, 3), 0), ("none", (8, 12, 3), 0), ("instance", (9, 6, 2), 0), ("instance", (28, 28, 1), 2)],
+    [("none", (8, 12, 3), 0), ("instance", (9, 6, 2), 0), ("instance", (28, 28, 1), 2)],
 )
 def test_convnet_matches_numpy(norm, shape, margin):
     network = build(NetSpec(depth=2, width=5, norm=norm), shape, 4)
@@ -94,51 +85,8 @@ def test_convnet_matches_numpy(norm, shape, margin):
     np.testing.assert_allclose(logits, expected_logits, atol=2e-5)
 
 
-def test_initialization_is_uniform_within_the_reference_bounds():
-    params = jax.jit(build(NetSpec(), (32, 32, 3), 10).init)(jax.random.key(0))
-    bounds = {"conv0": 0.19245, "conv1": 0.029463, "conv2": 0.029463, "linear": 0.022097}
-    for name, bound in bounds.items():
-        for leaf in params[name].values():
-            assert np.abs(leaf).max() <= bound + 1e-6
-        kernel = np.asarray(params[name]["kernel"])
-        assert np.abs(kernel).max() > 0.99 * bound
-        np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.03)
-        assert np.std(params[name]["bias"]) > 0.3 * bound
-    for block in range(3):
-        assert np.all(params[f"norm{block}"]["scale"] == 1) and np.all(params[f"norm{block}"]["bias"] == 0)
-
-
-def test_one_channel_digits_use_the_feature_size_of_32_pixels():
-    network = build(NetSpec(depth=3, width=16), (28, 28, 1), 10)
-    _, features = jax.eval_shape(
-        network.apply, jax.eval_shape(network.init, jax.random.key(0)), jnp.zeros((1, 28, 28, 1))
-    )
-    assert features.shape == (1, 4 * 4 * 16)
-
-
-def test_network_vmaps_over_params_and_images_like_a_loop():
-    network = build(SMALL, (8, 8, 3), 4)
-    params = jax.jit(jax.vmap(network.init))(jax.random.split(jax.random.key(0), 3))
-    images = jax.random.normal(jax.random.key(1), (3, 5, 8, 8, 3))
-
-    grad = jax.jit(jax.grad(lambda p, x: jnp.square(network.apply(p, x)[0]).sum(), argnums=(0, 1)))
-
-    def one(tree, i):
-        return jax.tree.map(lambda leaf: leaf[i], tree)
-
-    together = jax.jit(jax.vmap(grad))(params, images)
-    shared_params = jax.jit(jax.vmap(grad, in_axes=(None, 0)))(one(params, 0), images)
-    shared_images = jax.jit(jax.vmap(grad, in_axes=(0, None)))(params, images[0])
-    for i in range(3):
-        for batched, p, x in ((together, i, i), (shared_params, 0, i), (shared_images, i, 0)):
-            for a, b in zip(
-                jax.tree.leaves(one(batched, i)), jax.tree.leaves(grad(one(params, p), images[x])), strict=True
-            ):
-                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("n", [6, 11])
-def test_parts_of_a_batch_give_what_the_whole_gives(n, monkeypatch):
+def test_parts_of_a_batch_give_what_the_whole_gives(monkeypatch):
+    n = 11
     network = build(NetSpec(depth=1, width=3), (4, 4, 2), 5)
     # Maps of 4x4x3 floats: three images at a time, two of the eleven left over.
     monkeypatch.setattr(microbatch, "BYTES", 4 * 4 * 4 * 3 * 3)
@@ -171,14 +119,6 @@ def test_parts_of_a_batch_give_what_the_whole_gives(n, monkeypatch):
     microbatch._most.cache_clear()
 
 
-def test_flax_tabulates_the_layers():
-    module = convnet.make(depth=2, width=6, norm="instance", image_shape=(8, 8, 3), num_classes=4)
-    table = nn.tabulate(module, jax.random.key(0), console_kwargs={"force_terminal": False})(jnp.zeros((1, 8, 8, 3)))
-    for layer, kind in {"conv0": "Conv", "norm0": "InstanceNorm", "conv1": "Conv", "linear": "Dense"}.items():
-        assert re.search(rf"│ {layer} +│ {kind} +│", table)
-    assert f"Total Parameters: {build(SMALL, (8, 8, 3), 4).num_params}" in table
-
-
 def test_equal_specs_build_the_same_network_object():
     assert build(SMALL, (8, 8, 3), 4) is build(dataclasses.replace(SMALL), (8, 8, 3), 4)
     assert build(SMALL, (8, 8, 3), 4) is not build(SMALL, (8, 8, 3), 5)
@@ -187,19 +127,14 @@ def test_equal_specs_build_the_same_network_object():
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "shape"),
     [
-        ((1, 1), 1, None, (6, 7)),
         ((3, 3), 1, None, (6, 7)),
         ((5, 5), 2, None, (9, 6)),
-        ((1, 1), 2, None, (6, 7)),
-        ((3, 3), 3, None, (7, 8)),
         ((3, 3), 2, "SAME", (6, 7)),
         ((2, 4), 2, "VALID", (7, 8)),
         ((4, 1), 1, [(3, 0), (2, 1)], (5, 4)),
         ((2, 2), 2, [(0, 0), (-1, 5)], (5, 6)),
         # Maps with fewer pixels than the kernel, which the CPU treats apart.
         ((3, 3), 1, None, (2, 2)),
-        ((5, 5), 1, None, (4, 4)),
-        ((3, 3), 2, None, (2, 3)),
         ((5, 5), 3, "SAME", (1, 2)),
     ],
 )
@@ -226,7 +161,6 @@ def test_conv_and_both_gradients_equal_those_of_jax(kernel, stride, padding, sha
     [
         {"feature_group_count": 2},
         {"rhs_dilation": (2, 1)},
-        {"lhs_dilation": (1, 3)},
         {"dimension_numbers": ("NCHW", "HWIO", "NHWC")},
         {"precision": "highest"},
         {"batch_group_count": 2},
@@ -268,7 +202,7 @@ def test_second_and_third_derivatives_of_conv_equal_those_of_jax(stride):
 
 @pytest.mark.parametrize(
     ("size", "side", "padding"),
-    [((16, 17), 3, ((1, 1), (1, 1))), ((16, 19), 1, ((0, 0), (2, 0))), ((18, 18), 3, ((0, 0), (0, 0)))],
+    [((16, 17), 3, ((1, 1), (1, 1))), ((16, 19), 1, ((0, 0), (2, 0)))],
     ids=str,
 )
 def test_minimal_filtering_and_its_first_and_second_derivatives_are_those_of_jax_in_float64(size, side, padding):
@@ -310,28 +244,6 @@ def test_conv_nested_vmap_equals_loops(stride):
                 np.testing.assert_allclose(a[i, j], b, atol=1e-4)
 
 
-def test_conv_gradient_in_a_loop_under_remat_equals_the_unrolled_one():
-    k = 0.2 * jax.random.normal(jax.random.key(1), (3, 3, 2, 2))
-    xs = jax.random.normal(jax.random.key(0), (4, 1, 5, 5, 2))
-
-    def unroll(k, xs, loop):
-        def step(k, x):
-            return k - 0.1 * jax.grad(lambda k: jnp.sum(jnp.sin(conv(x, k))))(k), None
-
-        if loop:
-            k, _ = lax.scan(jax.checkpoint(step), k, xs)
-        else:
-            for x in xs:
-                k, _ = step(k, x)
-        return jnp.sum(jnp.square(k))
-
-    scanned = jax.jit(jax.grad(unroll, (0, 1)), static_argnums=2)(k, xs, True)
-    unrolled = jax.jit(jax.grad(unroll, (0, 1)), static_argnums=2)(k, xs, False)
-    for a, b in zip(scanned, unrolled, strict=True):
-        assert np.abs(b).max() > 0.01
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
 def convolutions(platform, *, batched=False):
     """The convolution lines of the exported gradient for one platform."""
     grad = jax.grad(lambda x, k: jnp.sum(jnp.sin(conv(x, k))), argnums=(0, 1))
@@ -362,29 +274,20 @@ def test_gpu_gradients_keep_the_form_that_cudnn_is_matched_by():
 
 
 @pytest.mark.parametrize(
-    ("change", "shape", "message"),
+    ("change", "shape", "classes", "message"),
     [
-        ({"depth": 4}, (8, 8, 3), r"network\.depth: 4 blocks halve 8x8 px .* largest that fits is 3"),
-        ({"depth": 6}, (28, 28, 1), r"network\.depth: 6 blocks .* largest that fits is 5"),
-        ({"depth": 0}, (8, 8, 3), r"network\.depth: 0, must be 1 to 7"),
-        ({"width": 0}, (8, 8, 3), r"network\.width: 0, must be at least 1"),
-        ({"norm": "batch"}, (8, 8, 3), r"network\.norm: 'batch', must be one of"),
-        (
-            {"name": "lenet"},
-            (8, 8, 3),
-            r"network\.name: 'lenet', must be one of \['alexnet', 'convnet', 'resnet18', 'vgg11', 'vit'\]",
-        ),
-        ({}, (8, 8), r"image_shape: \(8, 8\), must be \(h, w, c\)"),
+        ({"depth": 6}, (28, 28, 1), 10, r"network\.depth: 6 blocks .* largest that fits is 5"),
+        ({"depth": 0}, (8, 8, 3), 10, r"network\.depth: 0, must be 1 to 7"),
+        ({"width": 0}, (8, 8, 3), 10, r"network\.width: 0, must be at least 1"),
+        ({"norm": "batch"}, (8, 8, 3), 10, r"network\.norm: 'batch', must be one of"),
+        ({"name": "lenet"}, (8, 8, 3), 10, r"network\.name: 'lenet', must be one of \['alexnet', 'convnet', "),
+        ({}, (8, 8), 10, r"image_shape: \(8, 8\), must be \(h, w, c\)"),
+        ({}, (32, 32, 3), 1, "num_classes: 1, must be at least 2"),
     ],
 )
-def test_network_that_cannot_be_built_is_refused(change, shape, message):
+def test_network_that_cannot_be_built_is_refused(change, shape, classes, message):
     with pytest.raises(ValueError, match=message):
-        build(dataclasses.replace(NetSpec(), **change), shape, 10)
-
-
-def test_one_class_is_refused():
-    with pytest.raises(ValueError, match="num_classes: 1, must be at least 2"):
-        build(NetSpec(), (32, 32, 3), 1)
+        build(dataclasses.replace(NetSpec(), **change), shape, classes)
 
 
 def test_images_of_another_shape_are_refused():
