@@ -46,9 +46,8 @@ def bits(synset):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(synset.params)]
 
 
-@pytest.mark.parametrize("network", [Linen(CLASSES), Nnx], ids=["linen", "nnx"])
-def test_any_flax_module_distills_the_same_from_bytes_floats_numpy_and_jax(network, tmp_path):
-    seen = []
+def test_a_flax_module_distills_the_same_from_bytes_floats_numpy_and_jax(tmp_path):
+    seen, network = [], Nnx
     made = distill(network=network, on_step=lambda step, metrics: seen.append((step, float(metrics["loss"]))))
     assert [step for step, _ in seen] == [1, 2, 3] and all(np.isfinite(loss) for _, loss in seen)
     assert bits(made) == bits(distill(jnp.asarray(IMAGES, jnp.float32) / 255, jnp.asarray(LABELS), network=network))
@@ -92,8 +91,6 @@ def test_the_codec_can_have_any_optax_optimizer_and_schedule():
 def test_whitening_comes_with_the_set_or_is_asked_for():
     training = gsdd.Training(steps=1, seeds=1)
     rest = {"network": Linen(CLASSES), "training": training, "augment": PLAIN, "progress": False}
-    for whitening in ("meanstd", "none"):
-        gsdd.evaluate(KEY, distill(whitening=whitening, steps=1), IMAGES, LABELS, **rest)
     shifted = jax.tree_util.Partial(lambda by, x: x - by, jnp.float32(0.5))
     made = distill(whitening=shifted, steps=1)
     with pytest.raises(ValueError, match="whitening: the set was made through 'custom', which is not part of it"):

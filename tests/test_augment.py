@@ -55,7 +55,7 @@ def grid_sample(image, matrix, align_corners):
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("images", [IMAGES, WIDE, WIDE.transpose(0, 2, 1, 3)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize("images", [WIDE, WIDE.transpose(0, 2, 1, 3)], ids=["wide", "tall"])
 def test_rotate_matches_grid_sampling(images, align_corners):
     theta = np.linspace(-0.26, 0.21, len(images)).astype(np.float32)
     out = jax.jit(augment.rotate, static_argnames="align_corners")(images, theta, align_corners=align_corners)
@@ -65,26 +65,16 @@ def test_rotate_matches_grid_sampling(images, align_corners):
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("images", [IMAGES, WIDE], ids=["square", "wide"])
-def test_scale_matches_grid_sampling_for_either_align_corners(images, align_corners):
-    factor = np.array([[1 / 1.2, 1.1], [1.2, 0.9], [1.0, 1.0]], np.float32)[: len(images)]
-    out = augment.scale(images, factor)
-    for image, (sy, sx), result in zip(images, factor.astype(np.float64), out, strict=True):
+def test_scale_matches_grid_sampling_for_either_align_corners(align_corners):
+    factor = np.array([[1 / 1.2, 1.1], [1.2, 0.9]], np.float32)
+    out = jax.jit(augment.scale)(WIDE, factor)
+    for image, (sy, sx), result in zip(WIDE, factor.astype(np.float64), out, strict=True):
         np.testing.assert_allclose(result, grid_sample(image, [[sx, 0], [0, sy]], align_corners), atol=5e-6)
-
-
-def test_align_corners_matters_only_for_images_that_are_not_square():
-    theta = jnp.float32(0.2)
-    rotate = jax.jit(augment.rotate, static_argnames="align_corners")
-    square = [rotate(IMAGES, theta, align_corners=align) for align in (True, False)]
-    wide = [rotate(WIDE, theta, align_corners=align) for align in (True, False)]
-    np.testing.assert_allclose(square[0], square[1], atol=1e-5)
-    assert np.abs(wide[0] - wide[1]).max() > 0.01
 
 
 def test_color_matches_numpy():
     brightness, saturation, contrast = (np.array(v) for v in ([0.4, -0.5, 0.0], [0.0, 1.7, 1.0], [0.5, 1.4, 1.0]))
-    out = augment.color(IMAGES, brightness, saturation, contrast)
+    out = jax.jit(augment.color)(IMAGES, brightness, saturation, contrast)
     for image, b, s, k, result in zip(IMAGES.astype(np.float64), brightness, saturation, contrast, out, strict=True):
         x = image + b
         gray = x.mean(2, keepdims=True)
@@ -114,7 +104,7 @@ def reference_cutout(image, center, size):
     return out
 
 
-@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 2), (0, 0)])
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (0, 0)])
 def test_cutout_matches_the_clamped_indices_of_the_reference(size):
     h, w = WIDE.shape[1:3]
     centers = np.array(list(itertools.product(range(h + 1 - size[0] % 2), range(w + 1 - size[1] % 2))), np.int32)
@@ -138,9 +128,8 @@ def test_flip_mirrors_the_width():
     np.testing.assert_array_equal(augment.flip(IMAGES, np.array(True)), IMAGES[:, :, ::-1])
 
 
-def direct(name, images, shared):
-    """One operation with fixed parameters, per image or shared, as a function of the images."""
-    n = len(images)
+def direct(name, n):
+    """One operation with fixed parameters for each of `n` images, as a function of the images."""
     parameters = {
         "color": (np.array([0.3, -0.2, 0.1]), np.array([0.2, 1.5, 0.7]), np.array([0.6, 1.2, 1.4])),
         "crop": (np.array([[1, -1], [0, 1], [-1, 0]], np.int32),),
@@ -149,36 +138,33 @@ def direct(name, images, shared):
         "scale": (np.array([[0.85, 1.1], [1.2, 0.95], [1.0, 0.9]], np.float32),),
         "rotate": (np.array([0.26, -0.2, 0.05], np.float32),),
     }[name]
-    parameters = [p[0] if shared else p[:n] for p in parameters]
+    parameters = [p[:n] for p in parameters]
     statics = {"crop": {"max_shift": (1, 1)}, "cutout": {"size": (4, 4)}}.get(name, {})
     return lambda x: getattr(augment, name)(x, *parameters, **statics)
 
 
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_gradient_of_each_operation_matches_finite_differences(name, shared):
+def test_gradient_of_each_operation_matches_finite_differences(name):
     # Every operation is linear in the images up to a shift, so central differences are exact but for rounding.
-    for images in (IMAGES[:2], WIDE):
-        operation = direct(name, images, shared)
-        weights = np.asarray(RNG.normal(size=images.shape), np.float32)
-        direction = np.asarray(RNG.normal(size=images.shape), np.float32)
-        # One executable for the gradient and the values.
-        both = jax.jit(jax.value_and_grad(lambda x, op=operation, weights=weights: jnp.sum(op(x) * weights)))
-        full = np.asarray(both(images)[1])
-        slope = float(np.sum(full * direction))
-        measured = float(both(images + direction)[0] - both(images - direction)[0]) / 2
-        assert abs(measured) > 0.1
-        np.testing.assert_allclose(slope, measured, atol=2e-4 * np.abs(weights).sum())
-        for index in [(0, 0, 0, 0), (1, 3, 4, 1), (0, 4, 7, 0), (1, 2, 0, 1)]:
-            unit = np.zeros_like(images)
-            unit[index] = 1
-            measured = float(both(images + unit)[0] - both(images - unit)[0]) / 2
-            np.testing.assert_allclose(full[index], measured, atol=2e-4)
+    operation = direct(name, len(WIDE))
+    weights, direction = np.asarray(RNG.normal(size=(2, *WIDE.shape)), np.float32)
+    # One executable for the gradient and the values.
+    both = jax.jit(jax.value_and_grad(lambda x: jnp.sum(operation(x) * weights)))
+    full = np.asarray(both(WIDE)[1])
+    slope = float(np.sum(full * direction))
+    measured = float(both(WIDE + direction)[0] - both(WIDE - direction)[0]) / 2
+    assert abs(measured) > 0.1
+    np.testing.assert_allclose(slope, measured, atol=2e-4 * np.abs(weights).sum())
+    for index in [(0, 0, 0, 0), (1, 3, 4, 1), (0, 4, 7, 0), (1, 2, 0, 1)]:
+        unit = np.zeros_like(WIDE)
+        unit[index] = 1
+        measured = float(both(WIDE + unit)[0] - both(WIDE - unit)[0]) / 2
+        np.testing.assert_allclose(full[index], measured, atol=2e-4)
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize(("h", "w"), [(6, 6), (4, 9), (9, 4)])
-def test_rotate_pullback_is_its_exact_transpose(h, w, align_corners):
+def test_rotate_pullback_is_its_exact_transpose(align_corners):
+    h, w = 4, 9
     basis = jnp.eye(h * w, dtype=jnp.float32).reshape(-1, h, w, 1)
 
     @jax.jit
@@ -192,28 +178,23 @@ def test_rotate_pullback_is_its_exact_transpose(h, w, align_corners):
         np.testing.assert_allclose(pulled, matrix.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", ["crop", "scale", "rotate"])
-def test_no_gradient_scatters(name, shared):
-    grad = jax.grad(lambda x: jnp.sum(jnp.sin(direct(name, IMAGES, shared)(x))))
+def test_no_gradient_scatters(name):
+    grad = jax.grad(lambda x: jnp.sum(jnp.sin(direct(name, len(IMAGES))(x))))
     assert "scatter" not in jax.jit(grad).lower(IMAGES).as_text()
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_dsa_siamese_shares_parameters_across_batch_sizes(name):
-    augment_batch = run(only(name), siamese=True)
-    few = augment_batch(jax.random.key(5), IMAGES)
-    many = augment_batch(jax.random.key(5), np.concatenate([IMAGES[::-1], IMAGES]))
-    np.testing.assert_allclose(few, many[3:], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_dsa_draws_per_image_unless_siamese(name):
     same = np.broadcast_to(IMAGES[:1], (16, 8, 8, 3))
     separate = np.asarray(run(only(name))(jax.random.key(2), same))
-    shared = np.asarray(run(only(name), siamese=True)(jax.random.key(2), same))
     assert len(np.unique(separate.reshape(16, -1), axis=0)) >= 2
-    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:1], shared.shape))
+    together = run(only(name), siamese=True)
+    few = together(jax.random.key(5), IMAGES)
+    # Nor do they depend on the number of images.
+    many = together(jax.random.key(5), np.concatenate([IMAGES[::-1], IMAGES]))
+    np.testing.assert_allclose(few, many[3:], atol=1e-6)
+    np.testing.assert_allclose(few, many[2::-1], atol=1e-6)
 
 
 def draws(name, probe, count=4000):
@@ -279,23 +260,6 @@ def test_every_operation_of_the_strategy_is_drawn_equally_often():
     assert np.all(np.abs(kinds / kinds.sum() - 1 / 6) < 0.05)  # standard error 0.011
 
 
-def test_dsa_under_jit_and_vmap_equals_a_loop():
-    keys = jax.random.split(jax.random.key(3), 8)
-    batches = jnp.asarray(RNG.normal(size=(8, 2, 8, 8, 3)), jnp.float32)
-    weights = jnp.asarray(RNG.normal(size=(2, 8, 8, 3)), jnp.float32)
-
-    def value_and_grad(key, images):
-        return jax.value_and_grad(lambda x: jnp.sum(weights * dsa(key, x, DsaSpec())))(images)
-
-    together = jax.jit(jax.vmap(value_and_grad))(keys, batches)
-    one = jax.jit(value_and_grad)
-    for i in range(8):
-        value, grad = one(keys[i], batches[i])
-        np.testing.assert_allclose(together[0][i], value, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(together[1][i], grad, atol=1e-5)
-        assert np.abs(grad).max() > 0.01
-
-
 def test_strategy_none_is_the_identity_and_strings_select_operations():
     assert dsa(jax.random.key(0), IMAGES, DsaSpec(strategy="none")) is IMAGES
     assert DsaSpec(strategy="color_crop_scale").operations == ("color", "crop", "scale")
@@ -303,16 +267,7 @@ def test_strategy_none_is_the_identity_and_strings_select_operations():
     assert hash(DsaSpec()) == hash(dataclasses.replace(DsaSpec()))
 
 
-def test_strengths_of_zero_leave_images_alone():
-    still = DsaSpec(
-        brightness=0, crop_pad=0, cutout=0, flip=0, scale=1, rotate=0, strategy="crop_cutout_flip_scale_rotate"
-    )
-    augment_batch = run(still)
-    for i in range(16):
-        np.testing.assert_allclose(augment_batch(jax.random.key(i), IMAGES), IMAGES, atol=1e-6)
-
-
-@pytest.mark.parametrize("strategy", ["colour", "color_color", "", "none_flip", "color-crop"])
+@pytest.mark.parametrize("strategy", ["colour", "color_color", "none_flip"])
 def test_strategy_that_names_no_operation_or_one_twice_is_refused(strategy):
     with pytest.raises(ValueError, match=f"strategy: '{strategy}', must be 'none' or some of .*'cutout'"):
         DsaSpec(strategy=strategy)
@@ -340,14 +295,10 @@ def test_cutmix_mixes_images_by_one_box_and_labels_by_its_area():
     np.testing.assert_array_equal(boxes, rows[:, :, None] & columns[:, None, :])
     # One box for all that another image falls on.
     np.testing.assert_array_equal(foreign, boxes[:, None] & foreign.any((2, 3))[:, :, None, None])
-
     # Mean share of foreign pixels, over the area, the center and the derangement of the batch.
-    side = np.sqrt((np.arange(4000) + 0.5) / 4000)
-    expected = 0.5 * (1 - 1 / n)
+    side, expected = np.sqrt((np.arange(4000) + 0.5) / 4000), 0.5 * (1 - 1 / n)
     inside = []
     for length in (height, width):
-        half = (length * side).astype(int)[:, None] // 2
-        center = np.arange(length)
+        half, center = (length * side).astype(int)[:, None] // 2, np.arange(length)
         inside.append((np.minimum(center + half, length) - np.maximum(center - half, 0)).mean(1) / length)
-    expected *= np.mean(inside[0] * inside[1])
-    assert foreign.mean() == pytest.approx(expected, abs=0.012)  # three standard errors
+    assert foreign.mean() == pytest.approx(expected * np.mean(inside[0] * inside[1]), abs=0.012)  # three errors

@@ -201,60 +201,27 @@ def test_rows_are_the_initialization_and_the_weights_after_each_epoch(opened, di
     assert np.abs(theta - opened.row(3, 0)).max() > 0.01
 
 
-def test_only_epochs_that_a_match_can_reach_are_trained(folder, opened):
-    assert opened.epochs == OBJECTIVE.last_epoch == EPOCHS
-    shapes = [np.load(file, allow_pickle=False).shape for file in sorted(folder.glob("*.npy"))]
-    assert shapes == [(2, EPOCHS + 1, opened.num_params)] * 2 + [(1, EPOCHS + 1, opened.num_params)]
-
-
-def test_experts_differ(opened):
-    starts = np.stack([opened.row(expert, 0) for expert in range(5)])
-    assert np.abs(starts[:, None] - starts[None])[~np.eye(5, dtype=bool)].max(-1).min() > 0.1
-
-
-@pytest.mark.parametrize(("method", "group"), [("vmap", 5), ("map", 1)])
-def test_method_and_group_change_an_expert_by_rounding_only(tmp_path, opened, digits, origin, method, group):
-    spec = dataclasses.replace(SPEC, method=method, group=group)
+def test_method_and_group_change_an_expert_by_rounding_only(tmp_path, opened, digits, origin):
+    spec = dataclasses.replace(SPEC, method="vmap", group=5)
     other = train(tmp_path, digits, origin, spec)
     for expert in (0, 3, 4):
         np.testing.assert_array_equal(other.row(expert, 0), opened.row(expert, 0))
         np.testing.assert_allclose(other.row(expert, EPOCHS), opened.row(expert, EPOCHS), atol=1e-5)
 
 
-def test_a_whitening_works_as_on_images_prepared_beforehand(tmp_path, digits, origin):
-    spec = dataclasses.replace(SPEC, count=1)
-    batchwise = train(tmp_path / "a", digits, origin, spec, whitening=SHIFTED)
-    prepared = digits._replace(train_images=digits.train_images.astype(np.float32) / 255 - 0.5)
-    beforehand = train(tmp_path / "b", prepared, origin, spec)
-    np.testing.assert_allclose(batchwise.row(0, EPOCHS), beforehand.row(0, EPOCHS), atol=1e-6)
-
-
-def test_progress_names_experts_epoch_and_losses(tmp_path, digits, origin):
-    calls = []
-    train(tmp_path, digits, origin, dataclasses.replace(SPEC, count=3), on_epoch=lambda *call: calls.append(call))
-    assert [(group, epoch) for group, epoch, _ in calls] == [
-        (group, epoch) for group in (range(2), range(2, 3)) for epoch in range(1, EPOCHS + 1)
-    ]
-    assert [losses.shape for *_, losses in calls] == [(2,)] * EPOCHS + [(1,)] * EPOCHS
-    assert (calls[EPOCHS - 1][2] < calls[0][2]).all()
-
-
-@pytest.mark.parametrize(("stop", "recipe"), [((range(2, 4), 1), {}), ((range(4, 5), EPOCHS), FULL)])
-def test_training_killed_at_any_epoch_continues_to_the_same_bits(tmp_path, folder, digits, origin, stop, recipe):
+def test_training_killed_at_an_epoch_continues_to_the_same_bits(tmp_path, digits, origin):
     class KilledError(Exception):
         pass
 
-    trained = []
+    trained, stop = [], (range(2, 3), 1)
 
     def kill(group, epoch, losses):
         if (group, epoch) == stop:
             raise KilledError
 
-    spec = dataclasses.replace(SPEC, **recipe)
-    if recipe:
-        folder = tmp_path / "whole"
-        train(folder, digits, origin, spec)
-    killed = tmp_path / "killed"
+    spec = dataclasses.replace(SPEC, count=3, **FULL)
+    folder, killed = tmp_path / "whole", tmp_path / "killed"
+    train(folder, digits, origin, spec)
     with pytest.raises(KilledError):
         train(killed, digits, origin, spec, on_epoch=kill)
     assert contents(killed) != contents(folder)
@@ -273,41 +240,13 @@ def test_finished_experts_are_left_alone_and_more_can_be_added(copy, digits, ori
     assert all(contents(copy)[name] == before[name] for name in before if name != MANIFEST)
 
 
-def test_fewer_experts_than_stored_can_be_asked_for(folder, origin):
-    few = Experts.open(folder, origin=origin, spec=dataclasses.replace(SPEC, count=2), objective=OBJECTIVE)
-    assert {expert for i in range(50) for expert, _ in Segments(few, OBJECTIVE, seed=0).choice(i)} == {0, 1}
-
-
-def test_an_objective_that_needs_fewer_epochs_may_use_and_extend_the_folder(copy, digits, origin):
-    shorter = dataclasses.replace(OBJECTIVE, max_start_epoch=1)
-    experts = train(copy, digits, origin, dataclasses.replace(SPEC, count=6), shorter)
-    assert experts.epochs == EPOCHS
-
-
-def test_method_and_group_follow_the_platform_unless_they_are_set():
-    automatic = ExpertSpec()
-    assert [(s.method, s.group) for s in (automatic.resolved("cpu"), automatic.resolved("gpu"))] == [
-        ("map", 1),
-        ("vmap", 10),
-    ]
-    chosen = ExpertSpec(method="vmap", group=3)
-    assert chosen.resolved("cpu") == chosen
-    assert ExpertSpec(method="map", group=4).resolved("gpu").group == 4
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"network": NetSpec(depth=2, width=4)}, r"network.depth: expected 2, found 1 \(and \d more\)"),
         ({"dataset": "abc"}, r"dataset: expected 'abc', found '[0-9a-f]{64}'; name another folder"),
-        ({"whiten": "zca"}, r"whiten: expected 'zca', found 'none'"),
         ({"augment": NONE}, r"augment.strategy: expected 'none', found 'color'"),
-        ({"num_classes": 9}, r"num_classes: expected 9, found 10"),
-        ({"image_shape": (16, 16, 1)}, r"image_shape: expected \[16, 16, 1\], found \[8, 8, 1\]"),
         ({"lr": 0.01}, r"experts.lr: expected 0.01, found 0.05"),
-        ({"batch": 8}, r"experts.batch: expected 8, found 16"),
-        ({"seed": 1}, r"experts.seed: expected 1, found 0"),
-        ({"momentum": 0.9}, r"experts.momentum: expected 0.9, found 0.0"),
         ({"schedule": "cosine", "epochs": 4}, r"experts.epochs: expected 4, found 0 \(and 1 more\)"),
     ],
 )
@@ -344,14 +283,6 @@ def test_number_of_epochs_may_be_that_of_the_experts_and_must_be_where_the_rate_
         ExpertSpec(schedule="cosine")
 
 
-def test_weights_laid_out_by_other_code_are_refused(copy, origin):
-    manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["origin"]["layout"].reverse()
-    (copy / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="layout: expected"):
-        Experts.open(copy, origin=origin, spec=SPEC, objective=OBJECTIVE)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -374,19 +305,9 @@ def test_a_window_past_the_last_epoch_is_refused(folder, digits, origin, opened,
             use()
 
 
-def test_half_written_experts_are_refused(copy, origin):
-    wanted = dataclasses.replace(SPEC, count=7)
-    with pytest.raises(ValueError, match="half written: 5 of 7 experts are finished; train the rest"):
-        Experts.open(copy, origin=origin, spec=wanted, objective=OBJECTIVE)
-
-
 def truncate(copy):
     file = copy / "experts-00002.npy"
     file.write_bytes(file.read_bytes()[:-4])
-
-
-def reshape(copy):
-    np.save(copy / "experts-00002.npy", np.zeros((1, 2, 3), np.float32))
 
 
 def garble(copy):
@@ -407,11 +328,8 @@ def edit(**changes):
         (lambda copy: (copy / MANIFEST).unlink(), FileNotFoundError, r"no experts here \(expected manifest.json\)"),
         (lambda copy: (copy / "experts-00002.npy").unlink(), FileNotFoundError, "experts-00002.npy: missing, although"),
         (truncate, ValueError, r"experts-00002.npy: damaged: expected float32 \[2, 5, \d+\] in (\d+) bytes"),
-        (reshape, ValueError, r"experts-00002.npy: damaged: .* found float32 \[1, 2, 3\]"),
         (garble, ValueError, "experts-00002.npy: damaged header"),
         (lambda copy: (copy / MANIFEST).write_text("{"), ValueError, "manifest.json: damaged manifest"),
-        (edit(origin=3), ValueError, "manifest.json: damaged manifest"),
-        (edit(epochs="4"), ValueError, "damaged manifest .*epochs and num_params are"),
         (edit(epochs=5), ValueError, "damaged manifest .*checksums are missing"),
         (edit(format="gsdd_jax experts 9"), ValueError, "format: expected 'gsdd_jax experts 1', found .* 9'"),
     ],
@@ -434,12 +352,17 @@ def test_a_flipped_bit_is_found_when_its_row_is_read(copy, origin):
 
 
 @pytest.mark.parametrize(
-    ("expert", "epoch", "message"),
-    [(5, 0, "expert: 5, must be 0 to 4"), (-1, 0, "expert: -1"), (0, 5, "epoch: 5, must be 0 to 4"), (0, -1, "epoch")],
+    ("call", "error", "message"),
+    [
+        (lambda opened: opened.row(5, 0), IndexError, "expert: 5, must be 0 to 4"),
+        (lambda opened: opened.row(0, -1), IndexError, "epoch"),
+        (lambda opened: Segments(opened, OBJECTIVE, seed=-1), ValueError, r"seed must be in 0 to 2\*\*64 - 1, found"),
+        (lambda opened: Segments(opened, OBJECTIVE, seed=0).choice(-1), ValueError, "iteration must be at least 0"),
+    ],
 )
-def test_rows_out_of_range_are_refused(opened, expert, epoch, message):
-    with pytest.raises(IndexError, match=message):
-        opened.row(expert, epoch)
+def test_what_is_out_of_range_is_refused(opened, call, error, message):
+    with pytest.raises(error, match=message):
+        call(opened)
 
 
 def test_two_processes_cannot_train_into_one_folder(copy, digits, origin):
@@ -475,35 +398,8 @@ def test_segments_follow_a_growing_window(opened):
     assert seen == [{0}, {0, 1, 2}]
 
 
-def test_prefetched_segments_resume_to_the_same_draws(opened):
-    def first(start, count):
-        stream = data.prefetch(Segments(opened, OBJECTIVE, seed=1), start)
-        pairs = [next(stream) for _ in range(count)]
-        stream.close()
-        return pairs
-
-    whole, resumed = first(0, 6), first(4, 2)
-    assert [i for i, _ in whole] == list(range(6))
-    for (i, expected), (j, found) in zip(whole[4:], resumed, strict=True):
-        assert i == j
-        np.testing.assert_array_equal(expected, found)
-    other = Segments(opened, OBJECTIVE, seed=2)
-    assert any(other.choice(i) != Segments(opened, OBJECTIVE, seed=1).choice(i) for i in range(6))
-
-
 def test_an_expert_that_stands_still_is_refused(tmp_path, digits, origin):
     still = dataclasses.replace(SPEC, count=1, lr=1e-30)
     experts = train(tmp_path, digits, origin, still)
     with pytest.raises(ValueError, match="expert 0 did not move from epoch"):
         Segments(experts, OBJECTIVE, seed=0).batch(0)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**64])
-def test_segment_seed_out_of_range_is_refused(opened, seed):
-    with pytest.raises(ValueError, match=r"seed must be in 0 to 2\*\*64 - 1, found"):
-        Segments(opened, OBJECTIVE, seed=seed)
-
-
-def test_negative_iteration_is_refused(opened):
-    with pytest.raises(ValueError, match="iteration must be at least 0, found -1"):
-        Segments(opened, OBJECTIVE, seed=0).choice(-1)

@@ -110,7 +110,7 @@ def flat():
     return make(FlatSpec(images_per_class=2), SHAPE, CLASSES)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["gradient", "trajectory"])
 def test_a_step_of_every_objective_moves_a_foreign_codec_by_a_foreign_network(name):
     codec, net, objective = flat(), network(), OBJECTIVES[name]
     # With the MMD term beside trajectory matching.
@@ -139,9 +139,7 @@ def test_a_foreign_network_is_trained_and_tested():
 
 WRONG = {
     "logits alone": (lambda p, x: network().apply(p, x)[0], r"found a (ArrayImpl|\w*Tracer)"),
-    "a dict": (lambda p, x: dict(zip("lf", network().apply(p, x), strict=True)), "found a dict"),
     "features first": (lambda p, x: (small(x)[0], small(x)), "found a tuple of shapes"),
-    "three": (lambda p, x: (*network().apply(p, x), x), "found a tuple of shapes"),
 }
 
 
@@ -349,19 +347,11 @@ def test_a_set_of_a_foreign_codec_is_saved_read_counted_and_reported(config, tmp
     assert "2 flat images" in report.write(tmp_path, result, {}).read_text()
 
 
-def test_too_few_images_for_a_foreign_codec_are_named(config):
-    # 17 numbers each: 512 bytes hold 7, and three times as many more than there are.
-    assert experiments.prepare(dataclasses.replace(config, codec=FlatSpec())).codec.images_per_class == 7
-    with pytest.raises(ValueError, match="class '0' has 8 training images, codec.images_per_class needs 22"):
-        experiments.prepare(dataclasses.replace(config, codec=FlatSpec(), ipc=6.0))
-
-
 @pytest.mark.parametrize(
     "layout, what",
     [
         ({"x": jax.ShapeDtypeStruct((20, 17), jnp.complex64)}, "array 'x': expected one of .*found ShapeDtypeStruct"),
         ({"x": jax.ShapeDtypeStruct((20, 16), jnp.float32)}, "expected 1280 bytes, as in its layout, found 1360 by"),
-        ({"x": {"y": jax.ShapeDtypeStruct((20, 17), jnp.float32)}}, "array 'x': expected one of"),
     ],
 )
 def test_a_codec_whose_sets_no_file_could_hold_is_refused_at_the_start(config, monkeypatch, layout, what):

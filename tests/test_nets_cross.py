@@ -1,10 +1,8 @@
 """AlexNet, VGG11, ResNet18 and ViT against NumPy in float64 and the reference's figures, and the layers they share."""
 
-import dataclasses
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +11,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 from scipy.special import erf
 
-from gsdd_jax import nets
 from gsdd_jax.nets import NetSpec, build, layers
-from train.config import ConfigError, RunConfig, load
 
 FAMILIES = ("alexnet", "vgg11", "resnet18", "vit")
 # The sides at which gradients are computed. VGG11 takes no smaller images; ResNet18's are
 # halved from an even and from odd sides, and its last map has room for a kernel; the others pool or cut as at 32 px.
 SIDES = {"alexnet": 16, "vgg11": 32, "resnet18": 18, "vit": 16}
 CLASSES = 10
-NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 # --- The networks once more, in NumPy -------------------------------------------------------------------------------
@@ -173,26 +168,12 @@ def test_network_matches_numpy_and_its_gradient_finite_differences(name):
     np.testing.assert_allclose(slope, (values[0] - values[1]) / 2e-7, rtol=1e-5)
 
 
-def test_vit_can_be_differentiated_twice():
-    network = build(NetSpec(name="vit"), (32, 32, 3), CLASSES)
-    params = jax.eval_shape(network.init, jax.random.key(0))
-    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-
-    def norm_of_gradient(params, images):
-        grads = jax.grad(lambda params: network.apply(params, images)[0].sum())(params)
-        return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
-
-    # Traced only; the values of second derivatives are tested for each layer of the others below.
-    assert jax.eval_shape(jax.grad(norm_of_gradient, argnums=1), params, images).shape == images.shape
-
-
 # Forms for larger images, odd sides, sides that differ, and digits.
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("alexnet", (19, 26, 3)),
         ("alexnet", (28, 28, 1)),
-        ("vgg11", (96, 64, 3)),
+        ("vgg11", (40, 33, 3)),
         ("resnet18", (11, 13, 2)),
         ("vit", (48, 32, 3)),
     ],
@@ -216,16 +197,11 @@ def test_network_matches_numpy_at_other_sizes(name, shape):
     [
         ("alexnet", 32, 3_072, 1_872_202),
         ("alexnet", 128, 49_152, 2_333_002),
-        ("alexnet", 256, 196_608, 3_807_562),
         ("vgg11", 32, 512, 9_231_114),
         ("vgg11", 128, 25_088, 9_476_874),
-        ("vgg11", 256, 25_088, 9_476_874),
         ("resnet18", 32, 512, 11_173_962),
-        ("resnet18", 128, 512, 11_173_962),
-        ("resnet18", 256, 512, 11_173_962),
         ("vit", 32, 512, 9_523_722),
         ("vit", 128, 512, 16_176_650),
-        ("vit", 256, 512, 16_274_954),
     ],
 )
 def test_network_has_the_reference_parameter_counts(name, size, features, count):
@@ -240,6 +216,7 @@ def test_network_has_the_reference_parameter_counts(name, size, features, count)
 @pytest.mark.parametrize(
     ("name", "fan_in", "unbiased"),
     [
+        ("convnet", {"conv0": 27, "conv1": 1152, "linear": 2048}, []),
         ("alexnet", {"conv0": 75, "conv1": 3200, "conv2": 1728, "conv4": 1728, "linear": 3072}, []),
         ("vgg11", {"conv0": 27, "conv1": 576, "conv7": 4608, "linear": 512}, []),
         (
@@ -279,14 +256,6 @@ def test_initialization_has_the_reference_distribution(name, fan_in, unbiased):
         np.testing.assert_allclose([drawn.mean(), drawn.std()], [0, 1], atol=0.1)
 
 
-def test_only_the_vit_for_small_images_is_normalized():
-    weights = [
-        jax.eval_shape(build(NetSpec(name="vit"), (size, size, 3), CLASSES).init, jax.random.key(0))
-        for size in (32, 48)
-    ]
-    assert [sum("scale" in path for path in map(str, flatten_dict(form))) for form in weights] == [2 * 6 + 1, 0]
-
-
 # --- What fits ------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +264,6 @@ def test_only_the_vit_for_small_images_is_normalized():
     [
         ("alexnet", (7, 32, 3), "alexnet does not fit 7x32 px images, its three poolings need at least 8x8 px"),
         ("vgg11", (31, 32, 3), "vgg11 does not fit 31x32 px images, its five poolings need at least 32x32 px"),
-        ("vgg11", (28, 28, 3), "vgg11 does not fit 28x28 px images"),
         ("resnet18", (8, 8, 1), "resnet18 does not fit 8x8 px images, it needs at least 9x9 px"),
         ("vit", (30, 32, 3), "vit does not fit 30x32 px images, both sides must be divisible by 4 up to 32 px"),
         ("vit", (40, 32, 3), "vit does not fit 40x32 px images, both sides must be .* and by 16 beyond"),
@@ -306,49 +274,17 @@ def test_network_that_does_not_fit_the_images_is_refused(name, shape, message):
         build(NetSpec(name=name), shape, CLASSES)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "features"),
-    [
-        ("alexnet", (8, 8, 1), 192),
-        ("alexnet", (47, 50, 3), 5 * 6 * 192),
-        ("vgg11", (28, 28, 1), 512),
-        ("vgg11", (33, 40, 3), 49 * 512),
-        ("resnet18", (9, 9, 1), 512),
-        ("vit", (8, 8, 1), 512),
-        ("vit", (28, 28, 1), 512),
-        ("vit", (64, 16, 3), 512),
-    ],
-)
-def test_sizes_between_those_of_the_reference_are_fine(name, shape, features):
-    network = build(NetSpec(name=name), shape, CLASSES)
-    params = jax.eval_shape(network.init, jax.random.key(0))
-    assert jax.eval_shape(network.apply, params, jnp.zeros((2, *shape)))[1].shape == (2, features)
-
-
-@pytest.mark.parametrize(("field", "value"), [("depth", 5), ("width", 64), ("norm", "none")])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "field", "value"), [("alexnet", "depth", 5), ("vit", "norm", "none")])
 def test_setting_of_the_convnet_is_refused_for_another_family(name, field, value):
     message = rf"network\.{field}: {value!r} is a setting of convnet, {name} has none; write network: {{name: {name}}}"
     with pytest.raises(ValueError, match=message):
         NetSpec(name=name, **{field: value})
-    assert dataclasses.replace(NetSpec(), **{field: value}).name == "convnet"
-
-
-def test_config_chooses_another_network_as_a_whole_section_only():
-    path = Path(__file__).parent.parent / "configs" / "digits.yaml"
-    config = load(path, ["network={name: resnet18}"], cls=RunConfig)
-    assert config.network == NetSpec(name="resnet18")
-    # The file's depth and width are for the ConvNet: dropping them in silence would hide what the file asks for.
-    with pytest.raises(ConfigError, match=r"network\.depth: 2 is a setting of convnet, .*write network: {name: vit}"):
-        load(path, ["network.name=vit"], cls=RunConfig)
-    with pytest.raises(ConfigError, match=r"network\.name: expected one of convnet, alexnet, .*, found 'lenet'"):
-        load(path, ["network.name=lenet"], cls=RunConfig)
 
 
 # --- The shared layers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (1, 5, 7, 2), (1, 2, 3, 1), (1, 1, 4, 1)])
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (1, 5, 7, 2), (1, 1, 4, 1)])
 def test_max_pool_equals_numpy_and_leaves_out_an_odd_rest(shape):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     out = layers.max_pool(jnp.asarray(x))
@@ -357,7 +293,7 @@ def test_max_pool_equals_numpy_and_leaves_out_an_odd_rest(shape):
         np.testing.assert_array_equal(out, halves(x))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("size", [1, 4, 16])
 def test_adaptive_max_pool_equals_numpy(size):
     x = np.random.default_rng(0).normal(size=(2, size, 3, 2)).astype(np.float32)
     np.testing.assert_array_equal(layers.adaptive_max_pool(jnp.asarray(x), 7), grid(x, 7))
@@ -404,17 +340,8 @@ def test_second_order_gradient_of_max_pool_matches_finite_differences():
     second_order(layers.max_pool, (2, 5, 6, 3))
 
 
-@pytest.mark.parametrize("size", [2, 9])
-def test_second_order_gradient_of_adaptive_max_pool_matches_finite_differences(size):
-    second_order(lambda x: layers.adaptive_max_pool(x, 7), (2, size, 4, 2))
-
-
-@pytest.mark.parametrize(("side", "size"), [(3, (6, 7)), (5, (3, 4))])
-def test_second_order_gradient_of_strided_convolution_matches_finite_differences(side, size):
-    second_order(
-        lambda x, k: nets.conv_general_dilated(x, k, (2, 2), [(side // 2,) * 2] * 2, dimension_numbers=NHWC),
-        (2, *size, 2), (side, side, 2, 3),
-    )  # fmt: skip
+def test_second_order_gradient_of_adaptive_max_pool_matches_finite_differences():
+    second_order(lambda x: layers.adaptive_max_pool(x, 7), (2, 9, 4, 2))
 
 
 def test_second_order_gradients_of_the_normalizations_match_finite_differences():
@@ -423,10 +350,3 @@ def test_second_order_gradients_of_the_normalizations_match_finite_differences()
             lambda x, scale, bias, norm=norm: norm.apply({"params": {"scale": scale, "bias": bias}}, x),
             (2, 3, 4, 5), (5,), (5,),
         )  # fmt: skip
-
-
-def test_instance_norm_of_a_single_pixel_is_the_bias():
-    x = np.random.default_rng(0).normal(size=(2, 1, 1, 3))
-    params = {"scale": jnp.ones(3), "bias": jnp.array([1.0, 2.0, 3.0])}
-    out = layers.InstanceNorm().apply({"params": params}, jnp.asarray(x))
-    np.testing.assert_array_equal(out, np.broadcast_to([1.0, 2.0, 3.0], (2, 1, 1, 3)))

@@ -1,6 +1,6 @@
 """What every objective of the registry has to keep, and one from outside: compiled once, right gradient, vmap, resume.
 
-That several devices take the step of one is in test_parallel.py, that every codec learns in test_codec_objectives.py.
+That several devices take the step of one is in test_parallel.py, that every codec learns in test_codecs.py.
 """
 
 import json
@@ -43,16 +43,15 @@ ROWS = {
         ),
         None,
     ),
-    "gradient": (GradientSpec(batch_real=4, outer_loop=2, inner_loop=1), None),
+    "gradient": (GradientSpec(batch_real=4, batch_syn=1, outer_loop=2, inner_loop=1), None),
     "kernel_ridge": (
         KernelRidgeSpec(
             batch_real=4, flip=True, learn_labels=True, pool=2, net_updates=2, regularization=1e-3, label_margin=3.0
         ),
         None,
     ),
-    "trajectory": (TrajectorySpec(syn_steps=2, expert_epochs=1, max_start_epoch=1, lr_lr=0.1), None),
     "trajectory and MMD": (
-        TrajectorySpec(syn_steps=1, expert_epochs=1, max_start_epoch=1),
+        TrajectorySpec(syn_steps=2, expert_epochs=1, max_start_epoch=1, lr_lr=0.1),
         MmdSpec(weight=0.5, samples=2, features="expert"),
     ),
 }
@@ -154,6 +153,8 @@ def test_the_gradient_is_that_of_finite_differences_in_float64(name):
         np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * size), rtol=2e-5)
 
 
+# One that carries nothing, and those that carry or learn something.
+@pytest.mark.parametrize("jitted", ["distribution", "gradient", "trajectory and MMD"], indirect=True)
 def test_vmap_over_keys_takes_the_step_of_each(jitted):
     objective, step, given = jitted
     keys, start = jax.random.split(KEY, 2), start_of(objective)
