@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import assert_same, findings, refused, start
+from command_line import assert_same, ends, findings, refused, start
 
 import gsdd_jax
 from gsdd_jax import MergedSet, SynSet, codecs, data, labels, whiten
@@ -35,13 +35,6 @@ distill: {iterations: 4, log_every: 1, checkpoint_every: 2}
 evaluate: {steps: 4, batch: 8, lr: 0.1, seeds: 2}
 baselines: {fit_only: false, pixel: false, full_data: false}
 """
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("toy") / "toy.yaml"
-    path.write_text(TOY)
-    return path
 
 
 def load(toy: Path, *overrides: str) -> configs.RunConfig:
@@ -220,22 +213,6 @@ def merged() -> MergedSet:
     return MergedSet((part(CANVASES, ("a",)), part(CANVASES, ("b", "c"))))
 
 
-def test_crash_while_saving_leaves_the_old_merged_set(merged, tmp_path, monkeypatch):
-    merged.save(tmp_path / "export")
-    other = MergedSet((part(PixelSpec(), ("a",)), part(PixelSpec(), ("b", "c"))))
-
-    def crash(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(gsdd_jax.synset, "replace_manifest", crash)
-    with pytest.raises(OSError, match="No space left"):
-        other.save(tmp_path / "export")
-    monkeypatch.undo()
-    np.testing.assert_array_equal(gsdd_jax.load(tmp_path).images(), merged.images())
-    other.save(tmp_path / "export")
-    np.testing.assert_array_equal(gsdd_jax.load(tmp_path).images(), other.images())
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -349,11 +326,7 @@ def started(where: Path, toy: Path, *arguments: str) -> int:
 
 
 def merging(*arguments) -> int:
-    """Runs train.merge in this process and returns its exit code."""
-    try:
-        return merge.main([*map(str, arguments), "--quiet"])
-    except SystemExit as end:
-        return end.code
+    return ends(merge, *arguments, "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -511,11 +484,7 @@ def test_what_cannot_be_merged_is_one_line(subtasks, tmp_path, capsys, arguments
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        (
-            "batch_real: 4",
-            "batch_real: 5",
-            "objective.batch_real is 4 there and 5 here; expected runs of one ",
-        ),
+        ("batch_real: 4", "batch_real: 5", "objective.batch_real is 4 there and 5 here; expected runs of one "),
         ("subtasks: 2", "subtasks: 3", "subtasks is 2 there and 3 here"),
         ('"dataset_sha256": "', '"dataset_sha256": "0', 'dataset_sha256 is "'),
         ('"images_per_class": 2, "num', '"images_per_class": 3, "num', "codec.images_per_class is 2 there and 3 here"),
