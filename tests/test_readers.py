@@ -8,6 +8,8 @@ from PIL import Image
 
 import gsdd_jax
 from gsdd_jax import MergedSet, SynSet, codecs, labels
+from gsdd_jax.data.decode import Converter
+from gsdd_jax.data.tfds import open_tfds
 from train import export
 
 pytestmark = [
@@ -93,7 +95,7 @@ def test_image_folder_reads_a_folder_per_class_whose_order_the_soft_labels_have(
         np.testing.assert_array_equal(np.load(write("png") / "soft_labels.npy", allow_pickle=False), found.soft_labels)
 
 
-def test_tfds_reads_images_and_soft_labels(exported):
+def test_tfds_and_our_own_reader_read_images_and_tfds_soft_labels(exported):
     library = pytest.importorskip("tensorflow_datasets")
     found, _, write = exported
     builder = library.builder_from_directory(str(write("tfds")))
@@ -105,6 +107,10 @@ def test_tfds_reads_images_and_soft_labels(exported):
     assert ("soft_label" in builder.info.features) == (found.soft_labels is not None)
     if found.soft_labels is not None:
         np.testing.assert_array_equal([record["soft_label"] for record in records], found.soft_labels)
+    source = open_tfds(path=write("tfds"), test_split="train")
+    assert (source.train.size, source.class_names) == (len(records), tuple(builder.info.features["label"].names))
+    convert = Converter(resolution=0, resize="crop", channels=source.channels)
+    assert_images([pixels for _, pixels in source.train.read(np.arange(len(records)), convert)], found)
 
 
 def normalized(image):
