@@ -94,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     hosts.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as distill.iterations=100")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None), on_sigterm(), hosts.joined(args) as crew:
-        if crew.count == 1:
+    with exit_cleanly(debug=args.debug or None), on_sigterm(), hosts.joined(args):
+        if not jax.distributed.is_initialized():
             compilation_cache.enable()
         config: configs.RunConfig = configs.load(args.config, args.overrides, smoke=args.smoke)
         out = Path(args.out) if args.out else experiments.run_path(config)
@@ -107,16 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _check_extension(experiment, out, _refuse_other_run(experiment, out, extend=args.extend))
             print(plan(experiment))
             return 0
-        crew.agree(_identity(experiment))
-        if not crew.leader:
-            stages.follow(
-                experiment,
-                crew,
-                folder=experiments.expert_path(config, out),
-                pixel=lambda: experiments.pixel_codec(experiment),
-            )
+        hosts.agree(_identity(experiment))
+        if jax.process_index() > 0:
+            take_steps(experiment, out)
             return 0
-        result = run(experiment, out, Progress(quiet=args.quiet), crew=crew, extend=args.extend)
+        result = run(experiment, out, Progress(quiet=args.quiet), extend=args.extend)
         print((out / "table.md").read_text())
         print(f"{out / 'report.html'}  ({result['seconds']:.0f} s)")
     return 0
@@ -212,7 +207,6 @@ def run(
     progress: Progress,
     *,
     fitted: Sequence[Path] = (),
-    crew: hosts.Crew | None = None,
     extend: bool = False,
 ) -> dict[str, Any]:
     """Carries out or continues an experiment in the run directory ``out`` and returns the result.
@@ -222,7 +216,6 @@ def run(
         out: The run directory.
         progress: Progress bars.
         fitted: Other run directories, of which the first whose fit is made from the same is taken over.
-        crew: The processes of the run, whose leader this one is.
         extend: Whether a run in ``out`` may go on under other settings, see EXTENDABLE.
     """
     config, dataset = experiment.config, experiment.dataset
@@ -248,6 +241,7 @@ def run(
         if experiment.expert_window is not None:
             folder = experiments.expert_path(config, rundir.path)
             experts = stages.expert_stage(experiment, folder, progress=progress)
+            hosts.gather()
         codec = experiment.codec
         targets = _targets(experiment)
         start = stages.fit_stage(experiment, codec, targets, run=rundir, progress=progress, arm="main", fitted=fitted)
@@ -256,9 +250,7 @@ def run(
         if "fit_only" in wanted:
             images["fit_only"] = fitted_images
         label = labeling.label_stage(experiment, experts=experts, run=rundir, progress=progress)
-        arm = functools.partial(
-            _distilled, experiment, experts=experts, label=label, run=rundir, progress=progress, crew=crew
-        )
+        arm = functools.partial(_distilled, experiment, experts=experts, label=label, run=rundir, progress=progress)
         state, tested = arm(codec, start, name="distilled", iterations=config.distill.iterations)
         accuracies, lrs = {"distilled": tested}, {"distilled": evaluation_lr(experiment, state)}
         distilled = _set_of(experiment, state.params, state.learned, now)
@@ -324,6 +316,33 @@ def run(
         return result
 
 
+def take_steps(experiment: Experiment, out: Path) -> None:
+    """Takes the outer steps of a run in a process other than process 0, whose run directory is ``out``.
+
+    With experts, their folder has to be readable here too.
+    """
+    config, experts = experiment.config, None
+    if experiment.expert_window is not None:
+        # Process 0 trains what is missing.
+        hosts.gather()
+        experts = Experts.open(experiments.expert_path(config, out), **stages.wanted_experts(experiment))
+    arms = {"distilled": (experiment.codec, config.distill.iterations)}
+    if "pixel" in experiments.arms(config):
+        arms["pixel"] = experiments.pixel_codec(experiment), pixel_iterations(config)
+    for name, (codec, iterations) in arms.items():
+        _distilled(
+            experiment,
+            codec,
+            jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _shapes(codec)[1]),
+            experts=experts,
+            label=lambda images, **_: None,
+            name=name,
+            iterations=iterations,
+            run=None,
+            progress=Progress(quiet=True),
+        )
+
+
 def _set_of(experiment: Experiment, params: Any, learned: Mapping[str, Any], now: Mapping[str, Any]) -> synset.SynSet:
     """Returns the set of parameters at stored precision, without soft labels."""
     codec, meta = experiment.codec, _meta(experiment, now)
@@ -344,8 +363,7 @@ def from_checkpoint(path: Path) -> tuple[synset.SynSet, Any]:
         raise UserError(f"--checkpoint: {path} is no run directory: there is no config.yaml")
     experiment: Experiment = experiments.prepare(configs.load(path / "config.yaml"))
     config, codec, quiet = experiment.config, experiment.codec, Progress(quiet=True)
-    shape = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
-    params = jax.eval_shape(codec.init, jax.random.key(0), shape)
+    shape, params = _shapes(codec)
     fit = jax.eval_shape(lambda x: fitting.init_fit(jax.random.key(0), x, codec=codec, steps=1), shape)
     state = jax.eval_shape(lambda p: distillation.init_state(experiment.objective(codec), p), params)
     with RunDir(path) as rundir:
@@ -367,6 +385,12 @@ def from_checkpoint(path: Path) -> tuple[synset.SynSet, Any]:
     raise UserError(f"--checkpoint: {path} has no checkpoint yet; expected one of main-fit or main-distill")
 
 
+def _shapes(codec: codecs.Codec) -> tuple[jax.ShapeDtypeStruct, Any]:
+    """Returns the shapes of a codec's images, and of its parameters."""
+    images = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
+    return images, jax.eval_shape(codec.init, jax.random.key(0), images)
+
+
 def _targets(experiment: Experiment) -> jax.Array:
     config, codec, dataset = experiment.config, experiment.codec, experiment.dataset
     if config.fit.to == "real" and experiment.start is None:
@@ -383,9 +407,8 @@ def _distilled(
     label: labeling.Labeler,
     name: str,
     iterations: int,
-    run: RunDir,
+    run: RunDir | None,
     progress: Progress,
-    crew: hosts.Crew | None,
 ) -> tuple[distillation.State, dict[str, Any] | None]:
     """Distills an arm; returns its final state, or with protocol=paper its best one and that one's row."""
     tests = None
@@ -403,9 +426,8 @@ def _distilled(
         purpose=purpose,
         experts=experts,
         tests=tests,
-        crew=crew,
     )
-    return (state, None) if tests is None else tests.best(state)
+    return (state, None) if tests is None or run is None else tests.best(state)
 
 
 def _pixel_start(experiment: Experiment) -> tuple[codecs.Codec, Any]:
@@ -469,9 +491,7 @@ def plan(experiment: Experiment) -> str:
         f"{len(dataset.test_labels)} test images of {'x'.join(map(str, dataset.image_shape))}",
         f"budget: ipc {config.ipc:g} = {experiment.bytes_per_class} bytes per class",
     ]
-    shape = (codec.num_images, *codec.image_shape)
-    key = jax.random.key(0)
-    params = jax.eval_shape(codec.init, key, jax.ShapeDtypeStruct(shape, np.float32))
+    _, params = _shapes(codec)
     rows = results.budget_rows(config.ipc, codec, codec.nbytes(params))
     lines += [""] if rows else []
     for row in rows:
@@ -502,7 +522,7 @@ def plan(experiment: Experiment) -> str:
     data = batches.example(objective.needs, source, num_params=num_params, on_host=on_host)
     schedule = stages.schedule(config, config.distill.iterations)
     step = jax.jit(distillation.make_step(objective, schedule=schedule), donate_argnums=0)
-    memory = step.lower(state, data, key).compile().memory_analysis()
+    memory = step.lower(state, data, jax.random.key(0)).compile().memory_analysis()
     if memory is not None:
         mib = 2.0**20
         lines += [

@@ -210,7 +210,7 @@ class PeriodicTests:
         arm: "distilled" or "pixel".
         iterations: Outer steps of the arm; the state after the last is always tested.
         label: Gives images their soft labels, or None.
-        run: Run directory.
+        run: Run directory; None in a process that only takes the steps between the tests.
         progress: Progress bars.
     """
 
@@ -222,7 +222,7 @@ class PeriodicTests:
         iterations: int,
         *,
         label: Labeler,
-        run: RunDir,
+        run: RunDir | None,
         progress: Progress,
     ):
         self._experiment, self._codec, self._arm = experiment, codec, arm
@@ -239,6 +239,8 @@ class PeriodicTests:
 
     def test(self, step: int, state: distillation.State) -> None:
         """Tests a state and keeps it if it is the best so far; a state that was tested before costs nothing."""
+        if self._run is None:
+            return
         count = self._experiment.config.evaluate.seeds
         images = as_stored(self._codec, state.params)
         entry = evaluate_stage(
@@ -260,6 +262,7 @@ class PeriodicTests:
 
     def best(self, like: distillation.State) -> tuple[distillation.State, dict[str, Any]]:
         """Returns the best state and its row for the table, with the number of the tests it was chosen from."""
+        assert self._run is not None
         with self._checkpoints() as checkpoints:
             step = checkpoints.latest()
             assert step is not None
@@ -269,6 +272,7 @@ class PeriodicTests:
         return state, meta["entry"] | {"iteration": step, "tests": max(made, 1, -(-self._iterations // self._every))}
 
     def _checkpoints(self) -> Checkpoints:
+        assert self._run is not None
         return Checkpoints(self._run.checkpoints_path / f"{self._arm}-best", keep=1)
 
 

@@ -1,126 +1,88 @@
-"""Several processes, on one host or many, that take the outer steps of one run together.
+"""Several processes, on one host or many, that take the outer steps of one run together, as JAX has it.
 
-Process 0 leads: it alone reads and writes the run directory, fits, tests and exports, as a run in one process does. The
-others follow: they hold their share of the data, wait for what the leader announces, and take each outer step with it.
-What is announced goes through the key-value store of `jax.distributed`, which the leader's process serves; arrays go
-through collectives.
-
-JAX aborts a process when another one has died or did not come, in a way that Python cannot catch. So each process of a
-run in several is the child of one that only waits, and says in one line what happened and what to do. Before they start
-their children, these call the roll.
+All run the same program. Process 0 alone has the run directory: what is no outer step (fit, experts, tests, export) it
+does for all, and the others wait for it in `gather`. A process that ends says why in the place of what it would say
+there, and all end with it. One that cannot say so any more is missed by JAX, which aborts the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import itertools
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from train import stopping
-from train.errors import EXIT_USER_ERROR, ConfigError, UserError, explain
+from train.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, UserError, explain
 from train.rundir import differences
 
-# Ends a process without the farewell to the others that JAX would wait for.
+# Of a process that ended without the others, or they without it.
 EXIT_LOST = 3
-# Seconds without a sign of life after which a process counts as dead.
-HEARTBEAT = 30
-# Seconds in which process 0 must answer the others, and in which all must have come to it.
-REACH, GATHER = 60, 300
-# Seconds between two looks at what other processes want, and the longest wait for a message before the next try.
-POLL = 1.0
-# Seconds in which all processes come to where they need each other: one may be compiling or reading data.
-PATIENCE = 3600
-# Set in the child; holds the descriptor through which the parent speaks to it.
-CHILD = "GSDD_CHILD_PIPE"
-TERMINATE = b"t"
+# Seconds without a sign of life after which a process counts as dead, in which all must have come at the start, and in
+# which those that are alive come to hear of an error. Else they wait for each other as long as it takes.
+HEARTBEAT, START, FAREWELL, EVER = 30, 300, 60, 30 * 24 * 3600
 VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
+STOPPED, DONE = "stopped", "done"
+
+# Barriers have a name each.
+_meetings = itertools.count()
+# Waits in the place of the main thread, which signals have to reach.
+_waiter = ThreadPoolExecutor(1)
+_on_abort: Any = None
 
 
-class Crew:
-    """The processes of a run, seen by one of them; a single one leads nobody."""
+class _Ended(Exception):
+    """Another process ended; why is STOPPED, DONE or an error in words."""
 
-    def __init__(self, index: int = 0, count: int = 1):
-        self.index, self.count = index, count
-        self._announced = self._barriers = 0
-        self.ended = False
 
-    @property
-    def leader(self) -> bool:
-        """Whether this process does all but the steps."""
-        return self.index == 0
+def gather(value: Any = None) -> list[Any]:
+    """Waits until all processes have come here, and returns what each of them says, a JSON-able value."""
+    if jax.process_count() == 1:
+        return [value]
+    return _raise_if_ended(_exchange({"value": value}))
 
-    def announce(self, kind: str, **values: Any) -> None:
-        """Announces something to all followers; does nothing in a single process."""
-        if self.count > 1:
-            _store().key_value_set(f"gsdd/announced/{self._announced}", json.dumps({"kind": kind, **values}))
-            self._announced += 1
 
-    def receive(self) -> dict[str, Any]:
-        """Waits for what the leader announces next, for as long as it takes."""
-        while True:
-            if stopping.requested():
-                _report("stop", self.index, "")
-            try:
-                text = _store().blocking_key_value_get(f"gsdd/announced/{self._announced}", int(POLL * 1000))
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
-                continue
-            self._announced += 1
-            return json.loads(text)
+def stop_requested() -> bool:
+    """Tells all processes whether one of them was asked to end."""
+    return any(gather(stopping.requested()))
 
-    def barrier(self) -> None:
-        """Waits until all processes have come here; collectives of some backends wait for seconds only."""
-        if self.count > 1:
-            self._barriers += 1
-            _store().wait_at_barrier(f"gsdd/barrier/{self._barriers}", PATIENCE * 1000)
 
-    def share(self, tree: Any) -> Any:
-        """Returns the leader's arrays in every process, bit by bit; the others give arrays of the same shapes."""
-        if self.count == 1:
-            return tree
-        held = jax.tree.map(np.asarray, tree)
-        self.barrier()
-        # As bytes, since the arrays of the others are added to these: -0.0 + 0.0 is 0.0.
-        sent = jax.tree.map(lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8), held)
-        got = multihost_utils.broadcast_one_to_all(sent, is_source=self.leader)
-        return jax.tree.map(lambda x, like: np.asarray(x).view(like.dtype).reshape(like.shape), got, held)
+def share(tree: Any) -> Any:
+    """Returns the arrays of process 0 in every process, bit by bit; the others give arrays of the same shapes."""
+    if jax.process_count() == 1:
+        return tree
+    gather()
+    held = jax.tree.map(np.asarray, tree)
+    # As bytes, since the arrays of the others are added to these: -0.0 + 0.0 is 0.0.
+    sent = jax.tree.map(lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8), held)
+    got = multihost_utils.broadcast_one_to_all(sent)
+    return jax.tree.map(lambda x, like: np.asarray(x).view(like.dtype).reshape(like.shape), got, held)
 
-    def agree(self, settings: Mapping[str, Any]) -> None:
-        """Makes sure that all processes have the same settings; to be called by all.
 
-        Raises:
-            UserError: In a follower: its own differ from those of the leader.
-        """
-        if self.count == 1:
-            return
-        if self.leader:
-            self.announce("settings", settings=settings)
-            return
-        differing = differences(self.receive()["settings"], json.loads(json.dumps(settings)))
-        if differing:
-            there = "; ".join("{} is {} in process 0 and {} here".format(key, *both) for key, both in differing.items())
-            raise UserError(f"process {self.index} of {self.count} was started otherwise: {there}; start all alike")
+def agree(settings: Mapping[str, Any]) -> None:
+    """Makes sure that all processes have the same settings.
 
-    def end(self, error: str | None) -> None:
-        """Lets the followers go: all is done, or the leader ends with an error or by SIGTERM."""
-        if not self.ended:
-            self.ended = True
-            self.announce("end", error=error)
+    Raises:
+        UserError: In all: those of one differ from those of process 0.
+    """
+    first, *others = gather(settings)
+    for index, other in enumerate(others, 1):
+        if found := differences(first, other):
+            there = "; ".join("{} is {} in process 0 and {} there".format(key, *both) for key, both in found.items())
+            raise UserError(f"process {index} of {len(others) + 1} was started otherwise: {there}; start all alike")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,230 +94,129 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (or JAX_COORDINATOR_ADDRESS)")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are (or JAX_NUM_PROCESSES)")
     group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0 (or JAX_PROCESS_ID)")
+    # Converted and checked like a flag.
+    parser.set_defaults(**{name: os.environ.get(variable) or None for name, variable in VARIABLES.items()})
 
 
 @contextlib.contextmanager
-def joined(args: argparse.Namespace) -> Iterator[Crew]:
-    """Joins the other processes of a run, if there are any, and leaves them at the end.
+def joined(args: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes of a run, if there are any, and leaves them at the end, or ends with them.
 
     Args:
         args: Parsed flags of `add_arguments`.
 
     Raises:
-        ConfigError: The flags are incomplete or out of range, process 0 cannot be reached, or others did not come.
-        SystemExit: In the process that only waits: with the code of the one that works.
+        UserError: The flags are incomplete or out of range, or another process ended with an error.
+        Stopped: Another process was asked to end.
     """
     settings = _settings(args)
     if settings is None:
-        yield Crew()
+        yield
         return
-    if os.name != "posix":
-        raise ConfigError("--processes: runs in several processes need Linux; start it without, in one")
-    if CHILD not in os.environ:
-        if settings:
-            _call_the_roll(**settings)
-        raise SystemExit(_wait_for_child())
-    _listen_to_parent(int(os.environ[CHILD]))
+    _initialize(settings)
+    this = f"process {jax.process_index()} of {jax.process_count()}"
+    again = "start the same command in all processes again, and the run goes on from its last checkpoint"
+    _say_on_abort(f"error: {this} lost another one, which died or cannot be reached; {again}", EXIT_LOST)
     try:
-        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run did not find each other: {' '.join(str(error).split())}") from error
-    crew = Crew(jax.process_index(), jax.process_count())
-    if crew.leader:
-        threading.Thread(target=_watch, daemon=True).start()
-    try:
-        yield crew
-        if crew.leader:
-            crew.end(None)
-    except jax.errors.JaxRuntimeError as error:
-        # Also a defect of the program, perhaps; its traceback would be the only sign of that.
-        print(f"process {crew.index} of {crew.count}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        os._exit(EXIT_LOST)
+        yield
+        _raise_if_ended(_exchange({"end": DONE}), but=DONE)
+    except _Ended as end:
+        if str(end) == STOPPED:
+            raise stopping.Stopped from None
+        if str(end) != DONE:
+            raise UserError(str(end)) from None
+    except KeyboardInterrupt:
+        # The main thread may have left a barrier where the others wait.
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)
     except BaseException as error:
-        if crew.leader:
-            crew.end("" if isinstance(error, (SystemExit, stopping.Stopped)) else explain(error) or repr(error))
-        elif not isinstance(error, (SystemExit, stopping.Stopped)):
-            message = (explain(error) or f"error: {error!r}").removeprefix("error: ")
-            print(f"error: {message}", file=sys.stderr, flush=True)
-            _report("failed", crew.index, message)
-            os._exit(EXIT_USER_ERROR)
+        why = (explain(error) or f"error: {error!r}").removeprefix("error: ").splitlines()[0]
+        try:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            _exchange({"end": STOPPED if isinstance(error, stopping.Stopped) else f"{this}: {why}"}, FAREWELL)
+        except Exception:
+            print(f"error: {this} ended, or lost the others ({why}); {again}", file=sys.stderr, flush=True)
+            os._exit(EXIT_LOST)
         raise
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any] | None:
     """Returns what `jax.distributed.initialize` is to be told; None for a single process."""
-    given = {name: getattr(args, name) for name in VARIABLES}
-    for name, variable in VARIABLES.items():
-        text = os.environ.get(variable)
-        if given[name] is None and text:
-            given[name] = text if name == "coordinator" else _number(variable, text)
-    known = [name for name, value in given.items() if value is not None]
-    if not known:
+    absent = [f"--{name}" for name in VARIABLES if getattr(args, name) is None]
+    if len(absent) == len(VARIABLES):
         # Found out by JAX.
         return {} if args.distributed else None
-    if len(known) < len(given):
-        absent = ", ".join(f"--{name}" for name in given if name not in known)
-        raise ConfigError(f"--{known[0]}: expected all of --coordinator, --processes and --process; {absent} missing")
-    coordinator, count, index = given.values()
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ConfigError(f"--coordinator: expected HOST:PORT with a port from 1 to 65535, found {coordinator!r}")
-    if count < 1 or not 0 <= index < count:
-        raise ConfigError(f"--process: expected 0 to --processes - 1, found {index} of {count}")
-    if count == 1:
-        return None
-    return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
-
-
-def _number(variable: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"{variable}: expected a number, found {text!r}")
-    return int(text)
-
-
-def _call_the_roll(coordinator_address: str, num_processes: int, process_id: int) -> None:
-    """Waits until all processes are there, at the port where JAX will then listen.
-
-    Raises:
-        ConfigError: They do not find each other, or two of them do not fit together.
-        Stopped: This process was asked to end.
-    """
-    host, _, port = coordinator_address.rpartition(":")
-    if process_id:
-        error = _answer_the_roll((host.strip("[]"), int(port)), num_processes, process_id)
-    else:
-        try:
-            both = socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if both else socket.AF_INET
-            server = socket.create_server(("", int(port)), family=family, dualstack_ipv6=both)
-        except OSError as busy:
-            raise ConfigError(f"--coordinator: cannot listen at {coordinator_address}: {busy.strerror}") from busy
-        with server:
-            error = _hear_the_roll(server, num_processes)
-    if error:
-        raise ConfigError(error)
-
-
-def _hear_the_roll(server: socket.socket, count: int) -> str:
-    """Returns what is wrong, or nothing once all are there, and tells the others the same."""
-    server.settimeout(POLL)
-    deadline, error, there = time.monotonic() + GATHER, "", dict[int, socket.socket]()
-    with contextlib.ExitStack() as open_sockets:
-        while len(there) < count - 1 and not error:
-            stopping.raise_if_requested()
-            if time.monotonic() > deadline:
-                absent = ", ".join(str(i) for i in range(1, count) if i not in there)
-                error = f"--processes: of {count}, process {absent} did not come within {GATHER} s; start all of them"
-            with contextlib.suppress(OSError, ValueError):
-                other = open_sockets.enter_context(server.accept()[0])
-                other.settimeout(POLL)
-                index, of = json.loads(other.recv(1024))
-                if of != count:
-                    error = f"--processes: found {of} in process {index} and {count} in process 0; start all alike"
-                elif index in there:
-                    error = f"--process: {index} was given to two processes; each needs its own, from 0 to {count - 1}"
-                there[index] = other
-        for other in there.values():
-            with contextlib.suppress(OSError):
-                other.sendall(json.dumps(error).encode())
-                # The first to close a connection keeps its port busy.
-                other.recv(1)
-    return error
-
-
-def _answer_the_roll(address: tuple[str, int], count: int, index: int) -> str:
-    """Returns what process 0 says is wrong, or nothing once all are there."""
-    deadline = time.monotonic() + REACH
-    while True:
-        stopping.raise_if_requested()
-        try:
-            with socket.create_connection(address, timeout=POLL) as leader:
-                leader.sendall(json.dumps([index, count]).encode())
-                leader.settimeout(GATHER + REACH)
-                return json.loads(leader.recv(1024))
-        except (OSError, ValueError) as error:
-            if time.monotonic() > deadline:
-                where, why = ":".join(map(str, address)), getattr(error, "strerror", None) or error
-                raise ConfigError(
-                    f"--coordinator: process 0 does not answer at {where} within {REACH} s ({why}); "
-                    "start it too, and name the machine where it runs"
-                ) from error
-        time.sleep(POLL / 2)
-
-
-def _store() -> Any:
-    """Returns the key-value store of the processes, of which JAX has no public handle."""
-    return distributed.global_state.client
-
-
-def _report(what: str, index: int, text: str) -> None:
-    """Tells the leader something of a follower; the first one to say it counts."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _store().key_value_set(f"gsdd/{what}", json.dumps([index, text]))
-
-
-def _watch() -> None:
-    """Looks for what followers report, in the leader: one was asked to end, or cannot go on."""
-    while True:
-        time.sleep(POLL)
-        for what in ("stop", "failed"):
-            try:
-                index, text = json.loads(_store().key_value_try_get(f"gsdd/{what}"))
-            except jax.errors.JaxRuntimeError:
-                continue
-            if what == "failed":
-                # What is computed is checkpointed, or was not yet.
-                print(f"error: process {index}: {text}", file=sys.stderr, flush=True)
-                os._exit(EXIT_USER_ERROR)
-            stopping.request()
-
-
-def _listen_to_parent(descriptor: int) -> None:
-    """Passes on what the waiting process is told, and ends with it."""
-
-    def listen() -> None:
-        while os.read(descriptor, 1) == TERMINATE:
-            stopping.request()
-        os._exit(EXIT_LOST)
-
-    threading.Thread(target=listen, daemon=True).start()
-
-
-def _wait_for_child() -> int:
-    """Starts this command again as a child, passes SIGTERM on, and says how it ended if it could not say so itself."""
-    read_end, write_end = os.pipe()
-    environment = os.environ | {CHILD: str(read_end)}
-    # PYTHONPATH does not hold what `python -m` puts in front of it.
-    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, pass_fds=[read_end])
-    os.close(read_end)
-    asked = False
-
-    def handler(*_: object) -> None:
-        nonlocal asked
-        if asked:
-            child.kill()
-        asked = True
-        # The child may have had the signal too, as schedulers send it; told so, it does not count it twice.
-        with contextlib.suppress(BrokenPipeError):
-            os.write(write_end, TERMINATE)
-
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        # Sent to both.
-        code = child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if asked and code == -signal.SIGKILL:
-        return stopping.EXIT_AT_ONCE
-    if code < 0 or code == EXIT_LOST:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else "lost the others"
-        print(
-            f"error: this process of the run {how}: another one died or could not be reached, or it was killed itself; "
-            "start the same command in all processes again, and the run goes on from its last checkpoint",
-            file=sys.stderr,
-            flush=True,
+    if absent:
+        raise ConfigError(
+            f"several processes need --coordinator, --processes and --process; {', '.join(absent)} absent"
         )
-        return EXIT_LOST
-    return code
+    host, _, port = args.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"--coordinator: expected HOST:PORT with a port from 1 to 65535, found {args.coordinator!r}")
+    if not 0 <= args.process < args.processes:
+        raise ConfigError(f"--process: expected 0 to --processes - 1, found {args.process} of {args.processes}")
+    if args.processes == 1:
+        return None
+    return {"coordinator_address": args.coordinator, "num_processes": args.processes, "process_id": args.process}
+
+
+def _initialize(settings: dict[str, Any]) -> None:
+    if settings.get("process_id") == 0:
+        address = settings["coordinator_address"]
+        try:
+            # JAX would end in a segmentation fault.
+            socket.create_server(("", int(address.rpartition(":")[2]))).close()
+        except OSError as busy:
+            raise ConfigError(f"--coordinator: cannot listen at {address}: {busy.strerror}") from busy
+    _say_on_abort(
+        f"error: --coordinator: {settings.get('num_processes', 'the')} processes did not find each other at "
+        f"{settings.get('coordinator_address', 'an address that JAX found')} within {START} s; start the same command "
+        "in each, with the address of process 0 and a number of its own",
+        EXIT_USER_ERROR,
+    )
+    # It takes SIGTERM away from Python.
+    jax.config.update("jax_enable_preemption_service", False)
+    settings |= {"initialization_timeout": START, "heartbeat_timeout_seconds": HEARTBEAT}
+    try:
+        _wait(lambda: jax.distributed.initialize(**settings, shutdown_timeout_seconds=FAREWELL))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this run did not find each other: {' '.join(str(error).split())}") from error
+
+
+def _wait(until: Callable[[], object]) -> None:
+    _waiter.submit(until).result()
+
+
+def _exchange(message: dict[str, Any], seconds: int = EVER) -> list[dict[str, Any]]:
+    """Returns the messages of all processes, in their order."""
+    text, name, everyone = json.dumps(message).encode(), f"gsdd/{next(_meetings)}", set(range(jax.process_count()))
+    # Collectives of some backends wait for seconds only.
+    _wait(lambda: multihost.sync_global_processes(name, timeout=seconds, processes=everyone))
+    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    # Of few sizes, for each is compiled.
+    padded = text.ljust(-(-longest // 4096) * 4096)
+    rows = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+    return [json.loads(row.tobytes()) for row in rows]
+
+
+def _raise_if_ended(said: list[dict[str, Any]], but: str | None = None) -> list[Any]:
+    for message in said:
+        if (end := message.get("end", but)) != but:
+            raise _Ended(end)
+    return [message.get("value") for message in said]
+
+
+def _say_on_abort(line: str, code: int) -> None:
+    """Lets this process end with a line and an exit code where JAX aborts it, which no exception comes from."""
+    global _on_abort
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def end(_: int) -> None:
+        os.write(2, f"{line}\n".encode())
+        os._exit(code)
+
+    ctypes.pythonapi.PyOS_setsig.restype = ctypes.c_void_p
+    ctypes.pythonapi.PyOS_setsig(int(signal.SIGABRT), end)
+    # In the place of the one before, which nothing calls any more.
+    _on_abort = end

@@ -1,7 +1,7 @@
 """The stages of a run that make its distilled sets: fit, train experts, distill.
 
 Each continues where its last checkpoint stands and returns when it is done. Outer steps are taken by all devices of a
-run, and by all its processes, which `follow` does in those that do nothing else.
+run, and by all its processes, which do nothing else but for process 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,12 @@ from jax.sharding import Mesh
 
 from gsdd_jax import codecs, distillation, files, fitting, parallel
 from gsdd_jax.experts import Experts, IncompleteError, Origin, train_experts
-from gsdd_jax.match import Objective
-from train import stopping
+from train import hosts, stopping
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.errors import DivergedError, UserError
 from train.evaluation import PeriodicTests
 from train.experiment import Experiment
-from train.hosts import Crew
 from train.progress import Progress
 from train.rundir import RunDir, write_json
 
@@ -198,37 +196,6 @@ def wanted_experts(experiment: Experiment) -> dict[str, Any]:
     return {"origin": origin, "spec": spec, "objective": experiment.expert_window}
 
 
-def _loop(
-    experiment: Experiment,
-    objective: Objective,
-    state: distillation.State,
-    *,
-    done: int,
-    iterations: int,
-    purpose: str,
-    experts: Experts | None,
-    crew: Crew,
-) -> distillation.Loop:
-    """Prepares the outer steps of an arm on all devices; several processes each make one and take the same steps."""
-    mesh = device_mesh(experiment.config)
-    loop = distillation.Loop(
-        objective,
-        state if mesh is None else crew.share(state),
-        experiment.key(purpose),
-        experiment.source(experts),
-        first=done,
-        last=iterations,
-        schedule=schedule(experiment.config, iterations),
-        mesh=mesh,
-        on_host=experiment.config.distill.data == "host",
-    )
-    if crew.count > 1 and done < iterations:
-        # Compiled before they meet, or the first to finish would wait within a step.
-        loop.compile()
-        crew.barrier()
-    return loop
-
-
 def schedule(config: RunConfig, iterations: int) -> optax.Schedule | None:
     """Returns the factor of the codec's updates over so many outer steps."""
     return distillation.cosine(iterations) if config.distill.schedule == "cosine" else None
@@ -244,121 +211,83 @@ def device_mesh(config: RunConfig) -> Mesh | None:
     return mesh if mesh.size > 1 else None
 
 
-def follow(experiment: Experiment, crew: Crew, *, folder: Path, pixel: Callable[[], codecs.Codec]) -> None:
-    """Takes the outer steps that the leader announces, until it lets its followers go.
-
-    Args:
-        experiment: The leader's.
-        crew: The processes of the run.
-        folder: Of the experts.
-        pixel: Builds the codec of the pixel baseline.
-
-    Raises:
-        UserError: The leader ended with an error.
-        Stopped: The leader was asked to end, and everything is saved.
-    """
-    loop: distillation.Loop | None = None
-    while (message := crew.receive())["kind"] != "end":
-        if message["kind"] == "steps":
-            assert loop is not None
-            loop.take(message["count"])
-            continue
-        if loop is not None:
-            loop.close()
-        codec = experiment.codec if message["arm"] == "main" else pixel()
-        shape = jax.ShapeDtypeStruct((codec.num_images, *codec.image_shape), np.float32)
-        start = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(codec.init, jax.random.key(0), shape)
-        )
-        experts = None
-        if experiment.expert_window is not None:
-            experts = Experts.open(folder, **wanted_experts(experiment))
-        objective = experiment.objective(codec)
-        loop = _loop(
-            experiment,
-            objective,
-            distillation.init_state(objective, start),
-            done=message["done"],
-            iterations=message["iterations"],
-            purpose=message["purpose"],
-            experts=experts,
-            crew=crew,
-        )
-    if loop is not None:
-        loop.close()
-    if message["error"] == "":
-        raise stopping.Stopped
-    if message["error"]:
-        raise UserError(f"process 0 ended: {message['error'].removeprefix('error: ')}")
-
-
 def distill_stage(
     experiment: Experiment,
     codec: codecs.Codec,
     params: Any,
     *,
-    run: RunDir,
+    run: RunDir | None,
     progress: Progress,
     arm: str,
     iterations: int,
     purpose: str,
     experts: Experts | None = None,
     tests: PeriodicTests | None = None,
-    crew: Crew | None = None,
 ) -> distillation.State:
     """Runs the outer loop on a codec's parameters, with tests in between if asked for; returns the final state.
 
-    In a run of several processes this is what the leader does, with the others as its `crew`.
+    All processes of a run take the same steps, from the state that process 0 has. The others have no run directory, and
+    of their parameters only the shapes count.
     """
-    crew = crew or Crew()
     config, objective = experiment.config, experiment.objective(codec)
-    phase = f"{arm}-distill"
-    with Checkpoints(run.checkpoints_path / phase) as checkpoints:
-        state = distillation.init_state(objective, params)
-        newest, done, seconds = checkpoints.newest(state), 0, 0.0
-        if newest is not None:
-            done, state, meta = newest
-            seconds = meta["seconds"]
-        run.truncate(phase, done)
-        saved = done
-        crew.announce("arm", arm=arm, done=done, iterations=iterations, purpose=purpose)
-        loop = _loop(
-            experiment,
-            objective,
-            state,
-            done=done,
-            iterations=iterations,
-            purpose=purpose,
-            experts=experts,
-            crew=crew,
+    phase, mesh = f"{arm}-distill", device_mesh(config)
+    with contextlib.ExitStack() as opened:
+        state, done, seconds = distillation.init_state(objective, params), 0, 0.0
+        if run is not None:
+            checkpoints = opened.enter_context(Checkpoints(run.checkpoints_path / phase))
+            if (newest := checkpoints.newest(state)) is not None:
+                done, state, meta = newest
+                seconds = meta["seconds"]
+            run.truncate(phase, done)
+        done = saved = hosts.gather(done)[0]
+        bar = opened.enter_context(progress.phase(f"distill {arm}", total=iterations, done=done))
+        loop = opened.enter_context(
+            distillation.Loop(
+                objective,
+                state if mesh is None else hosts.share(state),
+                experiment.key(purpose),
+                experiment.source(experts),
+                first=done,
+                last=iterations,
+                schedule=schedule(config, iterations),
+                mesh=mesh,
+                on_host=config.distill.data == "host",
+            )
         )
-        with progress.phase(f"distill {arm}", total=iterations, done=done) as bar, loop:
-            # Killed in the middle of it, perhaps.
-            if tests is not None and tests.due(done):
-                tests.test(done, loop.state)
-            while done < iterations:
-                began = time.perf_counter()
-                count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
-                if tests is not None:
-                    count = min(count, tests.until_due(done))
-                crew.announce("steps", count=count)
-                taken = loop.take(count)
-                # The only wait for the device: once per logged line, not per step.
-                values = {name: float(value) for name, value in taken[-1].items()}
-                done += count
+        if jax.process_count() > 1 and done < iterations:
+            # Before they meet, or the first to finish would wait within a step.
+            loop.compile()
+        # Killed in the middle of it, perhaps.
+        if tests is not None and tests.due(done):
+            tests.test(done, loop.state)
+        hosts.gather()
+        while done < iterations:
+            began = time.perf_counter()
+            count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
+            if tests is not None:
+                count = min(count, tests.until_due(done))
+            taken = loop.take(count)
+            # The only wait for the device: once per logged line, not per step.
+            values = {name: float(value) for name, value in taken[-1].items()}
+            done += count
+            due = tests is not None and tests.due(done)
+            if run is not None:
                 seconds += time.perf_counter() - began
                 if not np.isfinite(list(values.values())).all():
                     raise _not_finite(phase, _first_bad(taken, done), saved, checkpoints, _remedy(config, arm, values))
                 run.append(phase, done, **values, total_seconds=seconds)
                 bar.advance(count, f"loss {values['loss']:.4g}")
-                due = tests is not None and tests.due(done)
-                late = done - saved >= config.distill.checkpoint_every
-                if due or done == iterations or late or stopping.requested():
-                    checkpoints.save(done, loop.state, {"seconds": seconds})
-                    saved = done
-                stopping.raise_if_requested()
-                if tests is not None and due:
-                    tests.test(done, loop.state)
+            stop = hosts.stop_requested()
+            if run is not None and (
+                due or stop or done == iterations or done - saved >= config.distill.checkpoint_every
+            ):
+                checkpoints.save(done, loop.state, {"seconds": seconds})
+                saved = done
+            if stop:
+                raise stopping.Stopped
+            if tests is not None and due:
+                tests.test(done, loop.state)
+                hosts.gather()
     return loop.state
 
 
