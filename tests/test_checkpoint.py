@@ -123,7 +123,7 @@ def test_save_in_a_kill_loop_always_leaves_a_usable_checkpoint(tmp_path):
     """)
     path, last = tmp_path / "c", 0
     interrupted = 0
-    for trial in range(5):
+    for trial in range(3):
         command = [sys.executable, "-c", child, str(path)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             process.stdout.readline()
@@ -273,22 +273,6 @@ def test_another_structure_is_refused_by_leaf(saved, like, words):
     with Checkpoints(saved[0]) as checkpoints, pytest.raises(UserError, match=words):
         checkpoints.newest(like)
     assert (saved[0] / "200").exists()
-
-
-def test_absent_step_is_refused_with_the_steps_there(saved):
-    with (
-        Checkpoints(saved[0]) as checkpoints,
-        pytest.raises(UserError, match=r"no checkpoint of step 7 \(steps there: \[100, 200\]\)"),
-    ):
-        checkpoints.restore(7, saved[1])
-
-
-def test_steps_must_grow(saved):
-    with (
-        Checkpoints(saved[0]) as checkpoints,
-        pytest.raises(ValueError, match="step is 200, .* already holds step 200"),
-    ):
-        checkpoints.save(200, saved[1], {})
 
 
 def test_full_disk_is_an_os_error_and_keeps_the_older_step(tmp_path):

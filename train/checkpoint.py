@@ -1,7 +1,8 @@
 """Checkpoints of a run: orbax writes and reads them, with one sum of all that is in them.
 
 A step is a folder that appears whole, so that a process killed while saving leaves the older steps as they were. Orbax
-notices a truncated file, but not a flipped bit in array data: it returns other numbers. The sum finds both.
+notices a truncated file, but not a flipped bit in array data, in none of its formats: it returns other numbers. The sum
+finds both.
 
 Leaves are stored flat under their dotted path ("opt.1.mu.mean"), so that a checkpoint can be read without the classes
 of the program that wrote it. Random keys travel as integers (seed, step), not as key arrays.
@@ -27,12 +28,20 @@ import numpy as np
 from gsdd_jax import exchange, files, orbax_set
 from train.errors import UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Python waits for it at its end.
 _WRITER = ThreadPoolExecutor(1)
 
 
-class Checkpoints:
+class DamagedError(UserError):
+    """Checkpoints that are not what was written, the newest one first, and what is wrong with it."""
+
+    def __init__(self, folders: list[Path], why: str):
+        others = " and ".join(map(str, folders))
+        super().__init__(f"checkpoint {folders[0]} is damaged ({why}): delete {others} and run the same command again")
+        self.why = why
+
+
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints in one directory, newest `keep` of them; in a `with` block, all are on disk behind it.
 
     Args:
@@ -46,33 +55,24 @@ class Checkpoints:
         files.remove_leftovers([self.path])
         self._writing: Future[None] | None = None
 
-    def __enter__(self) -> Checkpoints:
-        """Returns itself."""
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits until everything is on disk; an error that is under way is not replaced by one of writing."""
         with contextlib.suppress(*[OSError] if kind else []):
             self.wait()
 
     def wait(self) -> None:
-        """Waits until everything is on disk.
-
-        Raises:
-            OSError: As `save`.
-        """
+        """Waits until everything is on disk; raises OSError as `save`."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def steps(self) -> list[int]:
-        """Returns the steps on disk, in ascending order."""
-        return sorted(int(folder.name) for folder in self.path.iterdir() if folder.name.isdecimal())
-
     def latest(self) -> int | None:
         """Waits until everything is on disk and returns the newest step, or None if there is none."""
         self.wait()
-        return max(self.steps(), default=None)
+        return max(self._steps(), default=None)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(folder.name) for folder in self.path.iterdir() if folder.name.isdecimal())
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
         """Copies a tree and begins to write it; checkpoints beyond `keep` are deleted once it is on disk.
@@ -86,8 +86,7 @@ class Checkpoints:
             OSError: The disk is full or not writable, now or for the step before, with `filename` set; the older
                 checkpoints stay.
         """
-        if (latest := self.latest()) is not None and step <= latest:
-            raise ValueError(f"step is {step}, but {self.path} already holds step {latest}: steps must grow")
+        self.wait()
         # Orbax refuses arrays without elements. The step that comes next may overwrite the others.
         leaves = {name: np.array(leaf) for name, leaf in orbax_set.named(tree).items() if leaf.size}
         self._writing = _WRITER.submit(self._write, self.path / str(step), leaves, meta)
@@ -95,30 +94,26 @@ class Checkpoints:
     def _write(self, folder: Path, leaves: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         try:
             files.write_folder(folder, lambda beside: orbax_set.save_state(beside / "tree", leaves, **meta))
-        except Exception as error:
+        except ValueError as error:
             # Tensorstore says of a full disk in words alone that it is.
-            code = next((code for code in _FULL if os.strerror(code) in str(error)), getattr(error, "errno", None))
-            if code is None:
-                raise
-            raise OSError(code, os.strerror(code), str(folder)) from error
-        for old in self.steps()[: -self.keep]:
+            for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if os.strerror(code) in str(error):
+                    raise OSError(code, os.strerror(code), str(folder)) from error
+            raise
+        for old in self._steps()[: -self.keep]:
             shutil.rmtree(self.path / str(old))
 
     def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Reads the newest intact checkpoint; newer ones that are damaged are named on stderr and removed.
+        """Returns step, tree and meta of the newest intact checkpoint, or None if there is no checkpoint.
 
-        Args:
-            like: As in `restore`.
-
-        Returns:
-            Its step, tree and meta dict; None if there is no checkpoint.
+        Newer ones that are damaged are named on stderr and removed.
 
         Raises:
-            UserError: All are damaged, or a leaf differs from `like`.
+            UserError: All are damaged, or as `restore`.
         """
         self.wait()
         damaged: dict[Path, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self._steps()):
             try:
                 found = step, *self.restore(step, like)
             except DamagedError as error:
@@ -135,23 +130,18 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads a checkpoint back, bit by bit.
+        """Returns the tree and the meta of a checkpoint, bit by bit.
 
         Args:
             step: A saved step.
-            like: Pytree of the same structure, shapes and dtypes. Its leaves decide what comes back: JAX arrays with
-                the same sharding for JAX arrays and `jax.ShapeDtypeStruct`s, NumPy arrays otherwise.
-
-        Returns:
-            The tree, with the node types of `like`, and the meta dict.
+            like: Pytree of the same structure, shapes and dtypes. JAX arrays come back for JAX arrays and
+                `jax.ShapeDtypeStruct`s, NumPy arrays otherwise.
 
         Raises:
             UserError: The step is damaged or absent, or a leaf differs from `like` in path, shape or dtype.
         """
-        folder, wanted = self.path / str(step), orbax_set.named(like)
         self.wait()
-        if step not in self.steps():
-            raise UserError(f"{self.path} holds no checkpoint of step {step} (steps there: {self.steps()})")
+        folder, wanted = self.path / str(step), orbax_set.named(like)
         try:
             arrays, meta = _read(folder)
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
@@ -164,21 +154,10 @@ class Checkpoints:
         try:
             exchange.compare(there, here)
         except ValueError as error:
-            raise UserError(
-                f"checkpoint {folder} does not fit: {error}. Continue with the code and config that wrote it, or "
-                "choose another run directory"
-            ) from error
-        leaves = [_like(arrays[name], leaf) for name, leaf in wanted.items()]
+            why = "Continue with the code and config that wrote it, or choose another run directory"
+            raise UserError(f"checkpoint {folder} does not fit: {error}. {why}") from error
+        leaves = [_like(leaf, arrays[name]) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
-
-
-class DamagedError(UserError):
-    """Checkpoints that are not what was written, the newest one first, and what is wrong with it."""
-
-    def __init__(self, folders: list[Path], why: str):
-        others = " and ".join(map(str, folders))
-        super().__init__(f"checkpoint {folders[0]} is damaged ({why}): delete {others} and run the same command again")
-        self.why = why
 
 
 def _read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -192,12 +171,11 @@ def _read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, document["meta"]
 
 
-def _like(array: np.ndarray, leaf: Any) -> Any:
+def _like(leaf: Any, array: np.ndarray) -> Any:
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return array
-    if getattr(leaf, "weak_type", False):
-        # A strongly typed array in its place would be promoted differently, and compile the step once more. JAX makes
-        # weakly typed arrays of Python numbers only; setting all elements of one keeps it weak.
-        return jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
-    # An array that was free to move must stay free, or it cannot meet arrays on other devices.
-    return jax.device_put(array, leaf.sharding if getattr(leaf, "committed", True) else None)
+    if not getattr(leaf, "weak_type", False):
+        return jnp.asarray(array)
+    # A strongly typed array in its place would be promoted differently, and compile the step once more. JAX makes
+    # weakly typed arrays of Python numbers only; setting all elements of one keeps it weak.
+    return jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
