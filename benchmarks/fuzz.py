@@ -45,6 +45,8 @@ import numpy as np
 import gsdd_jax
 from benchmarks import record
 from gsdd_jax import SynSet, codecs, decode_numpy, exchange, labels, synset
+from gsdd_jax.codecs import stored
+from gsdd_jax.manifest import manifest_of
 from train.errors import exit_cleanly
 
 CLASSES, BUDGET, SHAPE = 2, 1152, (6, 8, 3)
@@ -232,14 +234,14 @@ def refit(rng: np.random.Generator, files: Files) -> Files:
             document["codec"][key] = int(rng.integers(0, 3 * value + 2))
     text = dumps(document)
     try:
-        manifest = exchange.manifest_of(document)
+        manifest = manifest_of(document)
         codec = codecs.make(
-            exchange.settings_of(codecs.SPECS[manifest.codec["name"]], manifest.codec),
+            stored.spec_of(manifest.codec),
             image_shape=manifest.image_shape,
             num_classes=CLASSES,
             bytes_per_class=manifest.bytes_per_class,
         )
-        arrays = synset.expected_arrays(codec, manifest)
+        arrays = exchange.described(codec.layout()) | manifest.label_arrays
     except ValueError:
         return Files(text.encode(), files.arrays)
     header, end = {}, 0

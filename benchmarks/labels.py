@@ -18,7 +18,7 @@ import numpy as np
 
 import gsdd_jax
 from benchmarks import record
-from gsdd_jax import labels
+from gsdd_jax import labels, soft_labels
 from gsdd_jax.labels import LabelSpec
 from train import config as configs
 from train import experiment as experiments
@@ -46,7 +46,7 @@ def rejected() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
         return normalized(np.where(codes < STEPS, np.exp(-step * codes), 0))
 
     return {
-        "steps of 1/15": lambda p: labels.shared_out(p, STEPS) / STEPS,
+        "steps of 1/15": lambda p: soft_labels.shared_out(p, STEPS) / STEPS,
         "steps of 1/15 of the largest": lambda p: powers(p, 1),
         "cubes": lambda p: powers(p, 3),
         "logarithms, steps of 0.25": lambda p: logarithms(p, 0.25),

@@ -12,11 +12,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import MinLen
+from pydantic import StringConstraints
 
-from gsdd_jax import exchange, synset
+from gsdd_jax import exchange, files, schema, synset
+from gsdd_jax.manifest import Sha256
+from gsdd_jax.soft_labels import Labels
 from gsdd_jax.synset import SynSet
 
 if TYPE_CHECKING:
@@ -26,6 +30,30 @@ if TYPE_CHECKING:
 
 # The first format had no labels of the whole.
 FORMATS = ("gsdd_jax merged/1", "gsdd_jax merged/2")
+# Of something in the set's own directory.
+Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a merged set says of itself: its parts, and in the second format the file of its labels."""
+
+    format: str
+    parts: Annotated[tuple[Name, ...], MinLen(1)]
+    labels: Labels | None = None
+    labels_file: Name = ""
+    labels_sha256: Sha256 = ""
+    class_names: tuple[str, ...]
+    payload: int
+    meta: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Checks what no single key can say."""
+        given = {self.labels is not None, bool(self.labels_file), bool(self.labels_sha256)}
+        if given != {self.format == FORMATS[1]}:
+            raise ValueError(
+                f"labels: expected labels, labels_file and labels_sha256 in {FORMATS[1]!r}, and only there"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +82,8 @@ class MergedSet:
         names = check_parts([(part.codec.image_shape, part.bytes_per_class, part.class_names) for part in self.parts])
         if self.soft is not None:
             check_own_labels([part.soft for part in self.parts])
-            written = {name: exchange.Array(str(x.dtype), x.shape) for name, x in self.soft.arrays.items()}
-            exchange.compare(written, _described(self.soft).arrays(len(self.labels), len(names)))
+            written = exchange.described(self.soft.arrays)
+            exchange.compare(written, self.soft.spec.arrays(len(self.labels), len(names)))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -119,7 +147,11 @@ class MergedSet:
         sizes = {key: sum(each.get(key, 0) for each in written) for key in keys}
         entry: dict[str, Any] = {}
         if self.soft is not None:
-            entry, file = synset.write_labels(path, self.soft)
+            data = exchange.serialize(self.soft.arrays)
+            file, digest = len(data), hashlib.sha256(data).hexdigest()
+            entry = {"labels": dataclasses.asdict(self.soft.spec), "labels_file": f"labels-{digest[:12]}.safetensors"}
+            files.write_bytes(f"{path}/{entry['labels_file']}", data)
+            entry |= {"labels_sha256": digest}
             sizes |= {"labels": self.soft.nbytes, "payload": sizes["payload"] + self.soft.nbytes}
             sizes |= {"header": sizes["header"] + file - self.soft.nbytes, "file": sizes["file"] + file}
         manifest = {
@@ -144,29 +176,27 @@ def load(path: synset.Location) -> SynSet | MergedSet:
         FileNotFoundError: There is no manifest, or a part is missing.
         ValueError: The files are damaged, do not belong together, or come from a newer format.
     """
-    import jax.numpy as jnp
+    folder, whole = read_manifest(path)
+    if whole is None:
+        return synset.load(folder)
+    from gsdd_jax.labels import SoftLabels
 
-    found = read_manifest(path)
-    if found is None:
-        return synset.load(path)
-    folder, manifest = found
-    parts = tuple(synset.load(folder / name) for name in manifest["parts"])
-    soft = None
-    if manifest["format"] == FORMATS[1]:
-        images, bits = sum(part.codec.num_images for part in parts), jnp.bfloat16
-        soft = synset.soft_of(*synset.read_labels(folder, manifest, images, bfloat16=lambda array: array.view(bits)))
+    parts, soft = tuple(synset.load(folder / name) for name in whole.parts), None
+    if whole.labels is not None:
+        images, classes = sum(part.codec.num_images for part in parts), len(whole.class_names)
+        rows = exchange.narrowed(read_labels(folder, whole, images), whole.labels.arrays(images, classes))
+        soft = SoftLabels(whole.labels, len(whole.class_names), rows)
     with synset.naming(folder / synset.MANIFEST):
-        merged = MergedSet(parts, manifest["meta"], soft)
-        check_names(merged.class_names, manifest)
+        merged = MergedSet(parts, whole.meta, soft)
+        check_names(merged.class_names, whole)
     return merged
 
 
-def read_manifest(path: synset.Location) -> tuple[synset.Path, dict[str, Any]] | None:
+def read_manifest(path: synset.Location) -> tuple[synset.Path, Manifest | None]:
     """Reads the manifest of a merged set; needs no JAX.
 
     Returns:
-        The directory and the manifest, whose parts are there, or None where the set is no merged one: `synset.read`
-        says what is wrong if it is none at all.
+        The directory of the set, and the manifest, whose parts are there; None where the set is no merged one.
 
     Raises:
         FileNotFoundError: There is no manifest, or a part is missing.
@@ -174,26 +204,35 @@ def read_manifest(path: synset.Location) -> tuple[synset.Path, dict[str, Any]] |
     """
     folder = synset.folder_of(path)
     file = folder / synset.MANIFEST
-    try:
-        with synset.opened(file) as (stream, _):
-            manifest = exchange.parse_json(stream.read(exchange.MANIFEST_BYTES + 1), exchange.MANIFEST_BYTES)
-        if manifest["format"] not in FORMATS:
-            return None
-    except (KeyError, TypeError, ValueError, OSError):
-        return None
-    try:
-        synset.check_names(manifest["parts"], "parts")
-        for key, kind in (("class_names", list), ("meta", dict)):
-            if type(manifest[key]) is not kind:
-                raise TypeError(f"{key}: expected a {kind.__name__}, found {exchange.short(manifest[key])}")
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
-    if not manifest["parts"]:
-        raise ValueError(f"{file}: parts: expected at least one set, found none")
-    for name in manifest["parts"]:
+    if not file.exists():
+        return folder, None
+    document = synset.document(file)
+    if not isinstance(document, dict) or document.get("format") not in FORMATS:
+        return folder, None
+    with synset.naming(file):
+        manifest = schema.build(Manifest, document)
+    for name in manifest.parts:
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder / name}: missing, although {synset.MANIFEST} names it")
     return folder, manifest
+
+
+def read_labels(folder: synset.Path, manifest: Manifest, num_images: int) -> dict[str, np.ndarray]:
+    """Reads and checks the labels of a merged set of so many images; needs no JAX.
+
+    Raises:
+        FileNotFoundError: Their file is missing.
+        ValueError: The file is damaged, or does not belong to the manifest.
+    """
+    assert manifest.labels is not None
+    path, classes = folder / manifest.labels_file, len(manifest.class_names)
+    file = synset.arrays_file(path)
+    with synset.naming(path):
+        expected = manifest.labels.arrays(num_images, classes)
+        exchange.compare(file.arrays, expected)
+        rows = file.values({}, manifest.labels_sha256)
+        manifest.labels.unpack(rows, classes)
+    return rows
 
 
 def check_parts(parts: Sequence[tuple[tuple[int, ...], int, Sequence[str]]]) -> tuple[str, ...]:
@@ -224,10 +263,10 @@ def check_own_labels(own: Sequence[Any]) -> None:
         raise ValueError("soft: parts have soft labels of their own; expected either, found both")
 
 
-def check_names(found: Sequence[str], manifest: dict[str, Any]) -> None:
+def check_names(found: Sequence[str], manifest: Manifest) -> None:
     """Raises where the manifest of the whole names other classes than its parts."""
-    if list(found) != manifest["class_names"]:
-        raise ValueError(f"class_names: expected those of the parts, {list(found)}; found {manifest['class_names']}")
+    if found != manifest.class_names:
+        raise ValueError(f"class_names: expected those of the parts, {list(found)}; found {list(manifest.class_names)}")
 
 
 def joined(labels: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
@@ -252,10 +291,6 @@ def joined_soft(
         rows.append(whole)
         first += size
     return np.concatenate(rows)
-
-
-def _described(soft: SoftLabels) -> exchange.Labels:
-    return exchange.Labels(soft.spec.dtype, soft.spec.top_k)
 
 
 def _digest(part: SynSet) -> str:

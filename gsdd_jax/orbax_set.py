@@ -26,6 +26,7 @@ import numpy as np
 
 from gsdd_jax import exchange, files
 from gsdd_jax.exchange import Array
+from gsdd_jax.schema import show
 
 if TYPE_CHECKING:
     from gsdd_jax.synset import SynSet
@@ -53,7 +54,7 @@ def write(path: Path, arrays: dict[str, Any], manifest: dict[str, Any], state: A
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: expected an absent or empty directory: checkpoints are not written over")
     # One level deeper than in a file of its own.
-    exchange.parse_json(json.dumps({KEY: manifest}, indent=1).encode(), exchange.MANIFEST_BYTES)
+    exchange.parse_json(json.dumps({KEY: manifest}, indent=1).encode())
 
     def fill(folder: Path) -> None:
         _save(folder, _on_host(arrays), manifest)
@@ -84,12 +85,12 @@ def read_state(folder: Path, *, bounded: bool) -> tuple[dict[str, np.ndarray], d
         ValueError: It is damaged, or no such tree; or, if `bounded`, as :func:`contents`.
     """
     with (folder / METADATA).open("rb") as file:
-        document = metadata(exchange.parse_json(file.read(exchange.MANIFEST_BYTES + 1), exchange.MANIFEST_BYTES))
+        document = metadata(exchange.parse_json(file.read(exchange.MANIFEST_BYTES + 1)))
     if document["format"] != STATE_FORMAT:
-        raise ValueError(f"format: expected {STATE_FORMAT!r}, found {exchange.short(document['format'])}")
+        raise ValueError(f"format: expected {STATE_FORMAT!r}, found {show(document['format'])}")
     arrays, expected, meta = contents(folder, bounded=bounded)[1](), document.get("sha256"), document.get("meta", {})
     if (digest := _sum(arrays, meta)) != expected:
-        raise ValueError(f"sha256: expected {exchange.short(expected)}, found {digest!r}")
+        raise ValueError(f"sha256: expected {show(expected)}, found {digest!r}")
     return arrays, meta
 
 
@@ -141,7 +142,7 @@ def contents(folder: Path, *, bounded: bool = True) -> tuple[dict[str, Array], C
             raise ValueError(f"{TREE}: expected at most {exchange.MANIFEST_BYTES} bytes, found more")
         tree = handler.metadata(folder).tree
         described = named(tree)
-        found = {name: Array(str(np.dtype(leaf.dtype)), tuple(leaf.shape)) for name, leaf in described.items()}
+        found = exchange.described(described)
         for name, array in found.items():
             if array.dtype not in exchange.CODES.values():
                 raise ValueError(f"{name}: expected one of {', '.join(exchange.CODES.values())}, found {array}")
@@ -177,10 +178,10 @@ def with_masters(path: str | Path, synset: SynSet) -> SynSet:
         return synset
     try:
         arrays, _ = read_state(folder, bounded=True)
-        found = {name: Array(str(array.dtype), array.shape) for name, array in arrays.items()}
+        found = exchange.described(arrays)
         shape = jax.ShapeDtypeStruct((synset.codec.num_images, *synset.codec.image_shape), np.float32)
         like = jax.eval_shape(synset.codec.init, jax.eval_shape(lambda: jax.random.key(0)), shape)
-        expected = {name: Array(str(leaf.dtype), leaf.shape) for name, leaf in named({"params": like}).items()}
+        expected = exchange.described(named({"params": like}))
         exchange.compare({name: array for name, array in found.items() if name.startswith("params.")}, expected)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -233,8 +234,7 @@ def _damage() -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"damaged checkpoint ({text if len(text) <= 160 else text[:157] + '...'})") from error
+        raise ValueError(f"damaged checkpoint ({exchange.one_line(error)})") from error
 
 
 def _orbax() -> Any:

@@ -17,7 +17,7 @@ KERNELS_THIRD_PARTY = {"jax", "jaxlib", "numpy", "triton", "jax_triton"}
 
 # The library is arrays and keys in, values out: no console, clock, global randomness, configuration or process.
 IMPURE_MODULES = {
-    "argparse", "datetime", "getpass", "logging", "matplotlib", "pdb", "pydantic", "random", "readline", "rich",
+    "argparse", "datetime", "getpass", "logging", "matplotlib", "pdb", "random", "readline", "rich",
     "signal", "socket", "subprocess", "time", "tqdm", "urllib", "warnings", "yaml",
 }  # fmt: skip
 # Files, and reading them ahead in the background.
@@ -151,7 +151,7 @@ def test_checker_finds_the_violation_and_accepts_what_is_allowed(path, source, p
 
 
 def test_importing_the_library_leaves_optional_and_host_packages_alone():
-    unwanted = ["triton", "jax_triton", "tensorflow", "tensorflow_datasets", "matplotlib", "pydantic", "sklearn"]
+    unwanted = ["triton", "jax_triton", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"]
     script = f"import sys, kernels, gsdd_jax\nprint(*(name for name in {unwanted} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ import pytest
 from command_line import ROOT, refused, start
 from objectives import data_of
 
-from gsdd_jax import codecs, distillation, match, parallel, whiten
+from gsdd_jax import codecs, distillation, match, parallel, schema, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.match import (
     Batch,
@@ -27,7 +27,7 @@ from gsdd_jax.match import (
     TrajectorySpec,
 )
 from gsdd_jax.nets import NetSpec, build
-from train import schema
+
 
 DIGITS = ROOT / "configs" / "digits.yaml"
 CLASSES, SHAPE, KEY = 2, (8, 8, 1), jax.random.key(5)

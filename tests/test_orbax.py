@@ -188,8 +188,8 @@ def test_every_damage_of_every_file_is_one_line_or_harmless(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "advice"),
     [
-        (None, "found None; it is no distilled set of this library"),
-        ({"epoch": 3}, "found None; it is no distilled set of this library"),
+        (None, "found null; it is no distilled set of this library"),
+        ({"epoch": 3}, "found null; it is no distilled set of this library"),
         ({"format": "gsdd_jax/9"}, "found 'gsdd_jax/9'; it is of a newer version: update gsdd_jax"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, MinLen
 from typing_extensions import Doc
 
-from gsdd_jax import codecs, match
+from gsdd_jax import codecs, match, schema
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import PaletteSpec, PixelSpec
 from gsdd_jax.data import DataSpec
@@ -24,10 +24,10 @@ from gsdd_jax.fitting import FitSpec
 from gsdd_jax.labels import LabelSpec
 from gsdd_jax.match import DistributionSpec, MmdSpec
 from gsdd_jax.nets import NetSpec
-from train import schema, yaml12
+from gsdd_jax.schema import TAG, Registered, Tagged, build, describe, has_tag, show
+from train import yaml12
 from train.errors import ConfigError
 from train.rundir import HISTORY, plain
-from train.schema import TAG, Registered, Tagged, build, describe, has_tag, show
 
 __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 
@@ -261,7 +261,10 @@ def load(
     if isinstance(modules := data.get(IMPORTS), list):
         for name in modules:
             _import(name, where=where((IMPORTS,)))
-    return build(cls, data, where=where)
+    try:
+        return build(cls, data, where=where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _import(name: Any, *, where: str) -> None:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gsdd_jax import codecs, data, fitting, labels, match, nets, orbax_set, pixels, storage, synset, whiten
+from gsdd_jax.codecs import stored
 from gsdd_jax.experts import Experts
 from gsdd_jax.merged import load
 from train import testset
@@ -194,7 +195,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
         "label_bytes": labels.nbytes(config.labels, 1, classes),
     }
     codec = codecs.make(config.codec, **budget)
-    synset.check_codec(codec)
+    stored.check(codec)
     if config.fit.to == "real" and not config.fit.initial_set:
         data.require_per_class(dataset, codec.images_per_class, "codec.images_per_class")
     if config.baselines.same_number:

@@ -1,6 +1,6 @@
-"""Plain data to frozen spec dataclasses, for any dataclass.
+"""Plain data to frozen spec dataclasses, for any dataclass: configurations, manifests, settings of codecs.
 
-The library declares each setting once, as an annotated field of a spec. Pydantic validates values strictly (text is no
+Each setting is declared once, as an annotated field of a spec. Pydantic validates values strictly (text is no
 number, `true` is no integer, an integer is a number) and writes the JSON schema that messages and `--help` come from.
 """
 
@@ -14,8 +14,6 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from typing_extensions import Doc
-
-from train.errors import ConfigError
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]
@@ -79,19 +77,20 @@ class _Documented(GenerateJsonSchema):
         return node
 
 
-def build(cls: type[T], data: dict[str, Any], *, where: Callable[[Place], str]) -> T:
+def build(cls: type[T], data: Any, *, section: str = "", where: Callable[[Place], str] | None = None) -> T:
     """Validates plain data into a spec.
 
     Args:
         cls: a dataclass whose fields are plain types, `Annotated` ones, other dataclasses or `Tagged` unions.
-        data: what a config holds; keys are text.
+        data: what a config or a manifest holds; keys are text.
+        section: the key of all of it, for messages.
         where: names the origin of the value at a place, for messages.
 
     Returns:
         The instance, defaults filled in.
 
     Raises:
-        ConfigError: the first failure, unknown keys before missing ones, and the number of further ones.
+        ValueError: the first failure, unknown keys before missing ones, and the number of further ones; one line.
     """
     try:
         # As JSON, because strict validation takes a list for a tuple and a mapping for a dataclass only there.
@@ -99,11 +98,11 @@ def build(cls: type[T], data: dict[str, Any], *, where: Callable[[Place], str]) 
     except ValidationError as error:
         failures = sorted(error.errors(include_url=False), key=lambda failure: failure["type"] == "missing")
     place, text = _explain(cls, failures[0])
-    key = _dotted(place)
+    key = _dotted((section, *place) if section else place)
     # A spec that checks its fields against each other may name them itself: `data.path is needed with ...`.
     head = f"{key}: " if key and not text.startswith((f"{key}.", f"{key}:")) else ""
     more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    raise ConfigError(f"{head}{text} (in {where(place)}){more}")
+    raise ValueError(f"{head}{text}{f' (in {where(place)})' if where else ''}{more}")
 
 
 def describe(cls: type) -> str:
@@ -248,7 +247,12 @@ def _rows(node: Node, key: str = "", default: Any = ..., condition: str = "") ->
 
 
 def _dotted(place: Place) -> str:
-    return ".".join(map(str, place))
+    return ".".join(key_text(str(part)) for part in place)
+
+
+def key_text(key: str) -> str:
+    """Writes a key as it is, if that fits a part of a line."""
+    return key if key.isprintable() and 0 < len(key) <= 60 else show(key)
 
 
 def _word(value: Any) -> str:
