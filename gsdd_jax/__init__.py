@@ -14,7 +14,7 @@ images_per_class``, unless the set is a merged one, whose parts may hold more an
 
 from importlib.util import find_spec
 
-# Without JAX a distilled set can still be read: `decode_numpy` and `torch_dataset` need NumPy alone.
+# Without JAX a distilled set can still be read: `decode_numpy` and `torch_dataset` do not need it.
 if find_spec("jax") is not None:
     from gsdd_jax import codecs, match, nets, whiten
     from gsdd_jax.api import Accuracy, distill, evaluate, fit

@@ -1,4 +1,4 @@
-"""Distilled sets as images, with NumPy alone: for readers without JAX.
+"""Distilled sets as images, with NumPy: for readers without JAX.
 
 An independent implementation of what the codecs decode, for one purpose, looking at finished sets: no gradients, no
 subsets of a set. It agrees with them to 1e-5 of the range of an image, where numbers are of that range. An exception

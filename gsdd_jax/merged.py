@@ -148,12 +148,12 @@ class MergedSet:
         entry: dict[str, Any] = {}
         if self.soft is not None:
             data = exchange.serialize(self.soft.arrays)
-            file, digest = len(data), hashlib.sha256(data).hexdigest()
-            entry = {"labels": dataclasses.asdict(self.soft.spec), "labels_file": f"labels-{digest[:12]}.safetensors"}
-            files.write_bytes(f"{path}/{entry['labels_file']}", data)
-            entry |= {"labels_sha256": digest}
+            digest = hashlib.sha256(data).hexdigest()
+            name = f"labels-{digest[:12]}.safetensors"
+            files.write_bytes(f"{path}/{name}", data)
+            entry = {"labels": dataclasses.asdict(self.soft.spec), "labels_file": name, "labels_sha256": digest}
             sizes |= {"labels": self.soft.nbytes, "payload": sizes["payload"] + self.soft.nbytes}
-            sizes |= {"header": sizes["header"] + file - self.soft.nbytes, "file": sizes["file"] + file}
+            sizes |= {"header": sizes["header"] + len(data) - self.soft.nbytes, "file": sizes["file"] + len(data)}
         manifest = {
             "format": FORMATS[bool(entry)],
             "parts": names,
@@ -203,18 +203,18 @@ def read_manifest(path: synset.Location) -> tuple[synset.Path, Manifest | None]:
         ValueError: The manifest is damaged.
     """
     folder = synset.folder_of(path)
-    file = folder / synset.MANIFEST
-    if not file.exists():
+    if not (folder / synset.MANIFEST).exists():
         return folder, None
-    document = synset.document(file)
-    if not isinstance(document, dict) or document.get("format") not in FORMATS:
-        return folder, None
-    with synset.naming(file):
-        manifest = schema.build(Manifest, document)
-    for name in manifest.parts:
+    manifest = synset.stated(folder / synset.MANIFEST, _manifest)
+    for name in () if manifest is None else manifest.parts:
         if not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder / name}: missing, although {synset.MANIFEST} names it")
     return folder, manifest
+
+
+def _manifest(document: Any) -> Manifest | None:
+    merged = isinstance(document, dict) and document.get("format") in FORMATS
+    return schema.build(Manifest, document) if merged else None
 
 
 def read_labels(folder: synset.Path, manifest: Manifest, num_images: int) -> dict[str, np.ndarray]:

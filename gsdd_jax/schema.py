@@ -145,7 +145,9 @@ def _schema(cls: type) -> Node:
             return [filled(item) for item in node]
         if isinstance(node, dict):
             below = {key: filled(item) for key, item in node.items()}
-            return below.pop("$ref", {}) | below
+            # A section or null is described as the section.
+            sections = [part for part in below.get("anyOf", ()) if "properties" in part]
+            return (sections or [below.pop("$ref", {})])[0] | below
         return node
 
     return filled(whole["prefixItems"][0])
@@ -212,7 +214,7 @@ def _unknown_key(cls: type, location: Sequence[str | int]) -> str:
 
 def _kind(node: Node) -> str:
     """Describes what a value must be: `an integer >= 1`, `one of zca, meanstd, none`."""
-    if "anyOf" in node:
+    if "anyOf" in node and "properties" not in node:
         return " or ".join(_kind(part) for part in node["anyOf"])
     if tags := _tags(node):
         return f"a section whose {TAG} is one of {', '.join(tags)}"

@@ -1,4 +1,4 @@
-"""Soft labels as numbers of a file, with NumPy alone: their precisions, and what is checked of them.
+"""Soft labels as numbers of a file, without JAX: their precisions, and what is checked of them.
 
 What is written, per image of ``k`` classes:
 

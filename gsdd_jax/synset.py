@@ -250,8 +250,7 @@ def read(
     folder = folder_of(path)
     file, names = None, folder / MANIFEST
     if names.exists():
-        with naming(names):
-            found = manifest.manifest_of(document(names))
+        found = stated(names, manifest.manifest_of)
         # Under its sum only where the writer was killed before its last step.
         arrays = _named(folder, found.sha256)
         if not found.sha256 or not arrays.exists():
@@ -260,8 +259,7 @@ def read(
         held = file.arrays
     else:
         arrays, names = folder, folder / orbax_set.METADATA
-        with naming(names):
-            found = manifest.manifest_of(orbax_set.metadata(document(names)))
+        found = stated(names, lambda document: manifest.manifest_of(orbax_set.metadata(document)))
         with naming(folder):
             held, restore = orbax_set.contents(folder)
     with naming(names):
@@ -301,13 +299,15 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def document(path: Path) -> Any:
-    """Reads a JSON document."""
+def stated(path: Path, make: Callable[[Any], D]) -> D:
+    """Reads a JSON document, and returns what ``make`` makes of it."""
     raw = _content(path, exchange.MANIFEST_BYTES + 1)
-    try:
-        return exchange.parse_json(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged manifest ({error})") from error
+    with naming(path):
+        try:
+            document = exchange.parse_json(raw)
+        except ValueError as error:
+            raise ValueError(f"damaged manifest ({error})") from error
+        return make(document)
 
 
 def arrays_file(path: Path) -> exchange.File:

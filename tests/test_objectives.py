@@ -28,7 +28,6 @@ from gsdd_jax.match import (
 )
 from gsdd_jax.nets import NetSpec, build
 
-
 DIGITS = ROOT / "configs" / "digits.yaml"
 CLASSES, SHAPE, KEY = 2, (8, 8, 1), jax.random.key(5)
 ROWS = {
