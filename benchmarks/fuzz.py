@@ -54,7 +54,12 @@ CLASSES, BUDGET, SHAPE = 2, 1152, (6, 8, 3)
 SETS: tuple[tuple[codecs.CodecSpec, tuple[int, int, int]], ...] = (
     (codecs.GaussianSpec(images_per_class=2, num_points=3, start="uniform"), SHAPE),
     (codecs.PackedGaussianSpec(images_per_class=2, num_points=5, start="uniform"), SHAPE),
-    (codecs.PackedGaussianSpec(images_per_class=1, num_points=3, order="kept", bits_mean=7, start="uniform"), SHAPE),
+    (
+        codecs.PackedGaussianSpec(
+            images_per_class=1, num_points=3, order="kept", bits_mean=7, bits_chroma=4, start="uniform"
+        ),
+        SHAPE,
+    ),
     (codecs.PixelSpec(dtype="bfloat16", images_per_class=2), SHAPE),
     (codecs.DownscaleSpec(factor=2), SHAPE),
     (codecs.FrequencySpec(coefficients=5, images_per_class=3), SHAPE),

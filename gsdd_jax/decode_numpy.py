@@ -158,6 +158,7 @@ class _PackedGaussian(_Drawing):
     bits_mean: Bits
     bits_cholesky: Bits
     bits_color: Bits
+    bits_chroma: Annotated[int, Ge(0), Le(16)] = 0
     order: Literal["sorted", "kept"]
 
     def __post_init__(self) -> None:
@@ -180,7 +181,10 @@ def _packed_gaussian(manifest: Manifest, spec: _PackedGaussian) -> Decoder:
     (h, w, c), n, m = manifest.image_shape, manifest.num_images, spec.num_points
     sort = spec.order == "sorted"
     position_bits = packing.multiset_bits(m, 4**spec.bits_mean) if sort else 2 * m * spec.bits_mean
-    sizes = [n * position_bits, n * m * 3 * spec.bits_cholesky, n * m * c * spec.bits_color]
+    luma = 1 if spec.bits_chroma else c
+    # Numbers of a Gaussian, and bits of each.
+    parts = ((3, spec.bits_cholesky), (luma, spec.bits_color), (c - luma, spec.bits_chroma))
+    sizes = [n * position_bits, *(n * m * count * width for count, width in parts)]
     layout = {
         "codes": Array("uint8", (-(-sum(sizes) // 8),)),
         "low": Array("bfloat16", (3 + c,)),
@@ -188,7 +192,7 @@ def _packed_gaussian(manifest: Manifest, spec: _PackedGaussian) -> Decoder:
     }
 
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
-        positions, shapes, colors, padding = np.split(np.unpackbits(arrays["codes"]), np.cumsum(sizes))
+        positions, *written, padding = np.split(np.unpackbits(arrays["codes"]), np.cumsum(sizes))
         if padding.any():
             raise ValueError(f"codes: the {padding.size} bits after the last code must be 0")
         if sort:
@@ -196,13 +200,24 @@ def _packed_gaussian(manifest: Manifest, spec: _PackedGaussian) -> Decoder:
             mean = np.stack([keys % 2**spec.bits_mean, keys >> spec.bits_mean], axis=-1)
         else:
             mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, 2)
-        codes = (packing.from_bits(shapes, spec.bits_cholesky), packing.from_bits(colors, spec.bits_color))
-        numbers = np.concatenate([part.reshape(n, m, -1) for part in codes], axis=-1).astype(np.float32)
+        codes = [
+            packing.from_bits(part, width).reshape(n, m, count)
+            for part, (count, width) in zip(written, parts, strict=True)
+            if count
+        ]
+        numbers = np.concatenate(codes, axis=-1).astype(np.float32)
         values = arrays["low"] + numbers * _step(arrays)
         cell = 2.0 ** (1 - spec.bits_mean)
-        return _splat(0.5 * cell - 1 + mean * cell, values[..., :3], values[..., 3:], (h, w), size, spec)
+        colors = _from_ycocg(values[..., 3:]) if spec.bits_chroma else values[..., 3:]
+        return _splat(0.5 * cell - 1 + mean * cell, values[..., :3], colors, (h, w), size, spec)
 
     return decode, layout
+
+
+def _from_ycocg(colors: np.ndarray) -> np.ndarray:
+    y, co, cg = np.moveaxis(colors, -1, 0)
+    rest = y - cg / 2
+    return np.stack([rest + co / 2, rest + cg, rest - co / 2], axis=-1)
 
 
 def _step(arrays: Arrays) -> np.ndarray:

@@ -67,13 +67,21 @@ def _as_uint8_jvp(primals, tangents):
     return as_uint8(x), jnp.where(inside, tangent, 0)
 
 
-def grid_codes(x: jax.Array, low: jax.Array, step: jax.Array, bits: int) -> jax.Array:
+# Of a grid, or of each channel's own.
+Bits = int | tuple[int, ...]
+
+
+def grid_codes(x: jax.Array, low: jax.Array, step: jax.Array, bits: Bits) -> jax.Array:
     """Returns the numbers 0 to 2^bits - 1, as floats, of the nearest grid values ``low + code * step``; NaN stays."""
-    return jnp.clip(jnp.round((x - low) / step), 0, 2**bits - 1)
+    return jnp.clip(jnp.round((x - low) / step), 0, _top(bits))
+
+
+def _top(bits: Bits) -> np.ndarray:
+    return 2.0 ** np.asarray(bits) - 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def on_grid(x: jax.Array, low: jax.Array, step: jax.Array, bits: int) -> jax.Array:
+def on_grid(x: jax.Array, low: jax.Array, step: jax.Array, bits: Bits) -> jax.Array:
     """Rounds to the nearest of 2^bits evenly spaced values, with the gradient of a learned step size.
 
     LSQ (Esser et al. 2020, Eq. 3 and 5, gradient scale of section 2.2) with the offset of LSQ+ (Bhalgat et al. 2020,
@@ -87,7 +95,7 @@ def on_grid(x: jax.Array, low: jax.Array, step: jax.Array, bits: int) -> jax.Arr
         x: ``[..., c]`` float32.
         low: ``[c]`` value of code 0.
         step: ``[c]`` distance of neighbors, > 0.
-        bits: 1 to 16.
+        bits: 1 to 16, or ``c`` such numbers.
 
     Returns:
         ``[..., c]``. Differentiable with respect to ``x``, ``low`` and ``step``.
@@ -101,11 +109,11 @@ def _on_grid_fwd(x, low, step, bits):
 
 def _on_grid_bwd(bits, residuals, v):
     x, low, step = residuals
-    top = 2**bits - 1
+    top = _top(bits)
     position, code = (x - low) / step, grid_codes(x, low, step, bits)
     inside = (position >= -0.5) & (position <= top + 0.5)
     others = tuple(range(x.ndim - 1))
-    scale = float(1 / np.sqrt(max(x.size // x.shape[-1], 1) * top))
+    scale = np.float32(1 / np.sqrt(max(x.size // x.shape[-1], 1) * top))
     v_low = scale * jnp.sum(jnp.where(inside, 0, v), others)
     v_step = scale * jnp.sum(v * jnp.where(inside, code - position, code), others)
     return jnp.where(inside, v, 0), v_low, v_step

@@ -44,7 +44,7 @@ BUDGET = 2 * 6 * 8 * 3 * 4  # two float32 images per class
 # spec's dtype, that is all; otherwise the codec needs a line in TRAITS.
 SPECS: dict[str, codecs.CodecSpec] = {
     "gaussian": GaussianSpec(images_per_class=3, num_points=5, cutoff=0.0),
-    "packed": PackedGaussianSpec(images_per_class=3, num_points=5, cutoff=0.0),
+    "packed": PackedGaussianSpec(images_per_class=3, num_points=5, cutoff=0.0, bits_chroma=5),
     "packed fitted": PackedGaussianSpec(images_per_class=3, num_points=4, ranges="fitted", order="kept", bits_color=9),
     "pixel": PixelSpec(),
     "pixel uint8": PixelSpec(dtype="uint8", optimizer="adam", images_per_class=3),

@@ -375,3 +375,18 @@ def test_bits_after_the_last_code_are_refused():
     written["codes"][-1] |= 1
     with pytest.raises(ValueError, match="codes: the 4 bits after the last code must be 0"):
         codec.unpack(written)
+
+
+def test_color_differences_have_bits_of_their_own_and_come_back_as_colors():
+    np.testing.assert_array_equal(packed.to_ycocg(jnp.array([1.0, 0.5, 0.25])), [0.5625, 0.75, -0.125])
+    colors = np.random.default_rng(0).integers(-64, 64, (9, 3)) / np.float32(16)
+    np.testing.assert_array_equal(packed.from_ycocg(packed.to_ycocg(colors)), colors)
+    spec = PackedGaussianSpec(images_per_class=2, num_points=5, bits_chroma=3)
+    assert (
+        packed.image_bits(spec, 5, 3) == packed.image_bits(dataclasses.replace(spec, bits_chroma=0), 5, 3) - 5 * 2 * 3
+    )
+    # Codes cover what they have bits for, and no more.
+    found = np.asarray(packed.codes(random_params(spec), spec)["color"])
+    assert found[..., 0].max() > 7 and found[..., 1:].max() == 7
+    with pytest.raises(ValueError, match="codec.bits_chroma: expected 0 for images of 1 channels, found 3"):
+        make(spec, image_shape=(*SIZE, 1))

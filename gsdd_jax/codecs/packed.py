@@ -49,7 +49,13 @@ class PackedGaussianSpec(Spec):
     ] = 0
     bits_mean: Annotated[int, Ge(2), Le(16), Doc("bits of each coordinate of a position")] = 8
     bits_cholesky: Annotated[int, Ge(2), Le(16), Doc("bits of each of the three numbers of a shape")] = 6
-    bits_color: Annotated[int, Ge(2), Le(16), Doc("bits of each color channel")] = 6
+    bits_color: Annotated[int, Ge(2), Le(16), Doc("bits of each color channel, or of luma")] = 6
+    bits_chroma: Annotated[
+        int,
+        Ge(0),
+        Le(16),
+        Doc("bits of each of two color differences, which stand with luma for red, green and blue; 0 = these as such"),
+    ] = 0
     ranges: Annotated[
         Literal["learned", "fitted"],
         Doc(
@@ -92,6 +98,20 @@ class PackedGaussianSpec(Spec):
         most = SORTED_POINTS if self.order == "sorted" else MOST
         return {"num_points": range(1, most + 1), "images_per_class": range(1, MOST)}
 
+    def color_bits(self, channels: int) -> tuple[int, ...]:
+        """Returns the bits of each number of a color.
+
+        Raises:
+            ValueError: Color differences of images that are not RGB.
+        """
+        if not self.bits_chroma:
+            return (self.bits_color,) * channels
+        if channels != 3:
+            raise ValueError(
+                f"codec.bits_chroma: expected 0 for images of {channels} channels, found {self.bits_chroma}"
+            )
+        return self.bits_color, self.bits_chroma, self.bits_chroma
+
     def layout(self, image_shape: Shape, num_classes: int) -> Layout:
         n, channels = num_classes * self.images_per_class, image_shape[-1]
         ranges = jax.ShapeDtypeStruct((3 + channels,), jnp.bfloat16)
@@ -100,7 +120,8 @@ class PackedGaussianSpec(Spec):
 
     def numbers(self, image_shape: Shape, num_classes: int) -> tuple[int, str]:
         count = num_classes * self.images_per_class * self.num_points * (5 + image_shape[-1])
-        return count, f"codes of {self.bits_mean}, {self.bits_cholesky} and {self.bits_color} bits"
+        chroma = f" ({self.bits_chroma} of a color difference)" if self.bits_chroma else ""
+        return count, f"codes of {self.bits_mean}, {self.bits_cholesky} and {self.bits_color} bits{chroma}"
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +133,7 @@ class PackedGaussians:
         mean: ``[n, m, 2]`` as in :class:`~gsdd_jax.Gaussians`; its grid is fixed, the centers of 2^bits equal cells of
             [-1, 1].
         cholesky: ``[n, m, 3]`` as in :class:`~gsdd_jax.Gaussians`.
-        color: ``[n, m, c]`` opacity times color.
+        color: ``[n, m, c]`` opacity times color; with ``bits_chroma``, its luma and color differences, see `to_ycocg`.
         low: ``[3 + c]`` lowest grid value of each number of ``cholesky`` and ``color``, for all images.
         step: ``[3 + c]`` distance of grid values.
         size: Native (height, width) in pixels; static.
@@ -167,7 +188,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         learned = spec.lr_ranges if spec.ranges == "learned" else 0.0
         ends = learned * np.repeat([rates["cholesky"], rates["color"]], [3, c]).astype(np.float32)
         # The upper end moves by as many changes of the step as there are steps.
-        steps = np.repeat([2**spec.bits_cholesky - 1, 2**spec.bits_color - 1], [3, c]).astype(np.float32)
+        steps = 2.0 ** np.asarray([*[spec.bits_cholesky] * 3, *spec.color_bits(c)], np.float32) - 1
         every: dict[str, float | np.ndarray] = {**rates, LOW: ends, STEP: ends / steps}
         return leafwise_adam(every, schedule)
 
@@ -212,6 +233,7 @@ def from_gaussians(g: Gaussians, spec: PackedGaussianSpec) -> PackedGaussians:
     rounding.
     """
     color = g.color * g.opacity[..., None]
+    color = to_ycocg(color) if spec.bits_chroma else color
     none = jnp.zeros(3 + color.shape[-1], jnp.float32)
     params = PackedGaussians(g.mean, canonical(g.cholesky), color, low=none, step=none, size=g.size)
     return fit_ranges(clip_positions(params), spec)
@@ -229,19 +251,40 @@ def canonical(cholesky: jax.Array) -> jax.Array:
     )
 
 
+def to_ycocg(rgb: jax.Array) -> jax.Array:
+    """Returns luma (R + 2 G + B) / 4 and the color differences R - B and G - (R + B) / 2 (Malvar & Sullivan 2003).
+
+    Red, green and blue of an image's Gaussians are nearly the same number; these are nearly independent, and two of
+    them small. Arrays are ``[..., 3]``.
+    """
+    r, g, b = (rgb[..., i] for i in range(3))
+    return jnp.stack([(r + 2 * g + b) / 4, r - b, g - (r + b) / 2], axis=-1)
+
+
+def from_ycocg(ycocg: jax.Array) -> jax.Array:
+    """Returns red, green and blue: the inverse of `to_ycocg`."""
+    y, co, cg = (ycocg[..., i] for i in range(3))
+    rest = y - cg / 2
+    return jnp.stack([rest + co / 2, rest + cg, rest - co / 2], axis=-1)
+
+
 def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGaussians:
     """Lays the grids of shapes and colors over all but ``CLIPPED_SHARE`` of the set's numbers at either end.
 
     What is not finite has no say.
     """
     lows, steps = [], []
-    for leaf, bits in ((params.cholesky, spec.bits_cholesky), (params.color, spec.bits_color)):
+    for leaf, bits in (
+        (params.cholesky, (spec.bits_cholesky,) * 3),
+        (params.color, spec.color_bits(params.color.shape[-1])),
+    ):
         finite = jnp.where(jnp.isfinite(leaf), leaf, jnp.nan).reshape(-1, leaf.shape[-1])
         ends = jnp.nanquantile(finite, jnp.array([CLIPPED_SHARE, 1 - CLIPPED_SHARE], jnp.float32), axis=0)
         low, high = jnp.nan_to_num(ends)
         low = storage.as_bfloat16(low - BFLOAT16_ULP * jnp.abs(low))
         lows.append(low)
-        steps.append(storage.as_bfloat16((high - low) * np.float32((1 + BFLOAT16_ULP) / (2**bits - 1))))
+        per_step = ((1 + BFLOAT16_ULP) / (2.0 ** np.asarray(bits) - 1)).astype(np.float32)
+        steps.append(storage.as_bfloat16((high - low) * per_step))
     return dataclasses.replace(params, low=jnp.concatenate(lows), step=jnp.concatenate(steps))
 
 
@@ -257,6 +300,8 @@ def quantized(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bo
         for name, (low, step, bits) in _grids(params.low, params.step, spec).items()
     }
     leaves = _in_order(params, leaves, spec)
+    if spec.bits_chroma:
+        leaves["color"] = from_ycocg(leaves["color"])
     return Gaussians(**leaves, opacity=jnp.ones(params.mean.shape[:-1], jnp.float32), size=params.size)
 
 
@@ -267,13 +312,14 @@ def codes(params: PackedGaussians, spec: PackedGaussianSpec) -> dict[str, jax.Ar
         name: jnp.nan_to_num(storage.grid_codes(getattr(params, name), low, step, bits)).astype(jnp.uint16)
         for name, (low, step, bits) in grids.items()
     }
-    low, step = (jnp.concatenate([grids[name][i] for name in ("cholesky", "color")]) for i in (0, 1))
+    low, step = (jnp.concatenate(ends) for ends in zip(grids["cholesky"][:2], grids["color"][:2], strict=True))
     return _in_order(params, codes, spec) | storage.cast({LOW: low, STEP: step}, "bfloat16")
 
 
 def pack(tree: dict[str, Any], spec: PackedGaussianSpec) -> dict[str, np.ndarray]:
-    """Writes codes as bytes: all positions, all shapes, all colors; padded with zeros to a byte at the very end."""
+    """Writes codes as bytes: positions, shapes, colors or lumas, color differences; zeros fill up the last byte."""
     codes = {name: np.asarray(tree[name]) for name in ("mean", "cholesky", "color")}
+    luma = 1 if spec.bits_chroma else codes["color"].shape[-1]
     if spec.order == "sorted":
         y, x = (codes["mean"][..., i].astype(np.uint32) for i in (1, 0))
         positions = packing.multisets_to_bits(y << spec.bits_mean | x, 4**spec.bits_mean)
@@ -282,7 +328,8 @@ def pack(tree: dict[str, Any], spec: PackedGaussianSpec) -> dict[str, np.ndarray
     bits = [
         positions,
         packing.to_bits(codes["cholesky"], spec.bits_cholesky),
-        packing.to_bits(codes["color"], spec.bits_color),
+        packing.to_bits(codes["color"][..., :luma], spec.bits_color),
+        packing.to_bits(codes["color"][..., luma:], spec.bits_chroma),
     ]
     return {BITS: np.packbits(np.concatenate(bits)), LOW: np.asarray(tree[LOW]), STEP: np.asarray(tree[STEP])}
 
@@ -293,10 +340,11 @@ def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: i
     Raises:
         ValueError: The bytes are none that :func:`pack` writes.
     """
-    m = spec.num_points
-    sizes = [n * _position_bits(spec, m), n * m * 3 * spec.bits_cholesky, n * m * channels * spec.bits_color]
+    m, luma = spec.num_points, 1 if spec.bits_chroma else channels
+    sizes = [n * _position_bits(spec, m), n * m * 3 * spec.bits_cholesky, n * m * luma * spec.bits_color]
+    sizes.append(n * m * (channels - luma) * spec.bits_chroma)
     bits = np.unpackbits(np.asarray(arrays[BITS]))
-    positions, cholesky, color, padding = np.split(bits, np.cumsum(sizes))
+    positions, cholesky, color, chroma, padding = np.split(bits, np.cumsum(sizes))
     if padding.any():
         raise ValueError(f"{BITS}: the {padding.size} bits after the last code must be 0")
     if spec.order == "sorted":
@@ -307,7 +355,14 @@ def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: i
     return {
         "mean": mean.astype(np.uint16),
         "cholesky": packing.from_bits(cholesky, spec.bits_cholesky).reshape(n, m, 3).astype(np.uint16),
-        "color": packing.from_bits(color, spec.bits_color).reshape(n, m, channels).astype(np.uint16),
+        "color": np.concatenate(
+            [
+                packing.from_bits(part, width).reshape(n, m, count)
+                for part, width, count in ((color, spec.bits_color, luma), (chroma, spec.bits_chroma, channels - luma))
+                if count
+            ],
+            axis=-1,
+        ).astype(np.uint16),
         LOW: arrays[LOW],
         STEP: arrays[STEP],
     }
@@ -315,7 +370,7 @@ def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: i
 
 def image_bits(spec: PackedGaussianSpec, num_points: int, channels: int) -> int:
     """Returns the bits of one image of so many Gaussians."""
-    return _position_bits(spec, num_points) + num_points * (3 * spec.bits_cholesky + channels * spec.bits_color)
+    return _position_bits(spec, num_points) + num_points * (3 * spec.bits_cholesky + sum(spec.color_bits(channels)))
 
 
 def _position_bits(spec: PackedGaussianSpec, num_points: int) -> int:
@@ -324,7 +379,9 @@ def _position_bits(spec: PackedGaussianSpec, num_points: int) -> int:
     return num_points * 2 * spec.bits_mean
 
 
-def _grids(low: jax.Array, step: jax.Array, spec: PackedGaussianSpec) -> dict[str, tuple[jax.Array, jax.Array, int]]:
+def _grids(
+    low: jax.Array, step: jax.Array, spec: PackedGaussianSpec
+) -> dict[str, tuple[jax.Array, jax.Array, storage.Bits]]:
     """Returns (low, step, bits) of each leaf, at the precision in which they are stored."""
     low = storage.as_bfloat16(low)
     finest = FINEST_STEP * jnp.maximum(1, jnp.abs(jax.lax.stop_gradient(low)))
@@ -333,7 +390,7 @@ def _grids(low: jax.Array, step: jax.Array, spec: PackedGaussianSpec) -> dict[st
     return {
         "mean": (jnp.full(2, 0.5 * cell - 1, jnp.float32), jnp.full(2, cell, jnp.float32), spec.bits_mean),
         "cholesky": (low[:3], step[:3], spec.bits_cholesky),
-        "color": (low[3:], step[3:], spec.bits_color),
+        "color": (low[3:], step[3:], spec.color_bits(len(low) - 3)),
     }
 
 
@@ -344,5 +401,5 @@ def _in_order(params: PackedGaussians, leaves: dict[str, jax.Array], spec: Packe
     low, step, bits = _grids(params.low, params.step, spec)["mean"]
     cells = jnp.nan_to_num(storage.grid_codes(jax.lax.stop_gradient(params.mean), low, step, bits)).astype(jnp.uint32)
     # Stable, so that Gaussians of one cell stay in the order in which they were stored.
-    order = jnp.argsort((cells[..., 1] << bits) | cells[..., 0], axis=-1, stable=True)
+    order = jnp.argsort((cells[..., 1] << spec.bits_mean) | cells[..., 0], axis=-1, stable=True)
     return {name: jnp.take_along_axis(leaf, order[..., None], axis=1) for name, leaf in leaves.items()}
