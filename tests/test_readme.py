@@ -7,7 +7,7 @@ from benchmarks import tables
 from gsdd_jax import api
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = api.TRAINING.__class__(steps=150, batch=64, seeds=1)
+QUICK = api.TRAINING.__class__(steps=120, batch=60, seeds=1)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -28,12 +28,18 @@ def test_readme_python_runs_as_shown(monkeypatch, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    # As shown, but for a tenth of the steps, smaller batches, and the networks of the test, which take a minute.
+    # As shown, but for fewer images and steps, smaller batches, and the networks of the test, which take minutes.
     monkeypatch.setattr(api.evaluate, "__kwdefaults__", api.evaluate.__kwdefaults__ | {"training": QUICK})
-    few = code.replace("steps=200", "steps=20").replace("DistributionMatching()", "DistributionMatching(batch_real=32)")
-    exec(compile(few, "README.md", "exec"), names)
-    assert names["accuracy"].mean > 0.7
-    assert names["images"].shape == (200, 8, 8, 1) and names["labels"].tolist() == sorted([*range(10)] * 20)
+    for shown, run in {
+        "images_per_class=20": "images_per_class=6",
+        "steps=200": "steps=10, fit_steps=60",
+        "DistributionMatching()": "DistributionMatching(batch_real=16)",
+    }.items():
+        assert code.count(shown) == 1
+        code = code.replace(shown, run)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["accuracy"].mean > 0.6
+    assert names["images"].shape == (60, 8, 8, 1) and names["labels"].tolist() == sorted([*range(10)] * 6)
 
 
 def headings_of(path: Path) -> set[str]:
@@ -53,8 +59,3 @@ def test_links_and_commands_exist(path):
         assert not anchor or anchor in headings_of(path.parent / file if file else path), target
     for target in re.findall(r"--config (\S+yaml)", text):
         assert (ROOT / target).exists(), target
-
-
-@pytest.mark.parametrize("section", ["Not supported yet", "Start"])
-def test_readme_says_how_to_start_and_what_is_missing(section):
-    assert f"## {section}" in README
