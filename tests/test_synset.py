@@ -220,7 +220,7 @@ FOREIGN = "'gsdd_jax/1' or 'gsdd_jax/2', found .*; it is no distilled set of thi
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        *((key, GONE, f"{key}: missing") for key in KEYS - {"format", "labels"}),
+        *((key, GONE, f"{key}: missing") for key in sorted(KEYS - {"format", "labels"})),
         ("format", "gsdd_jax/3", "found .*; it is of a newer version: update gsdd_jax"),
         *(("format", value, FOREIGN) for value in ("other", None, 1, [])),
         *(("codec.name", value, f"expected one of {', '.join(codecs.SPECS)}; found") for value in ("wavelet", {})),
