@@ -21,6 +21,7 @@ from gsdd_jax import codecs, distillation, evaluation, fitting, match, nets, pix
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
 from gsdd_jax.data.sampling import class_index
+from gsdd_jax.errors import InputError
 from gsdd_jax.experts import Experts
 from gsdd_jax.labels import LabelSpec, check_learned, pack
 from gsdd_jax.labels import nbytes as label_nbytes
@@ -101,7 +102,7 @@ def fit(
     """
     _check_count("steps", steps)
     if select not in ("random", "first"):
-        raise ValueError(f"select: expected random or first, found {select!r}")
+        raise InputError(f"select: expected random or first, found {select!r}")
     images, labels, classes = _training_set(images, labels, class_names)
     made = _codec(codec, images, labels, bytes_per_class, LabelSpec())
     params = _fitted(key, images, labels, made, steps=steps, select=select, progress=progress, on_step=on_step)
@@ -239,14 +240,14 @@ def evaluate(
         ValueError, TypeError: Images or labels that do not fit, or a set whose whitening has to be given.
     """
     if not isinstance(synset, SynSet | MergedSet):
-        raise TypeError(f"synset: expected a set, such as one that load reads, found {synset!r}")
+        raise InputError(f"synset: expected a set, such as one that load reads, found {synset!r}")
     _check_kind("training", training, EvalSpec)
     _check_kind("augment", augment, DsaSpec)
     test_images = _gray_levels(test_images, "test_images")
     test_labels, classes = np.asarray(test_labels), len(synset.class_names)
     if np.issubdtype(test_labels.dtype, np.integer) and not ((test_labels >= 0) & (test_labels < classes)).all():
         bad = test_labels[(test_labels < 0) | (test_labels >= classes)][0]
-        raise ValueError(f"test_labels: expected 0 to {classes - 1}, the classes of the set; found {bad}")
+        raise InputError(f"test_labels: expected 0 to {classes - 1}, the classes of the set; found {bad}")
     seen = _whitening_of(synset) if whitening is None else whitening
     h, w, c = test_images.shape[1:]
     net = _network(network, (h, w, c), classes)
@@ -284,7 +285,7 @@ def _training_set(
     """Checks a training set; returns it as NumPy arrays, and the names of its classes."""
     images, labels = _gray_levels(images, "images"), np.asarray(labels)
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels: expected one per image, {list(images.shape[:1])}; found shape {list(labels.shape)}")
+        raise InputError(f"labels: expected one per image, {list(images.shape[:1])}; found shape {list(labels.shape)}")
     num_classes = len(class_names) or int(labels.max(initial=0)) + 1
     class_index(labels, num_classes)
     return images, labels, tuple(class_names) or tuple(map(str, range(num_classes)))
@@ -292,12 +293,12 @@ def _training_set(
 
 def _check_kind(name: str, value: Any, kind: type) -> None:
     if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {kind.__module__.partition('.')[0]}'s {kind.__name__}, found {value!r}")
+        raise InputError(f"{name}: expected {kind.__module__.partition('.')[0]}'s {kind.__name__}, found {value!r}")
 
 
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int | np.integer) or value < 0:
-        raise ValueError(f"{name}: expected a whole number of at least 0, found {value!r}")
+        raise InputError(f"{name}: expected a whole number of at least 0, found {value!r}")
 
 
 def _gray_levels(images: Any, name: str) -> np.ndarray:
@@ -322,7 +323,7 @@ def _codec(
             label_bytes=label_nbytes(label_spec, 1, num_classes),
         )
     if (codec.image_shape, codec.num_classes) != (shape, num_classes):
-        raise ValueError(
+        raise InputError(
             f"codec: made for {codec.num_classes} classes of images {list(codec.image_shape)}; found {num_classes} "
             f"classes of {list(shape)}"
         )
@@ -376,7 +377,7 @@ def _start(start: SynSet, codec: Codec) -> Any:
     )
     found = jax.tree.map(jnp.shape, start.params)
     if start.codec.name != codec.name or found != jax.tree.map(jnp.shape, like):
-        raise ValueError(
+        raise InputError(
             f"start: expected a set of the {codec.name} codec with {codec.images_per_class} images per class as codec "
             f"says, found {start.codec.spec}"
         )
@@ -392,7 +393,7 @@ def _set_of(codec: Codec, params: Any, class_names: tuple[str, ...], meta: dict[
 
 def _whitening(whitening: str | Whitening, images: np.ndarray) -> Whitening:
     if not isinstance(whitening, str) and not callable(whitening):
-        raise TypeError(f"whitening: expected meanstd, zca, none or a callable pytree, found {whitening!r}")
+        raise InputError(f"whitening: expected meanstd, zca, none or a callable pytree, found {whitening!r}")
     return whiten.fit(whitening, images) if isinstance(whitening, str) else whitening  # type: ignore[arg-type]
 
 
@@ -411,7 +412,7 @@ def _whitening_of(synset: SynSet | MergedSet) -> Whitening:
         return whiten.Identity()
     if kind == "meanstd" and "channel_mean" in meta:
         return whiten.meanstd_of(meta["channel_mean"], meta["channel_std"])
-    raise ValueError(
+    raise InputError(
         f"whitening: the set was made through {kind!r}, which is not part of it; expected it as an argument, such as "
         "whiten.fit('zca', training_images)"
     )
@@ -421,7 +422,7 @@ def _schedule(schedule: str | optax.Schedule, steps: int) -> optax.Schedule | No
     if callable(schedule):
         return schedule
     if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule: expected cosine, constant or a function of the step, found {schedule!r}")
+        raise InputError(f"schedule: expected cosine, constant or a function of the step, found {schedule!r}")
     return distillation.cosine(steps) if schedule == "cosine" else None
 
 

@@ -23,6 +23,8 @@ from annotated_types import Ge, Le, Lt
 from jax import lax
 from typing_extensions import Doc
 
+from gsdd_jax.errors import InputError
+
 FULL_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
@@ -49,7 +51,7 @@ class DsaSpec:
         """Rejects unknown and repeated operations."""
         names = self.operations
         if set(names) - set(_OPERATIONS) or len(set(names)) != len(names):
-            raise ValueError(
+            raise InputError(
                 f"strategy: {self.strategy!r}, must be 'none' or some of {list(_OPERATIONS)}, each once, joined by '_'"
             )
 
@@ -316,9 +318,9 @@ def _per_image(value: jax.Array) -> jax.Array:
 
 def _check_images(images: jax.Array) -> None:
     if images.ndim != 4:
-        raise ValueError(f"images: shape {images.shape}, must be [n, h, w, c]")
+        raise InputError(f"images: shape {images.shape}, must be [n, h, w, c]")
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f"images: {images.dtype}, must be floating point; divide uint8 by 255 first")
+        raise InputError(f"images: {images.dtype}, must be floating point; divide uint8 by 255 first")
 
 
 def _fraction(images: jax.Array, ratio: float) -> tuple[int, int]:

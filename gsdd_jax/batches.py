@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from gsdd_jax import parallel, pixels
 from gsdd_jax.data.host import prefetch
 from gsdd_jax.data.sampling import ClassTable, class_index, class_table
+from gsdd_jax.errors import InputError
 from gsdd_jax.match.needs import Held, Need, Source
 from gsdd_jax.whiten import Whitening
 
@@ -50,7 +51,7 @@ def hold(images: np.ndarray, labels: np.ndarray, num_classes: int, mesh: Mesh | 
     """
     images = pixels.check(images)
     if len(images) != len(labels):
-        raise ValueError(f"labels: found {len(labels)} of them for {len(images)} images; expected one per image")
+        raise InputError(f"labels: found {len(labels)} of them for {len(images)} images; expected one per image")
     if mesh is None:
         return Held(jnp.asarray(images), class_table(labels, num_classes))
     index, count = class_index(labels, num_classes)
@@ -115,7 +116,7 @@ def batches(
     """
     inside = {} if on_host else {name: need for name, need in needs.items() if _drawn_inside(need)}
     if len(inside) < len(needs) and not 0 <= source.seed < 1 << _SEED_BITS:
-        raise ValueError(f"seed: expected 0 to 2**{_SEED_BITS} - 1, found {source.seed}")
+        raise InputError(f"seed: expected 0 to 2**{_SEED_BITS} - 1, found {source.seed}")
     held = hold(source.images, source.labels, source.num_classes, mesh) if inside else None
     whitening = source.whitening if mesh is None else parallel.replicated(source.whitening, mesh)
     with contextlib.ExitStack() as open_streams:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gsdd_jax.errors import InputError
+
 # What Pillow is asked for beside the quality. Slower settings of AVIF save a few percent at ten times the time.
 OPTIONS: dict[str, dict[str, Any]] = {
     "webp": {"method": 6},
@@ -45,7 +47,7 @@ def compress(image: np.ndarray, format: str, quality: int) -> tuple[np.ndarray, 
     """
     channels = image.shape[-1]
     if channels not in (1, 3):
-        raise ValueError(f"image: expected 1 or 3 channels, found {channels}")
+        raise InputError(f"image: expected 1 or 3 channels, found {channels}")
     file, mode = io.BytesIO(), "L" if channels == 1 else "RGB"
     Image.fromarray(image[..., 0] if channels == 1 else image).save(
         file, format, quality=max(quality, 1) if format == "jpeg" else quality, **OPTIONS[format]
@@ -86,7 +88,7 @@ def fill(
 
 def _webp(file: bytes) -> int:
     if file[12:16] != b"VP8 ":
-        raise ValueError(f"expected a lossy WebP file without extensions, found {file[12:16]!r}")
+        raise InputError(f"expected a lossy WebP file without extensions, found {file[12:16]!r}")
     return int.from_bytes(file[16:20], "little") - 10
 
 

@@ -10,6 +10,8 @@ maximum over tests during training, a choice made on the test set).
 
 import math
 
+from gsdd_jax.errors import InputError
+
 _LOWEST, _HIGHEST = math.exp(-1), math.exp(1)
 
 
@@ -103,5 +105,5 @@ def _normalized(exponent: float) -> float:
 
 def _fraction(name: str, value: float) -> float:
     if not 0 <= value <= 1:
-        raise ValueError(f"{name}: {value}, must be a fraction in [0, 1]")
+        raise InputError(f"{name}: {value}, must be a fraction in [0, 1]")
     return float(value)

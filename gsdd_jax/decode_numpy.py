@@ -23,6 +23,7 @@ import numpy as np
 from annotated_types import Ge, Le, Lt
 
 from gsdd_jax import merged, packing, schema, synset
+from gsdd_jax.errors import InputError
 from gsdd_jax.exchange import Array
 from gsdd_jax.manifest import Manifest
 
@@ -126,7 +127,7 @@ def decoder_of(manifest: Manifest, payload: int) -> Decoder:
     del payload
     name = manifest.codec.get("name")
     if not isinstance(name, str) or name not in DECODERS:
-        raise ValueError(
+        raise InputError(
             f"codec.name: expected one of {', '.join(DECODERS)}, which are decoded without JAX; found "
             f"{schema.show(name)}, whose images python -m train.export writes where JAX is installed"
         )
@@ -163,7 +164,7 @@ class _PackedGaussian(_Drawing):
 
     def __post_init__(self) -> None:
         if self.order == "sorted" and self.num_points > SORTED_POINTS:
-            raise ValueError(f"codec.num_points: expected an integer <= {SORTED_POINTS}, found {self.num_points}")
+            raise InputError(f"codec.num_points: expected an integer <= {SORTED_POINTS}, found {self.num_points}")
 
 
 def _gaussian(manifest: Manifest, spec: _Gaussian) -> Decoder:
@@ -194,7 +195,7 @@ def _packed_gaussian(manifest: Manifest, spec: _PackedGaussian) -> Decoder:
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
         positions, *written, padding = np.split(np.unpackbits(arrays["codes"]), np.cumsum(sizes))
         if padding.any():
-            raise ValueError(f"codes: the {padding.size} bits after the last code must be 0")
+            raise InputError(f"codes: the {padding.size} bits after the last code must be 0")
         if sort:
             keys = packing.multisets_from_bits(positions, n, m, 4**spec.bits_mean)
             mean = np.stack([keys % 2**spec.bits_mean, keys >> spec.bits_mean], axis=-1)

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from gsdd_jax.augment import DsaSpec
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import Network
 from gsdd_jax.training import (
     EvalSpec,
@@ -88,7 +89,7 @@ def accuracy(
     """
     check_images(images, labels, "", real=whitening is not None)
     if batch < 1:
-        raise ValueError(f"batch: {batch}, must be at least 1")
+        raise InputError(f"batch: {batch}, must be at least 1")
     return _test(params, images, labels, whitening, network=network, batch=batch).accuracies
 
 
@@ -133,7 +134,7 @@ def evaluate_networks(
     check_images(images, labels, "", soft=True)
     check_images(test_images, test_labels, "test_", real=whitening is not None)
     if keys.ndim != 1 or keys.shape[0] < 1:
-        raise ValueError(f"keys: shape {keys.shape}, must be [s] with s at least 1")
+        raise InputError(f"keys: shape {keys.shape}, must be [s] with s at least 1")
     height, width = test_images.shape[1:3]
     batch = max(1, min(_TEST_BATCH, _TEST_BATCH * _TEST_SIDE**2 // (height * width)))
     data = jax.tree.map(jnp.asarray, (images, labels, whitening, rate_of(lr, spec)))
@@ -181,9 +182,9 @@ def choose_lr(
         TypeError: as `evaluate`.
     """
     if not lrs or min(lrs) <= 0:
-        raise ValueError(f"lrs: {list(lrs)}, must be one or more positive numbers")
+        raise InputError(f"lrs: {list(lrs)}, must be one or more positive numbers")
     if networks < 1:
-        raise ValueError(f"networks: {networks}, must be at least 1")
+        raise InputError(f"networks: {networks}, must be at least 1")
     keys = jax.random.split(key, networks)
     table = {
         float(lr): float(
@@ -193,7 +194,7 @@ def choose_lr(
     }
     sound = [lr for lr in table if math.isfinite(table[lr])]
     if not sound:
-        raise ValueError(f"lrs: {list(lrs)}, networks diverge with each of them; lower rates are needed")
+        raise InputError(f"lrs: {list(lrs)}, networks diverge with each of them; lower rates are needed")
     return max(sound, key=lambda lr: table[lr]), table
 
 
@@ -212,7 +213,7 @@ def summarize(accuracies: Sequence[float] | jax.Array, seeds: Sequence[int]) -> 
     """
     values = [float(value) for value in accuracies]
     if not values or len(values) != len(seeds):
-        raise ValueError(
+        raise InputError(
             f"accuracies: {len(values)} of them, must be at least 1 and one per seed; seeds: {list(seeds)}"
         )
     mean, std = statistics.fmean(values), 0.0

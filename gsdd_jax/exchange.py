@@ -16,6 +16,7 @@ import numpy as np
 import pydantic_core
 import safetensors.numpy
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.schema import key_text
 
 # What a JSON document and the header of a file of arrays may have; the latter is enough for a thousand arrays.
@@ -85,7 +86,7 @@ def compare(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
     for name in sorted(expected.keys() | found.keys()):
         want, have = expected.get(name), found.get(name)
         if want != have:
-            raise ValueError(f"{key_text(name)}: expected {want or 'nothing'}, found {have or 'nothing'}")
+            raise InputError(f"{key_text(name)}: expected {want or 'nothing'}, found {have or 'nothing'}")
 
 
 def parse_json(raw: bytes) -> Any:
@@ -97,7 +98,7 @@ def parse_json(raw: bytes) -> Any:
         ValueError: The bytes are not such a document.
     """
     if len(raw) > MANIFEST_BYTES:
-        raise ValueError(f"expected at most {MANIFEST_BYTES} bytes of JSON, found more")
+        raise InputError(f"expected at most {MANIFEST_BYTES} bytes of JSON, found more")
     return pydantic_core.from_json(raw)
 
 
@@ -136,9 +137,9 @@ class File(NamedTuple):
         found = {"payload": payload, "header": len(self.raw) - payload, "file": len(self.raw), LABELS: nbytes(labels)}
         for key, value in sizes.items():
             if value != found[key]:
-                raise ValueError(f"sizes.{key}: the manifest expects {value} bytes, found {found[key]}")
+                raise InputError(f"sizes.{key}: the manifest expects {value} bytes, found {found[key]}")
         if sha256 and (digest := hashlib.sha256(self.raw).hexdigest()) != sha256:
-            raise ValueError(f"sha256: the manifest expects {sha256}, found {digest}: not its file")
+            raise InputError(f"sha256: the manifest expects {sha256}, found {digest}: not its file")
         return {name: _array(array, self.data[name]) for name, array in self.arrays.items()}
 
 
@@ -149,14 +150,14 @@ def read(raw: bytes) -> File:
         ValueError: It is damaged: the arrays that it names do not fill it exactly, one behind the other.
     """
     if (length := int.from_bytes(raw[:8], "little")) > HEADER_BYTES:
-        raise ValueError(f"damaged file (expected a header of at most {HEADER_BYTES} bytes, found {length})")
+        raise InputError(f"damaged file (expected a header of at most {HEADER_BYTES} bytes, found {length})")
     try:
         entries = dict(safetensors.deserialize(raw))
     except safetensors.SafetensorError as error:
-        raise ValueError(f"damaged file ({one_line(error)})") from error
+        raise InputError(f"damaged file ({one_line(error)})") from error
     for name, entry in entries.items():
         if entry["dtype"] not in CODES:
-            raise ValueError(f"{key_text(name)}: expected one of {', '.join(CODES)}, found {entry['dtype']}")
+            raise InputError(f"{key_text(name)}: expected one of {', '.join(CODES)}, found {entry['dtype']}")
     arrays = {name: Array(CODES[entry["dtype"]], tuple(entry["shape"])) for name, entry in entries.items()}
     return File(arrays, raw, {name: entry["data"] for name, entry in entries.items()})
 
@@ -202,6 +203,6 @@ def renamed(settings: Any, section: str = "") -> Any:
         name = FORMER_NAMES.get(key, key) if section else key
         if name in found:
             names = [key for key in settings if FORMER_NAMES.get(key, key) == name]
-            raise ValueError(f"{key_text(section)}.{name}: expected once, found as {' and '.join(names)}")
+            raise InputError(f"{key_text(section)}.{name}: expected once, found as {' and '.join(names)}")
         found[name] = renamed(value, f"{section}.{name}" if section else str(name))
     return found

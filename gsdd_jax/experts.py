@@ -27,6 +27,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import files, pixels
 from gsdd_jax.augment import DsaSpec
+from gsdd_jax.errors import InputError
 from gsdd_jax.match.distribution import DistributionSpec
 from gsdd_jax.match.trajectory import TrajectorySpec, flattener
 from gsdd_jax.nets import NetSpec, Network, build
@@ -75,7 +76,7 @@ class ExpertSpec:
     def __post_init__(self) -> None:
         """Checks what no single field can say."""
         if self.schedule != "constant" and not self.epochs:
-            raise ValueError(
+            raise InputError(
                 f"experts.epochs: 0, must be at least 1 with schedule {self.schedule}, which depends on it"
             )
 
@@ -118,7 +119,7 @@ class Origin:
 _RECIPE = [field for field in dataclasses.fields(ExpertSpec) if field.name not in ("count", "method", "group")]
 
 
-class IncompleteError(ValueError):
+class IncompleteError(InputError):
     """Experts are missing that the same training would add."""
 
 
@@ -311,7 +312,7 @@ def _trajectory(
         rows = np.asarray(theta)
         if not np.isfinite(rows).all():
             bad = group[int(np.argmin(np.isfinite(rows).all(1)))]
-            raise ValueError(
+            raise InputError(
                 f"expert {bad}: weights not finite after epoch {epoch + 1}; lower the experts' lr, in another folder"
             )
         if on_epoch is not None:
@@ -386,7 +387,7 @@ class Experts:
             stream.seek(offset + epoch * self._row_bytes)
             data = stream.read(self._row_bytes)
         if zlib.crc32(data) != crcs[epoch]:
-            raise ValueError(f"{file}: damaged: the checksum of expert {expert}, epoch {epoch} does not match")
+            raise InputError(f"{file}: damaged: the checksum of expert {expert}, epoch {epoch} does not match")
         return np.frombuffer(data, _ROW)
 
     @property
@@ -416,7 +417,7 @@ class Segments:
         """
         _refuse_past(experts.path, experts.epochs, objective)
         if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in 0 to 2**64 - 1, found {seed}")
+            raise InputError(f"seed must be in 0 to 2**64 - 1, found {seed}")
         self._experts, self._objective, self._seed = experts, objective, seed
 
     def choice(self, iteration: int) -> list[tuple[int, int]]:
@@ -426,7 +427,7 @@ class Segments:
             ValueError: `iteration` is negative.
         """
         if iteration < 0:
-            raise ValueError(f"iteration must be at least 0, found {iteration}")
+            raise InputError(f"iteration must be at least 0, found {iteration}")
         low, high = self._objective.start_window(iteration)
         # An iteration owns the 2**64 counter values above iteration * 2**64; NumPy keeps the raw stream fixed.
         raw = np.random.Philox(counter=int(iteration) << 64, key=self._seed).random_raw(2 * self._objective.segments)
@@ -444,7 +445,7 @@ class Segments:
             pair = self._experts.row(expert, start), self._experts.row(expert, stop)
             # In float32, as the loss divides by it.
             if not np.sum(np.square(pair[0] - pair[1])) > 0:
-                raise ValueError(f"{self._experts.path}: expert {expert} did not move from epoch {start} to {stop}")
+                raise InputError(f"{self._experts.path}: expert {expert} did not move from epoch {start} to {stop}")
             pairs.append(pair)
         return np.stack([np.stack(pair) for pair in pairs])
 
@@ -498,7 +499,7 @@ def _refuse_other(folder: Path, manifest: dict[str, Any], origin: Origin, spec: 
     if different:
         key = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        raise ValueError(
+        raise InputError(
             f"{folder}: these experts do not belong to this run: {key}: expected {wanted.get(key)!r}, found "
             f"{found.get(key)!r}{more}; name another folder for the experts"
         )
@@ -515,13 +516,13 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _refuse_past(folder: Path, epochs: int, objective: TrajectorySpec | DistributionSpec) -> None:
     if objective.last_epoch > epochs:
         if not isinstance(objective, TrajectorySpec):
-            raise ValueError(
+            raise InputError(
                 f"{folder}: these experts end at epoch {epochs}; expected objective.expert_epochs of at most that, "
                 f"found {objective.expert_epochs}, or train others in another folder"
             )
         most = epochs + 1 - objective.expert_epochs
         allowed = f"objective.max_start_epoch may be up to {most}" if most > 0 else "no window fits"
-        raise ValueError(
+        raise InputError(
             f"{folder}: max_start_epoch {objective.max_start_epoch} with expert_epochs {objective.expert_epochs} "
             f"reaches epoch {objective.last_epoch}, but these experts end at epoch {epochs}; {allowed}, or train "
             "others in another folder"
@@ -533,16 +534,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
         if manifest["format"] != FORMAT:
-            raise ValueError(f"{file}: format: expected {FORMAT!r}, found {manifest['format']!r}")
+            raise InputError(f"{file}: format: expected {FORMAT!r}, found {manifest['format']!r}")
         shape = manifest["epochs"], manifest["num_params"]
         if not isinstance(manifest["origin"], dict) or any(type(x) is not int or x < 1 for x in shape):
-            raise TypeError(f"epochs and num_params are {shape}")
+            raise InputError(f"epochs and num_params are {shape}")
         if any(len(crcs) != shape[0] + 1 for chunk in manifest["chunks"] for crcs in chunk["crc32"]):
-            raise TypeError("checksums are missing")
+            raise InputError("checksums are missing")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder}: no experts here (expected {MANIFEST}); train them first") from error
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
+        raise InputError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
     return manifest
 
 
@@ -580,10 +581,10 @@ def _payload_offset(file: Path, shape: tuple[int, int, int]) -> int:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: missing, although {MANIFEST} names it") from error
     except ValueError as error:
-        raise ValueError(f"{file}: damaged header ({error})") from error
+        raise InputError(f"{file}: damaged header ({error})") from error
     expected = offset + int(np.prod(shape)) * _ROW.itemsize
     if found != (shape, False, _ROW) or size != expected:
-        raise ValueError(
+        raise InputError(
             f"{file}: damaged: expected {_ROW.name} {list(shape)} in {expected} bytes, found {found[2].name} "
             f"{list(found[0])} in {size} bytes"
         )
@@ -597,4 +598,4 @@ def _locked(folder: Path) -> Iterator[None]:
         with filelock.FileLock(folder / ".lock", timeout=0, thread_local=False):
             yield
     except filelock.Timeout as error:
-        raise ValueError(f"{folder}: another process trains experts there; wait for it to end") from error
+        raise InputError(f"{folder}: another process trains experts there; wait for it to end") from error

@@ -16,6 +16,7 @@ from gsdd_jax import pixels
 from gsdd_jax.codecs import Codec
 from gsdd_jax.codecs.base import Draft
 from gsdd_jax.data.sampling import class_table, sample_classes
+from gsdd_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class FitSpec:
             ValueError: A sum of no set.
         """
         if self.initial_sha256 and not self.initial_set:
-            raise ValueError("fit.initial_set: expected the folder of the set that fit.initial_sha256 names, found ''")
+            raise InputError("fit.initial_set: expected the folder of the set that fit.initial_sha256 names, found ''")
 
 
 class FitState(NamedTuple):
@@ -92,7 +93,7 @@ def select_images(
     members = [np.flatnonzero(labels == label) for label in range(num_classes)]
     for label, own in enumerate(members):
         if len(own) < per_class:
-            raise ValueError(
+            raise InputError(
                 f"per_class: {per_class} images per class are to be fitted, class {label} has {len(own)} training ones"
             )
     if how == "random":
@@ -101,9 +102,9 @@ def select_images(
     if how == "first":
         return np.concatenate([own[:per_class] for own in members])
     if how != "kmeans":
-        raise ValueError(f"fit.select: expected one of random, first, kmeans; found {how!r}")
+        raise InputError(f"fit.select: expected one of random, first, kmeans; found {how!r}")
     if features is None:
-        raise ValueError("fit.select: kmeans needs features, found none")
+        raise InputError("fit.select: kmeans needs features, found none")
     keys = jax.random.split(key, num_classes)
     nearest = [_nearest_to_centers(each, features[own], per_class) for each, own in zip(keys, members, strict=True)]
     return np.concatenate([own[chosen] for own, chosen in zip(members, nearest, strict=True)])

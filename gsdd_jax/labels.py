@@ -23,6 +23,7 @@ from jax import lax
 from typing_extensions import Doc
 
 from gsdd_jax import pixels, storage
+from gsdd_jax.errors import InputError
 from gsdd_jax.exchange import LABELS
 from gsdd_jax.nets import Network
 from gsdd_jax.soft_labels import Labels
@@ -193,7 +194,7 @@ def check_learned(spec: LabelSpec, objective: Objective) -> None:
     learns, name = "labels" in jax.eval_shape(objective.init)[0], objective.spec.name
     if learns != (spec.kind == "soft" and spec.teacher == "learned"):
         expected = "kind=soft and teacher=learned" if learns else "another teacher than learned, or kind=hard"
-        raise ValueError(
+        raise InputError(
             f"labels: the objective {name} learns {'labels' if learns else 'no labels'}; expected {expected}, found "
             f"kind={spec.kind} and teacher={spec.teacher}"
         )

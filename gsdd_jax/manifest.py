@@ -9,6 +9,7 @@ from annotated_types import Ge, Le, MaxLen
 from pydantic import StringConstraints
 
 from gsdd_jax import schema
+from gsdd_jax.errors import InputError
 from gsdd_jax.exchange import BUDGET, SIDE, Array, renamed
 from gsdd_jax.soft_labels import Labels
 
@@ -67,11 +68,11 @@ class Manifest:
         """Checks what no single key can say."""
         h, w, c = self.image_shape
         if h * w * c > VALUES:
-            raise ValueError(f"image_shape: expected at most {VALUES} values per image, found {h} x {w} x {c}")
+            raise InputError(f"image_shape: expected at most {VALUES} values per image, found {h} x {w} x {c}")
         if len(self.class_names) != self.num_classes:
-            raise ValueError(f"class_names: expected {self.num_classes}, one per class, found {len(self.class_names)}")
+            raise InputError(f"class_names: expected {self.num_classes}, one per class, found {len(self.class_names)}")
         if self.format != FORMATS[0] and not self.sha256:
-            raise ValueError("sha256: missing; expected 64 hexadecimal digits")
+            raise InputError("sha256: missing; expected 64 hexadecimal digits")
         self.label_arrays  # noqa: B018
 
     @property
@@ -104,4 +105,4 @@ def _check_format(found: Any) -> None:
     family, _, number = str(found).partition("/")
     later = type(found) is str and family == "gsdd_jax" and number.isascii() and number.isdigit()
     advice = "it is of a newer version: update gsdd_jax" if later else "it is no distilled set of this library"
-    raise ValueError(f"format: expected {' or '.join(map(repr, FORMATS))}, found {schema.show(found)}; {advice}")
+    raise InputError(f"format: expected {' or '.join(map(repr, FORMATS))}, found {schema.show(found)}; {advice}")

@@ -19,6 +19,7 @@ from annotated_types import MinLen
 from pydantic import StringConstraints
 
 from gsdd_jax import exchange, files, schema, synset
+from gsdd_jax.errors import InputError
 from gsdd_jax.manifest import Sha256
 from gsdd_jax.soft_labels import Labels
 from gsdd_jax.synset import SynSet
@@ -51,7 +52,7 @@ class Manifest:
         """Checks what no single key can say."""
         given = {self.labels is not None, bool(self.labels_file), bool(self.labels_sha256)}
         if given != {self.format == FORMATS[1]}:
-            raise ValueError(
+            raise InputError(
                 f"labels: expected labels, labels_file and labels_sha256 in {FORMATS[1]!r}, and only there"
             )
 
@@ -245,28 +246,28 @@ def check_parts(parts: Sequence[tuple[tuple[int, ...], int, Sequence[str]]]) -> 
         ValueError: They do not.
     """
     if not parts:
-        raise ValueError("parts: expected at least one set, found none")
+        raise InputError("parts: expected at least one set, found none")
     for i, part in enumerate(parts):
         for what, found, expected in zip(("images", "bytes_per_class"), part, parts[0], strict=False):
             if found != expected:
-                raise ValueError(f"parts: part {i} has {what} {found}, part 0 has {expected}; expected the same")
+                raise InputError(f"parts: part {i} has {what} {found}, part 0 has {expected}; expected the same")
     names = tuple(name for *_, own in parts for name in own)
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise ValueError(f"parts: class {twice!r} is there twice; expected every class in one part")
+        raise InputError(f"parts: class {twice!r} is there twice; expected every class in one part")
     return names
 
 
 def check_own_labels(own: Sequence[Any]) -> None:
     """Raises where there are soft labels of the whole and of parts, None for parts without."""
     if any(one is not None for one in own):
-        raise ValueError("soft: parts have soft labels of their own; expected either, found both")
+        raise InputError("soft: parts have soft labels of their own; expected either, found both")
 
 
 def check_names(found: Sequence[str], manifest: Manifest) -> None:
     """Raises where the manifest of the whole names other classes than its parts."""
     if found != manifest.class_names:
-        raise ValueError(f"class_names: expected those of the parts, {list(found)}; found {list(manifest.class_names)}")
+        raise InputError(f"class_names: expected those of the parts, {list(found)}; found {list(manifest.class_names)}")
 
 
 def joined(labels: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gsdd_jax import exchange, files
+from gsdd_jax.errors import InputError
 from gsdd_jax.exchange import Array
 from gsdd_jax.schema import show
 
@@ -52,7 +53,7 @@ def write(path: Path, arrays: dict[str, Any], manifest: dict[str, Any], state: A
         ValueError: There is something at the path, or the manifest could not be read again.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: expected an absent or empty directory: checkpoints are not written over")
+        raise InputError(f"{path}: expected an absent or empty directory: checkpoints are not written over")
     # One level deeper than in a file of its own.
     exchange.parse_json(json.dumps({KEY: manifest}, indent=1).encode())
 
@@ -87,10 +88,10 @@ def read_state(folder: Path, *, bounded: bool) -> tuple[dict[str, np.ndarray], d
     with (folder / METADATA).open("rb") as file:
         document = metadata(exchange.parse_json(file.read(exchange.MANIFEST_BYTES + 1)))
     if document["format"] != STATE_FORMAT:
-        raise ValueError(f"format: expected {STATE_FORMAT!r}, found {show(document['format'])}")
+        raise InputError(f"format: expected {STATE_FORMAT!r}, found {show(document['format'])}")
     arrays, expected, meta = contents(folder, bounded=bounded)[1](), document.get("sha256"), document.get("meta", {})
     if (digest := _sum(arrays, meta)) != expected:
-        raise ValueError(f"sha256: expected {show(expected)}, found {digest!r}")
+        raise InputError(f"sha256: expected {show(expected)}, found {digest!r}")
     return arrays, meta
 
 
@@ -134,24 +135,24 @@ def contents(folder: Path, *, bounded: bool = True) -> tuple[dict[str, Array], C
     size = 0
     for file in folder.rglob("*"):
         if not file.is_dir() and not file.is_file():
-            raise ValueError(f"{file.relative_to(folder)}: expected a regular file")
+            raise InputError(f"{file.relative_to(folder)}: expected a regular file")
         size += file.stat().st_size
     handler = ocp.StandardCheckpointHandler()
     with _damage():
         if (folder / TREE).stat().st_size > exchange.MANIFEST_BYTES:
-            raise ValueError(f"{TREE}: expected at most {exchange.MANIFEST_BYTES} bytes, found more")
+            raise InputError(f"{TREE}: expected at most {exchange.MANIFEST_BYTES} bytes, found more")
         tree = handler.metadata(folder).tree
         described = named(tree)
         found = exchange.described(described)
         for name, array in found.items():
             if array.dtype not in exchange.CODES.values():
-                raise ValueError(f"{name}: expected one of {', '.join(exchange.CODES.values())}, found {array}")
+                raise InputError(f"{name}: expected one of {', '.join(exchange.CODES.values())}, found {array}")
             # A chunk is allocated as a whole.
             if math.prod(described[name].storage.chunk_shape) > max(math.prod(array.shape), 1):
-                raise ValueError(f"{name}: expected chunks no larger than {array}")
+                raise InputError(f"{name}: expected chunks no larger than {array}")
     needed, allowed = sum(array.nbytes for array in found.values()), max(UNPACKED, UNPACKED_PER_BYTE * size)
     if bounded and needed > allowed:
-        raise ValueError(f"expected at most {allowed} bytes of arrays in {size} bytes of files, found {needed}")
+        raise InputError(f"expected at most {allowed} bytes of arrays in {size} bytes of files, found {needed}")
 
     def restore() -> dict[str, np.ndarray]:
         with _damage():
@@ -184,7 +185,7 @@ def with_masters(path: str | Path, synset: SynSet) -> SynSet:
         expected = exchange.described(named({"params": like}))
         exchange.compare({name: array for name, array in found.items() if name.startswith("params.")}, expected)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise InputError(f"{folder}: {error}") from error
     masters = jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(arrays[name]) for name in expected])
     return dataclasses.replace(synset, params=masters)
 
@@ -196,7 +197,7 @@ def named(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(found) < len(leaves):
-        raise ValueError("two leaves of the tree have one dotted path: rename one")
+        raise InputError("two leaves of the tree have one dotted path: rename one")
     return found
 
 
@@ -234,7 +235,7 @@ def _damage() -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"damaged checkpoint ({exchange.one_line(error)})") from error
+        raise InputError(f"damaged checkpoint ({exchange.one_line(error)})") from error
 
 
 def _orbax() -> Any:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gsdd_jax.errors import InputError
+
 
 def to_bits(codes: np.ndarray, width: int) -> np.ndarray:
     """Returns the binary digits of each code, most significant first, one after the other: ``[codes.size * width]``."""
@@ -76,7 +78,7 @@ def unrank(number: int, count: int, symbols: int) -> list[int]:
         ValueError: No multiset of ``count`` codes below ``symbols`` has the number.
     """
     if number >= math.comb(symbols + count - 1, count):
-        raise ValueError(f"no set of {count} of {symbols} codes has the number {number:#x}")
+        raise InputError(f"no set of {count} of {symbols} codes has the number {number:#x}")
     codes = [0] * count
     for i in range(count, 0, -1):
         top, ways = _largest(number, i)

@@ -22,6 +22,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gsdd_jax.errors import InputError
+
 AXIS = "devices"
 
 
@@ -91,12 +93,12 @@ def mesh_of(devices: int) -> Mesh:
     """
     every = jax.devices()
     if jax.process_count() > 1 and devices not in (0, len(every)):
-        raise ValueError(
+        raise InputError(
             f"distill.devices: {jax.process_count()} processes share out the work among all their {len(every)} "
             f"devices; expected 0 or {len(every)}, found {devices}"
         )
     if devices > len(every):
-        raise ValueError(f"distill.devices: expected at most {len(every)}, as many as JAX finds; found {devices}")
+        raise InputError(f"distill.devices: expected at most {len(every)}, as many as JAX finds; found {devices}")
     return Mesh(np.array(every[: devices or None]), (AXIS,))
 
 

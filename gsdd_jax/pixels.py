@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsdd_jax.errors import InputError
+
 # Real images may leave [0,1] by so much: filters that resize overshoot. Images in [-0.5, 0.5] or [-1, 1] do not pass.
 SLACK = 0.1
 
@@ -51,7 +53,7 @@ def check(images: Any, name: str = "images", *, real: bool = True, rank: int = 4
     images = images if isinstance(images, jax.Array) else np.asarray(images)
     _check_dtype(images, name)
     if images.ndim != rank or 0 in images.shape:
-        raise ValueError(_message(images, name))
+        raise InputError(_message(images, name))
     if images.dtype == jnp.uint8:
         return images
     traced = isinstance(images, jax.core.Tracer)
@@ -62,7 +64,7 @@ def check(images: Any, name: str = "images", *, real: bool = True, rank: int = 4
 
 def _check_dtype(images: Any, name: str) -> None:
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(_message(images, name))
+        raise InputError(_message(images, name))
 
 
 def _check_values(values: np.ndarray, name: str, real: bool) -> None:
@@ -70,7 +72,7 @@ def _check_values(values: np.ndarray, name: str, real: bool) -> None:
     # Written so that NaN is refused.
     outside = real and not (low >= -SLACK and high <= 1 + SLACK)
     if outside or (low >= 0 and high > 1 and bool((values == np.round(values)).all())):
-        raise ValueError(_message(values, name, f" from {low:g} to {high:g}"))
+        raise InputError(_message(values, name, f" from {low:g} to {high:g}"))
 
 
 def _message(images: Any, name: str, values: str = "") -> str:

@@ -7,6 +7,7 @@ run, so that nothing is made up here.
 import dataclasses
 from typing import Literal, get_args
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.training import EvalSpec
 
 Recipe = Literal["config", "gsdd", "glad", "dance"]
@@ -60,7 +61,7 @@ def recipe_for(recipe: Recipe, network: str, run: EvalSpec) -> EvalSpec:
             parallel=run.parallel,
         )
     if network not in _GLAD_LR:
-        raise ValueError(f"network: {network!r}, recipe {recipe} is for one of {', '.join(_GLAD_LR)}")
+        raise InputError(f"network: {network!r}, recipe {recipe} is for one of {', '.join(_GLAD_LR)}")
     if recipe == "gsdd":
         lr = _GSDD_LR.get(network, _GSDD_LR_REMAINING)
         return dataclasses.replace(run, optimizer="adam", lr=lr, schedule="cosine", warmup_steps=0, seeds=3)
@@ -76,4 +77,4 @@ def recipe_for(recipe: Recipe, network: str, run: EvalSpec) -> EvalSpec:
             seeds=5,
             parallel=run.parallel,
         )
-    raise ValueError(f"recipe: {recipe!r}, must be one of {', '.join(RECIPES)}")
+    raise InputError(f"recipe: {recipe!r}, must be one of {', '.join(RECIPES)}")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.gaussians import Gaussians, to_pixels
 from kernels import DEFAULT_CUTOFF, splat
 from kernels.spec import integer
@@ -58,12 +59,12 @@ def _check(g: Gaussians) -> None:
     for name, shape in expected.items():
         found = jnp.shape(getattr(g, name))
         if len(lead) != 2 or found != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)} for [n, m] = {list(lead)}, found {list(found)}")
+            raise InputError(f"{name}: expected shape {list(shape)} for [n, m] = {list(lead)}, found {list(found)}")
 
 
 def _pixels(size: tuple[int, int], name: str) -> tuple[int, int]:
     try:
         height, width = (integer(side, name) for side in size)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected (height, width), two integers >= 1; found {size!r}") from None
+        raise InputError(f"{name}: expected (height, width), two integers >= 1; found {size!r}") from None
     return height, width

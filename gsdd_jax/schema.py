@@ -15,6 +15,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.json_schema import GenerateJsonSchema
 from typing_extensions import Doc
 
+from gsdd_jax.errors import InputError
+
 T = TypeVar("T")
 Place = tuple[str | int, ...]
 Node = dict[str, Any]  # a JSON schema, its references filled in
@@ -102,7 +104,7 @@ def build(cls: type[T], data: Any, *, section: str = "", where: Callable[[Place]
     # A spec that checks its fields against each other may name them itself: `data.path is needed with ...`.
     head = f"{key}: " if key and not text.startswith((f"{key}.", f"{key}:")) else ""
     more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    raise ValueError(f"{head}{text}{f' (in {where(place)})' if where else ''}{more}")
+    raise InputError(f"{head}{text}{f' (in {where(place)})' if where else ''}{more}")
 
 
 def describe(cls: type) -> str:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Ge
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.exchange import LABEL_INDICES, LABELS, Array
 
 STEPS = 255
@@ -52,7 +53,7 @@ class Labels:
         most = 0 if self.dtype == "uint4" or num_classes > NAMED_CLASSES else num_classes - 1
         if self.top_k > most:
             what = f"{num_classes} classes and labels.dtype={self.dtype}"
-            raise ValueError(
+            raise InputError(
                 f"labels.top_k: expected 0 (all){f' to {most}' * (most > 0)} with {what}, found {self.top_k}"
             )
         if self.dtype == "uint4":
@@ -69,7 +70,7 @@ class Labels:
         """
         p: Any = np.asarray(probabilities, np.float64)
         if p.ndim != 2:
-            raise ValueError(f"probabilities: shape {p.shape}, must be [n, k]")
+            raise InputError(f"probabilities: shape {p.shape}, must be [n, k]")
         k, described = p.shape[1], self.arrays(*p.shape)
         check_probabilities(p, low=1 - SUM_TOLERANCE, high=1 + SUM_TOLERANCE)
         arrays = {}
@@ -115,7 +116,7 @@ class Labels:
             wrong = (ordered[:, -1] >= num_classes) | (ordered[:, 1:] == ordered[:, :-1]).any(1)
             if wrong.any():
                 row = int(np.argmax(wrong))
-                raise ValueError(
+                raise InputError(
                     f"{LABEL_INDICES}: row {row}: expected different classes of 0 to {num_classes - 1}, "
                     f"found {indices[row].tolist()}"
                 )
@@ -134,7 +135,7 @@ def _of_codes(written: np.ndarray, num_classes: int) -> np.ndarray:
     sound = (codes.max(1) == LARGEST_CODE) & (codes[:, num_classes:] == 0).all(1)
     if not sound.all():
         row = int(np.argmin(sound))
-        raise ValueError(
+        raise InputError(
             f"{LABELS}: row {row}: expected {num_classes} codes of 4 bits, the largest {LARGEST_CODE}, "
             f"found {codes[row].tolist()}"
         )
@@ -159,4 +160,4 @@ def check_probabilities(values: np.ndarray, *, low: float, high: float) -> None:
     if not sound.all():
         row = int(np.argmin(sound))
         found = f"the sum {sums[row]:g}" if (values[row] >= 0).all() else "a negative number or NaN"
-        raise ValueError(f"{LABELS}: row {row}: expected probabilities with sum 1, found {found}")
+        raise InputError(f"{LABELS}: row {row}: expected probabilities with sum 1, found {found}")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from gsdd_jax import exchange, files, manifest, orbax_set
+from gsdd_jax.errors import InputError
 from gsdd_jax.manifest import FORMATS, Manifest
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ class SynSet:
         from gsdd_jax.codecs import stored
 
         if format not in ("safetensors", "orbax"):
-            raise ValueError(f"format: expected safetensors or orbax, found {format!r}")
+            raise InputError(f"format: expected safetensors or orbax, found {format!r}")
         if state is not None and format != "orbax":
-            raise ValueError("state: only format='orbax' keeps it")
+            raise InputError("state: only format='orbax' keeps it")
         folder = Path(path)
         written = self.codec.pack(self.codec.quantize(self.params))
         if self.soft is not None:
@@ -267,7 +268,7 @@ def read(
         expected = exchange.described(layout) | found.label_arrays
         needed = -(-exchange.nbytes(expected) // found.num_classes)
         if found.bytes_per_class < needed:
-            raise ValueError(f"bytes_per_class: expected at least {needed}, found {found.bytes_per_class}")
+            raise InputError(f"bytes_per_class: expected at least {needed}, found {found.bytes_per_class}")
     with naming(arrays):
         exchange.compare(held, expected)
         file = file or exchange.read(exchange.serialize(restore()))
@@ -296,7 +297,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def stated(path: Path, make: Callable[[Any], D]) -> D:
@@ -306,7 +307,7 @@ def stated(path: Path, make: Callable[[Any], D]) -> D:
         try:
             document = exchange.parse_json(raw)
         except ValueError as error:
-            raise ValueError(f"damaged manifest ({error})") from error
+            raise InputError(f"damaged manifest ({error})") from error
         return make(document)
 
 
@@ -322,7 +323,7 @@ def arrays_file(path: Path) -> exchange.File:
 def _content(path: Path, limit: int = -1) -> bytes:
     """Returns the first bytes of a file; a pipe or a device, which may have no end, is refused unopened."""
     if not path.is_file():
-        raise ValueError(f"{path}: expected a regular file")
+        raise InputError(f"{path}: expected a regular file")
     with path.open("rb") as file:
         return file.read(limit)
 

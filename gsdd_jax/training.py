@@ -16,6 +16,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, cutmix, dsa
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import Network
 from gsdd_jax.whiten import Whitening
 
@@ -66,7 +67,7 @@ class EvalSpec:
     def __post_init__(self) -> None:
         """Checks what no single field can say."""
         if self.schedule == "warmup_cosine" and self.warmup_steps:
-            raise ValueError(
+            raise InputError(
                 f"evaluate.warmup_steps: {self.warmup_steps}, must be 0 with schedule warmup_cosine, "
                 "which rises until half time"
             )
@@ -256,12 +257,12 @@ def check_images(images: jax.Array, labels: jax.Array, which: str, *, soft: bool
     pixels.check(images, f"{which}images", real=real)
     if soft and labels.ndim == 2 and labels.shape[0] == images.shape[0]:
         if not jnp.issubdtype(labels.dtype, jnp.floating):
-            raise TypeError(f"{which}labels: {labels.dtype}, must be floating point where there is a row per image")
+            raise InputError(f"{which}labels: {labels.dtype}, must be floating point where there is a row per image")
         return
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"{which}labels: shape {labels.shape}, must be {images.shape[:1]}, one per image")
+        raise InputError(f"{which}labels: shape {labels.shape}, must be {images.shape[:1]}, one per image")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"{which}labels: {labels.dtype}, must be integers")
+        raise InputError(f"{which}labels: {labels.dtype}, must be integers")
 
 
 def _epoch(key: jax.Array, epoch: jax.Array | int, n: int) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import pixels
+from gsdd_jax.errors import InputError
 
 Kind = Literal["zca", "meanstd", "none"]
 KINDS: tuple[Kind, ...] = ("zca", "meanstd", "none")
@@ -43,7 +44,7 @@ class MeanStd(NamedTuple):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Normalizes [..., c]; differentiable."""
         if images.shape[-1:] != self.mean.shape:
-            raise ValueError(f"images must have {self.mean.shape[0]} channels last, found shape {list(images.shape)}")
+            raise InputError(f"images must have {self.mean.shape[0]} channels last, found shape {list(images.shape)}")
         return (_floating(images) - self.mean) / self.std
 
 
@@ -57,7 +58,7 @@ class Zca(NamedTuple):
         """Whitens [..., h, w, c]; differentiable."""
         if images.shape[-3:] != self.mean.shape:
             expected = ", ".join(map(str, self.mean.shape))
-            raise ValueError(f"images must have shape [..., {expected}], found {list(images.shape)}")
+            raise InputError(f"images must have shape [..., {expected}], found {list(images.shape)}")
         flat = (_floating(images) - self.mean).reshape(*images.shape[:-3], -1)
         # The default precision of accelerators (TF32, bfloat16) would leave errors of 1e-3, above half a gray level.
         return jnp.matmul(flat, self.matrix, precision=jax.lax.Precision.HIGHEST).reshape(images.shape)
@@ -120,7 +121,7 @@ def fit(kind: Kind, images: np.ndarray, *, eps: float = 0.1) -> Whitening:
     images = np.asarray(pixels.check(images))
     eval_shape(kind, images.shape[1:])
     if len(images) < 2:
-        raise ValueError(f"images: a whitening needs at least 2 of them, found {len(images)}")
+        raise InputError(f"images: a whitening needs at least 2 of them, found {len(images)}")
     if kind == "none":
         return Identity()
     return _fit_meanstd(images) if kind == "meanstd" else _fit_zca(images, eps)
@@ -133,7 +134,7 @@ def eval_shape(kind: Kind, image_shape: Sequence[int]) -> Whitening:
         ValueError: Unknown kind, or too many dimensions for "zca".
     """
     if kind not in KINDS:
-        raise ValueError(f"whiten: unknown kind {kind!r}; allowed: {', '.join(KINDS)}")
+        raise InputError(f"whiten: unknown kind {kind!r}; allowed: {', '.join(KINDS)}")
     of: Callable[..., Any] = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     if kind == "none":
         return Identity()
@@ -141,7 +142,7 @@ def eval_shape(kind: Kind, image_shape: Sequence[int]) -> Whitening:
         return MeanStd(of(image_shape[-1:]), of(image_shape[-1:]))
     dims = math.prod(image_shape)
     if dims > MAX_ZCA_DIMS:
-        raise ValueError(
+        raise InputError(
             f"whiten: zca of {'x'.join(map(str, image_shape))} images needs two {dims} x {dims} matrices "
             f"({8 * dims**2 / 1e9:.0f} GB) and an eigendecomposition of that size; "
             f"the limit is {MAX_ZCA_DIMS} dimensions (64x64x3); use meanstd"
@@ -156,9 +157,9 @@ def meanstd_of(mean: Sequence[float], std: Sequence[float]) -> MeanStd:
         ValueError: Different lengths, or a std that is not positive.
     """
     if len(mean) != len(std) or not len(mean):
-        raise ValueError(f"mean and std must have one value per channel, found {len(mean)} and {len(std)}")
+        raise InputError(f"mean and std must have one value per channel, found {len(mean)} and {len(std)}")
     if min(std) <= 0:
-        raise ValueError(f"std must be positive, found {list(std)}")
+        raise InputError(f"std must be positive, found {list(std)}")
     return MeanStd(mean=jnp.asarray(mean, jnp.float32), std=jnp.asarray(std, jnp.float32))
 
 
@@ -180,7 +181,7 @@ def _fit_meanstd(images: np.ndarray) -> MeanStd:
 
 def _fit_zca(images: np.ndarray, eps: float) -> Zca:
     if not eps > 0:
-        raise ValueError(f"eps must be > 0, found {eps}")
+        raise InputError(f"eps must be > 0, found {eps}")
     mean, covariance = _moments(images.reshape(len(images), -1))
     values, vectors = np.linalg.eigh(covariance)
     # Rounding can leave eigenvalues of about -1e-14 where the covariance is singular.

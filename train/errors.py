@@ -1,23 +1,20 @@
 """How a command line ends: what a user can put right is one line on stderr, a defect keeps its traceback.
 
-The difference is drawn by where an exception comes from, not only by its class. A `ValueError` that a `raise`
-statement of this project wrote is a message to the user. A `ValueError` out of JAX or NumPy, or a `TypeError` from a
-call with wrong arguments, is a defect and must stay visible.
+A message to the user is an `InputError` of the library, a `UserError` of the command lines, or what the system says of
+a file, a disk or a device. All else, such as a `ValueError` out of JAX or NumPy, is a defect and must stay visible.
 """
 
-import dis
 import errno
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from gsdd_jax.data import DataNotice
+from gsdd_jax.errors import InputError
 
-OWN_PACKAGES = ("gsdd_jax", "kernels", "train")
 DEBUG_VARIABLE = "GSDD_DEBUG"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -26,7 +23,6 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Storage libraries written in C++ and Rust report a full disk under classes of their own; the system's text survives.
 _DISK_FULL_TEXTS = tuple(os.strerror(code) for code in _DISK_FULL)
 _DISK_FULL_REMEDY = "free some space and run the same command again"
-_VALIDATION_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 class UserError(Exception):
@@ -45,9 +41,9 @@ class DivergedError(UserError):
 def exit_cleanly(*, debug: bool | None = None) -> Iterator[None]:
     """Turns the user's errors into one line on stderr and an exit code; works as a decorator too.
 
-    Handled: `UserError`, missing or forbidden paths, a full disk, platforms that JAX cannot start, Ctrl-C, and
-    `ValueError`, `TypeError`, `OSError` and `ImportError` raised on purpose by this project. Everything else passes
-    through with its traceback. Notices of data are lines on stderr, too.
+    Handled: `UserError`, `InputError`, missing or forbidden paths, a full disk, optional packages and platforms of JAX
+    that are not there, Ctrl-C. Everything else passes through with its traceback. Notices of data are lines on stderr,
+    too.
 
     Args:
         debug: True keeps every traceback. None: on when `--debug` is on the command line or GSDD_DEBUG is set to
@@ -96,7 +92,7 @@ def explain(error: BaseException) -> str | None:
         return f"error: disk full{where}: nothing saved so far is lost; {_DISK_FULL_REMEDY}{found}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"error: {_one_line(str(error.filename))}: {error.strerror.lower()}"
-    if isinstance(error, (UserError, FileNotFoundError, PermissionError)):
+    if isinstance(error, UserError | InputError | FileNotFoundError | PermissionError):
         return f"error: {_fold(error)}"
     if _no_platform(error):
         asked = os.environ.get("JAX_PLATFORMS", "")
@@ -104,7 +100,8 @@ def explain(error: BaseException) -> str | None:
             f"error: JAX_PLATFORMS: found {asked!r}, but JAX cannot start that here ({_fold(error)}); allowed: cpu, or "
             "cuda with an NVIDIA GPU, its driver and the extra gsdd_jax[cuda]"
         )
-    if isinstance(error, _VALIDATION_ERRORS) and _raised_on_purpose(error.__traceback__):
+    # The import system names the module; what is raised here says how to install it.
+    if isinstance(error, ImportError) and error.name is None:
         return f"error: {_fold(error)}"
     return None
 
@@ -129,24 +126,6 @@ def _no_platform(error: BaseException) -> bool:
         except (AssertionError, RuntimeError):
             return True
     return isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)
-
-
-def _raised_on_purpose(traceback: TracebackType | None) -> bool:
-    """Tells whether the innermost frame belongs to this project and stands on a `raise` statement."""
-    if traceback is None:
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    frame = traceback.tb_frame
-    if _module_name(frame.f_globals).partition(".")[0] not in OWN_PACKAGES:
-        return False
-    return dis.opname[frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
-
-
-def _module_name(module_globals: dict) -> str:
-    # `python -m train.distill` names its module __main__; the spec keeps the real name.
-    spec = module_globals.get("__spec__")
-    return spec.name if spec is not None else module_globals.get("__name__", "")
 
 
 def _debug_wanted() -> bool:

@@ -31,6 +31,7 @@ from gsdd_jax.codecs.palette import PaletteSpec
 from gsdd_jax.codecs.pixel import PixelSpec
 from gsdd_jax.codecs.sparse_epitome import SparseEpitomeSpec
 from gsdd_jax.codecs.spectral import SpectralSpec
+from gsdd_jax.errors import InputError
 from kernels.spec import integer
 
 __all__ = [
@@ -108,9 +109,9 @@ def make(
         ValueError: The spec or the budget is impossible; the message names the setting and what would fit.
     """
     if not isinstance(spec, Spec):
-        raise TypeError(f"codec: expected a spec such as PackedGaussianSpec(num_points=22), found {spec!r}")
+        raise InputError(f"codec: expected a spec such as PackedGaussianSpec(num_points=22), found {spec!r}")
     if spec.name not in SPECS:
-        raise ValueError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
+        raise InputError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
     # Plain numbers, as a manifest holds them, also of those who count with NumPy.
     plain = {name: value.item() for name, value in vars(spec).items() if isinstance(value, np.generic)}
     h, w, c = (integer(side, "image_shape") for side in image_shape)

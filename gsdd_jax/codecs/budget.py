@@ -9,6 +9,7 @@ from typing import Any
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import Shape
+from gsdd_jax.errors import InputError
 
 
 def resolve(
@@ -33,7 +34,7 @@ def resolve(
     if len(unknown) > (bytes_per_class is not None):
         budget = "" if bytes_per_class else ", or a budget (bytes_per_class) to fill"
         names = " and ".join(f"codec.{name}" for name in unknown)
-        raise ValueError(f"{names}: expected at least 1{' of one of them' * (not budget)}{budget}, found 0")
+        raise InputError(f"{names}: expected at least 1{' of one of them' * (not budget)}{budget}, found 0")
     for name in [name for name in sizes if name not in unknown]:
         _check(name, getattr(spec, name), sizes[name])
     if bytes_per_class is None:
@@ -72,7 +73,7 @@ def resolve(
             ways["labels"] = f"labels of at most {room} bytes (labels.top_k, labels.dtype)"
     head = "labels" if label_bytes and taken <= available else next(iter(ways), "codec.images_per_class")
     settings, least = ", ".join(f"{name}={getattr(spec, name)}" for name in sizes), -(-needed(spec) // num_classes)
-    raise ValueError(
+    raise InputError(
         f"{head}: {needed(spec)} bytes for {settings}{what}, the budget of all classes has {available}; expected "
         f"{', or '.join([*ways.values(), f'at least {least} bytes per class'])}"
     )
@@ -85,7 +86,7 @@ def _check(name: str, value: int, values: Sequence[int]) -> None:
         expected = f"at most {values[-1]}" if value > values[-1] else f"a multiple of {values.step}"
     else:
         expected = f"one of {', '.join(map(str, values))}"
-    raise ValueError(f"codec.{name}: expected {expected}, found {value}")
+    raise InputError(f"codec.{name}: expected {expected}, found {value}")
 
 
 def _changed(spec: Any, name: str, value: int, image_shape: Shape) -> Any:

@@ -14,6 +14,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays, cast_storage
+from gsdd_jax.errors import InputError
 
 # What the reference pads canvases with: gray, which an image keeps at its border where the factor does not divide.
 PADDING = 0.5
@@ -48,7 +49,7 @@ class DownscaleSpec(Spec):
         h, w, _ = image_shape
         possible = [f for f in range(1, self.factor + 1) if all((f - 1) * -(-x // f) < x for x in (h, w))]
         if self.factor not in possible:
-            raise ValueError(
+            raise InputError(
                 f"codec.factor: {self.factor} x {self.factor} cells of "
                 f"{'x'.join(map(str, cell_size(self.factor, (h, w))))} pixels leave cells without a pixel on a canvas "
                 f"of {h}x{w}; the next smaller factor that does not is {possible[-1]}"

@@ -36,6 +36,7 @@ from gsdd_jax.codecs.base import (
     cast_storage,
     resized,
 )
+from gsdd_jax.errors import InputError
 
 # Side of both convolutions.
 SIDE = 3
@@ -65,7 +66,7 @@ class FactorSpec(Spec):
     def resolved(self, image_shape: Shape) -> FactorSpec:
         h, w, c = image_shape
         if min(h, w) < SIDE:
-            raise ValueError(f"codec.name: factor needs images of at least {SIDE} x {SIDE} pixels, found {h} x {w}")
+            raise InputError(f"codec.name: factor needs images of at least {SIDE} x {SIDE} pixels, found {h} x {w}")
         return dataclasses.replace(self, base_channels=self.base_channels or c)
 
     def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:

@@ -15,6 +15,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays
+from gsdd_jax.errors import InputError
 
 # Arrays of the file.
 COEFFICIENTS, INDEX, MASK = "coefficients", "index", "mask"
@@ -190,12 +191,12 @@ def unpack(arrays: dict[str, Any], classes: int, count: int, places: int) -> dic
         bits, padding = np.split(np.unpackbits(np.asarray(arrays[MASK])), [classes * places])
         chosen = bits.reshape(classes, places)
         if padding.any() or (chosen.sum(1) != count).any():
-            raise ValueError(f"{MASK}: expected {count} bits of each of {classes} classes and zeros after them")
+            raise InputError(f"{MASK}: expected {count} bits of each of {classes} classes and zeros after them")
         index = np.nonzero(chosen)[1].reshape(classes, count)
     else:
         index = np.asarray(arrays[INDEX]).astype(np.int64)
         if (np.diff(index) <= 0).any() or index.max() >= places:
-            raise ValueError(f"{INDEX}: expected {count} places below {places} for each class, in rising order")
+            raise InputError(f"{INDEX}: expected {count} places below {places} for each class, in rising order")
     return {COEFFICIENTS: np.asarray(arrays[COEFFICIENTS]), INDEX: index.astype(_index_dtype(places))}
 
 

@@ -21,6 +21,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import Codec, Spec, resized
+from gsdd_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,16 +83,16 @@ def generator_prior(
     latents = jax.eval_shape(init_fn, jax.random.key(0), jax.ShapeDtypeStruct((n, *image_shape), jnp.float32))
     wrong = {name: leaf.shape for name, leaf in latents.items() if leaf.shape[:1] != (n,)}
     if wrong:
-        raise ValueError(f"init_fn: expected latents of {n} images along the first axis, found {wrong}")
+        raise InputError(f"init_fn: expected latents of {n} images along the first axis, found {wrong}")
     drawn = jax.eval_shape(decode_fn, latents).shape
     if drawn != (n, *image_shape):
-        raise ValueError(f"decode_fn: expected images {(n, *image_shape)}, found {drawn}")
+        raise InputError(f"decode_fn: expected images {(n, *image_shape)}, found {drawn}")
     needed, available = nbytes(latents), num_classes * bytes_per_class
     if needed > available:
         each = num_classes * (needed - spec.generator_bytes) // n
         fits = max(available - spec.generator_bytes, 0) // each
         remedy = f"at most {fits}" if fits else f"at least {-(-(spec.generator_bytes + each) // num_classes)} per class"
-        raise ValueError(
+        raise InputError(
             f"images_per_class: latents of {spec.images_per_class} images per class, {each // num_classes} bytes each, "
             f"and {spec.generator_bytes} bytes of the generator do not fit the {available} bytes of all classes; "
             f"expected {remedy}"

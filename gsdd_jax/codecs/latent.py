@@ -42,6 +42,7 @@ from gsdd_jax.codecs.base import (
     cast_storage,
     resized,
 )
+from gsdd_jax.errors import InputError
 
 # What tanh is multiplied by: CENTER + REACH tanh is [0, 1].
 REACH = 2 * SPREAD
@@ -108,12 +109,12 @@ class LatentSpec(Spec):
     def resolved(self, image_shape: Shape) -> LatentSpec:
         h, w, _ = image_shape
         if h != w or h < LEAST_SIDE or h.bit_count() != 1:
-            raise ValueError(
+            raise InputError(
                 f"codec.name: latent doubles maps of {START_SIDE} x {START_SIDE} and needs square images whose side is "
                 f"a power of two from {LEAST_SIDE}, found {h} x {w}"
             )
         if self.decoder == "large" and self.latent_dim != START_SIDE**2 * self.width:
-            raise ValueError(
+            raise InputError(
                 f"codec.latent_dim: the large decoder has no linear map; expected 4 * codec.width = "
                 f"{START_SIDE**2 * self.width}, found {self.latent_dim}"
             )

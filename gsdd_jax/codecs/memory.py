@@ -15,6 +15,7 @@ from typing_extensions import Doc
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, cast_storage
 from gsdd_jax.codecs.downscale import cell_size, enlargement
+from gsdd_jax.errors import InputError
 
 # Adam's rate from the random start. On 50 CIFAR-10 images, 12 bases, 300 steps, any from 0.02 to 0.2 comes as near to
 # them as the SVD.
@@ -70,7 +71,7 @@ def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int) 
     small = cell_size(spec.factor, (h, w))
     n = num_classes * spec.images_per_class
     if spec.bases > n:
-        raise ValueError(f"codec.bases: {n} images need at most as many bases, found {spec.bases}")
+        raise InputError(f"codec.bases: {n} images need at most as many bases, found {spec.bases}")
 
     def init(key, images):
         if spec.start == "svd":

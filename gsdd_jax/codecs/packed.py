@@ -20,6 +20,7 @@ from typing_extensions import Doc
 from gsdd_jax import packing, starts, storage
 from gsdd_jax.codecs.base import MOST, Codec, Draft, Layout, Shape, Spec
 from gsdd_jax.codecs.gaussian import boundary_loss, clip_positions, fit_rates, leafwise_adam
+from gsdd_jax.errors import InputError
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.render import render
 from kernels import DEFAULT_CUTOFF
@@ -107,7 +108,7 @@ class PackedGaussianSpec(Spec):
         if not self.bits_chroma:
             return (self.bits_color,) * channels
         if channels != 3:
-            raise ValueError(
+            raise InputError(
                 f"codec.bits_chroma: expected 0 for images of {channels} channels, found {self.bits_chroma}"
             )
         return self.bits_color, self.bits_chroma, self.bits_chroma
@@ -346,7 +347,7 @@ def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: i
     bits = np.unpackbits(np.asarray(arrays[BITS]))
     positions, cholesky, color, chroma, padding = np.split(bits, np.cumsum(sizes))
     if padding.any():
-        raise ValueError(f"{BITS}: the {padding.size} bits after the last code must be 0")
+        raise InputError(f"{BITS}: the {padding.size} bits after the last code must be 0")
     if spec.order == "sorted":
         keys = packing.multisets_from_bits(positions, n, m, 4**spec.bits_mean)
         mean = np.stack([keys & (2**spec.bits_mean - 1), keys >> spec.bits_mean], axis=-1)

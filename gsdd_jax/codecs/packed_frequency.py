@@ -24,6 +24,7 @@ from gsdd_jax.codecs import frequency
 from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec
 from gsdd_jax.codecs.frequency import COEFFICIENTS, INDEX, MASK
 from gsdd_jax.codecs.packed import BFLOAT16_ULP, BITS, FINEST_STEP, LOW, STEP
+from gsdd_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,7 @@ def unpack(
     count = spec.coefficients
     bits, padding = np.split(np.unpackbits(np.asarray(arrays[BITS])), [n * count * channels * spec.bits])
     if padding.any():
-        raise ValueError(f"{BITS}: the {padding.size} bits after the last code must be 0")
+        raise InputError(f"{BITS}: the {padding.size} bits after the last code must be 0")
     codes = packing.from_bits(bits, spec.bits).reshape(n, count, channels).astype(np.uint16)
     chosen = {name: arrays[name] for name in (MASK, INDEX) if name in arrays}
     index = frequency.unpack({COEFFICIENTS: ()} | chosen, classes, count, places)[INDEX]

@@ -24,6 +24,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import packing, storage
 from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, resized
+from gsdd_jax.errors import InputError
 
 IMAGES, PALETTES, CODES = "images", "palettes", "codes"
 # Lloyd steps from the start, which come to rest long before on small images.
@@ -111,7 +112,7 @@ def make(spec: PaletteSpec, image_shape: tuple[int, int, int], num_classes: int)
     def unpack(arrays):
         bits, padding = np.split(np.unpackbits(np.asarray(arrays[CODES])), [n * h * w * spec.bits])
         if padding.any():
-            raise ValueError(f"{CODES}: the {padding.size} bits after the last code must be 0")
+            raise InputError(f"{CODES}: the {padding.size} bits after the last code must be 0")
         codes = packing.from_bits(bits, spec.bits).astype(np.uint16).reshape(n, h, w)
         return {CODES: codes, PALETTES: arrays[PALETTES]}
 

@@ -27,6 +27,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, resized
+from gsdd_jax.errors import InputError
 
 # Standard deviation of epitome and coefficients as SPEED draws them.
 DRAWN = 0.2
@@ -81,9 +82,9 @@ class SparseEpitomeSpec(Spec):
     def resolved(self, image_shape: Shape) -> SparseEpitomeSpec:
         h, w, _ = image_shape
         if h % self.patch or w % self.patch:
-            raise ValueError(f"codec.patch: expected a divisor of {h} and {w}, found {self.patch}")
+            raise InputError(f"codec.patch: expected a divisor of {h} and {w}, found {self.patch}")
         if (patches := self.patches(image_shape)) * self.tokens > PLACES:
-            raise ValueError(
+            raise InputError(
                 f"codec.tokens: {patches} patches of {self.tokens} coefficients are more than the {PLACES} places of a "
                 f"16-bit index; expected at most {PLACES // patches}"
             )
@@ -193,11 +194,11 @@ def checked(written: Mapping[str, Any], places: int) -> Mapping[str, Any]:
     """
     index = np.asarray(written["indices"]).astype(np.int64)
     if index.max() >= places or (np.diff(index, axis=-1) <= 0).any():
-        raise ValueError(f"indices: expected places below {places} in rising order for each image and head")
+        raise InputError(f"indices: expected places below {places} in rising order for each image and head")
     unpacked = index[..., 0].size * places * np.dtype(np.float32).itemsize
     allowed = max(UNPACKED, UNPACKED_PER_BYTE * storage.nbytes(dict(written)))
     if unpacked > allowed:
-        raise ValueError(f"values: expected at most {allowed} bytes of coefficients, zeros included, found {unpacked}")
+        raise InputError(f"values: expected at most {allowed} bytes of coefficients, zeros included, found {unpacked}")
     return written
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gsdd_jax import codecs, exchange, schema, storage
 from gsdd_jax.codecs.base import Codec
+from gsdd_jax.errors import InputError
 
 # No known setting that is an integer is larger, and with none of this size a check of a codec takes long.
 SETTING = 1 << 16
@@ -27,11 +28,11 @@ def spec_of(settings: dict[str, Any]) -> codecs.CodecSpec:
     """
     name = settings.get("name")
     if not isinstance(name, str) or name not in codecs.SPECS:
-        raise ValueError(f"codec.name: expected one of {', '.join(codecs.SPECS)}; found {schema.show(name)}")
+        raise InputError(f"codec.name: expected one of {', '.join(codecs.SPECS)}; found {schema.show(name)}")
     spec: Any = schema.build(codecs.SPECS[name], settings, section="codec")
     for key, value in vars(spec).items():
         if type(value) is int and value > SETTING:
-            raise ValueError(f"codec.{key}: expected at most {SETTING}, found {schema.show(value)}")
+            raise InputError(f"codec.{key}: expected at most {SETTING}, found {schema.show(value)}")
     # A rate of 2 stays an integer, so that the set is written as it was.
     return dataclasses.replace(spec, **{key: value for key, value in settings.items() if type(value) is int})
 
@@ -58,12 +59,12 @@ def codec_of(
     try:
         codec = codecs.make(spec, image_shape=image_shape, num_classes=num_classes, bytes_per_class=room)
     except ValueError as error:
-        raise ValueError(f"codec: {nbytes} bytes of arrays are no such set ({error})") from error
+        raise InputError(f"codec: {nbytes} bytes of arrays are no such set ({error})") from error
     for key, value in vars(spec).items():
         if value != getattr(codec.spec, key):
-            raise ValueError(f"codec.{key}: expected what the set was made with, found {schema.show(value)}")
+            raise InputError(f"codec.{key}: expected what the set was made with, found {schema.show(value)}")
     if codec.images_per_class != images_per_class:
-        raise ValueError(f"images_per_class: expected {codec.images_per_class}, found {images_per_class}")
+        raise InputError(f"images_per_class: expected {codec.images_per_class}, found {images_per_class}")
     return codec
 
 
@@ -76,8 +77,8 @@ def check(codec: Codec) -> None:
         ValueError: A file cannot hold its arrays or a manifest its settings, or these make another codec.
     """
 
-    def refused(what: object) -> ValueError:
-        return ValueError(f"codec.name: sets of {codec.name!r} could not be read back: {what}")
+    def refused(what: object) -> InputError:
+        return InputError(f"codec.name: sets of {codec.name!r} could not be read back: {what}")
 
     if not dataclasses.is_dataclass(type(codec.spec)) or getattr(codec.spec, "name", None) != codec.name:
         raise refused(f"expected a dataclass with the name {codec.name!r} as its spec, found {codec.spec!r}")

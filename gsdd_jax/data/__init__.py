@@ -21,6 +21,7 @@ from gsdd_jax.data.host import HostSampler, prefetch
 from gsdd_jax.data.sampling import ClassTable, class_table, sample_classes
 from gsdd_jax.data.source import Records, Source, Split, assemble, choose
 from gsdd_jax.data.subsets import Subset
+from gsdd_jax.errors import InputError
 
 __all__ = [
     "SOURCES",
@@ -119,37 +120,37 @@ class DataSpec:
             ValueError: A source lacks the field it needs, or has one that it cannot use, or a sum is none.
         """
         if self.sha256 and not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ValueError(f"data.sha256: expected 64 hexadecimal digits or nothing, found {self.sha256!r}")
+            raise InputError(f"data.sha256: expected 64 hexadecimal digits or nothing, found {self.sha256!r}")
         if self.source == "tfds" and not (self.name or self.path):
-            raise ValueError("data.source 'tfds' needs data.name (such as cifar10) or data.path (.../1.0.0)")
+            raise InputError("data.source 'tfds' needs data.name (such as cifar10) or data.path (.../1.0.0)")
         if self.source == "folder" and not self.path:
-            raise ValueError("data.source 'folder' needs data.path, the folder that holds train/ and test/")
+            raise InputError("data.source 'folder' needs data.path, the folder that holds train/ and test/")
         if self.subset and self.classes:
-            raise ValueError(
+            raise InputError(
                 f"data.classes: expected none beside data.subset {self.subset!r}, found {len(self.classes)}"
             )
         if len(set(self.classes)) != len(self.classes):
             twice = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise ValueError(f"data.classes: expected distinct names, found {twice!r} twice")
+            raise InputError(f"data.classes: expected distinct names, found {twice!r} twice")
         for field in ("test_split", "test_labels"):
             if self.test_fraction and getattr(self, field):
-                raise ValueError(
+                raise InputError(
                     f"data.{field}: expected none beside data.test_fraction {self.test_fraction:g}, found "
                     f"{getattr(self, field)!r}"
                 )
         if self.test_labels and self.source != "folder":
-            raise ValueError(f"data.test_labels needs data.source 'folder', found {self.source!r}")
+            raise InputError(f"data.test_labels needs data.source 'folder', found {self.source!r}")
         try:
             opaque = len(ImageColor.getrgb(self.background)) == 3
         except ValueError:
             opaque = False
         if not opaque:
-            raise ValueError(f'data.background: expected a color such as white or "#rrggbb", found {self.background!r}')
+            raise InputError(f'data.background: expected a color such as white or "#rrggbb", found {self.background!r}')
         if self.source == "digits":
             for field in ("name", "path", "train_split", "test_split", "test_fraction", "subset"):
                 if getattr(self, field):
                     found = getattr(self, field)
-                    raise ValueError(f"data.{field} must be empty with data.source 'digits', found {found!r}")
+                    raise InputError(f"data.{field} must be empty with data.source 'digits', found {found!r}")
 
 
 class Dataset(NamedTuple):
@@ -236,7 +237,7 @@ class _Opened(NamedTuple):
 
 def _open(spec: DataSpec) -> _Opened:
     if spec.source not in SOURCES:
-        raise ValueError(f"data.source: unknown source {spec.source!r}; allowed: {', '.join(SOURCES)}")
+        raise InputError(f"data.source: unknown source {spec.source!r}; allowed: {', '.join(SOURCES)}")
     source = SOURCES[spec.source](spec)
     kept, names, name = tuple(range(len(source.class_names))), source.class_names, source.name
     if spec.subset:
@@ -261,7 +262,7 @@ def _positions(classes: tuple[str, ...], source: Source) -> tuple[int, ...]:
     unknown = [name for name in classes if name not in source.class_names]
     if unknown:
         near = difflib.get_close_matches(unknown[0], source.class_names, n=3) or source.class_names[:3]
-        raise ValueError(
+        raise InputError(
             f"data.classes: {source.name} has no class {unknown[0]!r}; expected names of its {len(source.class_names)} "
             f"classes, such as {', '.join(map(repr, near))}"
         )
@@ -284,7 +285,7 @@ def load(spec: DataSpec) -> Dataset:
     Raises:
         ImportError: The source needs a package that is not installed.
         FileNotFoundError: A file or folder does not exist, or a TFDS data set is not prepared.
-        OSError: Images cannot be read; all of them are counted, and the first named.
+        InputError: Images cannot be read; all of them are counted, and the first named.
         ValueError: Unknown choice, missing classes, images of several sizes without a resolution, a class without
             images; or the data are not those of `spec.sha256`.
 
@@ -300,7 +301,7 @@ def load(spec: DataSpec) -> Dataset:
         which = f"{len(unreadable)} of {total} images cannot be read: {', '.join(unreadable[:_NAMED])}{more}"
         if spec.unreadable == "error" or not (len(train) and len(test)):
             way_out = "data.unreadable=skip goes on without" if len(train) and len(test) else "none is left of a split"
-            raise OSError(f"{opened.name}: {which}; {way_out}")
+            raise InputError(f"{opened.name}: {which}; {way_out}")
         warnings.warn(f"{opened.name}: left out {which}", DataNotice, stacklevel=2)
     composited = opened.convert.composited
     if composited:
@@ -332,7 +333,7 @@ def require_content(found: str, expected: str, who: str, otherwise: str) -> None
     if found != expected:
         # Short as long as they can be told apart.
         digits = 12 if found[:12] != expected[:12] else 64
-        raise ValueError(
+        raise InputError(
             f"data: other images, labels or class names than {who}: SHA-256 {found[:digits]}..., expected "
             f"{expected[:digits]}...; give the same content, wherever it is (data.path, data.source, data.name), or "
             f"{otherwise}"
@@ -352,10 +353,10 @@ def records(spec: DataSpec) -> tuple[Records, np.ndarray, tuple[str, ...]]:
 
     Raises:
         ValueError: As for `load`, except that image sizes are only seen on access; or `unreadable` is "skip".
-        OSError: As for `load`.
+        InputError: As for `load`.
     """
     if spec.unreadable == "skip":
-        raise ValueError(
+        raise InputError(
             "data.unreadable: images that are read on access cannot be left out; expected error, found 'skip'"
         )
     opened = _open(spec)
@@ -397,24 +398,24 @@ def check(dataset: Dataset) -> Dataset:
             duplicate names.
     """
     if len(set(dataset.class_names)) != len(dataset.class_names) or not dataset.class_names:
-        raise ValueError(f"class_names must be distinct and not empty, found {list(dataset.class_names)}")
+        raise InputError(f"class_names must be distinct and not empty, found {list(dataset.class_names)}")
     for part, images, labels in (
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
     ):
         images = pixels.check(images, f"{part}_images")
         if images.shape[-1] not in (1, 3):
-            raise ValueError(f"{part}_images must have 1 or 3 channels, found shape {list(images.shape)}")
+            raise InputError(f"{part}_images must have 1 or 3 channels, found shape {list(images.shape)}")
         if images is not getattr(dataset, f"{part}_images"):
             dataset = dataset._replace(**{f"{part}_images": images})
         if not np.issubdtype(labels.dtype, np.integer):
-            raise TypeError(f"{part}_labels must be integers, found {labels.dtype}")
+            raise InputError(f"{part}_labels must be integers, found {labels.dtype}")
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"{part}_labels must have shape [{len(images)}], found {list(labels.shape)}")
+            raise InputError(f"{part}_labels must have shape [{len(images)}], found {list(labels.shape)}")
         _check_range(labels, len(dataset.class_names), part)
     if dataset.train_images.shape[1:] != dataset.test_images.shape[1:]:
         train, test = (list(images.shape[1:]) for images in (dataset.train_images, dataset.test_images))
-        raise ValueError(
+        raise InputError(
             f"training images are {train}, test images {test}; set data.resolution to bring them to one size"
         )
     _require_every_class(dataset.train_labels, dataset.class_names)
@@ -424,14 +425,14 @@ def check(dataset: Dataset) -> Dataset:
 def _check_range(labels: np.ndarray, num_classes: int, where: str) -> None:
     if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
         bad = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(f"{where}: label {bad} is out of range; allowed: 0 to {num_classes - 1}")
+        raise InputError(f"{where}: label {bad} is out of range; allowed: 0 to {num_classes - 1}")
 
 
 def _require_every_class(labels: np.ndarray, class_names: tuple[str, ...]) -> None:
     count = np.bincount(labels, minlength=len(class_names))
     if count.min() == 0:
         empty = [name for name, number in zip(class_names, count, strict=True) if number == 0]
-        raise ValueError(f"class {empty[0]!r} has no training images ({len(empty)} of {len(class_names)} classes)")
+        raise InputError(f"class {empty[0]!r} has no training images ({len(empty)} of {len(class_names)} classes)")
 
 
 def class_blocks(num_classes: int, count: int) -> tuple[range, ...]:
@@ -443,7 +444,7 @@ def class_blocks(num_classes: int, count: int) -> tuple[range, ...]:
         ValueError: Fewer than one block, or more blocks than classes.
     """
     if not 1 <= count <= num_classes:
-        raise ValueError(f"subtasks: expected 1 to {num_classes}, the number of classes; found {count}")
+        raise InputError(f"subtasks: expected 1 to {num_classes}, the number of classes; found {count}")
     edges = [i * num_classes // count for i in range(count + 1)]
     return tuple(range(first, last) for first, last in zip(edges, edges[1:], strict=False))
 
@@ -464,7 +465,7 @@ def take_classes(dataset: Dataset, classes: range) -> Dataset:
     name = f"{dataset.name}[{classes.start}:{classes.stop}]"
     train, test = taken(dataset.train_images, dataset.train_labels), taken(dataset.test_images, dataset.test_labels)
     if not len(test[1]):
-        raise ValueError(f"{name}: no test image belongs to these classes; raise data.test_limit or lower subtasks")
+        raise InputError(f"{name}: no test image belongs to these classes; raise data.test_limit or lower subtasks")
     return check(Dataset(name, *train, *test, dataset.class_names[classes.start : classes.stop]))
 
 
@@ -484,4 +485,4 @@ def require_per_class(dataset: Dataset, n: int, what: str) -> None:
     if len(small):
         more = f" ({len(small)} classes have too few)" if len(small) > 1 else ""
         name, have = dataset.class_names[small[0]], count[small[0]]
-        raise ValueError(f"class {name!r} has {have} training images, {what} needs {n}{more}")
+        raise InputError(f"class {name!r} has {have} training images, {what} needs {n}{more}")

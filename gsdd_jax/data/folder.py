@@ -12,6 +12,7 @@ import numpy as np
 
 from gsdd_jax.data.decode import Converter, Unreadable, extensions, is_gray
 from gsdd_jax.data.source import Source, Split, hold_out, parallel
+from gsdd_jax.errors import InputError
 
 TEST_FOLDERS = ("test", "val", "validation")
 # Left by file managers and archivers, as names that start with a dot are.
@@ -60,19 +61,19 @@ def open_folder(
         raise FileNotFoundError(f"data.path: no such folder: {root}")
     there = [name for name in TEST_FOLDERS if (root / name).is_dir()]
     if test_fraction and there:
-        raise ValueError(
+        raise InputError(
             f"data.test_fraction: {root} has a test folder ({there[0]}); expected 0, or a root without one"
         )
     default = "train" if not test_fraction or (root / "train").is_dir() else "."
     train = _listing(_split_folder(root, train_split or default, "data.train_split"), root)
     class_names = tuple(sorted(train.classes))
     if not class_names:
-        raise ValueError(f"{train.root} has no class folders; expected {train.root}/<class>/*.png")
+        raise InputError(f"{train.root} has no class folders; expected {train.root}/<class>/*.png")
     empty = [name for name in class_names if not train.classes[name]]
     if empty:
         below = [other for other in train.others if other.is_relative_to(train.root / empty[0])]
         found = f" but {len(below)} other files, such as {below[0].name}" if below else ""
-        raise ValueError(
+        raise InputError(
             f"{train.root / empty[0]} has no images{found}; expected files that Pillow reads, such as *.png"
         )
     tested: dict[str, list[Path]] = {}
@@ -105,7 +106,7 @@ def _find_test(root: Path, there: Sequence[str]) -> str:
             "split off training images"
         )
     if len(there) > 1:
-        raise ValueError(f"{root} has several test folders ({', '.join(there)}); choose one with data.test_split")
+        raise InputError(f"{root} has several test folders ({', '.join(there)}); choose one with data.test_split")
     return there[0]
 
 
@@ -171,14 +172,14 @@ def _check_test_classes(root: Path, test: _Listing, train: _Listing) -> None:
     if images and not test.classes.keys() & train.classes.keys():
         lists = [file for file in [*test.others, *sorted(root.iterdir())] if file.suffix.lower() in _LISTS]
         hint = f", such as {lists[0].relative_to(root)}" if lists else ""
-        raise ValueError(
+        raise InputError(
             f"{test.root} has none of the class folders of {train.root} but {len(images)} images; data.test_labels "
             f'names the file of their labels, with a line "image label" each{hint}'
         )
     if unknown:
         near = difflib.get_close_matches(unknown[0], train.classes, n=1, cutoff=0.7)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{test.root} has class {unknown[0]!r}, which {train.root} does not have{hint}")
+        raise InputError(f"{test.root} has class {unknown[0]!r}, which {train.root} does not have{hint}")
 
 
 def _labeled(test: _Listing, listed: Path, class_names: Sequence[str]) -> _Listing:
@@ -213,17 +214,17 @@ def _labeled(test: _Listing, listed: Path, class_names: Sequence[str]) -> _Listi
             continue
         where = f"data.test_labels: {listed}, line {line}"
         if len(matches) != 1:
-            raise ValueError(f"{where}: {image!r} names {len(matches)} images in {test.root}, expected one")
+            raise InputError(f"{where}: {image!r} names {len(matches)} images in {test.root}, expected one")
         if label is None:
-            raise ValueError(
+            raise InputError(
                 f"{where}: {rest!r} is no label; expected a class of the training folder, such as {class_names[0]!r}, "
                 f"or a number from 0 to {len(class_names) - 1}"
             )
         if found.setdefault(matches[0], number[label]) != number[label]:
-            raise ValueError(f"{where}: a second label for {image!r}")
+            raise InputError(f"{where}: a second label for {image!r}")
     missing = [file for file in images if file not in found]
     if missing:
-        raise ValueError(f"data.test_labels: {listed} has no label for {len(missing)} images, such as {missing[0]}")
+        raise InputError(f"data.test_labels: {listed} has no label for {len(missing)} images, such as {missing[0]}")
     classes: dict[str, list[Path]] = {}
     for file in images:
         classes.setdefault(found[file], []).append(file)

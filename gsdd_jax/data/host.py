@@ -9,6 +9,7 @@ import numpy as np
 
 from gsdd_jax import pixels
 from gsdd_jax.data.sampling import class_index
+from gsdd_jax.errors import InputError
 
 
 class Sampler(Protocol):
@@ -57,11 +58,11 @@ class HostSampler:
         if isinstance(source, np.ndarray):
             source = pixels.check(source)
         if len(source) != len(labels):
-            raise ValueError(f"{len(source)} images but {len(labels)} labels")
+            raise InputError(f"{len(source)} images but {len(labels)} labels")
         if batch < 1:
-            raise ValueError(f"batch must be at least 1, found {batch}")
+            raise InputError(f"batch must be at least 1, found {batch}")
         if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in 0 to 2**64 - 1, found {seed}")
+            raise InputError(f"seed must be in 0 to 2**64 - 1, found {seed}")
         self._source, self._batch, self._seed = source, batch, seed
         self._index, self._count = class_index(labels, num_classes)
         self._classes = np.arange(num_classes) if classes is None else np.asarray(classes)
@@ -73,7 +74,7 @@ class HostSampler:
             ValueError: `step` is negative.
         """
         if step < 0:
-            raise ValueError(f"step must be at least 0, found {step}")
+            raise InputError(f"step must be at least 0, found {step}")
         rows, longest = self._index.shape
         # A step owns the 2**64 counter values above step * 2**64, so steps never share numbers.
         stream = np.random.Philox(counter=int(step) << 64, key=self._seed)
@@ -111,7 +112,7 @@ def _stack(source: Sequence[Any], flat: np.ndarray) -> np.ndarray:
     ]
     for place, image in zip(wanted, images, strict=True):
         if (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
-            raise ValueError(
+            raise InputError(
                 f"image {place} is {image.dtype} {list(image.shape)}, image {wanted[0]} is {images[0].dtype} "
                 f"{list(images[0].shape)}"
             )
@@ -133,9 +134,9 @@ def prefetch(sampler: Sampler, start_step: int, *, depth: int = 2) -> Generator[
         ValueError: `depth` or `start_step` out of range (at the first `next`).
     """
     if depth < 1:
-        raise ValueError(f"depth must be at least 1, found {depth}")
+        raise InputError(f"depth must be at least 1, found {depth}")
     if start_step < 0:
-        raise ValueError(f"start_step must be at least 0, found {start_step}")
+        raise InputError(f"start_step must be at least 0, found {start_step}")
     ready: queue.Queue[tuple[int, np.ndarray | BaseException]] = queue.Queue(depth)
     stop = threading.Event()
 

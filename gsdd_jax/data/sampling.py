@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.parallel import Shard, unsharded
 
 
@@ -40,15 +41,15 @@ def class_index(labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.nd
     """Same as `class_table`, as NumPy arrays `(index, count)`."""
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.size == 0:
-        raise ValueError(f"labels must have shape [n] with n >= 1, found {list(labels.shape)}")
+        raise InputError(f"labels must have shape [n] with n >= 1, found {list(labels.shape)}")
     if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"labels must be integers, found {labels.dtype}")
+        raise InputError(f"labels must be integers, found {labels.dtype}")
     if labels.min() < 0 or labels.max() >= num_classes:
         bad = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(f"label {bad} is out of range; allowed: 0 to {num_classes - 1}")
+        raise InputError(f"label {bad} is out of range; allowed: 0 to {num_classes - 1}")
     count = np.bincount(labels, minlength=num_classes)
     if count.min() == 0:
-        raise ValueError(f"class {int(count.argmin())} has no images")
+        raise InputError(f"class {int(count.argmin())} has no images")
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(count)[:-1])
     index = np.stack([np.resize(row, count.max()) for row in members])
     return index.astype(np.int32), count.astype(np.int32)
@@ -79,7 +80,7 @@ def sample_classes(key: jax.Array, table: ClassTable, batch: int, shard: Shard |
         ValueError: `batch` is less than 1.
     """
     if batch < 1:
-        raise ValueError(f"batch must be at least 1, found {batch}")
+        raise InputError(f"batch must be at least 1, found {batch}")
     rows, longest = table.index.shape
     shard = shard or unsharded(rows)
     # 31 random bits, so that -1 can mark padding; some two of 5,000 images tie with probability 0.6 %: harmless.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from gsdd_jax.data.decode import Converter, Unreadable
+from gsdd_jax.errors import InputError
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -77,14 +78,14 @@ class Records:
         """Decodes several records, on all cores.
 
         Raises:
-            OSError: An image cannot be read.
+            InputError: An image cannot be read.
         """
         at = np.asarray(positions, np.int64)
         decoded = self._split.read(self._indices[at], self._convert)
         records = []
         for index, label, (_, pixels) in zip(self._indices[at], self._labels[at], decoded, strict=True):
             if isinstance(pixels, Unreadable):
-                raise OSError(f"cannot read {self._split.name(index)} ({pixels.reason})")
+                raise InputError(f"cannot read {self._split.name(index)} ({pixels.reason})")
             records.append({"image": pixels, "label": int(label)})
         return records
 
@@ -143,7 +144,7 @@ def assemble(split: Split, indices: np.ndarray, convert: Converter) -> tuple[np.
         ValueError: The images differ in size, or there are none.
     """
     if not len(indices):
-        raise ValueError(f"{split.where} has no image of the chosen classes")
+        raise InputError(f"{split.where} has no image of the chosen classes")
     labels = np.empty(len(indices), np.int32)
     images: np.ndarray | None = None
     first, read, unreadable = 0, 0, []
@@ -154,7 +155,7 @@ def assemble(split: Split, indices: np.ndarray, convert: Converter) -> tuple[np.
         if images is None:
             images, first = np.empty((len(indices), *pixels.shape), np.uint8), index
         if pixels.shape != images.shape[1:]:
-            raise ValueError(
+            raise InputError(
                 f"{split.where}: {split.name(index)} is {_size(pixels)}, {split.name(first)} is {_size(images[0])}; "
                 "images of several sizes need data.resolution > 0"
             )

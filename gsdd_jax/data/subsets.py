@@ -7,6 +7,8 @@ Trajectories" (Cazenavette et al. 2022), used unchanged by GLaD, DDiF and GSDD.
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from gsdd_jax.errors import InputError
+
 Subset = Literal["", "imagenette", "imagewoof", "imagefruit", "imageyellow", "imagemeow", "imagesquawk"]
 
 
@@ -117,7 +119,7 @@ def resolve(subset: str, class_names: Sequence[str]) -> tuple[tuple[int, ...], t
         ValueError: Unknown subset, or the source does not hold the ten classes.
     """
     if subset not in SUBSETS:
-        raise ValueError(f"data.subset: unknown subset {subset!r}; allowed: {', '.join(SUBSETS)}")
+        raise InputError(f"data.subset: unknown subset {subset!r}; allowed: {', '.join(SUBSETS)}")
     classes = SUBSETS[subset]
     names = tuple(entry.name for entry in classes)
     place = {_plain(name): label for label, name in enumerate(class_names)}
@@ -128,7 +130,7 @@ def resolve(subset: str, class_names: Sequence[str]) -> tuple[tuple[int, ...], t
         return tuple(entry.place for entry in classes), names
     missing = [f"{e.wnid} ({e.name})" for e in classes if not {_plain(e.wnid), _plain(e.name)} & place.keys()]
     shown = ", ".join(class_names[:3]) + (", ..." if len(class_names) > 3 else "")
-    raise ValueError(
+    raise InputError(
         f"data.subset: {subset!r} is not in this source; missing {', '.join(missing[:3])}"
         f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}; it has {len(class_names)} classes ({shown})"
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from gsdd_jax.data.decode import Converter, Unreadable
 from gsdd_jax.data.source import Source, Split, hold_out, parallel
+from gsdd_jax.errors import InputError
 
 TEST_SPLITS = ("test", "validation", "val")
 # Records per call into the reader: about 60 MB of ImageNet JPEGs, 0.5 MB of CIFAR.
@@ -43,7 +44,7 @@ def open_tfds(
     Raises:
         ImportError: tensorflow_datasets is not installed.
         FileNotFoundError: The directory or one of its files is missing, or the data set was never prepared.
-        OSError: A file is damaged or truncated.
+        InputError: A file is damaged or truncated.
         ValueError: Unknown data set or split; no uint8 image of 1 or 3 channels, or no class label in its features.
     """
     library = _library()
@@ -81,18 +82,20 @@ def _builder_at(library: Any, path: Path) -> Any:
     try:
         return library.builder_from_directory(str(path))
     except Exception as error:
-        raise OSError(f"cannot read the TFDS description in {path}; damaged or truncated? ({_line(error)})") from error
+        raise InputError(
+            f"cannot read the TFDS description in {path}; damaged or truncated? ({_line(error)})"
+        ) from error
 
 
 def _builder_named(library: Any, name: str) -> Any:
     try:
         builder = library.builder(name, try_gcs=False)
     except library.core.registered.DatasetNotFoundError as error:
-        raise ValueError(f"data.name: TFDS has no data set {name!r}; `tfds.list_builders()` lists them") from error
+        raise InputError(f"data.name: TFDS has no data set {name!r}; `tfds.list_builders()` lists them") from error
     except Exception as error:
         # A damaged description, an unknown version or config, a package that this set needs: TFDS raises all sorts.
         where = Path(library.core.constants.DATA_DIR) / name
-        raise OSError(f"TFDS cannot open data set {name!r}, expected in {where} ({_line(error)})") from error
+        raise InputError(f"TFDS cannot open data set {name!r}, expected in {where} ({_line(error)})") from error
     prepare = (
         f'prepare it once with: python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()\""
@@ -101,7 +104,7 @@ def _builder_named(library: Any, name: str) -> Any:
     if not (where / "dataset_info.json").is_file():
         raise FileNotFoundError(f"TFDS data set {name!r} is not prepared in {where}{_interrupted(where)}; {prepare}")
     if not any(form.value in ("array_record", "parquet") for form in builder.info.available_file_formats()):
-        raise ValueError(
+        raise InputError(
             f"TFDS data set {name!r} in {where} is stored as {builder.info.file_format.value}, "
             "which cannot be read by index; "
             f"delete that directory and {prepare}"
@@ -121,12 +124,12 @@ def _check_features(library: Any, features: Any, where: Any) -> int:
     keys = set(features) if isinstance(features, library.features.FeaturesDict) else set()
     if not {"image", "label"} <= keys:
         found = ", ".join(sorted(keys)) or features
-        raise ValueError(f"{where}: needs the features 'image' and 'label', found {found}")
+        raise InputError(f"{where}: needs the features 'image' and 'label', found {found}")
     image, label = features["image"], features["label"]
     if not isinstance(image, library.features.Image) or np.dtype(image.np_dtype) != np.uint8:
-        raise ValueError(f"{where}: feature 'image' must be a uint8 image, found {image}")
+        raise InputError(f"{where}: feature 'image' must be a uint8 image, found {image}")
     if not isinstance(label, library.features.ClassLabel) or not label.num_classes:
-        raise ValueError(f"{where}: feature 'label' must be a class label, found {label}")
+        raise InputError(f"{where}: feature 'label' must be a class label, found {label}")
     channels = image.shape[-1]
     return 1 if channels == 1 else 3
 
@@ -138,7 +141,7 @@ def _find_test(library: Any, builder: Any) -> str:
         if len(first) and first[0] >= 0:
             return name
     found = ", ".join(builder.info.splits)
-    raise ValueError(f"{builder.data_path} has no labeled test split; found {found}; set data.test_split")
+    raise InputError(f"{builder.data_path} has no labeled test split; found {found}; set data.test_split")
 
 
 def _open_split(library: Any, builder: Any, name: str, key: str, *, chunk: int = _CHUNK) -> Split:
@@ -146,7 +149,7 @@ def _open_split(library: Any, builder: Any, name: str, key: str, *, chunk: int =
         files = [Path(file) for file in builder.info.splits[name].filepaths]
     except (KeyError, ValueError) as error:
         found = ", ".join(builder.info.splits)
-        raise ValueError(f"{key}: no split {name!r} in {builder.data_path}; found {found}") from error
+        raise InputError(f"{key}: no split {name!r} in {builder.data_path}; found {found}") from error
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"split {name!r}: no such file: {file}; prepare or copy the data set again")
@@ -155,14 +158,14 @@ def _open_split(library: Any, builder: Any, name: str, key: str, *, chunk: int =
         records = builder.as_data_source(split=name, decoders={"image": library.decode.SkipDecoding()})
         size = len(records)
     except Exception as error:
-        raise OSError(f"cannot read {where}; damaged or truncated? ({_line(error)})") from error
+        raise InputError(f"cannot read {where}; damaged or truncated? ({_line(error)})") from error
 
     def fetch(indices: list[int]) -> list[dict[str, Any]]:
         try:
             return records.__getitems__(indices)
         except Exception as error:
             # The reader raises bare RuntimeErrors, the parser whatever the damage leads to; both mean the same here.
-            raise OSError(f"cannot read {where}; damaged or truncated? ({_line(error)})") from error
+            raise InputError(f"cannot read {where}; damaged or truncated? ({_line(error)})") from error
 
     def labels() -> Iterator[np.ndarray]:
         for start in range(0, size, chunk):

@@ -14,6 +14,7 @@ import flax.core
 
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import Codec
+from gsdd_jax.errors import InputError
 from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.distribution import DistributionSpec, ExpertNetwork, distribution_loss
 from gsdd_jax.match.gradient import GradientSpec, gradient_loss
@@ -99,7 +100,7 @@ def make(
     """
     name = getattr(spec, "name", spec)
     if SPECS.get(name) is not type(spec):
-        raise ValueError(f"objective.name: expected one of {', '.join(SPECS)}; found {name!r}")
+        raise InputError(f"objective.name: expected one of {', '.join(SPECS)}; found {name!r}")
     network.check(codec.image_shape, codec.num_classes)
     return _made(spec, codec, network, augment or DsaSpec(), mmd or MmdSpec())
 

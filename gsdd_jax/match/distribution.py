@@ -16,6 +16,7 @@ from typing_extensions import Doc
 from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.codecs import Codec
+from gsdd_jax.errors import InputError
 from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.match.needs import ExpertNetworks, Need, RealImages
@@ -84,7 +85,7 @@ class DistributionSpec:
         """Refuses what only experts have, where networks are random."""
         for key in ("cross_entropy", "later_epochs", "draws"):
             if self.networks == "random" and (value := getattr(self, key)):
-                raise ValueError(f"objective.{key}: expected 0 with networks=random, found {value}")
+                raise InputError(f"objective.{key}: expected 0 with networks=random, found {value}")
 
     @property
     def last_epoch(self) -> int:

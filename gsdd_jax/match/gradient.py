@@ -13,6 +13,7 @@ from typing_extensions import Doc
 from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.codecs import Codec
+from gsdd_jax.errors import InputError
 from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.match.needs import RealImages
@@ -65,7 +66,7 @@ class Living(NamedTuple):
 def make(spec: GradientSpec, codec: Codec, network: Network, augment: DsaSpec) -> Objective:
     """Builds the objective; see :func:`gsdd_jax.match.make`."""
     if 0 in (spec.outer_loop, spec.inner_loop):
-        raise ValueError("objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc fills them in")
+        raise InputError("objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc fills them in")
 
     def init() -> tuple[dict[str, jax.Array], Any]:
         # Overwritten by the first step, which draws them.
@@ -197,7 +198,7 @@ def layerwise_distance(real: Any, syn: Any) -> jax.Array:
     layers = [(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])) for a, b in pairs if a.ndim > 1]
     if not layers:
         shapes = [list(leaf.shape) for leaf in jax.tree.leaves(real)]
-        raise ValueError(
+        raise InputError(
             f"gradient matching compares weights of two or more axes, the last one counting outputs; expected at least "
             f"one such array, found shapes {shapes}"
         )

@@ -12,6 +12,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import pixels
 from gsdd_jax.codecs import Codec
+from gsdd_jax.errors import InputError
 from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.chunks import split_classes, sum_of_chunks
 from gsdd_jax.match.needs import ExpertWeights, Need, RealImages, expert_window
@@ -77,7 +78,7 @@ def with_mmd(objective: Objective, spec: MmdSpec) -> Objective:
     if spec.features == "expert":
         window = expert_window(objective.needs)
         if not isinstance(window, TrajectorySpec):
-            raise ValueError(
+            raise InputError(
                 f"mmd.features: experts are trained for objective.name=trajectory; expected random with "
                 f"{objective.spec.name}, found 'expert'"
             )
@@ -126,7 +127,7 @@ def samples_of(codec: Codec, spec: MmdSpec) -> tuple[int, int]:
     g = codec.images_per_class
     copies, each = (max(spec.samples // g, 1) if codec.draws else 1), min(spec.samples, g)
     if copies * each < LEAST_SAMPLES:
-        raise ValueError(
+        raise InputError(
             f"mmd.weight: the term needs {LEAST_SAMPLES} synthetic images per class, the {codec.name} codec has "
             f"{g}; expected 0, or more images"
         )
@@ -231,8 +232,8 @@ def _kernel(x: jax.Array, y: jax.Array) -> jax.Array:
 def _check(x: jax.Array, y: jax.Array, axes: tuple[str, ...]) -> None:
     want = f"expected two arrays [{', '.join(axes)}] that differ in samples at most"
     if x.ndim != len(axes) or y.ndim != len(axes) or (*x.shape[:-2], x.shape[-1]) != (*y.shape[:-2], y.shape[-1]):
-        raise ValueError(f"mmd: {want}; found {x.shape} and {y.shape}")
+        raise InputError(f"mmd: {want}; found {x.shape} and {y.shape}")
     if min(x.shape[-2], y.shape[-2]) < LEAST_SAMPLES:
-        raise ValueError(
+        raise InputError(
             f"mmd: expected at least {LEAST_SAMPLES} samples on each side, found {x.shape[-2]} and {y.shape[-2]}"
         )

@@ -19,6 +19,7 @@ from gsdd_jax import parallel
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.data.host import HostSampler, Sampler
 from gsdd_jax.data.sampling import ClassTable, sample_classes
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import Network
 from gsdd_jax.parallel import Shard
 
@@ -120,7 +121,7 @@ class ExpertSegments(Need):
 
     def check(self, devices: int) -> None:  # noqa: D102
         if self.objective.segments % devices:
-            raise ValueError(
+            raise InputError(
                 f"objective.segments: {devices} devices share out the segments of trajectory matching evenly; expected "
                 f"a multiple of {devices}, found {self.objective.segments} (or set distill.devices)"
             )
@@ -190,5 +191,5 @@ def expert_window(needs: Mapping[str, Need]) -> TrajectorySpec | DistributionSpe
 
 def _experts(source: Source) -> Experts:
     if source.experts is None:
-        raise ValueError("experts: this objective needs trained ones, found None; see gsdd_jax.experts")
+        raise InputError("experts: this objective needs trained ones, found None; see gsdd_jax.experts")
     return source.experts

@@ -23,6 +23,7 @@ from typing_extensions import Doc
 
 from gsdd_jax.augment import DsaSpec, dsa
 from gsdd_jax.codecs import Codec
+from gsdd_jax.errors import InputError
 from gsdd_jax.match.base import Batch, Objective, Synthetic
 from gsdd_jax.match.needs import ExpertSegments
 from gsdd_jax.nets import Network
@@ -68,14 +69,14 @@ class TrajectorySpec:
         """
         low, high, first = self.min_start_epoch, self.max_start_epoch, self.first_max_start_epoch
         if low >= high:
-            raise ValueError(f"objective.min_start_epoch must be below max_start_epoch ({high}), found {low}")
+            raise InputError(f"objective.min_start_epoch must be below max_start_epoch ({high}), found {low}")
         if bool(first) != bool(self.expansion_iterations):
-            raise ValueError(
+            raise InputError(
                 "objective.first_max_start_epoch and expansion_iterations must both be set for a growing window, or "
                 f"both 0, found {first} and {self.expansion_iterations}"
             )
         if first and not low < first <= high:
-            raise ValueError(
+            raise InputError(
                 f"objective.first_max_start_epoch must be above min_start_epoch ({low}) and at most "
                 f"max_start_epoch ({high}), found {first}"
             )
@@ -255,15 +256,15 @@ def _first_bad(losses: jax.Array, distance: jax.Array) -> jax.Array:
 
 def _check(syn: jax.Array, labels: jax.Array, start: jax.Array, target: jax.Array, network: Network) -> None:
     if syn.ndim != 4 or syn.shape[0] < 1:
-        raise ValueError(f"syn: shape {syn.shape}, must be [n, h, w, c] with n at least 1")
+        raise InputError(f"syn: shape {syn.shape}, must be [n, h, w, c] with n at least 1")
     if labels.shape != syn.shape[:1]:
-        raise ValueError(f"labels: shape {labels.shape}, must be {syn.shape[:1]}, one per image")
+        raise InputError(f"labels: shape {labels.shape}, must be {syn.shape[:1]}, one per image")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels: {labels.dtype}, must be integers")
+        raise InputError(f"labels: {labels.dtype}, must be integers")
     if start.ndim not in (1, 2) or start.shape[-1] != network.num_params:
-        raise ValueError(
+        raise InputError(
             f"start: shape {start.shape}, must be [{network.num_params}] or [segments, {network.num_params}], "
             "the flat weights of the network"
         )
     if target.shape != start.shape:
-        raise ValueError(f"target: shape {target.shape}, must be that of start, {start.shape}")
+        raise InputError(f"target: shape {target.shape}, must be that of start, {start.shape}")

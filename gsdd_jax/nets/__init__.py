@@ -16,6 +16,7 @@ from annotated_types import Ge, Le
 from flax import linen
 from typing_extensions import Doc
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import alexnet, convnet, microbatch, modules, resnet, vgg, vit
 from gsdd_jax.nets.conv import conv_general_dilated
 
@@ -50,7 +51,7 @@ class NetSpec:
             return
         for field in fields(self):
             if field.name != "name" and (value := getattr(self, field.name)) != field.default:
-                raise ValueError(
+                raise InputError(
                     f"network.{field.name}: {value!r} is a setting of convnet, {self.name} has none; "
                     f"write network: {{name: {self.name}}}"
                 )
@@ -123,7 +124,7 @@ class Network(NamedTuple):
         shapes = [jnp.shape(part) if isinstance(part, jax.Array) else () for part in found] if pair else [(), ()]
         if any(shape[:1] != (n,) for shape in shapes) or len(shapes[0]) != 2:
             shown = jax.tree.map(lambda leaf: list(jnp.shape(leaf)), found)
-            raise ValueError(
+            raise InputError(
                 f"network.apply: expected a pair (logits [n, k], features [n, ...]) for {n} images, found "
                 f"a {type(found).__name__} of shapes {shown}"
             )
@@ -144,18 +145,18 @@ class Network(NamedTuple):
         params = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
         for path, leaf in jax.tree.leaves_with_path(params):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise TypeError(
+                raise InputError(
                     f"network.init: {jax.tree_util.keystr(path)} is {leaf.dtype}; expected floating-point weights "
                     "only, since all are trained: counters and random keys belong outside"
                 )
         count = _size(params)
         if self.num_params != count:
-            raise ValueError(f"network.num_params: expected {count}, as many as init returns; found {self.num_params}")
+            raise InputError(f"network.num_params: expected {count}, as many as init returns; found {self.num_params}")
         # Two images: a batch of logits is then told from a single row of them.
         images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
         logits, _ = jax.eval_shape(self.outputs, params, images)
         if logits.shape[1] != num_classes:
-            raise ValueError(f"network.apply: expected logits of {num_classes} classes, found {logits.shape[1]}")
+            raise InputError(f"network.apply: expected logits of {num_classes} classes, found {logits.shape[1]}")
 
 
 _NETWORKS: dict[str, Callable[[NetSpec, tuple[int, int, int], int], linen.Module]] = {
@@ -183,7 +184,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     if labels.ndim == 1:
         return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
     if labels.shape != logits.shape:
-        raise ValueError(f"labels: {labels.shape[1]} classes, the network has {logits.shape[1]}")
+        raise InputError(f"labels: {labels.shape[1]} classes, the network has {logits.shape[1]}")
     return -jnp.sum(labels * log_probabilities, axis=1)
 
 
@@ -222,9 +223,9 @@ def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: 
         TypeError: No network, an nnx module in place of its class, or weights that are not floating point.
     """
     if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape: {image_shape}, must be (h, w, c), each at least 1")
+        raise InputError(f"image_shape: {image_shape}, must be (h, w, c), each at least 1")
     if num_classes < 2:
-        raise ValueError(f"num_classes: {num_classes}, must be at least 2")
+        raise InputError(f"num_classes: {num_classes}, must be at least 2")
     h, w, c = image_shape
     return _build(network, (int(h), int(w), int(c)), int(num_classes))
 
@@ -233,7 +234,7 @@ def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: 
 def _build(network: NetworkLike, shape: tuple[int, int, int], num_classes: int) -> Network:
     if isinstance(network, NetSpec):
         if network.name not in _NETWORKS:
-            raise ValueError(f"network.name: {network.name!r}, must be one of {sorted(_NETWORKS)}")
+            raise InputError(f"network.name: {network.name!r}, must be one of {sorted(_NETWORKS)}")
         network = _NETWORKS[network.name](network, shape, num_classes)
     if not isinstance(network, Network):
         network = _of_module(network, shape)
@@ -248,7 +249,7 @@ def _of_module(module: Any, shape: tuple[int, int, int]) -> Network:
     def checked(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         if images.shape[1:] != shape:
             h, w, c = shape
-            raise ValueError(f"images: shape {images.shape}, this network was built for [n, {h}, {w}, {c}]")
+            raise InputError(f"images: shape {images.shape}, this network was built for [n, {h}, {w}, {c}]")
         outputs: tuple[jax.Array, jax.Array] = apply(params, images)
         return outputs
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import layers
 
 # Side of the kernel, channels, whether a pooling follows.
@@ -53,7 +54,7 @@ def make(*, image_shape: tuple[int, int, int], num_classes: int) -> AlexNet:
     """
     h, w, _ = image_shape
     if min(h, w) < _REDUCTION:
-        raise ValueError(
+        raise InputError(
             f"network.name: alexnet does not fit {h}x{w} px images, "
             f"its three poolings need at least {_REDUCTION}x{_REDUCTION} px"
         )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import layers
 
 
@@ -64,16 +65,16 @@ def make(*, depth: int, width: int, norm: str, image_shape: tuple[int, int, int]
         ValueError: a value out of range, or more poolings than the resolution allows.
     """
     if not 1 <= depth <= 7:
-        raise ValueError(f"network.depth: {depth}, must be 1 to 7")
+        raise InputError(f"network.depth: {depth}, must be 1 to 7")
     if width < 1:
-        raise ValueError(f"network.width: {width}, must be at least 1")
+        raise InputError(f"network.width: {width}, must be at least 1")
     if norm not in ("instance", "none"):
-        raise ValueError(f"network.norm: {norm!r}, must be one of ['instance', 'none']")
+        raise InputError(f"network.norm: {norm!r}, must be one of ['instance', 'none']")
     h, w, _ = image_shape
     margin = layers.digit_margin(image_shape)
     largest = int(math.log2(min(h, w) + 2 * margin))
     if depth > largest:
-        raise ValueError(
+        raise InputError(
             f"network.depth: {depth} blocks halve {h}x{w} px images below one pixel, the largest that fits is {largest}"
         )
     return ConvNet(depth=depth, width=width, norm=norm, num_classes=num_classes)

@@ -12,6 +12,7 @@ from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 from jax.extend.core import get_opaque_trace_state
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import layers
 from gsdd_jax.nets.conv import conv_general_dilated
 
@@ -38,13 +39,13 @@ def functions(network: Any, image_shape: tuple[int, int, int]) -> tuple[Init, Ap
 
     name = type(network).__name__
     if isinstance(network, nnx.Module):
-        raise TypeError(
+        raise InputError(
             f"network: this {name} has its weights already, and each training draws them anew; expected its class or a "
             f"function of rngs, such as lambda rngs: {name}(..., rngs=rngs)"
         )
     if not callable(network) or (isinstance(network, type) and not issubclass(network, nnx.Module)):
         found = f"the class {network.__name__}" if isinstance(network, type) else f"{network!r}"
-        raise TypeError(
+        raise InputError(
             f"network: expected a NetSpec, a Network, a flax.linen module, or a flax.nnx class or function of rngs; "
             f"found {found}"
         )
@@ -93,7 +94,7 @@ def _of_nnx(make: Callable[..., Any]) -> tuple[Init, Apply]:
         rngs = nnx.Rngs(key)
         module = make(rngs=rngs) if by_name else make(rngs)
         if not isinstance(module, nnx.Module):
-            raise TypeError(f"network: expected {name} to return a flax.nnx module, found {type(module).__name__}")
+            raise InputError(f"network: expected {name} to return a flax.nnx module, found {type(module).__name__}")
         module.eval()
         graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
         params, rng_state, others = states
@@ -171,14 +172,14 @@ def _noting(layer: type) -> type:
 
 def _refuse_state(name: str, paths: list[tuple[Any, ...]]) -> None:
     if paths:
-        raise ValueError(
+        raise InputError(
             f"network: {name} keeps {'.'.join(map(str, paths[0]))} beside its weights; expected a function of weights "
             "and images alone, for instance with GroupNorm in place of BatchNorm"
         )
 
 
-def _random(name: str, where: str) -> ValueError:
-    return ValueError(
+def _random(name: str, where: str) -> InputError:
+    return InputError(
         f"network: {name} draws random numbers when it is called: {where}; expected a function of weights and images "
         "alone, with Dropout(deterministic=True)"
     )
@@ -192,7 +193,7 @@ def _with_features(outputs: Any, sown: dict[tuple[Any, ...], Any], inputs: _Dens
     features = [x for values in found for x in (values if isinstance(values, tuple) else (values,))]
     features = features or [x for x, width in inputs.seen if width == outputs.shape[1]][-1:]
     if len(features) != 1:
-        raise ValueError(
+        raise InputError(
             f"network: logits come alone, and {len(features)} arrays were sown as 'features'; expected one, or a last "
             "layer that is Dense (nnx: Linear) and outside of remat and scan, or (logits, features) as outputs"
         )

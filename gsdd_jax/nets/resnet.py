@@ -9,6 +9,7 @@ pooling follows it, as is usual for 32 px. Initialization is PyTorch's default f
 import jax
 from flax import linen as nn
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import layers
 
 # Channels and stride of each block.
@@ -77,7 +78,7 @@ def make(*, image_shape: tuple[int, int, int], num_classes: int) -> ResNet18:
     """
     h, w, _ = image_shape
     if min(h, w) <= _REDUCTION:
-        raise ValueError(
+        raise InputError(
             f"network.name: resnet18 does not fit {h}x{w} px images, it needs at least "
             f"{_REDUCTION + 1}x{_REDUCTION + 1} px: instance normalization erases a last map of one pixel"
         )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import layers
 
 # Channels, whether a pooling follows.
@@ -66,7 +67,7 @@ def make(*, image_shape: tuple[int, int, int], num_classes: int) -> VGG11:
     """
     h, w, _ = image_shape
     if min(h, w) + 2 * layers.digit_margin(image_shape) < _REDUCTION:
-        raise ValueError(
+        raise InputError(
             f"network.name: vgg11 does not fit {h}x{w} px images, "
             f"its five poolings need at least {_REDUCTION}x{_REDUCTION} px"
         )

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gsdd_jax.errors import InputError
 from gsdd_jax.nets import layers
 
 _WIDTH = 512
@@ -94,7 +95,7 @@ def make(*, image_shape: tuple[int, int, int], num_classes: int) -> ViT:
     h, w, _ = image_shape
     patch = _form(image_shape).patch
     if h % patch or w % patch:
-        raise ValueError(
+        raise InputError(
             f"network.name: vit does not fit {h}x{w} px images, both sides must be divisible by {_CIFAR.patch} "
             f"up to {layers.CIFAR_SIDE} px and by {_LARGE.patch} beyond"
         )
