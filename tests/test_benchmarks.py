@@ -1,6 +1,5 @@
 """The benchmarks measure what they say, and refuse what they cannot: at sizes that take seconds on a CPU."""
 
-import functools
 import importlib.util
 import io
 import json
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import correctness, figure5, gpu, offline, plots, record, siren, table16, tables, timing
+from benchmarks import correctness, figure5, gpu, offline, plots, siren, table16, tables, timing
 from benchmarks.peers import __main__ as peers
 from train import rundir
 
@@ -39,15 +38,14 @@ def numbers(tree) -> list[float]:
 # SIREN
 
 
-@pytest.mark.parametrize(("width", "floats"), [(10, 283), (20, 963), (30, 2043), (40, 3523)])
-def test_siren_has_the_floats_of_the_paper(width, floats):
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: siren.init(jax.random.key(0), 3, width)))
-    assert siren.floats(width) == floats == figure5_floats(width)
-    assert sum(leaf.size for leaf in leaves) == 3 * floats
-
-
-def figure5_floats(width: int) -> int:
-    return next(floats for floats, found in figure5.WIDTHS.items() if found == width)
+def test_siren_has_the_floats_of_the_paper_and_starts_within_its_bounds():
+    assert figure5.WIDTHS == {283: 10, 963: 20, 2043: 30, 3523: 40}
+    assert [siren.floats(width) for width in figure5.WIDTHS.values()] == list(figure5.WIDTHS)
+    params = jax.device_get(siren.init(jax.random.key(2), 50, 20))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 50 * 963
+    for layer, bound in zip(params, [0.5, *3 * [math.sqrt(6 / 20) / 40]], strict=True):
+        for leaf in layer:
+            assert 0.95 * bound < np.abs(leaf).max() <= bound
 
 
 def test_siren_draws_what_a_loop_over_images_and_pixels_draws():
@@ -68,31 +66,6 @@ def test_siren_draws_what_a_loop_over_images_and_pixels_draws():
     np.testing.assert_allclose(jax.jit(siren.decode, static_argnums=1)(params, size), expected, atol=1e-4)
 
 
-def test_siren_starts_within_its_bounds_and_uses_them():
-    params = jax.device_get(siren.init(jax.random.key(2), 50, 20))
-    for layer, bound in zip(params, [0.5, *3 * [math.sqrt(6 / 20) / 40]], strict=True):
-        for leaf in layer:
-            assert 0.95 * bound < np.abs(leaf).max() <= bound
-
-
-def test_checkpointed_siren_has_the_same_images_and_gradients(monkeypatch):
-    # Two chunks of three images and a rest of one.
-    monkeypatch.setattr(siren, "CHUNK_PIXELS", 3 * 8 * 8)
-    params = siren.init(jax.random.key(3), 7, 6)
-    v = np.random.default_rng(4).standard_normal((7, 8, 8, 3), np.float32)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def both(decode, params):
-        images, pull = jax.vjp(lambda p: decode(p, 8), params)
-        return images, pull(v)
-
-    plain, gradient = both(siren.decode, params)
-    chunked, gradient_chunked = both(siren.decode_checkpointed, params)
-    np.testing.assert_allclose(chunked, plain, atol=1e-5)
-    for a, b in zip(jax.tree.leaves(gradient_chunked), jax.tree.leaves(gradient), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
-
-
 # Timing
 
 
@@ -103,40 +76,6 @@ def test_measuring_traces_once_and_reports_time_and_memory():
     assert 0 < found["min_ms"] <= found["median_ms"] < 1e3 and 1 <= found["repeats"] <= 4
     assert found["memory"]["argument"] >= 4000 and found["memory"]["total"] >= 8000
     np.testing.assert_array_equal(timed(), 2.0)
-
-
-def test_measuring_refuses_a_function_that_was_traced_twice():
-    timed = timing.Timed(lambda x: x + 1, jnp.ones(3)).compile()
-    timed._jitted.lower(jnp.ones(4))
-    with pytest.raises(AssertionError, match="traced 2 times, expected once"):
-        timed.measure(seconds=0)
-
-
-def test_compiling_several_keeps_those_that_work():
-    def wrong(x):
-        raise ValueError("no such kernel")
-
-    found = timing.compile_all({"good": timing.Timed(jnp.sin, jnp.ones(3)), "bad": timing.Timed(wrong, jnp.ones(3))})
-    assert isinstance(found["bad"], ValueError)
-    np.testing.assert_allclose(found["good"](), np.sin(1), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kind", "label"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA GeForce RTX 4090", "4090"),
-        ("NVIDIA RTX A6000", "a6000"),
-        ("cpu", "cpu"),
-        ("", "unknown"),
-    ],
-)
-def test_devices_have_short_labels_that_tell_them_apart(monkeypatch, kind, label):
-    state = None if kind == "cpu" else ["name, driver_version", f"{kind}, 580.1"]
-    monkeypatch.setattr(timing, "device_state", lambda: state)
-    assert timing.device_label() == label
 
 
 # Figure 5
@@ -161,29 +100,6 @@ def test_figure5_records_time_and_memory_of_every_series(dry_run):
     assert found["speedups"][0]["forward+backward"] > 0 and found["skipped"] == []
 
 
-def test_figure5_begins_with_the_headline_and_has_each_point_once():
-    found = figure5.points()
-    assert found[:2] == [(963, 32, 128), (963, 1024, 128)]
-    assert len(found) == len(set(found)) == 4 * (5 + 11 - 1)
-
-
-def test_figure5_skips_what_does_not_fit_in_time_or_memory(monkeypatch):
-    point = figure5.Point(283, 1, 4)
-    results = figure5.run([point], timing.Deadline(0), series=["siren"])
-    assert results == {"rows": [], "speedups": [], "skipped": [point._asdict()]}
-    monkeypatch.setattr(timing, "device_bytes", lambda: 100)
-    (row,) = figure5.run([point], timing.Deadline(60), series=["siren"])["rows"]
-    assert row["forward"]["skipped"] == "out of memory" and row["forward"]["memory"]["total"] > 100
-
-
-def test_gaussians_of_the_figure_have_at_most_the_floats_of_the_networks():
-    for floats in figure5.WIDTHS:
-        decode, g = figure5.decoder("gsdd", figure5.Point(floats, 2, 64))
-        count = sum(leaf.size for leaf in jax.tree.leaves(g)) / 2
-        assert floats - 9 < count <= floats
-        assert g.size == (128, 128) and jax.eval_shape(decode, g).shape == (2, 64, 64, 3)
-
-
 def test_plot_draws_a_panel_for_each_quantity_and_sweep(dry_run, tmp_path, monkeypatch):
     monkeypatch.setattr(figure5, "PIXELS", 8)
     figure, out = dry_run / "figure5.json", tmp_path / "figure5.png"
@@ -194,13 +110,6 @@ def test_plot_draws_a_panel_for_each_quantity_and_sweep(dry_run, tmp_path, monke
     assert len(drawn.axes) == 6
     rows, _ = plots.read([figure])
     assert sum(len(line.get_xdata()) for line in drawn.axes[2].lines) == len(rows)
-
-
-def test_plot_names_a_file_of_another_benchmark(tmp_path):
-    path = tmp_path / "other.json"
-    path.write_text('{"results": [1]}')
-    with pytest.raises(ValueError, match="FILE: .*other.json holds no results of benchmarks.figure5"):
-        plots.read([path])
 
 
 # Table 16
@@ -224,17 +133,6 @@ def test_packed_images_come_back_as_they_were(tmp_path):
     np.testing.assert_array_equal(found.decode()[1:], table16.synthetic(3, 16)[1:])
 
 
-def test_a_file_that_is_no_pack_is_named(tmp_path):
-    np.savez(tmp_path / "other.npz", data=np.zeros(3, np.uint8))
-    with pytest.raises(ValueError, match=r"--data: .*other.npz has no array 'offsets'"):
-        offline.unpack(tmp_path / "other.npz")
-
-
-def test_a_missing_data_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data: no such directory: .*absent"):
-        offline.read(tmp_path / "absent", "train")
-
-
 def test_images_of_each_class_are_the_first_by_name_whatever_their_order(data_root):
     path = data_root / "imagenette128" / "1.0.0"
     if not path.is_dir():
@@ -255,24 +153,6 @@ def test_table16_fits_in_one_loop_and_reports_time_memory_and_psnr(dry_run):
     assert row["memory"]["total"] > 0 and row["start_seconds"] > 0 and row["compile_seconds"] > 0
 
 
-def test_table16_goes_on_after_a_row_that_breaks_or_comes_too_late(monkeypatch):
-    def broken(images, points, **settings):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(table16, "fit_row", broken)
-    images = table16.synthetic(1, 8)
-    rows = table16.run(images, [21, 2730], timing.Deadline(60))
-    assert [(row["points"], row["error"]) for row in rows] == [(m, "RuntimeError: no memory") for m in (21, 2730)]
-    assert next(table16.run(images, [21], timing.Deadline(0)))["skipped"] == "out of time"
-
-
-def test_same_bits_sees_the_last_bit_and_the_sign_of_zero():
-    x = {"a": jnp.arange(5.0), "b": jnp.ones(3, jnp.bfloat16)}
-    assert table16.same_bits(x, dict(x))
-    assert not table16.same_bits(x, x | {"a": x["a"].at[4].add(5e-7)})
-    assert not table16.same_bits(x, x | {"a": x["a"].at[0].set(-0.0)})
-
-
 # The command for a GPU
 
 
@@ -289,12 +169,6 @@ def test_without_a_gpu_the_command_says_so_in_one_line_and_needs_no_optional_pac
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (2, "") and done.stderr.endswith(f"makes it\n{REFUSAL}")
-
-
-def test_smoke_results_are_kept_out_of_the_committed_ones(capsys):
-    assert gpu.main(["--smoke", "--out", str(record.RESULTS / "h200")]) == 2
-    assert "--out: smoke results do not belong in" in capsys.readouterr().err
-    assert not (record.RESULTS / "h200" / "correctness.json").exists()
 
 
 def test_missing_kernels_images_and_commits_are_named_before_any_stage(tmp_path, monkeypatch, capsys):
@@ -340,15 +214,6 @@ def test_a_stage_that_breaks_or_hangs_takes_no_other_along_and_the_last_are_left
     assert (tmp_path / "ran").read_text().split() == ["correctness", "table16", "tune", "figure5"]
     said = capfd.readouterr()
     assert "FAILED tune: killed after 1 s" in said.err and "distill and what follows: left out" in said.out
-
-
-def test_targets_name_their_device_and_are_met_only_by_what_was_timed(monkeypatch):
-    point = {"floats": 963, "batch": 32, "pixels": figure5.PIXELS, "forward": 90.0}
-    for ratios, met in ([], None), ([40.0], True), ([40.0, 29.0, 50.0], False):
-        speedups = [point | {"forward+backward": ratio} for ratio in ratios] or [point]
-        monkeypatch.setattr(figure5, "run", lambda *args, found=speedups, **kwargs: {"rows": [], "speedups": found})
-        target = gpu.figure(gpu.Setup(smoke=True), timing.Deadline(1), print)[0]["target"]
-        assert target["device"] == "h200" and target.get("met") is met
 
 
 def test_a_stage_is_done_once_its_file_is_complete_and_of_this_code(tmp_path, monkeypatch, capsys):
@@ -405,33 +270,6 @@ def test_a_wrong_a_broken_and_an_unchecked_case_all_count_as_failures(monkeypatc
     assert len(run(lambda *args: [np.float32(x + np.nan) for x in zeros])) == 1
     assert run(broken) == ["only: RuntimeError: no such kernel"]
     assert run(broken, seconds=0) == ["only: not checked, out of time"]
-
-
-def test_slack_covers_samples_at_the_cutoff_and_no_others():
-    # The samples half a pixel beside and below the center have exactly this weight.
-    cutoff = math.exp(-1 / 8)
-    operands = [np.array(x, np.float32).reshape(1, 1, -1) for x in ([0.25, 0.25], [1, 0, 1], [-2])]
-    one = correctness.Case("hand", tuple(operands), height=2, width=2, cutoff=cutoff)
-    v = np.full((1, 2, 2, 1), 3, np.float32)
-    images, centers, conics, colors = correctness.slack(one, v)
-    np.testing.assert_allclose(images[0, :, :, 0], [[2 * cutoff * 2 / 4, 0], [0, 0]])
-    # |v color w u p| / 4 with u = 1/2, from the sample beside for x and from the one below for y.
-    np.testing.assert_allclose(centers, [[[6 * cutoff * 0.5 / 4] * 2]])
-    np.testing.assert_allclose(conics, [[[6 * cutoff * 0.25 / 4, 0, 6 * cutoff * 0.25 / 4]]])
-    np.testing.assert_allclose(colors, [[[3 * 2 * cutoff / 4]]])
-    assert not any(x.any() for x in correctness.slack(one._replace(cutoff=0.0), v))
-
-
-def test_counted_samples_agree_with_the_area_of_the_ellipse():
-    g = figure5.gaussians(1, 20, 64)
-    one = correctness.case("count", g)._replace(cutoff=1e-2)
-    inside = gpu.reached(one, (8, 8))
-    p, _, s = np.moveaxis(one.operands[1][0], -1, 0)
-    # pi q_max / (p s) pixels, less what lies outside of the image.
-    whole = np.mean(np.pi * 2 * math.log(1e2) / (p * s)) / 64**2
-    assert 0.6 * whole < inside["above_cutoff"] < whole
-    assert inside["above_cutoff"] < inside["drawn"] < 2.5 * inside["above_cutoff"]
-    assert gpu.reached(one, (64, 64))["drawn"] == 1.0
 
 
 def test_every_tuning_of_the_sweep_is_one_that_the_kernels_know():

@@ -1,6 +1,7 @@
 """The configs that are shipped, on the command line: each loads, fits its data and its budget, and runs."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from command_line import start
 
-from gsdd_jax import codecs, labels, storage
+from gsdd_jax import codecs, data, labels, storage
 from train import config as configs
 from train import experiment
 
@@ -18,13 +19,17 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
-def in_checkout(monkeypatch):
-    """Paths in configs are relative to the checkout."""
-    monkeypatch.chdir(ROOT)
+def once(monkeypatch):
+    """Reads data once."""
+    monkeypatch.setattr(data, "load", loaded)
 
 
-def test_there_are_configs():
-    assert "digits" in {path.stem for path in CONFIGS}
+loaded = functools.cache(data.load)
+
+
+@functools.cache
+def smoke_of(path):
+    return configs.load(path, smoke=True)
 
 
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -32,7 +37,7 @@ each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.ste
 
 @each_config
 def test_config_loads_and_its_smoke_run_is_small(path):
-    full, smoke = configs.load(path), configs.load(path, smoke=True)
+    full, smoke = configs.load(path), smoke_of(path)
     assert full.name == path.stem
     # What a smoke run shows must be the experiment of this name.
     for config in (full, smoke):
@@ -69,7 +74,7 @@ def with_its_data(config, request):
 
 @each_config
 def test_config_fits_its_data_and_uses_its_budget(path, request):
-    prepared = experiment.prepare(with_its_data(configs.load(path, smoke=True), request))
+    prepared = experiment.prepare(with_its_data(smoke_of(path), request))
     full, shape = configs.load(path), prepared.dataset.image_shape
     if full.data.resolution:
         shape = (full.data.resolution, full.data.resolution, shape[-1])
@@ -95,7 +100,7 @@ def test_config_fits_its_data_and_uses_its_budget(path, request):
 
 def needs_no_data(path):
     """Tells whether the digits stand in for the data of a config, which takes a few seconds."""
-    return configs.load(path).data.source != "digits" == configs.load(path, smoke=True).data.source
+    return configs.load(path).data.source != "digits" == smoke_of(path).data.source
 
 
 def parts(config):
@@ -105,10 +110,10 @@ def parts(config):
 def smoke_runs():
     """One config for each part that no other shows: an objective, a codec, a whitening, or a protocol of evaluation."""
     # The demo is started in test_cli.py.
-    shown = parts(configs.load(ROOT / "configs" / "digits.yaml", smoke=True))
+    shown = parts(smoke_of(ROOT / "configs" / "digits.yaml"))
     # Those that show most come first, so that they are few.
-    for path in sorted(CONFIGS, key=lambda path: -len(parts(configs.load(path, smoke=True)) - shown)):
-        own = parts(configs.load(path, smoke=True))
+    for path in sorted(CONFIGS, key=lambda path: -len(parts(smoke_of(path)) - shown)):
+        own = parts(smoke_of(path))
         quick = needs_no_data(path) and not own <= shown
         shown |= own if quick else set()
         yield pytest.param(path, id=path.stem, marks=[] if quick else [pytest.mark.slow])
@@ -116,13 +121,16 @@ def smoke_runs():
 
 def test_demo_and_quick_runs_show_every_part_of_the_configs():
     runs = [ROOT / "configs" / "digits.yaml", *(run.values[0] for run in smoke_runs() if not run.marks)]
-    shown = [parts(configs.load(path, smoke=True)) for path in runs]
-    assert set().union(*shown) == set().union(*(parts(configs.load(path, smoke=True)) for path in CONFIGS))
+    shown = [parts(smoke_of(path)) for path in runs]
+    assert set().union(*shown) == set().union(*(parts(smoke_of(path)) for path in CONFIGS))
 
 
 @pytest.mark.parametrize("path", list(smoke_runs()))
 def test_smoke_run_of_every_config_succeeds(path, request, tmp_path):
-    config = with_its_data(configs.load(path, smoke=True), request)
+    config = with_its_data(smoke_of(path), request)
     where = [f"data.path={config.data.path}"] if config.data.path else []
+    if not request.node.get_closest_marker("slow"):
+        # Those of the demo, which runs in test_cli.py.
+        where += [f"baselines.{name}=false" for name in ("fit_only", "pixel", "random_real", "full_data")]
     assert start(path, tmp_path / "run", "--smoke", *where) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"]["n"] >= 2
