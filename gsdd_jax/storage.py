@@ -77,7 +77,7 @@ def grid_codes(x: jax.Array, low: jax.Array, step: jax.Array, bits: Bits) -> jax
 
 
 def _top(bits: Bits) -> np.ndarray:
-    return 2.0 ** np.asarray(bits) - 1
+    return np.asarray(2.0 ** np.asarray(bits) - 1, np.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -113,7 +113,7 @@ def _on_grid_bwd(bits, residuals, v):
     position, code = (x - low) / step, grid_codes(x, low, step, bits)
     inside = (position >= -0.5) & (position <= top + 0.5)
     others = tuple(range(x.ndim - 1))
-    scale = np.float32(1 / np.sqrt(max(x.size // x.shape[-1], 1) * top))
+    scale = np.float32(1 / np.sqrt(max(x.size // x.shape[-1], 1) * top.astype(np.float64)))
     v_low = scale * jnp.sum(jnp.where(inside, 0, v), others)
     v_step = scale * jnp.sum(v * jnp.where(inside, code - position, code), others)
     return jnp.where(inside, v, 0), v_low, v_step

@@ -162,7 +162,7 @@ class SynSet:
         # What could not be read again does not replace what can.
         with naming(folder / MANIFEST):
             document = exchange.parse_json(text)
-            stored.spec_of(manifest.manifest_of(document).codec)
+            stored.spec_of(manifest.manifest_of(document).codec, type(self.codec.spec))
         if format == "orbax":
             orbax_set.write(folder, written, document, state)
             return {**sizes, "manifest": len(text)}

@@ -159,7 +159,7 @@ def test_table16_fits_in_one_loop_and_reports_time_memory_and_psnr(dry_run):
 def test_without_a_gpu_the_command_says_so_in_one_line_and_needs_no_optional_package():
     script = (
         "import sys\n"
-        "optional = 'pydantic', 'sklearn', 'triton', 'tensorflow_datasets', 'array_record', 'matplotlib'\n"
+        "optional = 'sklearn', 'triton', 'tensorflow_datasets', 'array_record', 'matplotlib'\n"
         "sys.modules.update(dict.fromkeys(optional))\n"
         "from benchmarks import gpu\nfrom jax._src import xla_bridge\n"
         # All of the device's memory is left to the processes of the stages.

@@ -194,7 +194,7 @@ def _empty(folder):
         (_flip, "sha256: expected"),
         (_alter_meta, "sha256: expected"),
         (lambda f: (f / "tree" / "_CHECKPOINT_METADATA").unlink(), "No such file"),
-        (lambda f: (f / "tree" / "_CHECKPOINT_METADATA").write_text("{"), "Expecting property name"),
+        (lambda f: (f / "tree" / "_CHECKPOINT_METADATA").write_text("{"), "EOF while parsing an object"),
         (lambda f: (f / "tree" / "_METADATA").write_text("{"), "damaged checkpoint"),
         (lambda f: (f / "tree" / "manifest.ocdbt").unlink(), "damaged checkpoint"),
         (_empty, "No such file"),

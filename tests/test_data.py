@@ -371,7 +371,7 @@ def test_unreadable_images_are_all_named_or_left_out(tmp_path: Path) -> None:
     )
     (tmp_path / "train" / "a" / "link.png").symlink_to(tmp_path / "absent.png")
     with pytest.raises(
-        OSError, match=f"{len(UNREADABLE) + 1} of {len(UNREADABLE) + 3} images cannot be read"
+        ValueError, match=f"{len(UNREADABLE) + 1} of {len(UNREADABLE) + 3} images cannot be read"
     ) as caught:
         load(spec)
     for name, (_, reason) in UNREADABLE.items():
@@ -394,7 +394,7 @@ def test_large_images_are_named_before_they_are_decoded(tmp_path: Path) -> None:
     png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
     spec = _folder(tmp_path, {"a/big.png": png, "a/small.png": _png(_pixels(0))}, resolution=4)
     with pytest.raises(
-        OSError, match=r"big\.png \(20000x10000 = 200000000 pixels, data\.max_pixels allows 178956970\)"
+        ValueError, match=r"big\.png \(20000x10000 = 200000000 pixels, data\.max_pixels allows 178956970\)"
     ):
         load(spec)
     with pytest.raises(ValueError, match=r"big\.png .*, .*small\.png \(4x4 = 16 pixels, data\.max_pixels allows 15\)"):

@@ -341,8 +341,9 @@ class Launcher:
             run.state, run.note = "finished", _found(run)
             return
         run.failures += 1
-        last = (run.job.stderr() or "").strip().splitlines()
-        run.note = last[-1] if last else f"ended without a word, {run.job.paths.stderr}"
+        # submitit writes there too.
+        said = [line for line in (run.job.stderr() or "").splitlines() if line.strip() and "submitit" not in line[:20]]
+        run.note = said[-1] if said else f"ended without a word, {run.job.paths.stderr}"
         # Where a job was killed there is no result, and submitit would wait for it.
         refused = run.job.paths.result_pickle.exists() and run.job.result() == _USER_ERROR
         run.state = "failed" if refused or run.failures > self._retries else "waiting"

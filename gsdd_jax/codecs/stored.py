@@ -17,19 +17,20 @@ from gsdd_jax.errors import InputError
 SETTING = 1 << 16
 
 
-def spec_of(settings: dict[str, Any]) -> codecs.CodecSpec:
+def spec_of(settings: dict[str, Any], kind: type | None = None) -> codecs.CodecSpec:
     """Makes a codec's spec from a manifest's settings, each checked against its annotation.
 
     Args:
         settings: By name; what is missing has its default.
+        kind: Of the spec; that of the registered codec of this name if None.
 
     Raises:
         ValueError: A setting is unknown, missing, of another type or out of range.
     """
     name = settings.get("name")
-    if not isinstance(name, str) or name not in codecs.SPECS:
+    if kind is None and (not isinstance(name, str) or name not in codecs.SPECS):
         raise InputError(f"codec.name: expected one of {', '.join(codecs.SPECS)}; found {schema.show(name)}")
-    spec: Any = schema.build(codecs.SPECS[name], settings, section="codec")
+    spec: Any = schema.build(kind or codecs.SPECS[str(name)], settings, section="codec")
     for key, value in vars(spec).items():
         if type(value) is int and value > SETTING:
             raise InputError(f"codec.{key}: expected at most {SETTING}, found {schema.show(value)}")
