@@ -73,7 +73,7 @@ def test_killed_subtask_is_started_again_and_all_are_merged(toy, tmp_path, capsy
         # The job's own process, once it has something to go on from.
         while not list(out.glob("subtask0/checkpoints/main-distill/2")):
             time.sleep(0.05)
-        number = json.loads((out / "launch" / "jobs.json").read_text())[str(out / "subtask0")]
+        number = json.loads((out / "launch" / "jobs.json").read_text())["jobs"][str(out / "subtask0")]
         children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
         os.kill(int(children[0]), signal.SIGKILL)
 
@@ -93,19 +93,11 @@ def test_killed_subtask_is_started_again_and_all_are_merged(toy, tmp_path, capsy
     capsys.readouterr()
     assert launch.main(arguments) == 0
     assert "running" not in capsys.readouterr().err and len(list((out / "launch").glob("*_log.out"))) == 4
-
-
-def test_run_that_is_refused_is_not_tried_again_and_the_others_count(toy, tmp_path, capsys):
-    out = tmp_path / "out"
-    (out / "seed=1").mkdir(parents=True)
-    (out / "seed=1" / "metrics.jsonl").write_text("")
-    (out / "seed=0").mkdir()
-    (out / "seed=0" / "result.json").write_text(json.dumps({"accuracy": {"mean": 0.5, "std": 0.1, "n": 3}}))
-    assert launch.main(["--config", toy, "--out", str(out), "seed=0,1"]) == 1
-    shown = capsys.readouterr()
-    assert "holds metrics.jsonl but no config.yaml" in shown.err
-    assert "| `as configured` | 1 of 2 | 3 | 50.0 ± 10.0 |" in shown.out
-    assert len(list((out / "launch").glob("*_log.out"))) == 1
+    # What is there is of other settings: refused, once, and the merge does not begin.
+    assert launch.main([*arguments, "distill.iterations=3"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("distill.iterations is 4 there and 3 now") >= 2 and f"needs {out / 'subtask'}" in err
+    assert len(list((out / "launch").glob("*_log.out"))) == 6
 
 
 def test_slurm_is_given_what_was_asked_for(toy, tmp_path, monkeypatch, capsys):

@@ -239,7 +239,7 @@ class Launcher:
 
         Args:
             executor: Of submitit.
-            jobs: File of their numbers by run directory.
+            jobs: File of their numbers, and of the commands of finished runs, by run directory.
             slots: Runs at a time.
             cores: Of this machine, to be shared out; none where a scheduler does.
             gpus: Of this machine, likewise.
@@ -248,14 +248,18 @@ class Launcher:
         self._executor, self._file, self._slots, self._retries = executor, jobs, slots, retries
         self._cores, self._gpus, self._local = cores, gpus, isinstance(executor, submitit.LocalExecutor)
         self._jobs: dict[str, Any] = {}
-        # Those of the launch before.
+        # Of the launch before: numbers of jobs, and the commands of finished runs.
         self._known: dict[str, str] = {}
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            self._known = json.loads(jobs.read_text())
+        self._finished: dict[str, list[str]] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            before = json.loads(jobs.read_text())
+            self._known, self._finished = before["jobs"], before["finished"]
 
     def watch(self, runs: Sequence[Run]) -> None:
         """Starts and watches runs until each is finished or has failed."""
         console = Console(stderr=True, highlight=False)
+        # Fewer runs than cores have more than one each.
+        self._slots = min(self._slots, sum(not run.after for run in runs))
         for run in runs:
             self._take_up(run)
         shown: dict[str, str] = {}
@@ -291,7 +295,7 @@ class Launcher:
     def _take_up(self, run: Run) -> None:
         """Finds the job of Slurm that an interrupted launch has left; local ones end with it."""
         number = self._known.get(str(run.path))
-        if number is None or run.done:
+        if number is None:
             return
         job = self._executor.job_class(folder=self._executor.folder, job_id=number)
         if job.state in ("RUNNING", "PENDING", "REQUEUED"):
@@ -299,15 +303,19 @@ class Launcher:
             self._jobs[str(run.path)] = job
 
     def _write(self) -> None:
-        write_json(self._file, {path: job.job_id for path, job in self._jobs.items()})
+        jobs = {path: job.job_id for path, job in self._jobs.items()}
+        write_json(self._file, {"jobs": jobs, "finished": self._finished})
 
     def _advance(self, run: Run, runs: Sequence[Run]) -> None:
         if run.state == "waiting":
-            if run.done:
-                run.state, run.note = "finished", _found(run)
-            elif lost := [part for part in run.after if part.state == "failed"]:
+            if lost := [part for part in run.after if part.state == "failed"]:
                 run.state, run.note = "failed", f"needs {lost[0].path}"
-            elif all(part.state == "finished" for part in run.after):
+            elif any(part.state != "finished" for part in run.after):
+                pass
+            # Another command has to be compared with what is there, which train.distill does.
+            elif run.done and self._finished.get(str(run.path)) == list(run.command):
+                run.state, run.note = "finished", _found(run)
+            else:
                 self._start(run, runs)
         elif run.state == "running":
             if run.job.done():
@@ -317,7 +325,7 @@ class Launcher:
 
     def _start(self, run: Run, runs: Sequence[Run]) -> None:
         taken = {other.slot for other in runs if other.state == "running"}
-        slot = next((slot for slot in range(min(self._slots, len(runs))) if slot not in taken), None)
+        slot = next((slot for slot in range(self._slots) if slot not in taken), None)
         if slot is None:
             return
         share = tuple(self._cores[slot % len(self._cores) :: self._slots]) if self._cores else ()
@@ -336,17 +344,20 @@ class Launcher:
 
     def _end(self, run: Run) -> None:
         del self._jobs[str(run.path)]
-        self._write()
-        if run.done:
-            run.state, run.note = "finished", _found(run)
-            return
-        run.failures += 1
-        # submitit writes there too.
-        said = [line for line in (run.job.stderr() or "").splitlines() if line.strip() and "submitit" not in line[:20]]
-        run.note = said[-1] if said else f"ended without a word, {run.job.paths.stderr}"
         # Where a job was killed there is no result, and submitit would wait for it.
-        refused = run.job.paths.result_pickle.exists() and run.job.result() == _USER_ERROR
-        run.state = "failed" if refused or run.failures > self._retries else "waiting"
+        code = run.job.result() if run.job.paths.result_pickle.exists() else None
+        if code == 0 and run.done:
+            run.state, run.note = "finished", _found(run)
+            self._finished[str(run.path)] = list(run.command)
+        else:
+            run.failures += 1
+            # submitit writes there too.
+            said = [
+                line for line in (run.job.stderr() or "").splitlines() if line.strip() and "submitit" not in line[:20]
+            ]
+            run.note = said[-1] if said else f"ended without a word, {run.job.paths.stderr}"
+            run.state = "failed" if code == _USER_ERROR or run.failures > self._retries else "waiting"
+        self._write()
 
 
 def _step(run: Run) -> str:
