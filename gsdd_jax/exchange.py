@@ -130,10 +130,8 @@ class File(NamedTuple):
         Raises:
             ValueError: It is another one.
         """
-        payload, labels = (
-            nbytes(self.arrays),
-            {name: self.arrays[name] for name in (LABELS, LABEL_INDICES) & self.arrays.keys()},
-        )
+        payload = nbytes(self.arrays)
+        labels = {name: array for name, array in self.arrays.items() if name in (LABELS, LABEL_INDICES)}
         found = {"payload": payload, "header": len(self.raw) - payload, "file": len(self.raw), LABELS: nbytes(labels)}
         for key, value in sizes.items():
             if value != found[key]:

@@ -149,14 +149,6 @@ def launch(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(toy, tmp_path_factory) -> Path:
-    """The run in a single process; read only."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    assert start(toy, out) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
 def begun(toy, tmp_path_factory) -> Path:
     """A run that a single process was told to stop in iteration 2."""
     out = tmp_path_factory.mktemp("several") / "run"
@@ -179,18 +171,18 @@ def agree(found, expected) -> bool:
     return bool(np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected))
 
 
-def test_two_processes_go_on_with_the_run_of_one_which_stays_the_same_up_to_rounding(begun, alone, launch, toy):
+def test_two_processes_go_on_with_the_run_of_one_which_stays_the_same_up_to_rounding(begun, whole, launch, toy):
     out = begun
     processes = launch(2, "-m", "train.distill", "--config", str(toy), "--quiet", "--out", str(out))
     assert processes.codes() == [0, 0], processes.everything()
     assert (out / "table.md").read_text() in processes.output(0)
     # Process 0 alone speaks, but for JAX's communication.
     assert all(line.startswith("[Gloo]") for line in processes.output(1).splitlines())
-    lines, expected = ([m for m in read_metrics(path) if "distill" in m["phase"]] for path in (out, alone))
+    lines, expected = ([m for m in read_metrics(path) if "distill" in m["phase"]] for path in (out, whole))
     assert [m["step"] for m in lines] == list(range(1, 9))
     names = [name for name in expected[0] if name != "phase" and not is_wall_clock(name)]
     assert [name for name in names if not agree([m[name] for m in lines], [m[name] for m in expected])] == []
-    ours, theirs = (load_file(path / "export" / "synset.safetensors") for path in (out, alone))
+    ours, theirs = (load_file(path / "export" / "synset.safetensors") for path in (out, whole))
     assert ours.keys() == theirs.keys()
     assert [name for name in theirs if not agree(ours[name], theirs[name])] == []
 

@@ -28,13 +28,6 @@ baselines: {full_data: false, pixel: false, random_real: false, fit_only: false}
 """
 
 
-@pytest.fixture
-def toy(tmp_path) -> str:
-    path = tmp_path / "toy.yaml"
-    path.write_text(TOY)
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -79,7 +72,7 @@ def test_killed_subtask_is_started_again_and_all_are_merged(toy, tmp_path, capsy
 
     killer = Thread(target=kill)
     killer.start()
-    arguments = ["--config", toy, "--out", str(out), "subtasks=2"]
+    arguments = ["--config", str(toy), "--out", str(out), "subtasks=2"]
     assert launch.main(arguments) == 0
     killer.join()
     assert len(list((out / "launch").glob("*_log.out"))) == 4  # two subtasks, one of them twice, and the merge
@@ -110,7 +103,7 @@ def test_slurm_is_given_what_was_asked_for(toy, tmp_path, monkeypatch, capsys):
     (folder / "sacct").write_text("#!/bin/sh\necho 'JobID|State|NodeList'\necho '7|FAILED|'\n")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     out = tmp_path / "out"
-    arguments = ["--config", toy, "--out", str(out), "seed=0,1", "--on", "slurm", "--retries", "0"]
+    arguments = ["--config", str(toy), "--out", str(out), "seed=0,1", "--on", "slurm", "--retries", "0"]
     assert launch.main([*arguments, "--slurm", "partition=gpu", "time=240", "gpus_per_node=1"]) == 1
     script = (out / "launch" / "7_submission.sh").read_text()
     for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=gsdd"):
@@ -119,3 +112,7 @@ def test_slurm_is_given_what_was_asked_for(toy, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         launch.main([*arguments, "--slurm", "gpu"])
     assert "--slurm: expected KEY=VALUE such as partition=gpu, found 'gpu'" in capsys.readouterr().err
+    (folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: cpu' >&2\nexit 1\n")
+    with pytest.raises(SystemExit, match="2"):
+        launch.main([*arguments, "--slurm", "partition=cpu"])
+    assert "error: --slurm: sbatch: error: invalid partition specified: cpu" in capsys.readouterr().err

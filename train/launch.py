@@ -21,6 +21,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--parallel, --retries: expected 0 or more, found {args.parallel} and {args.retries}")
         name, runs = plan(args.config, args.overrides, out=args.out and Path(args.out), smoke=args.smoke)
         if args.dry_run:
-            print("\n".join(f"python -m train.{' '.join(run.command)}" for run in runs))
+            print("\n".join(f"python -m train.{shlex.join(run.command)}" for run in runs))
             return 0
         out = Path(args.out) if args.out else Path("runs") / name
         with _launcher(out, args) as launcher:
@@ -308,12 +309,13 @@ class Launcher:
 
     def _advance(self, run: Run, runs: Sequence[Run]) -> None:
         if run.state == "waiting":
-            if lost := [part for part in run.after if part.state == "failed"]:
+            left = [part for part in run.after if part.state != "finished"]
+            if lost := [part for part in left if part.state == "failed"]:
                 run.state, run.note = "failed", f"needs {lost[0].path}"
-            elif any(part.state != "finished" for part in run.after):
-                pass
+            if left:
+                return
             # Another command has to be compared with what is there, which train.distill does.
-            elif run.done and self._finished.get(str(run.path)) == list(run.command):
+            if run.done and self._finished.get(str(run.path)) == list(run.command):
                 run.state, run.note = "finished", _found(run)
             else:
                 self._start(run, runs)
@@ -336,6 +338,8 @@ class Launcher:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             run.job = self._executor.submit(Work(run.command, share))
+        except submitit.core.utils.FailedJobError as error:
+            raise UserError(f"--slurm: {error}") from error
         finally:
             signal.signal(signal.SIGINT, before)
         run.state, run.slot, run.note = "running", slot, ""
