@@ -16,14 +16,21 @@ from gsdd_jax.errors import InputError
 
 def to_bits(codes: np.ndarray, width: int) -> np.ndarray:
     """Returns the binary digits of each code, most significant first, one after the other: ``[codes.size * width]``."""
-    digits = np.arange(width - 1, -1, -1, dtype=np.uint32)
-    return ((codes.reshape(-1, 1).astype(np.uint32) >> digits) & 1).astype(np.uint8).reshape(-1)
+    codes = codes.reshape(-1)
+    bits = np.empty((codes.size, width), np.uint8)
+    for digit in range(width):
+        bits[:, digit] = codes >> (width - 1 - digit) & 1
+    return bits.reshape(-1)
 
 
 def from_bits(bits: np.ndarray, width: int) -> np.ndarray:
-    """Returns the codes, uint32, of which ``bits`` are the digits; the inverse of :func:`to_bits`."""
-    weights = np.uint32(1) << np.arange(width - 1, -1, -1, dtype=np.uint32)
-    return bits.reshape(-1, width).astype(np.uint32) @ weights
+    """Returns the codes, uint16, of which ``bits`` are the digits, at most 16 each; the inverse of :func:`to_bits`."""
+    # Digit by digit: a file comes from anyone, and 32 bits for each of its own are more than reading may take.
+    codes = np.zeros(bits.size // width, np.uint16)
+    for digit in bits.reshape(-1, width).T:
+        codes <<= 1
+        codes |= digit
+    return codes
 
 
 def multiset_bits(count: int, symbols: int) -> int:

@@ -355,7 +355,7 @@ def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: i
         mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, 2)
     return {
         "mean": mean.astype(np.uint16),
-        "cholesky": packing.from_bits(cholesky, spec.bits_cholesky).reshape(n, m, 3).astype(np.uint16),
+        "cholesky": packing.from_bits(cholesky, spec.bits_cholesky).reshape(n, m, 3),
         "color": np.concatenate(
             [
                 packing.from_bits(part, width).reshape(n, m, count)
@@ -363,7 +363,7 @@ def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: i
                 if count
             ],
             axis=-1,
-        ).astype(np.uint16),
+        ),
         LOW: arrays[LOW],
         STEP: arrays[STEP],
     }

@@ -186,7 +186,7 @@ def unpack(
     bits, padding = np.split(np.unpackbits(np.asarray(arrays[BITS])), [n * count * channels * spec.bits])
     if padding.any():
         raise InputError(f"{BITS}: the {padding.size} bits after the last code must be 0")
-    codes = packing.from_bits(bits, spec.bits).reshape(n, count, channels).astype(np.uint16)
+    codes = packing.from_bits(bits, spec.bits).reshape(n, count, channels)
     chosen = {name: arrays[name] for name in (MASK, INDEX) if name in arrays}
     index = frequency.unpack({COEFFICIENTS: ()} | chosen, classes, count, places)[INDEX]
     return {COEFFICIENTS: codes, INDEX: index, LOW: arrays[LOW], STEP: arrays[STEP]}

@@ -113,7 +113,7 @@ def make(spec: PaletteSpec, image_shape: tuple[int, int, int], num_classes: int)
         bits, padding = np.split(np.unpackbits(np.asarray(arrays[CODES])), [n * h * w * spec.bits])
         if padding.any():
             raise InputError(f"{CODES}: the {padding.size} bits after the last code must be 0")
-        codes = packing.from_bits(bits, spec.bits).astype(np.uint16).reshape(n, h, w)
+        codes = packing.from_bits(bits, spec.bits).reshape(n, h, w)
         return {CODES: codes, PALETTES: arrays[PALETTES]}
 
     return Codec(
