@@ -38,7 +38,9 @@ EXEMPT = {
 FORBIDDEN_CALLS = {"breakpoint", "eval", "exec", "exit", "input", "print", "quit"}
 FORBIDDEN_ATTRIBUTES = {("sys", "exit"), ("sys", "stdout"), ("sys", "stderr"), ("jax", "debug"), ("jax", "config")}
 # The rooms of the library that read and write files.
-FILE_ROOMS = tuple(f"gsdd_jax/{room}" for room in ("data/", "experts.py", "files.py", "orbax_set.py", "synset.py"))
+FILE_ROOMS = tuple(
+    f"gsdd_jax/{room}" for room in ("data/", "experts.py", "files.py", "orbax_set.py", "synset.py", "uses/")
+)
 
 
 def imported_modules(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,274 @@
+"""Distilled sets and real images in one file that grows: the memory of a learner, the message of a client.
+
+A zip file with a folder for each part: ``0``, ``1`` and so on. A part is a set as `SynSet.save` writes it, so that
+`gsdd_jax.load` reads what any program has unpacked, or real images: their bytes in ``images.safetensors``, and what
+they are in ``images.json``. Every byte of the file counts, names and manifests too.
+
+A file comes from anyone. It is refused as a whole, by an `InputError` that names it, and nothing of it is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge, Le
+from PIL import Image
+
+from gsdd_jax import exchange, files, schema, synset
+from gsdd_jax.compressed import OPTIONS
+from gsdd_jax.errors import InputError
+from gsdd_jax.manifest import Side
+from gsdd_jax.synset import SynSet
+
+# What stands around the arrays of a set in an archive: the manifest, compressed, names of arrays, entries of the zip.
+OVERHEAD = 1024
+SET_FILES = (synset.MANIFEST, synset.ARRAYS)
+REAL_FILES = ("images.json", "images.safetensors")
+# Real images of a part, and the largest file, unless a reader says otherwise.
+MOST_IMAGES, MOST_BYTES = 1 << 20, 1 << 28
+# A lossy WebP file up to its frame: RIFF and chunk headers; of the frame, the tag, then the start code and the sides.
+_RIFF, _TAG, _SIDES = 20, 3, 7
+# What zipfile raises of damaged files.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError, KeyError)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RealImages:
+    """Real images as they are kept, class after class.
+
+    Attributes:
+        format: ``raw``, the pixels; or ``webp``, the frames of lossy files without what all of them share.
+        image_shape: (h, w, c).
+        class_names: One per class.
+        counts: Images of each class.
+        sizes: Bytes of each image; none where all have the same.
+        data: Bytes of all images, one behind the other.
+    """
+
+    format: Literal["raw", "webp"]
+    image_shape: tuple[Side, Side, Annotated[int, Ge(1), Le(3)]]
+    class_names: tuple[str, ...]
+    counts: tuple[Annotated[int, Ge(0), Le(MOST_IMAGES)], ...]
+    sizes: np.ndarray
+    data: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels ``[n]`` int32 among the classes of the part."""
+        return np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
+
+    def images(self) -> np.ndarray:
+        """Images ``[n, h, w, c]``, uint8."""
+        if self.format == "raw":
+            return self.data.reshape(-1, *self.image_shape)
+        ends = np.cumsum(self.sizes, dtype=np.int64)
+        parts = [self.data[end - size : end].tobytes() for end, size in zip(ends, self.sizes, strict=True)]
+        return np.stack([_decoded(frame, self.image_shape, i) for i, frame in enumerate(parts)])
+
+
+Part = SynSet | RealImages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What ``images.json`` holds."""
+
+    format: Literal["raw", "webp"]
+    image_shape: tuple[Side, Side, Annotated[int, Ge(1), Le(3)]]
+    class_names: tuple[str, ...]
+    counts: tuple[Annotated[int, Ge(0), Le(MOST_IMAGES)], ...]
+
+
+def encoded(image: np.ndarray, format: str, quality: int) -> bytes:
+    """Returns the bytes of an image ``[h, w, c]`` uint8 of 1 or 3 channels; ``quality``, 0 to 100, is of WebP."""
+    if format == "raw":
+        return image.tobytes()
+    file = io.BytesIO()
+    Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3))).save(
+        file, "webp", quality=quality, **OPTIONS["webp"]
+    )
+    raw = file.getvalue()
+    frame = raw[_RIFF : _RIFF + int.from_bytes(raw[_RIFF - 4 : _RIFF], "little")]
+    return frame[:_TAG] + frame[_TAG + _SIDES :]
+
+
+def _decoded(frame: bytes, image_shape: Sequence[int], number: int) -> np.ndarray:
+    h, w, c = image_shape
+    sides = b"\x9d\x01\x2a" + w.to_bytes(2, "little") + h.to_bytes(2, "little")
+    frame = frame[:_TAG] + sides + frame[_TAG:]
+    chunk = b"WEBPVP8 " + len(frame).to_bytes(4, "little") + frame + b"\0" * (len(frame) % 2)
+    try:
+        with Image.open(io.BytesIO(b"RIFF" + len(chunk).to_bytes(4, "little") + chunk), formats=["webp"]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises what it likes.
+        raise InputError(f"image {number}: damaged ({exchange.one_line(error)})") from error
+    if pixels.shape[:2] != (h, w):
+        raise InputError(f"image {number}: expected {h} x {w} pixels, found {pixels.shape[0]} x {pixels.shape[1]}")
+    # Gray images were written as colored ones, whose channels differ by rounding.
+    return pixels if c == 3 else np.round(pixels.mean(-1, keepdims=True)).astype(np.uint8)
+
+
+def append(path: str | os.PathLike[str], part: Part) -> int:
+    """Adds a part to a file, which is made if it is not there, and returns the bytes of the whole file.
+
+    After a crash the file is the one before or the one after.
+    """
+    held = Path(path).read_bytes() if Path(path).exists() else b""
+    file = io.BytesIO(held)
+    with zipfile.ZipFile(file, "a") as archive:
+        number = len(_folders(archive))
+        for name, data in _contents(part).items():
+            # A fixed date: equal parts are equal files.
+            entry = zipfile.ZipInfo(f"{number}/{name}")
+            entry.compress_type = zipfile.ZIP_DEFLATED if name.endswith(".json") else zipfile.ZIP_STORED
+            archive.writestr(entry, data, compresslevel=9)
+    files.write_bytes(path, file.getvalue())
+    return len(file.getvalue())
+
+
+def read(path: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES) -> list[Part]:
+    """Reads all parts of a file.
+
+    Args:
+        path: The file.
+        most_bytes: What it may have.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        ValueError: It is too large, damaged, or holds anything else; the message names the file and the part.
+    """
+    path = Path(path)
+    with synset.naming(path):
+        if (size := path.stat().st_size) > most_bytes:
+            raise InputError(f"expected at most {most_bytes} bytes, found {size}")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                folders = _folders(archive)
+                contents = [_entries(archive, number, names, most_bytes) for number, names in folders.items()]
+        except _DAMAGED as error:
+            raise (
+                error if isinstance(error, InputError) else InputError(f"damaged file ({exchange.one_line(error)})")
+            ) from error
+        return [_part(number, content) for number, content in enumerate(contents)]
+
+
+def labeled(part: Part, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images ``[n, h, w, c]`` of a part, float32 or uint8, and their labels ``[n]`` among all classes.
+
+    Raises:
+        ValueError: A class of another data set.
+    """
+    if unknown := [name for name in part.class_names if name not in class_names]:
+        raise InputError(f"class_names: expected those of {', '.join(class_names)}; found {unknown[0]!r}")
+    own = np.array([class_names.index(name) for name in part.class_names], np.int32)
+    return np.asarray(part.images()), own[part.labels]
+
+
+def write_weights(path: str | os.PathLike[str], weights: np.ndarray) -> int:
+    """Writes flat weights ``[p]`` of a network, float32, and returns the bytes of the file."""
+    data = exchange.serialize({"weights": np.asarray(weights, np.float32)})
+    files.write_bytes(path, data)
+    return len(data)
+
+
+def read_weights(path: str | os.PathLike[str], num_params: int) -> np.ndarray:
+    """Reads weights of a network.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        ValueError: It is damaged, of another network, or has a weight that is not finite.
+    """
+    path = Path(path)
+    with synset.naming(path):
+        expected = {"weights": exchange.Array("float32", (num_params,))}
+        if (size := path.stat().st_size) > 4 * num_params + exchange.HEADER_BYTES:
+            raise InputError(f"expected {num_params} weights, found {size} bytes")
+        file = exchange.read(path.read_bytes())
+        exchange.compare(file.arrays, expected)
+        weights = file.values({}, "")["weights"]
+        if not np.isfinite(weights).all():
+            raise InputError("weights: expected finite numbers, found others")
+        return weights
+
+
+def _contents(part: Part) -> dict[str, bytes]:
+    if isinstance(part, RealImages):
+        header = {field.name: getattr(part, field.name) for field in dataclasses.fields(_Header)}
+        arrays = {"data": part.data} | ({} if part.format == "raw" else {"sizes": part.sizes})
+        return dict(zip(REAL_FILES, (json.dumps(header).encode(), exchange.serialize(arrays)), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        part.save(folder)
+        return {name: Path(folder, name).read_bytes() for name in SET_FILES}
+
+
+def _folders(archive: zipfile.ZipFile) -> dict[int, tuple[str, ...]]:
+    """Returns the files of each part, and refuses a file that holds anything else."""
+    names = archive.namelist()
+    found: dict[int, tuple[str, ...]] = {}
+    for number in range(len(names) // 2):
+        found[number] = SET_FILES if f"{number}/{SET_FILES[0]}" in names else REAL_FILES
+    expected = [f"{number}/{name}" for number, own in found.items() for name in own]
+    if sorted(names) != sorted(expected):
+        odd = next(iter(set(names).symmetric_difference(expected)), "a name twice")
+        raise InputError(
+            f"expected parts 0, 1, ... of {' and '.join(SET_FILES)} (or {' and '.join(REAL_FILES)}), "
+            f"found {schema.key_text(odd)} without or beside them"
+        )
+    return found
+
+
+def _entries(archive: zipfile.ZipFile, number: int, names: tuple[str, ...], most_bytes: int) -> dict[str, bytes]:
+    found = {}
+    for name in names:
+        entry = archive.getinfo(f"{number}/{name}")
+        # Before a byte of it is unpacked: zipfile reads no more than the entry says.
+        limit = exchange.MANIFEST_BYTES if name.endswith(".json") else most_bytes
+        if entry.file_size > limit:
+            raise InputError(f"part {number}, {name}: expected at most {limit} bytes, found {entry.file_size}")
+        found[name] = archive.read(entry)
+    return found
+
+
+def _part(number: int, content: Mapping[str, bytes]) -> Part:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if synset.MANIFEST not in content:
+                return _real(content)
+            for name, data in content.items():
+                Path(folder, name).write_bytes(data)
+            return synset.load(folder)
+        except ValueError as error:
+            raise InputError(f"part {number}, {str(error).removeprefix(f'{folder}/')}") from error
+
+
+def _real(content: Mapping[str, bytes]) -> RealImages:
+    header = schema.build(_Header, exchange.parse_json(content[REAL_FILES[0]]))
+    if len(header.counts) != len(header.class_names):
+        raise InputError(f"counts: expected one per class, {len(header.class_names)}; found {len(header.counts)}")
+    if (count := sum(header.counts)) > MOST_IMAGES:
+        raise InputError(f"counts: expected at most {MOST_IMAGES} images, found {count}")
+    file = exchange.read(content[REAL_FILES[1]])
+    size = math.prod(header.image_shape) * count if header.format == "raw" else None
+    given = file.arrays.get("data", exchange.Array("uint8", (0,)))
+    expected = {"data": exchange.Array("uint8", given.shape if size is None else (size,))}
+    if size is None:
+        expected["sizes"] = exchange.Array("uint16", (count,))
+    exchange.compare(file.arrays, expected)
+    arrays: dict[str, Any] = file.values({}, "")
+    sizes = arrays.get("sizes", np.zeros(0, np.uint16))
+    if size is None and (total := int(sizes.sum(dtype=np.int64))) != arrays["data"].size:
+        raise InputError(f"sizes: expected a sum of {arrays['data'].size} bytes, found {total}")
+    found = RealImages(**vars(header), sizes=sizes, data=arrays["data"])
+    found.images()  # which says what cannot be decoded
+    return found

@@ -1,0 +1,219 @@
+"""How data become a part within a budget of bytes: distilled, fitted, or real images that are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from annotated_types import Ge, Le
+from typing_extensions import Doc
+
+from gsdd_jax import api, codecs, nets
+from gsdd_jax.augment import DsaSpec
+from gsdd_jax.errors import InputError
+from gsdd_jax.match import DistributionSpec
+from gsdd_jax.schema import Registered
+from gsdd_jax.training import EvalSpec
+from gsdd_jax.uses import archive, learning
+from gsdd_jax.uses.archive import Part, RealImages
+from gsdd_jax.whiten import Whitening
+
+# What an archive holds of real images beside them.
+_REAL_OVERHEAD = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SummarySpec:
+    """What data are kept or sent as."""
+
+    title: Annotated[str, Doc("what tables call it")]
+    codec: Annotated[
+        Annotated[Any, Registered(codecs.SPECS)] | None,
+        Doc("the parameterization; as many images as the budget holds if it leaves them open; null = real images"),
+    ] = None
+    budget: Annotated[int, Ge(0), Doc("bytes, in place of those that all others have; 0 = these")] = 0
+    steps: Annotated[int, Ge(0), Doc("outer steps of distribution matching; 0 = fitted to real images only")] = 0
+    fit_steps: Annotated[int, Ge(0), Doc("steps of the fit to random real images")] = 300
+    batch_real: Annotated[int, Ge(1), Doc("real images per class and outer step")] = 64
+    format: Annotated[Literal["raw", "webp"], Doc("of real images: their pixels, or lossy WebP")] = "webp"
+    quality: Annotated[int, Ge(0), Le(100), Doc("of WebP")] = 20
+    select: Annotated[
+        Literal["random", "herding"],
+        Doc(
+            "which real images: any, or those whose mean is nearest to that of all, as a network of these data sees it"
+        ),
+    ] = "random"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What all networks of a use have in common.
+
+    Attributes:
+        network: The architecture.
+        training: How it is trained.
+        augment: DSA settings.
+        whitening: What it sees images through, the same for all data, of which none is all there is.
+    """
+
+    network: nets.NetSpec
+    training: EvalSpec
+    augment: DsaSpec
+    whitening: Whitening
+
+
+def summarize(
+    key: jax.Array,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    spec: SummarySpec,
+    class_names: Sequence[str],
+    budget: int,
+    learner: Learner,
+    objective: Any = None,
+    network: Any = None,
+    weights: np.ndarray | None = None,
+) -> Part:
+    """Makes a part of data within a budget.
+
+    Args:
+        key: Decides all that is drawn; consumed.
+        images: ``[n, h, w, c]`` uint8.
+        labels: Integers ``[n]``, each of the classes 0 to k - 1.
+        spec: How.
+        class_names: One per class.
+        budget: Bytes that the part may add to a file.
+        learner: Whose network matches, and herds.
+        objective: In place of distribution matching.
+        network: What matches, in place of the learner's.
+        weights: What that objective is given as its ``experts``.
+
+    Raises:
+        ValueError: The budget does not hold an image of each class; the message names it and what would do.
+    """
+    if spec.codec is None:
+        return _real(key, images, labels, spec, class_names, budget, learner)
+    names = sum(len(name.encode()) for name in class_names)
+    room = budget - archive.OVERHEAD - names
+    made = _codec(spec, images, labels, len(class_names), room, budget)
+    shared: dict[str, Any] = {"codec": made, "class_names": class_names, "progress": False}
+    if not spec.steps:
+        return api.fit(key, images, labels, steps=spec.fit_steps, **shared)
+    return api.distill(
+        key,
+        images,
+        labels,
+        objective=objective or DistributionSpec(batch_real=spec.batch_real, class_chunk=len(class_names)),
+        network=network or learner.network,
+        steps=spec.steps,
+        fit_steps=spec.fit_steps,
+        augment=learner.augment,
+        whitening=learner.whitening,
+        experts=weights,  # type: ignore[arg-type]
+        **shared,
+    )
+
+
+def _codec(
+    spec: SummarySpec, images: np.ndarray, labels: np.ndarray, classes: int, room: int, budget: int
+) -> codecs.Codec:
+    """Builds the codec; what it leaves open is as much as fits, but no more images than the smallest class has."""
+    shape, most = images.shape[1:], int(np.bincount(labels, minlength=classes).min())
+
+    def make(one: Any) -> codecs.Codec:
+        return codecs.make(one, image_shape=shape, num_classes=classes, bytes_per_class=room // classes)
+
+    try:
+        made = make(spec.codec)
+    except ValueError as error:
+        raise InputError(
+            f"budget: {budget} bytes for {classes} classes, of which a set in a file has "
+            f"{max(room, 0)} left, are too few for {spec.title}: {error}"
+        ) from error
+    return make(dataclasses.replace(made.spec, images_per_class=most)) if made.images_per_class > most else made
+
+
+def _real(
+    key: jax.Array,
+    images: np.ndarray,
+    labels: np.ndarray,
+    spec: SummarySpec,
+    class_names: Sequence[str],
+    budget: int,
+    learner: Learner,
+) -> RealImages:
+    classes = len(class_names)
+    key_order, key_herd = jax.random.split(key)
+    members = [np.flatnonzero(labels == label) for label in range(classes)]
+    if spec.select == "herding":
+        features = _features(key_herd, images, labels, classes, learner)
+        orders = [map(own.__getitem__, herded(features[own])) for own in members]
+    else:
+        keys = jax.random.split(key_order, classes)
+        orders = [
+            iter(own[np.asarray(jax.random.permutation(k, len(own)))]) for k, own in zip(keys, members, strict=True)
+        ]
+    room = budget - _REAL_OVERHEAD - sum(len(name.encode()) for name in class_names)
+    beside = 0 if spec.format == "raw" else 2  # its size
+    taken: list[list[bytes]] = [[] for _ in orders]
+    # The first of each class, then the second of each that has one, and so on, until one does not fit.
+    turns = sorted((turn, label) for label, own in enumerate(members) for turn in range(len(own)))
+    spent = 0
+    for _, label in turns:
+        data = archive.encoded(images[next(orders[label])], spec.format, spec.quality)
+        if (spent := spent + len(data) + beside) > room:
+            break
+        taken[label].append(data)
+    if empty := [name for name, own in zip(class_names, taken, strict=True) if not own]:
+        raise InputError(
+            f"budget: {budget} bytes are too few for {spec.title}: no image of class {empty[0]!r} fits "
+            f"beside {_REAL_OVERHEAD} bytes of names and sizes and the classes before"
+        )
+    files = [data for own in taken for data in own]
+    return RealImages(
+        format=spec.format,
+        image_shape=tuple(images.shape[1:]),
+        class_names=tuple(class_names),
+        counts=tuple(map(len, taken)),
+        sizes=np.array([len(data) for data in files], np.uint16),
+        data=np.frombuffer(b"".join(files), np.uint8),
+    )
+
+
+def _features(key: jax.Array, images: np.ndarray, labels: np.ndarray, classes: int, learner: Learner) -> np.ndarray:
+    """Returns the features ``[n, f]`` of a network that was trained on these images."""
+    key_init, key_train = jax.random.split(key)
+    network = nets.build(learner.network, images.shape[1:], classes)
+    params = learning.train(
+        key_train,
+        network.init(key_init),
+        (learning.pool(images, labels),),
+        network=network,
+        spec=learner.training,
+        augment=learner.augment,
+        whitening=learner.whitening,
+    )
+    return np.asarray(learning.outputs(params, jnp.asarray(images), learner.whitening, network=network)[1])
+
+
+def herded(features: np.ndarray) -> Iterator[int]:
+    """Yields all rows ``[n, f]`` in an order in which the mean of the first ``m`` is near that of all, for every ``m``.
+
+    Source: iCaRL (Rebuffi et al. 2017, algorithm 4), on features of length 1.
+    """
+    rows = features.astype(np.float64)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    mean, total = rows.mean(0), np.zeros(rows.shape[1])
+    left = np.ones(len(rows), bool)
+    for m in range(1, len(rows) + 1):
+        # || mean - (total + row) / m ||^2, less what all rows share.
+        away = (2 / m) * rows @ (total / m - mean) + (rows**2).sum(1) / m**2
+        chosen = int(np.where(left, away, np.inf).argmin())
+        left[chosen] = False
+        total += rows[chosen]
+        yield chosen
