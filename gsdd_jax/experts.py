@@ -493,8 +493,10 @@ def _finished(manifest: dict[str, Any]) -> int:
 
 def _refuse_other(folder: Path, manifest: dict[str, Any], origin: Origin, spec: ExpertSpec) -> None:
     wanted, found = (dict(_leaves(tree)) for tree in (_described(origin, spec), manifest["origin"]))
-    # Settings that came later leave training by default as it was without them.
-    found = {f"experts.{field.name}": field.default for field in _RECIPE} | found
+    # Settings that came later leave networks and training by default as they were without them.
+    later = {f"experts.{field.name}": field.default for field in _RECIPE}
+    later |= {f"network.{field.name}": field.default for field in dataclasses.fields(NetSpec)}
+    found = later | found
     different = [key for key in wanted | found if wanted.get(key) != found.get(key)]
     if different:
         key = different[0]

@@ -26,7 +26,14 @@ def conv(x, k, *, stride=1, padding=None, convolve=conv_general_dilated):
 native_conv = partial(conv, convolve=partial(lax.conv_general_dilated, precision="highest"))
 
 
-def numpy_convnet(params, images, depth, norm, margin=0):
+ACTIVATIONS = {
+    "relu": lambda y: np.maximum(y, 0),
+    "leaky_relu": lambda y: np.where(y > 0, y, 0.01 * y),
+    "sigmoid": lambda y: 1 / (1 + np.exp(-y)),
+}
+
+
+def numpy_convnet(params, images, depth, norm, margin=0, activation="relu", pooling="average"):
     """The network in float64, written with loops."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x = np.pad(np.asarray(images, np.float64), ((0, 0), (margin, margin), (margin, margin), (0, 0)))
@@ -39,13 +46,19 @@ def numpy_convnet(params, images, depth, norm, margin=0):
             for column in range(w):
                 patch = padded[:, row : row + 3, column : column + 3]
                 y[:, row, column] += np.einsum("nijc,ijco->no", patch, conv["kernel"])
-        if norm == "instance":
-            y = (y - y.mean((1, 2), keepdims=True)) / np.sqrt(y.var((1, 2), keepdims=True) + 1e-5)
+        if norm != "none":
+            axes = (1, 2) if norm == "instance" else (1, 2, 3)
+            y = (y - y.mean(axes, keepdims=True)) / np.sqrt(y.var(axes, keepdims=True) + 1e-5)
             y = y * params[f"norm{block}"]["scale"] + params[f"norm{block}"]["bias"]
-        y = np.maximum(y, 0)
-        x = np.stack(
-            [[z[i : i + 2, j : j + 2].mean((0, 1)) for i in range(0, h - 1, 2) for j in range(0, w - 1, 2)] for z in y]
-        ).reshape(n, h // 2, w // 2, -1)
+        x = y = ACTIVATIONS[activation](y)
+        if pooling != "none":
+            pool = {"average": np.mean, "max": np.max}[pooling]
+            x = np.stack(
+                [
+                    [pool(z[i : i + 2, j : j + 2], (0, 1)) for i in range(0, h - 1, 2) for j in range(0, w - 1, 2)]
+                    for z in y
+                ]
+            ).reshape(n, h // 2, w // 2, -1)
     features = x.reshape(len(x), -1)
     return features @ params["linear"]["kernel"] + params["linear"]["bias"], features
 
@@ -68,18 +81,24 @@ def test_convnet_has_the_reference_parameter_counts(depth, size, classes, featur
 
 
 @pytest.mark.parametrize(
-    ("norm", "shape", "margin"),
-    [("none", (8, 12, 3), 0), ("instance", (9, 6, 2), 0), ("instance", (28, 28, 1), 2)],
+    ("settings", "shape", "margin"),
+    [
+        ({"norm": "none", "activation": "leaky_relu"}, (8, 12, 3), 0),
+        ({"norm": "instance"}, (9, 6, 2), 0),
+        ({"norm": "layer", "activation": "sigmoid", "pooling": "max"}, (9, 6, 2), 0),
+        ({"norm": "instance", "pooling": "none"}, (3, 2, 2), 0),
+        ({"norm": "instance"}, (28, 28, 1), 2),
+    ],
 )
-def test_convnet_matches_numpy(norm, shape, margin):
-    network = build(NetSpec(depth=2, width=5, norm=norm), shape, 4)
+def test_convnet_matches_numpy(settings, shape, margin):
+    network = build(NetSpec(depth=2, width=5, **settings), shape, 4)
     params = jax.jit(network.init)(jax.random.key(0))
     # Off their initial values, so that a missing scale or bias shows.
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
     images = rng.normal(size=(3, *shape)).astype(np.float32)
     logits, features = jax.jit(network.apply)(params, images)
-    expected_logits, expected_features = numpy_convnet(params, images, 2, norm, margin)
+    expected_logits, expected_features = numpy_convnet(params, images, 2, margin=margin, **settings)
     assert features.shape == expected_features.shape
     np.testing.assert_allclose(features, expected_features, atol=2e-5)
     np.testing.assert_allclose(logits, expected_logits, atol=2e-5)

@@ -28,7 +28,7 @@ class NetSpec:
     """Which network: the defaults are the field's ConvNetD3, meant for 32 px.
 
     Raises:
-        ValueError: `depth`, `width` or `norm` is set for a family other than convnet, whose architectures are fixed.
+        ValueError: Another setting than `name` for a family other than convnet, whose architectures are fixed.
     """
 
     name: Annotated[
@@ -43,8 +43,13 @@ class NetSpec:
     ] = 3
     width: Annotated[int, Ge(1), Doc("Channels of every block of convnet (DC, Zhao et al. 2021: 128).")] = 128
     norm: Annotated[
-        Literal["instance", "none"], Doc("Normalization after each convolution of convnet; the field uses instance.")
+        Literal["instance", "layer", "none"],
+        Doc("Normalization after each convolution of convnet; the field uses instance."),
     ] = "instance"
+    activation: Annotated[Literal["relu", "leaky_relu", "sigmoid"], Doc("Of each block of convnet.")] = "relu"
+    pooling: Annotated[
+        Literal["average", "max", "none"], Doc("At the end of each block of convnet; none keeps the resolution.")
+    ] = "average"
 
     def __post_init__(self) -> None:
         if self.name == "convnet":
@@ -160,9 +165,7 @@ class Network(NamedTuple):
 
 
 _NETWORKS: dict[str, Callable[[NetSpec, tuple[int, int, int], int], linen.Module]] = {
-    "convnet": lambda spec, image_shape, num_classes: convnet.make(
-        depth=spec.depth, width=spec.width, norm=spec.norm, image_shape=image_shape, num_classes=num_classes
-    ),
+    "convnet": convnet.make,
     "alexnet": lambda _, image_shape, num_classes: alexnet.make(image_shape=image_shape, num_classes=num_classes),
     "vgg11": lambda _, image_shape, num_classes: vgg.make(image_shape=image_shape, num_classes=num_classes),
     "resnet18": lambda _, image_shape, num_classes: resnet.make(image_shape=image_shape, num_classes=num_classes),
