@@ -59,8 +59,17 @@ def test_training_tells_a_network_that_can_from_one_that_was_not_trained():
     )
     pool = learning.pool(images, labels)
     trained, early = (
-        search.train(jax.random.key(0), learner.network, pool, images, labels, learner=learner, steps=steps)
+        search.train(
+            jax.random.key(0),
+            learner.network,
+            pool,
+            images,
+            labels,
+            learner=learner,
+            steps=steps,
+            clock=iter([3.0, 5.5]).__next__,
+        )
         for steps in (40, 0)
     )
     assert trained.accuracy == 1.0 and early.accuracy < 1.0
-    assert trained.seconds > 0
+    assert trained.seconds == 2.5

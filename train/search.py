@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +107,7 @@ def _seed(
                 dataset.test_labels,
                 learner=learner,
                 steps=steps,
+                clock=time.process_time,
             )
             own.append(one)
             write_json(path, done)
