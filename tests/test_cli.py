@@ -542,7 +542,7 @@ TFDS = "data={source: tfds, path: "
         ([TFDS + "/absent/1.0.0}"], "data.path: no such directory: /absent/1.0.0"),
         ([TFDS + "HERE/cut/3.0.2}"], "an earlier preparation was interrupted and left HERE/cut/incomplete.AB_3.0.2"),
         ([TFDS + "HERE/half}"], "is not a prepared TFDS version directory: dataset_info.json is missing"),
-        (["--out", "TOY"], "TOY is a file; a run directory is needed"),
+        (["--out", "TOY"], "error: TOY: file exists"),
         (["--extend", "distill.iterations=9"], "error: --extend: HERE/run holds no run"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -13,6 +13,7 @@ an uninterrupted one (but for wall-clock fields, see `is_wall_clock`).
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fnmatch
 import importlib.metadata
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -43,72 +45,40 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tri
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class RunDir:
+class RunDir(contextlib.AbstractContextManager["RunDir"]):
     """Creates or re-opens a run directory and locks it against other processes.
 
-    Args:
-        path: The directory; made, with its parents, if absent.
-
     Raises:
-        UserError: Another process writes there, the path is a file, or the directory holds part of a run but no
-            config.yaml.
+        UserError: Another process writes there, or the directory holds part of a run but no config.yaml.
         OSError: It cannot be made or written.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; a run directory is needed: choose another path")
+        self.config_path, self.metrics_path = self.path / "config.yaml", self.path / "metrics.jsonl"
+        # Where `train.checkpoint.Checkpoints` of this run live.
+        self.checkpoints_path = self.path / "checkpoints"
         self.path.mkdir(parents=True, exist_ok=True)
-        self._metrics: int | None = None
         self._lock = self._acquire()
         try:
             files.remove_leftovers([self.path, self.checkpoints_path, *(self.path / synset.EXPORT).glob("**")])
-            if not self.config_path.exists():
-                orphans = [p.name for p in (self.metrics_path, self.checkpoints_path) if p.exists()]
-                if orphans:
-                    raise UserError(
-                        f"{self.path} holds {' and '.join(orphans)} but no config.yaml, so it cannot be continued: "
-                        "delete it or choose another run directory"
-                    )
+            orphans = [p.name for p in (self.metrics_path, self.checkpoints_path) if p.exists()]
+            if orphans and not self.config_path.exists():
+                raise UserError(
+                    f"{self.path} holds {' and '.join(orphans)} but no config.yaml, so it cannot be continued: "
+                    "delete it or choose another run directory"
+                )
             _drop_half_line(self.metrics_path)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def config_path(self) -> Path:
-        """config.yaml."""
-        return self.path / "config.yaml"
-
-    @property
-    def environment_path(self) -> Path:
-        """environment.json."""
-        return self.path / "environment.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        """metrics.jsonl."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """Where `train.checkpoint.Checkpoints` of this run live."""
-        return self.path / "checkpoints"
-
-    def __enter__(self) -> RunDir:
-        """Returns itself; the lock is already held."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Closes the run directory."""
         self.close()
 
     def close(self) -> None:
-        """Closes the metrics file and releases the lock. A killed process releases it too."""
-        if self._metrics is not None:
-            os.close(self._metrics)
-        self._metrics = None
+        """Releases the lock. A killed process releases it too."""
         self._lock.release()
 
     def configure(
@@ -124,17 +94,14 @@ class RunDir:
             config: Nested mapping of plain values (tuples and numpy scalars are converted).
             extend: Makes the entry of the history where settings differ that may be extended, from dotted keys and
                 both values; None where they may not differ.
-            **rules: As :func:`compare`.
+            **rules: As :func:`compare`, which raises where another config is there.
 
         Returns:
             True if the directory already held a run.
-
-        Raises:
-            UserError: As :func:`compare`.
         """
         new = plain(config)
         if not self.config_path.exists():
-            self._write_config(new)
+            files.write_bytes(self.config_path, yaml12.dump(new).encode())
             return False
         differing, changes = compare(self.path, config, extend=extend is not None, **rules)
         history = read_history(self.path)
@@ -144,79 +111,51 @@ class RunDir:
             history.append({"time": now["started"], "commit": now["commit"], **plain(extend(changes))})
         if differing:
             # Settings and history in one step.
-            self._write_config(new | ({HISTORY: history} if history else {}))
+            files.write_bytes(self.config_path, yaml12.dump(new | ({HISTORY: history} if history else {})).encode())
         return True
 
-    def record_environment(self, **extra: Any) -> dict[str, Any]:
-        """Appends what this process runs on to environment.json, one entry per start.
-
-        Args:
-            **extra: Further fields of the entry.
-
-        Returns:
-            The entry, see `environment`.
-        """
-        entry = environment() | plain(extra)
-        write_json(self.environment_path, [*read_environment(self.path), entry])
+    def record_environment(self) -> dict[str, Any]:
+        """Appends what this process runs on to environment.json, one entry per start, and returns it."""
+        entry = environment()
+        write_json(self.path / "environment.json", [*read_environment(self.path), entry])
         return entry
 
     def append(self, phase: str, step: int, **values: Any) -> None:
         """Appends one line to metrics.jsonl; it survives the death of the process from here on.
 
         Args:
-            phase: Name of the part of the run, such as "distill".
+            phase: Name of the part of the run, such as "main-distill".
             step: Steps of that phase done so far.
             **values: Values that `plain` takes; NaN and infinities are written as strings.
         """
-        line = json.dumps({"phase": phase, "step": int(step), **_finite(plain(values))}, allow_nan=False) + "\n"
-        if self._metrics is None:
-            self._metrics = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        data = line.encode()
+        line = json.dumps({"phase": phase, "step": int(step), **_finite(plain(values))}, allow_nan=False)
         try:
-            while data:
-                data = data[os.write(self._metrics, data) :]
+            with open(self.metrics_path, "ab") as file:
+                file.write(f"{line}\n".encode())
         except OSError as error:
             raise files.named(error, self.metrics_path) from error
 
     def truncate(self, phase: str, step: int) -> None:
-        """Drops the metrics of a phase after a step: call it before that phase goes on from a checkpoint.
-
-        Args:
-            phase: The phase that continues. Phases that start afresh later on are cut with their own call.
-            step: The checkpointed step, which is kept; -1 drops the whole phase.
-        """
+        """Drops the metrics of a phase after a checkpointed step, from which it goes on; -1 drops all of them."""
         if not self.metrics_path.exists():
             return
-        if self._metrics is not None:
-            os.close(self._metrics)
-            self._metrics = None
-        _drop_half_line(self.metrics_path)
         lines = self.metrics_path.read_bytes().splitlines(keepends=True)
         entries = _parse(lines, self.metrics_path)
         kept = [ln for ln, e in zip(lines, entries, strict=True) if e.get("phase") != phase or e.get("step", 0) <= step]
         if len(kept) != len(lines):
             files.write_bytes(self.metrics_path, b"".join(kept))
 
-    def _write_config(self, config: Mapping[str, Any]) -> None:
-        files.write_bytes(self.config_path, yaml12.dump(dict(config)).encode())
-
     def _acquire(self) -> filelock.BaseFileLock:
         # Not in the lock itself, which Windows lets nobody else read.
-        owner = self.path / ".owner"
-        lock = filelock.FileLock(self.path / ".lock", timeout=0, thread_local=False)
+        owner, lock = self.path / ".owner", filelock.FileLock(self.path / ".lock", timeout=0, thread_local=False)
         try:
             lock.acquire()
         except filelock.Timeout:
-            try:
-                found = owner.read_text(encoding="utf-8", errors="replace").strip()
-            except OSError:
-                found = ""
+            found = owner.read_text(encoding="utf-8", errors="replace").strip() if owner.exists() else ""
             raise UserError(
                 f"{self.path} is being written by {found or 'another process'}: "
                 "wait until it ends, stop it, or choose another run directory"
             ) from None
-        except OSError as error:
-            raise files.named(error, self.path / ".lock") from error
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         return lock
 
@@ -242,10 +181,9 @@ def compare(
         path: The run directory; holds a config.
         config: The resolved config.
         asked: The same before anything was filled in. What a version that filled in less has stored counts as well.
-        may_change: Dotted keys that may differ when a run is continued, such as "distill.iterations"; a key covers
-            all below it. Their new values are stored.
-        defaults: Nested mapping of values that a key may have which the stored config does not know, because the
-            setting came later: those that leave a run as it was without.
+        may_change: Dotted keys that may differ when a run is continued; a key covers all below it.
+        defaults: Values that a key may have which the stored config does not know, because the setting came later:
+            those that leave a run as it was without.
         extendable: Dotted keys that may differ when a run is extended.
         extend: Whether it is extended.
 
@@ -257,30 +195,24 @@ def compare(
     """
     old, new = read_config(path), plain(config)
     differing, before, now = differences(old, new), _flatten(old), _flatten(new)
-    later, meant = _flatten(plain(defaults or {})), _flatten(plain(asked or {}))
-    missing = object()
+    later, meant, missing = _flatten(plain(defaults or {})), _flatten(plain(asked or {})), object()
 
     def stands(key: str) -> bool:
         was = before.get(key, later.get(key, missing))
-        return any(key in one and _same(was, one[key]) for one in (now, meant))
+        return was is not missing and any(key in one and _same(was, one[key]) for one in (now, meant))
 
     apart = [k for k in differing if not stands(k) and not covered(k, may_change)]
-    extends = [k for k in apart if covered(k, extendable)] if extend else []
-    refused = [k for k in apart if k not in extends]
+    refused = [k for k in apart if not (extend and covered(k, extendable))]
     if refused:
         there = "; ".join("{} is {} there and {} now".format(k, *differing[k]) for k in refused)
+        way = "; add --extend to go on with the new values" if all(covered(k, extendable) for k in refused) else ""
+        way = f"; --extend takes {', '.join(extendable)}" if extend else way
         free = f" (free to change: {', '.join(sorted(may_change))})" if may_change else ""
-        if extend:
-            way = f"; --extend takes {', '.join(extendable)}"
-        elif all(covered(k, extendable) for k in refused):
-            way = "; add --extend to go on with the new values"
-        else:
-            way = ""
         raise UserError(
             f"{path} holds a run with another config: {there}. "
             f"Put the old values back to continue that run, or choose another run directory{way}{free}"
         )
-    return differing, {k: (before.get(k, later.get(k)), now.get(k)) for k in extends}
+    return differing, {k: (before.get(k, later.get(k)), now.get(k)) for k in apart}
 
 
 def covered(key: str, keys: Collection[str]) -> bool:
@@ -388,19 +320,17 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Returns the versions of Python and of the packages that decide numbers; None for what is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    found = {name: [one.version for one in importlib.metadata.distributions(name=name)] for name in _PACKAGES}
+    return {"python": platform.python_version(), **{name: next(iter(one), None) for name, one in found.items()}}
 
 
 def _device_name(device: jax.Device) -> str:
     """Names the device; JAX calls every CPU "cpu", so there its model and the number of cores stand in."""
     if device.platform != "cpu":
         return device.device_kind
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine() or 'CPU'}, {os.cpu_count()} cores"
+    known = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: *(.+)", known.read_text() if known.exists() else "", re.MULTILINE)
+    return f"{model[1] if model else platform.processor() or 'CPU'}, {os.cpu_count()} cores"
 
 
 def plain(value: Any) -> Any:
@@ -464,12 +394,8 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    both_nan = a != a and b != b
-    return (a == b or both_nan) and isinstance(a, bool) == isinstance(b, bool)
+    # NaN is NaN; true is not 1.
+    return json.dumps(a) == json.dumps(b) or (a == b and bool not in (type(a), type(b)))
 
 
 def _show(flat: Mapping[str, Any], key: str) -> str:
@@ -478,13 +404,6 @@ def _show(flat: Mapping[str, Any], key: str) -> str:
 
 def _damaged(what: Path | str, why: Exception | str, remedy: str) -> UserError:
     return UserError(f"{what} is damaged ({' '.join(str(why).split())}): {remedy}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> tuple[str | None, bool | None]:
