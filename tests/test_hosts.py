@@ -157,7 +157,7 @@ def begun(toy, tmp_path_factory) -> Path:
     def stopping_at_2(self, phase, step, **values):
         append(self, phase, step, **values)
         if (phase, step) == ("main-distill", 2):
-            stopping.request()
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunDir, "append", stopping_at_2)

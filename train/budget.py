@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as bytes_per_class=12288 evaluate.seeds=3"
     )
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None), on_sigterm():
+    with exit_cleanly(debug=args.debug), on_sigterm():
         compilation_cache.enable()
         budget, overrides = _split(args.overrides)
         config: configs.RunConfig = configs.load(args.config, overrides, smoke=args.smoke)

@@ -34,11 +34,18 @@ def enable() -> None:
     told = jax.config.values
     if told["jax_compilation_cache_dir"] is not None or not told["jax_enable_compilation_cache"]:
         return
+    # Of this machine's kind: XLA cuts loops for its cores, whose number is not in JAX's key.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        folder = _folder()
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = root / "gsdd_jax" / f"compiled-{cores}-cores"
         # What lies there is run: nobody else may write it.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_unfinished(folder)
+        # JAX writes a program, then when it was used, and stumbles over what was killed in between.
+        with filelock.FileLock(folder / ".lockfile", timeout=10):
+            for program in folder.glob("*-cache"):
+                if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
+                    program.unlink()
     except (OSError, RuntimeError) as error:
         _note(f"programs are compiled anew in every run, for there is no cache of them: {error}")
         return
@@ -46,29 +53,10 @@ def enable() -> None:
         if name.upper() not in os.environ:
             jax.config.update(name, value)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    _say_once(folder)
-
-
-def _folder() -> Path:
-    """Returns the folder of this machine's kind: XLA cuts loops for its cores, whose number is not in JAX's key."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return root / "gsdd_jax" / f"compiled-{cores}-cores"
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process left: JAX writes a program, then when it was used, and stumbles over the first."""
-    with filelock.FileLock(folder / ".lockfile", timeout=10):
-        for program in folder.glob("*-cache"):
-            if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
-                program.unlink()
-
-
-def _say_once(folder: Path) -> None:
-    """Makes one line of what JAX warns of for each program that it cannot read or write."""
     show, said = warnings.showwarning, False
 
-    def one_line(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    def once(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        # JAX warns of each program that it cannot read or write.
         nonlocal said
         if "persistent compilation cache entry" not in str(message):
             show(message, *args, **kwargs)
@@ -76,7 +64,7 @@ def _say_once(folder: Path) -> None:
             said = True
             _note(f"{folder} is damaged or full: delete it. {message}")
 
-    warnings.showwarning = one_line
+    warnings.showwarning = once
 
 
 def _note(text: str) -> None:

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hosts.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as distill.iterations=100")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None), on_sigterm(), hosts.joined(args):
+    with exit_cleanly(debug=args.debug), on_sigterm(), hosts.joined(args):
         if not jax.distributed.is_initialized():
             compilation_cache.enable()
         config: configs.RunConfig = configs.load(args.config, args.overrides, smoke=args.smoke)

@@ -22,7 +22,6 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Storage libraries written in C++ and Rust report a full disk under classes of their own; the system's text survives.
 _DISK_FULL_TEXTS = tuple(os.strerror(code) for code in _DISK_FULL)
-_DISK_FULL_REMEDY = "free some space and run the same command again"
 
 
 class UserError(Exception):
@@ -38,84 +37,67 @@ class DivergedError(UserError):
 
 
 @contextmanager
-def exit_cleanly(*, debug: bool | None = None) -> Iterator[None]:
+def exit_cleanly(*, debug: bool = False) -> Iterator[None]:
     """Turns the user's errors into one line on stderr and an exit code; works as a decorator too.
 
     Handled: `UserError`, `InputError`, missing or forbidden paths, a full disk, optional packages and platforms of JAX
-    that are not there, Ctrl-C. Everything else passes through with its traceback. Notices of data are lines on stderr,
-    too.
-
-    Args:
-        debug: True keeps every traceback. None: on when `--debug` is on the command line or GSDD_DEBUG is set to
-            anything but 0.
+    that are not there, Ctrl-C. Everything else passes through with its traceback, and with `debug` or where GSDD_DEBUG
+    is set to anything but 0 these do as well. Notices of data are lines on stderr, too.
 
     Raises:
         SystemExit: 2 after an error of the user, 130 after Ctrl-C.
     """
-    with _notices():
-        try:
-            yield
-        except (Exception, KeyboardInterrupt) as error:
-            message = explain(error)
-            if message is None or (_debug_wanted() if debug is None else debug):
-                raise
-            print(message, file=sys.stderr)
-            raise SystemExit(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_USER_ERROR) from None
-
-
-@contextmanager
-def _notices() -> Iterator[None]:
-    """Shows what the library says of the data as one line on stderr each, whatever the filters of warnings are."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", DataNotice)
         show = warnings.showwarning
 
         def one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, DataNotice):
-                print(f"note: {_one_line(str(message))}", file=sys.stderr)
+                print(f"note: {_one_line(message)}", file=sys.stderr)
             else:
                 show(message, category, *where, **more)
 
         warnings.showwarning = one_line
-        yield
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            message = explain(error)
+            if message is None or debug or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+                raise
+            print(message, file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_USER_ERROR) from None
 
 
 def explain(error: BaseException) -> str | None:
     """Returns the one line that tells the user what is wrong, or None where the error is a defect of the program."""
+    text = _one_line(error) or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    full = _disk_full(error)
-    if full is not None:
-        path = full.filename if isinstance(full, OSError) else None
-        where = f" while writing {_one_line(str(path))}" if path is not None else ""
-        found = f" ({_fold(full)})" if path is None else ""
-        return f"error: disk full{where}: nothing saved so far is lost; {_DISK_FULL_REMEDY}{found}"
+    if (full := _disk_full(error)) is not None:
+        name = getattr(full, "filename", None)
+        where, found = (f" while writing {_one_line(name)}", "") if name else ("", f" ({_one_line(full)})")
+        remedy = "free some space and run the same command again"
+        return f"error: disk full{where}: nothing saved so far is lost; {remedy}{found}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"error: {_one_line(str(error.filename))}: {error.strerror.lower()}"
-    if isinstance(error, UserError | InputError | FileNotFoundError | PermissionError):
-        return f"error: {_fold(error)}"
+        return f"error: {_one_line(error.filename)}: {error.strerror.lower()}"
+    # The import system names the module; what is raised here says how to install it.
+    absent = isinstance(error, ImportError) and error.name is None
+    if absent or isinstance(error, UserError | InputError | FileNotFoundError | PermissionError):
+        return f"error: {text}"
     if _no_platform(error):
         asked = os.environ.get("JAX_PLATFORMS", "")
         return (
-            f"error: JAX_PLATFORMS: found {asked!r}, but JAX cannot start that here ({_fold(error)}); allowed: cpu, or "
+            f"error: JAX_PLATFORMS: found {asked!r}, but JAX cannot start that here ({text}); allowed: cpu, or "
             "cuda with an NVIDIA GPU, its driver and the extra gsdd_jax[cuda]"
         )
-    # The import system names the module; what is raised here says how to install it.
-    if isinstance(error, ImportError) and error.name is None:
-        return f"error: {_fold(error)}"
     return None
 
 
-def _disk_full(error: BaseException) -> BaseException | None:
+def _disk_full(error: BaseException | None) -> BaseException | None:
     """Finds the report of a full disk in the error or in what it was raised from."""
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno in _DISK_FULL:
-            return link
-        if any(text in str(link) for text in _DISK_FULL_TEXTS):
-            return link
-        link = link.__cause__
-    return None
+    if error is None or getattr(error, "errno", None) in _DISK_FULL:
+        return error
+    return error if any(text in str(error) for text in _DISK_FULL_TEXTS) else _disk_full(error.__cause__)
 
 
 def _no_platform(error: BaseException) -> bool:
@@ -128,13 +110,5 @@ def _no_platform(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)
 
 
-def _debug_wanted() -> bool:
-    return "--debug" in sys.argv[1:] or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
-
-
-def _fold(error: BaseException) -> str:
-    return _one_line(str(error)) or type(error).__name__
-
-
-def _one_line(text: str) -> str:
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+def _one_line(text: object) -> str:
+    return " ".join(line.strip() for line in str(text).splitlines() if line.strip())

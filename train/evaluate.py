@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Overrides that follow the names of networks are handed over as further names.
     named = [text for text in args.networks or [] if "=" not in text]
     overrides = [*(text for text in args.networks or [] if "=" in text), *args.overrides]
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug):
         compilation_cache.enable()
         _check_arguments(args, named)
         request = _request(args, named, overrides)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as experts.count=10")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None), on_sigterm():
+    with exit_cleanly(debug=args.debug), on_sigterm():
         compilation_cache.enable()
         config: configs.RunConfig = configs.load(args.config, [*args.overrides, "experts.train=true"], smoke=args.smoke)
         default = experiments.expert_path(config, experiments.run_path(config))

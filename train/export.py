@@ -85,7 +85,7 @@ class Export(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug):
         compilation_cache.enable()
         if args.to not in FORMS:
             raise UserError(f"--to: unknown form {args.to!r}; allowed: {', '.join(FORMS)}")

@@ -44,7 +44,7 @@ LEAVES = {"xy": 2, "cholesky": 3, "features": 0}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug):
         if not 1 <= args.size <= exchange.SIDE:
             raise UserError(f"--size: expected a side from 1 to {exchange.SIDE} pixels, found {args.size}")
         if args.dtype not in storage.ITEMSIZE:

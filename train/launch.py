@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=V1,V2", help="such as seed=0,1,2")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug):
         if args.parallel < 0 or args.retries < 0:
             raise UserError(f"--parallel, --retries: expected 0 or more, found {args.parallel} and {args.retries}")
         name, runs = plan(args.config, args.overrides, out=args.out and Path(args.out), smoke=args.smoke)

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Searches name run directories after settings.
     paths = [Path(text) for text in args.runs if "=" not in text or Path(text).is_dir()]
     overrides = [text for text in args.runs if "=" in text and not Path(text).is_dir()]
-    with exit_cleanly(debug=args.debug or None):
+    with exit_cleanly(debug=args.debug):
         compilation_cache.enable()
         subtasks = collect(paths)
         out = Path(args.out) if args.out else Path("runs") / subtasks[0].config.name / "merged"

@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,18 +27,8 @@ def requested() -> bool:
     return _requested
 
 
-def request() -> None:
-    """Asks the process to end, as a first SIGTERM does; asking again changes nothing."""
-    global _requested
-    _requested = True
-
-
 def raise_if_requested() -> None:
-    """Ends the run if it was asked to; to be called where everything is saved.
-
-    Raises:
-        Stopped: The process was asked to end.
-    """
+    """Raises `Stopped` if the process was asked to end; to be called where everything is saved."""
     if _requested:
         raise Stopped
 
@@ -48,15 +37,10 @@ def raise_if_requested() -> None:
 def on_sigterm() -> Iterator[None]:
     """Lets SIGTERM ask for an orderly end, which exits with 0 and the command that goes on; a second one exits at once.
 
-    Outside the main thread, where no handler can be installed, signals keep their effect.
-
     Raises:
         SystemExit: 0 after an orderly end.
     """
     global _requested
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def handler(*_: object) -> None:
         global _requested

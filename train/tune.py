@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluate.seeds=2")
     args = parser.parse_intermixed_args(argv)
-    with exit_cleanly(debug=args.debug or None), on_sigterm():
+    with exit_cleanly(debug=args.debug), on_sigterm():
         compilation_cache.enable()
         varied = [configs.choices(text) for text in args.vary]
         chosen = [list(one) for one in itertools.product(*varied)]
