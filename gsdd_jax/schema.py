@@ -1,47 +1,35 @@
 """Plain data to frozen spec dataclasses, for any dataclass: configurations, manifests, settings of codecs.
 
 Each setting is declared once, as an annotated field of a spec. Pydantic validates values strictly (text is no
-number, `true` is no integer, an integer is a number) and writes the JSON schema that messages and `--help` come from.
+number, `true` is no integer, an integer is a number); messages and `--help` come from the same annotations.
 """
 
+import dataclasses
 import difflib
 import functools
 import json
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.json_schema import GenerateJsonSchema
 from typing_extensions import Doc
 
 from gsdd_jax.errors import InputError
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]
-Node = dict[str, Any]  # a JSON schema, its references filled in
 
 TAG = "name"
 # Marks a field that holds one of several specs, told apart by their `name`: `codec: Tagged[GaussianSpec | PixelSpec]`.
 Tagged = Annotated[T, Field(discriminator=TAG)]
 
-_KINDS = {
-    "integer": "an integer",
-    "number": "a number",
-    "string": "text",
-    "boolean": "true or false",
-    "array": "a list",
-    "object": "a mapping",
-}
-_LIMITS = {
-    "minimum": ">=",
-    "exclusiveMinimum": ">",
-    "maximum": "<=",
-    "exclusiveMaximum": "<",
-    "multipleOf": "divisible by",
-    "minItems": "of length >=",
-    "maxItems": "of length <=",
-}
+_KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+_KINDS |= {tuple: "a list", dict: "a mapping", types.NoneType: "null"}
+# By the attributes of annotated_types.
+_LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "divisible by"}
+_LIMITS |= {"min_length": "of length >=", "max_length": "of length <="}
 
 
 class Registered:
@@ -52,31 +40,16 @@ class Registered:
 
     def __init__(self, specs: Mapping[str, type], default: str = ""):
         """Takes the specs, and the name that a section without one has; '' = it has to have one."""
-        self._specs, self._default = specs, default
+        self.specs, self._default = specs, default
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Lets pydantic validate the union of the specs."""
-        union: Any = Tagged[typing.Union[tuple(self._specs.values())]]  # type: ignore[misc]  # noqa: UP007
+        union: Any = Tagged[typing.Union[tuple(self.specs.values())]]  # type: ignore[misc]  # noqa: UP007
 
         def named(section: Any) -> Any:
             return {TAG: self._default} | section if self._default and isinstance(section, dict) else section
 
         return handler.generate_schema(Annotated[union, BeforeValidator(named)])
-
-
-class _Documented(GenerateJsonSchema):
-    """Adds what `Doc` says of the fields, and keeps their order and that of choices."""
-
-    def sort(self, value: Any, parent_key: str | None = None) -> Any:
-        return value
-
-    def dataclass_schema(self, schema: Any) -> Node:
-        node = super().dataclass_schema(schema)
-        for name, hint in typing.get_type_hints(schema["cls"], include_extras=True).items():
-            for item in getattr(hint, "__metadata__", ()):
-                if isinstance(item, Doc):
-                    node["properties"][name]["description"] = item.documentation
-        return node
 
 
 def build(cls: type[T], data: Any, *, section: str = "", where: Callable[[Place], str] | None = None) -> T:
@@ -111,7 +84,7 @@ def describe(cls: type) -> str:
     """Lists every setting of a spec, one a line: key, type and range, default, what it means."""
     lines = []
     group = ""
-    for key, kind, default, sentence, condition in _rows(_schema(cls)):
+    for key, kind, default, sentence, condition in _rows(cls):
         if condition != group and condition:
             lines.append(f"when {condition}:")
         group = condition
@@ -124,79 +97,87 @@ def has_tag(cls: type, place: Sequence[str | int]) -> bool:
     return bool(_tags(_follow(cls, place)[1]))
 
 
-def forget() -> None:
-    """Forgets what was derived from the registries of specs, which have grown."""
-    _adapter.cache_clear()
-    _schema.cache_clear()
-
-
 @functools.cache
 def _adapter(cls: type) -> TypeAdapter:
     # Pydantic takes settings for a foreign dataclass only from what surrounds it; nested ones inherit them.
     return TypeAdapter(tuple[cls], config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))  # type: ignore[valid-type]
 
 
+# Forgets what was derived from the registries of specs, which have grown.
+forget = _adapter.cache_clear
+
+
 @functools.cache
-def _schema(cls: type) -> Node:
-    whole = _adapter(cls).json_schema(schema_generator=_Documented)
-
-    def filled(node: Any) -> Any:
-        if isinstance(node, str) and node.startswith("#/$defs/"):
-            return filled(whole["$defs"][node.removeprefix("#/$defs/")])
-        if isinstance(node, list):
-            return [filled(item) for item in node]
-        if isinstance(node, dict):
-            below = {key: filled(item) for key, item in node.items()}
-            # A section or null is described as the section.
-            sections = [part for part in below.get("anyOf", ()) if "properties" in part]
-            return (sections or [below.pop("$ref", {})])[0] | below
-        return node
-
-    return filled(whole["prefixItems"][0])
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _tags(node: Node) -> dict[str, Node]:
-    """Returns the sections that a value may be, by their tags; none where there is no choice."""
-    tags = dict(node.get("discriminator", {}).get("mapping", {}))
-    for part in node.get("anyOf", ()):
-        tags |= _tags(part)
-    return tags
+def _parts(hint: Any) -> tuple[Any, list[Any]]:
+    """Splits a hint into the type and what is annotated to it."""
+    if typing.get_origin(hint) is not Annotated:
+        return hint, []
+    base, *notes = typing.get_args(hint)
+    inner, more = _parts(base)
+    return inner, [*more, *notes]
 
 
-def _follow(cls: type, location: Sequence[str | int]) -> tuple[Place, Node]:
-    """Turns pydantic's location, which also names union members, into keys as written and the schema there."""
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Returns what a union is of; a hint alone is one of itself."""
+    base, _ = _parts(hint)
+    return typing.get_args(base) if typing.get_origin(base) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _tags(hint: Any) -> Mapping[str, type]:
+    """Returns the specs that a value may be, by their names; none where there is no choice."""
+    base, notes = _parts(hint)
+    if registered := [note for note in notes if isinstance(note, Registered)]:
+        return registered[0].specs
+    members = _members(base)
+    if any(getattr(note, "discriminator", None) for note in notes):
+        return {typing.get_args(_parts(_hints(spec)[TAG])[0])[0]: spec for spec in members}
+    return {name: spec for one in members if one is not base for name, spec in _tags(one).items()}
+
+
+def _section(hint: Any) -> type | None:
+    """Returns the one dataclass that a value may be, besides null."""
+    found = [base for base, _ in map(_parts, _members(hint)) if dataclasses.is_dataclass(base)]
+    return found[0] if len(found) == 1 else None  # type: ignore[return-value]
+
+
+def _follow(cls: type, location: Sequence[str | int]) -> tuple[Place, Any]:
+    """Turns pydantic's location, which also names union members, into keys as written and the hint there."""
     place: list[str | int] = []
-    node = _schema(cls)
+    hint: Any = cls
     for part in location:
-        if "properties" in node:
-            node = node["properties"].get(part, {})
-        elif part in _tags(node):
-            node = _tags(node)[str(part)]
+        items = typing.get_args(_parts(hint)[0])
+        if (spec := _section(hint)) is not None:
+            hint = _hints(spec).get(str(part), Any)
+        elif part in _tags(hint):
+            hint = _tags(hint)[str(part)]
             continue
-        elif "items" in node:
-            node = node["items"]
-        elif "prefixItems" in node and isinstance(part, int):
-            node = node["prefixItems"][part]
+        elif typing.get_origin(_parts(hint)[0]) is tuple:
+            hint = items[0] if items[-1] is ... else items[int(part)]
         else:
             break
         place.append(part)
-    return tuple(place), node
+    return tuple(place), hint
 
 
 def _explain(cls: type, failure: Any) -> tuple[Place, str]:
     """Says what is wrong at which place, in the words of the config."""
     kind, location, found = failure["type"], failure["loc"][1:], failure["input"]
-    place, node = _follow(cls, location)
+    place, hint = _follow(cls, location)
     if kind == "unexpected_keyword_argument":
         return place, _unknown_key(cls, location)
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        place, expected = (*place, TAG), f"expected one of {', '.join(_tags(node))}"
+        place, expected = (*place, TAG), f"expected one of {', '.join(_tags(hint))}"
         return place, f"{expected}, found {show(found[TAG])}" if TAG in found else f"missing; {expected}"
     if kind == "missing":
-        return place, f"missing; expected {_kind(node)}"
+        return place, f"missing; expected {_kind(hint)}"
     if kind in ("value_error", "assertion_error"):
         return place, str(failure["ctx"]["error"])
-    expected = _kind(node).replace("a number", "a finite number", kind == "finite_number")
+    expected = _kind(hint).replace("a number", "a finite number", kind == "finite_number")
     # A failure that the type and the range do not explain carries the validator's own words as well.
     words = "" if failure["msg"].startswith("Input should be") else f" ({failure['msg']})"
     return place, f"expected {expected}, found {show(found)}{words}"
@@ -204,7 +185,7 @@ def _explain(cls: type, failure: Any) -> tuple[Place, str]:
 
 def _unknown_key(cls: type, location: Sequence[str | int]) -> str:
     place, section = _follow(cls, location[:-1])
-    key, allowed, rows = str(location[-1]), list(section["properties"]), list(_rows(_schema(cls)))
+    key, allowed, rows = str(location[-1]), list(_hints(_section(section) or cls)), list(_rows(cls))
     if conditions := [row[4] for row in rows if row[0] == _dotted((*place, key))]:
         hint = f"known only when {' or '.join(conditions)}; "
     else:
@@ -214,40 +195,40 @@ def _unknown_key(cls: type, location: Sequence[str | int]) -> str:
     return f"unknown key; {hint}allowed: {', '.join(allowed)}"
 
 
-def _kind(node: Node) -> str:
+def _kind(hint: Any) -> str:
     """Describes what a value must be: `an integer >= 1`, `one of zca, meanstd, none`."""
-    if "anyOf" in node and "properties" not in node:
-        return " or ".join(_kind(part) for part in node["anyOf"])
-    if tags := _tags(node):
+    base, notes = _parts(hint)
+    if base is not types.NoneType and types.NoneType in _members(base):
+        return " or ".join(map(_kind, _members(base)))
+    if tags := _tags(hint):
         return f"a section whose {TAG} is one of {', '.join(tags)}"
-    if "properties" in node:
-        return f"a section with the keys {', '.join(node['properties'])}"
-    if "enum" in node:
-        return f"one of {', '.join(map(_word, node['enum']))}"
-    if "const" in node:
-        return _word(node["const"])
-    text = _KINDS.get(node.get("type", ""), node.get("type", "any value"))
-    limits = " and ".join(f"{sign} {show(node[word])}" for word, sign in _LIMITS.items() if word in node)
-    each = f", each {_kind(node['items'])}" if node.get("items") else ""
-    return f"{text} {limits}".rstrip() + each
+    if dataclasses.is_dataclass(base):
+        return f"a section with the keys {', '.join(_hints(base))}"  # type: ignore[arg-type]
+    if typing.get_origin(base) is Literal:
+        words = list(map(_word, typing.get_args(base)))
+        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    values = [(sign, getattr(note, name, None)) for note in notes for name, sign in _LIMITS.items()]
+    limits = " and ".join(f"{sign} {show(value)}" for sign, value in values if value is not None)
+    items = typing.get_args(base)
+    each = f", each {_kind(items[0])}" if items[1:] == (...,) else ""
+    return f"{_KINDS.get(typing.get_origin(base) or base, 'any value')} {limits}".rstrip() + each
 
 
-def _rows(node: Node, key: str = "", default: Any = ..., condition: str = "") -> Iterator[tuple[str, ...]]:
+def _rows(hint: Any, key: str = "", default: Any = dataclasses.MISSING, condition: str = "") -> Iterator[list[str]]:
     """Yields key, type, default, sentence and condition of every setting; without a default it is required."""
-    shown = "required" if default is ... else _word(default)
-    sentence, tags, tag = node.get("description", ""), _tags(node), f"{key}.{TAG}"
-    if "properties" in node:
-        for name, below in node["properties"].items():
-            value = default[name] if isinstance(default, dict) else below.get("default", ...)
-            yield from _rows(below, f"{key}.{name}".removeprefix("."), value, condition)
-    elif tags:
-        chosen = default[TAG] if isinstance(default, dict) else shown
-        yield tag, f"one of {', '.join(tags)}", chosen, sentence, condition
-        for name, section in tags.items():
-            rows = _rows(section, key, default if name == chosen else ..., f"{tag} is {name}")
-            yield from (row for row in rows if row[0] != tag)
+    sentence = next((note.documentation for note in _parts(hint)[1] if isinstance(note, Doc)), "")
+    shown = "required" if default is dataclasses.MISSING else _word(default)
+    if (spec := _section(hint)) is not None:
+        for field in dataclasses.fields(spec):
+            value = getattr(default, field.name) if isinstance(default, spec) else field.default
+            yield from _rows(_hints(spec)[field.name], f"{key}.{field.name}".removeprefix("."), value, condition)
+    elif tags := _tags(hint):
+        tag = f"{key}.{TAG}"
+        yield [tag, f"one of {', '.join(tags)}", getattr(default, TAG, shown), sentence, condition]
+        for name, spec in tags.items():
+            yield from (row for row in _rows(spec, key, default, f"{tag} is {name}") if row[0] != tag)
     else:
-        yield key, _kind(node).removeprefix("an ").removeprefix("a "), shown, sentence, condition
+        yield [key, _kind(hint).removeprefix("an ").removeprefix("a "), shown, sentence, condition]
 
 
 def _dotted(place: Place) -> str:
@@ -265,5 +246,5 @@ def _word(value: Any) -> str:
 
 def show(value: Any) -> str:
     """Writes a value as it stands in a config, cut to a part of a line."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

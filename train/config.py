@@ -1,5 +1,6 @@
 """Run configurations: a YAML file, its smoke block and overrides in; one frozen dataclass, or one clear line, out."""
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -139,11 +140,8 @@ class BaselineSpec:
 
     def off(self) -> "BaselineSpec":
         """Returns the settings with every row left out."""
-        rows = [
-            field.name for field in dataclasses.fields(self) if field.type is bool or field.default in (True, False)
-        ]
-        off: Any = dict.fromkeys(rows, False)
-        return dataclasses.replace(self, compressed=(), **off)
+        rows: Any = {f.name: False for f in dataclasses.fields(self) if isinstance(f.default, bool)}
+        return dataclasses.replace(self, compressed=(), **rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,11 +178,7 @@ class RunConfig:
     baselines: BaselineSpec = BaselineSpec()
 
     def __post_init__(self) -> None:
-        """Checks what no single field can say.
-
-        Raises:
-            ValueError: There is no such subtask.
-        """
+        """Checks what no single field can say."""
         if self.subtask >= self.subtasks:
             raise ValueError(
                 f"subtask: expected a number below {self.subtasks}, the number of subtasks; found {self.subtask}"
@@ -217,16 +211,12 @@ def load(
 
     Args:
         path: YAML file. Its `smoke:` block holds the keys that shrink the experiment for a quick test.
-        overrides: settings that replace those of the file, each `section.key=value` with the value in YAML; a list
-            element is addressed by its number. They win over the smoke block. One that chooses another spec for a
-            section by its name, such as `codec.name=pixel`, begins that section anew: what the file and its smoke
-            block say there is of the former spec and is left out, shared keys such as `lr` too, whose scale differs.
-            Overrides of the section hold in any order.
+        overrides: settings that replace those of the file and its smoke block, each `section.key=value` with the value
+            in YAML; a list element is addressed by its number. One that chooses another spec for a section by its name,
+            such as `codec.name=pixel`, begins that section anew, without what is said there of the former spec: shared
+            keys such as `lr` have another scale. Overrides of the section hold in any order.
         smoke: lay the smoke block over the rest; otherwise it is left out.
         cls: the dataclass to build.
-
-    Returns:
-        The validated instance of `cls`.
 
     Raises:
         ConfigError: malformed YAML or override, unknown key, wrong type, value out of range, missing key, or no smoke
@@ -243,19 +233,19 @@ def load(
         raise ConfigError(f"{source}: expected keys with values, found {show(data)}")
     block = data.pop(SMOKE, None)
     data.pop(HISTORY, None)
+    changes: list[Change] = []
     try:
         data, block = renamed(data), renamed(block)
     except ValueError as error:
         raise ConfigError(f"{error} (in {source})") from None
-    changes: list[Change] = []
     if smoke:
         if not isinstance(block, dict) or not block:
             raise ConfigError(f"{source}: a smoke test needs the block 'smoke:' with the keys that shrink the run")
         changes = [(place, value, f"{source}, smoke block") for place, value in _leaves(block)]
-        data = _changed(data, changes)
-    asked = [(*_parsed_override(override), f"override {override}") for override in overrides]
+        data = functools.reduce(_put, changes, data)
+    asked = [_parsed_override(override) for override in overrides]
     asked = [*_begun_anew(cls, data, asked), *asked]
-    data = _changed(data, asked)
+    data = functools.reduce(_put, asked, data)
     where = functools.partial(_origin, changes=[*changes, *asked], source=source)
     # Anything else is refused below.
     if isinstance(modules := data.get(IMPORTS), list):
@@ -282,6 +272,18 @@ def to_yaml(config: Any) -> str:
     return yaml12.dump(plain(dataclasses.asdict(config)))
 
 
+def parser(command: str, doc: str | None, *, out: str, **more: Any) -> argparse.ArgumentParser:
+    """Returns a command line with what all commands about a config take; `out` is the default of --out, in words."""
+    made = argparse.ArgumentParser(prog=f"python -m train.{command}", description=(doc or "").split("\n")[0], **more)
+    made.add_argument("--config", required=True, metavar="FILE", help="experiment, such as configs/digits.yaml")
+    made.add_argument("--out", metavar="DIR", help=f"default: {out}")
+    made.add_argument("--smoke", action="store_true", help="shrink the experiment by the config's smoke block")
+    made.add_argument("--quiet", action="store_true", help="no progress")
+    made.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as distill.iterations=100")
+    return made
+
+
 def _leaves(block: dict[str, Any], prefix: Place = ()) -> list[tuple[Place, Any]]:
     """Lists the values of nested mappings with their places; lists and empty mappings are values."""
     leaves: list[tuple[Place, Any]] = []
@@ -291,7 +293,7 @@ def _leaves(block: dict[str, Any], prefix: Place = ()) -> list[tuple[Place, Any]
     return leaves
 
 
-def _parsed_override(override: str) -> tuple[Place, Any]:
+def _parsed_override(override: str) -> Change:
     key, equals, text = override.partition("=")
     root, *rest = (part.strip() for part in key.split("."))
     place = (root, *(FORMER_NAMES.get(part, part) for part in rest))
@@ -299,7 +301,7 @@ def _parsed_override(override: str) -> tuple[Place, Any]:
         raise ConfigError(f"override '{override}': expected section.key=value, such as distill.iterations=100")
     value = yaml12.parse(text, source=f"override '{override}'")
     try:
-        return place, renamed(value, ".".join(place))
+        return place, renamed(value, ".".join(place)), f"override {override}"
     except ValueError as error:
         raise ConfigError(f"{error} (in override {override})") from None
 
@@ -326,23 +328,15 @@ def _begun_anew(cls: type, data: Any, changes: Sequence[Change]) -> list[Change]
 
 
 def _inside(data: Any, part: str) -> Any:
-    if isinstance(data, list) and part.isdecimal() and int(part) < len(data):
-        return data[int(part)]
+    if isinstance(data, list):
+        data = {str(number): value for number, value in enumerate(data)}
     return data.get(part) if isinstance(data, dict) else None
 
 
-def _changed(data: Any, changes: Sequence[Change]) -> Any:
-    for place, value, _ in changes:
-        data = _put(data, place, value)
-    return data
-
-
-def _put(data: Any, place: Place, value: Any) -> Any:
-    """Returns the data with the value at the place; list elements are addressed by number, missing sections made."""
-    if not place:
-        return value
-    head, *rest = place
-    inner = _put(_inside(data, head), tuple(rest), value)
+def _put(data: Any, change: Change) -> Any:
+    """Returns the data with a change; list elements are addressed by number, missing sections made."""
+    (head, *rest), value, origin = change
+    inner = _put(_inside(data, head), (tuple(rest), value, origin)) if rest else value
     if isinstance(data, list) and head.isdecimal() and int(head) < len(data):
         return [*data[: int(head)], inner, *data[int(head) + 1 :]]
     return {**(data if isinstance(data, dict) else {}), head: inner}

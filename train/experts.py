@@ -6,7 +6,6 @@ same command. ``train.distill`` does all of this by itself where experts are mis
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,23 +20,12 @@ from train.stopping import on_sigterm
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.experts", description=__doc__.split("\n")[0] if __doc__ else None
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="experiment with objective.name=trajectory")
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder of the experts (default: that of experts.path, else of the run)"
-    )
-    parser.add_argument("--smoke", action="store_true", help="shrink the experiment by the config's smoke block")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as experts.count=10")
-    args = parser.parse_intermixed_args(argv)
+    out = "the folder of experts.path, else that of the run"
+    args = configs.parser("experts", __doc__, out=out).parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug), on_sigterm():
         compilation_cache.enable()
         config: configs.RunConfig = configs.load(args.config, [*args.overrides, "experts.train=true"], smoke=args.smoke)
-        default = experiments.expert_path(config, experiments.run_path(config))
-        folder = Path(args.out) if args.out else default
+        folder = Path(args.out) if args.out else experiments.expert_path(config, experiments.run_path(config))
         experiment = experiments.prepare(config)
         if experiment.expert_window is None:
             raise ConfigError(

@@ -43,41 +43,31 @@ LEAVES = {"xy": 2, "cholesky": 3, "features": 0}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
-    with exit_cleanly(debug=args.debug):
-        if not 1 <= args.size <= exchange.SIDE:
-            raise UserError(f"--size: expected a side from 1 to {exchange.SIDE} pixels, found {args.size}")
-        if args.dtype not in storage.ITEMSIZE:
-            raise UserError(f"--dtype: expected one of {', '.join(storage.ITEMSIZE)}; found {args.dtype!r}")
-        out = Path(args.out)
-        check_target(out)
-        tensors, meta = read_tensors(Path(args.file))
-        made = synset_of(tensors, args.size, args.classes, args.dtype, meta)
-        files.write_folder(out, made.save)
-        spec = made.codec.spec
-        print(f"{out}: {made.codec.num_images} images of {spec.num_points} Gaussians, {made.nbytes} bytes")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.import_gsdd", description="Turn Gaussians of the authors' code into a distilled set."
-    )
+    what = "Turn Gaussians of the authors' code into a distilled set."
+    parser = argparse.ArgumentParser(prog="python -m train.import_gsdd", description=what)
     parser.add_argument("--file", required=True, metavar="FILE", help="a state dict that torch.save wrote")
     parser.add_argument("--size", required=True, type=int, metavar="SIDE", help="of the images, in pixels")
     parser.add_argument("--classes", required=True, nargs="+", metavar="NAME", help="in the order of the labels")
     parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="on disk: bfloat16 (default) or float32")
     parser.add_argument("--out", required=True, metavar="DIR", help="what to make; absent or empty")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
-    return parser
+    args = parser.parse_args(argv)
+    with exit_cleanly(debug=args.debug):
+        if not 1 <= args.size <= exchange.SIDE:
+            raise UserError(f"--size: expected a side from 1 to {exchange.SIDE} pixels, found {args.size}")
+        if args.dtype not in storage.ITEMSIZE:
+            raise UserError(f"--dtype: expected one of {', '.join(storage.ITEMSIZE)}; found {args.dtype!r}")
+        check_target(Path(args.out))
+        tensors, meta = read_tensors(Path(args.file))
+        made = synset_of(tensors, args.size, args.classes, args.dtype, meta)
+        files.write_folder(args.out, made.save)
+        spec = made.codec.spec
+        print(f"{args.out}: {made.codec.num_images} images of {spec.num_points} Gaussians, {made.nbytes} bytes")
+    return 0
 
 
 def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads a state dict, and what is worth recording beside it.
-
-    Raises:
-        UserError: There is no PyTorch or no file, or it is none of tensors alone.
-    """
+    """Reads a state dict, and what is worth recording beside it."""
     try:
         import torch
     except ImportError as error:
@@ -97,27 +87,16 @@ def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if "images" in content:
         raise UserError("--file: expected Gaussians, found images, whose whitening the file does not hold")
     state = content["model"] if isinstance(content.get("model"), Mapping) else content
-    tensors = {str(key): _array(value) for key, value in state.items() if hasattr(value, "detach")}
+    # NumPy has no bfloat16.
+    tensors = {str(k): one.detach().float().cpu().numpy() for k, one in state.items() if hasattr(one, "detach")}
     syn_lr: Any = content.get("syn_lr")
     return tensors, {"syn_lr": float(syn_lr)} if hasattr(syn_lr, "detach") else {}
-
-
-def _array(tensor: Any) -> np.ndarray:
-    # NumPy has no bfloat16.
-    return np.asarray(tensor.detach().float().cpu().numpy(), np.float32)
 
 
 def synset_of(
     tensors: Mapping[str, np.ndarray], side: int, class_names: Sequence[str], dtype: str, meta: Mapping[str, Any]
 ) -> SynSet:
-    """Makes a set of the authors' tensors.
-
-    Args:
-        tensors: Their state dict.
-        side: Of the images, in pixels.
-        class_names: In the order of the labels; each has equally many images.
-        dtype: On disk.
-        meta: Recorded with the set.
+    """Makes a set of the authors' tensors, of images that are square and equally many of each class, in their order.
 
     Raises:
         UserError: The tensors are not as the module's docstring says.

@@ -21,17 +21,10 @@ for _name in ("timestamp", "merge", "value"):  # `2024-01-01`, `<<` and `=` are 
 
 
 def parse(text: str, *, source: str) -> Any:
-    """Reads one YAML document.
-
-    Args:
-        text: the document; empty text is null.
-        source: where it comes from, for messages.
-
-    Returns:
-        Plain data: dict with text keys, list, str, int, float, bool or None; no object stands in two places.
+    """Reads one YAML document as plain data with text keys, in which no object stands in two places; '' is None.
 
     Raises:
-        ConfigError: malformed YAML, a key that appears twice, or a value of another type.
+        ConfigError: malformed YAML, a key that appears twice, or a value of another type; names the `source`.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
@@ -49,9 +42,8 @@ def parse(text: str, *, source: str) -> Any:
 def dump(data: Any) -> str:
     """Writes plain data as YAML that `parse` reads back to equal data; keys keep their order."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
+    yaml.default_flow_style, yaml.width = False, 120
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 120
     stream = io.StringIO()
     yaml.dump(data, stream)
     return stream.getvalue()
