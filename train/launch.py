@@ -26,7 +26,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,28 +82,20 @@ class Work:
 
 @dataclasses.dataclass
 class Run:
-    """A run, and how far it is.
+    """A run, and how far it is; a merge comes after the runs that it needs."""
 
-    Attributes:
-        settings: What tells it from the others, as overrides; those of a merge are the settings of its subtasks.
-        path: Run directory.
-        command: As in `Work`.
-        after: The runs that it needs.
-        state: waiting, running, finished or failed.
-        note: What is to be seen of it.
-        failures: How often its job ended without a result.
-        job: The job, while there is one.
-        slot: The place among the runs at a time that it has.
-    """
-
+    # What tells it from the others, as overrides; those of a merge are the settings of its subtasks.
     settings: tuple[str, ...]
     path: Path
+    # As in `Work`.
     command: tuple[str, ...]
     after: tuple[Run, ...] = ()
+    # waiting, running, finished or failed.
     state: str = "waiting"
     note: str = ""
     failures: int = 0
     job: Any = None
+    # Its place among the runs at a time.
     slot: int = -1
 
     @property
@@ -111,34 +103,26 @@ class Run:
         """Whether its result is there."""
         return (self.path / "result.json").exists()
 
+    @property
+    def open(self) -> bool:
+        """Whether something is left to do."""
+        return self.state in ("waiting", "running")
+
+    def accuracy(self) -> dict[str, Any]:
+        """Reads its accuracy."""
+        return json.loads((self.path / "result.json").read_text(encoding="utf-8"))["accuracy"]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 1 if a run failed."""
-    parser = argparse.ArgumentParser(prog="python -m train.launch", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", required=True, metavar="FILE", help="experiment, such as configs/digits.yaml")
+    parser = configs.parser("launch", __doc__, out="runs/NAME")
     parser.add_argument("--on", choices=("local", "slurm"), default="local", help="where (default: local)")
-    parser.add_argument(
-        "--parallel",
-        type=int,
-        default=0,
-        metavar="N",
-        help="runs at a time; default: one per GPU or core, on Slurm all",
-    )
-    parser.add_argument(
-        "--retries", type=int, default=2, metavar="N", help="starts of a run after failures (default: 2)"
-    )
-    parser.add_argument(
-        "--slurm",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for sbatch by way of submitit, such as partition=gpu time=60",
-    )
-    parser.add_argument("--out", metavar="DIR", help="default: runs/NAME")
-    parser.add_argument("--smoke", action="store_true", help="shrink the runs by the config's smoke block")
+    at_a_time = "runs at a time; default: one per GPU or core, on Slurm all"
+    parser.add_argument("--parallel", type=int, default=0, metavar="N", help=at_a_time)
+    parser.add_argument("--retries", type=int, default=2, metavar="N", help="starts after failures (default: 2)")
+    example = "for sbatch by way of submitit, such as partition=gpu time=60"
+    parser.add_argument("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=example)
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=V1,V2", help="such as seed=0,1,2")
     args = parser.parse_intermixed_args(argv)
     with exit_cleanly(debug=args.debug):
         if args.parallel < 0 or args.retries < 0:
@@ -148,8 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(f"python -m train.{shlex.join(run.command)}" for run in runs))
             return 0
         out = Path(args.out) if args.out else Path("runs") / name
-        with _launcher(out, args) as launcher:
-            launcher.watch(runs)
+        launcher = Launcher(runs, out / LOGS, args)
+        try:
+            launcher.watch()
+        except BaseException:
+            launcher.cancel()
+            raise
         rows = summary(runs)
         write_json(out / RESULTS, {"name": name, "rows": rows, "environment": environment()})
         files.write_bytes(out / "launch.md", table(rows).encode())
@@ -170,57 +158,31 @@ def plan(
     """
     choices = [configs.choices(text) for text in overrides]
     fixed = [one[0] for one in choices if len(one) == 1]
-    flags = ("--smoke",) if smoke else ()
     runs: list[Run] = []
     name = ""
+
+    def add(own: tuple[str, ...], path: Path) -> Run:
+        flags = (*(["--smoke"] if smoke else []), "--out", str(path), "--quiet")
+        runs.append(Run(own, path, ("distill", "--config", config, *flags, *fixed, *own)))
+        return runs[-1]
+
     for varied in itertools.product(*(one for one in choices if len(one) > 1)):
         spec: configs.RunConfig = configs.load(config, [*fixed, *varied], smoke=smoke)
         name = name or spec.name
         whole = (out or Path("runs") / name) / ",".join(varied).replace("/", "_")
         # A subtask that was asked for by its number is a run like any other.
-        alone = spec.subtasks == 1 or any(text.startswith("subtask=") for text in (*fixed, *varied))
-        parts = []
-        for subtask in () if alone else range(spec.subtasks):
-            parts.append(_distill(config, fixed, (*varied, f"subtask={subtask}"), whole / f"subtask{subtask}", flags))
-        if parts:
-            merged, paths = whole / "merged", [str(part.path) for part in parts]
-            runs += [*parts, Run(varied, merged, ("merge", *paths, "--out", str(merged), "--quiet"), tuple(parts))]
-        else:
-            runs.append(_distill(config, fixed, varied, whole, flags))
+        if spec.subtasks == 1 or any(text.startswith("subtask=") for text in (*fixed, *varied)):
+            add(varied, whole)
+            continue
+        parts = [add((*varied, f"subtask={i}"), whole / f"subtask{i}") for i in range(spec.subtasks)]
+        merged, paths = whole / "merged", [str(part.path) for part in parts]
+        runs.append(Run(varied, merged, ("merge", *paths, "--out", str(merged), "--quiet"), tuple(parts)))
     if len(runs) == 1:
         raise ConfigError(
             "KEY=V1,V2: expected a setting with several values, such as seed=0,1,2, or subtasks=K; found one run, "
             "which python -m train.distill starts"
         )
     return name, runs
-
-
-def _distill(config: str, fixed: Sequence[str], own: tuple[str, ...], path: Path, flags: tuple[str, ...]) -> Run:
-    return Run(own, path, ("distill", "--config", config, *flags, "--out", str(path), "--quiet", *fixed, *own))
-
-
-@contextlib.contextmanager
-def _launcher(out: Path, args: argparse.Namespace) -> Iterator[Launcher]:
-    folder = out / LOGS
-    folder.mkdir(parents=True, exist_ok=True)
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if args.on == "local" else 0
-    cores = sorted(os.sched_getaffinity(0)) if args.on == "local" and hasattr(os, "sched_getaffinity") else []
-    slots = args.parallel or gpus or len(cores) or sys.maxsize
-    try:
-        if args.on == "slurm":
-            executor: Any = submitit.SlurmExecutor(folder=folder.resolve())
-            executor.update_parameters(job_name="gsdd", **dict(map(_parameter, args.slurm)))
-        else:
-            executor = submitit.LocalExecutor(folder=folder.resolve())
-            executor.update_parameters(timeout_min=_NO_LIMIT)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--on {args.on}: {error}") from error
-    launcher = Launcher(executor, folder / JOBS, slots=slots, cores=cores, gpus=gpus, retries=args.retries)
-    try:
-        yield launcher
-    except BaseException:
-        launcher.cancel()
-        raise
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -233,53 +195,58 @@ def _parameter(text: str) -> tuple[str, Any]:
 class Launcher:
     """Starts runs as jobs, some at a time, and watches them until none is left."""
 
-    def __init__(
-        self, executor: submitit.Executor, jobs: Path, *, slots: int, cores: Sequence[int], gpus: int, retries: int
-    ):
-        """Reads which jobs an interrupted launch has left.
-
-        Args:
-            executor: Of submitit.
-            jobs: File of their numbers, and of the commands of finished runs, by run directory.
-            slots: Runs at a time.
-            cores: Of this machine, to be shared out; none where a scheduler does.
-            gpus: Of this machine, likewise.
-            retries: How often a run is started again.
-        """
-        self._executor, self._file, self._slots, self._retries = executor, jobs, slots, retries
-        self._cores, self._gpus, self._local = cores, gpus, isinstance(executor, submitit.LocalExecutor)
-        self._jobs: dict[str, Any] = {}
-        # Of the launch before: numbers of jobs, and the commands of finished runs.
-        self._known: dict[str, str] = {}
-        self._finished: dict[str, list[str]] = {}
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            before = json.loads(jobs.read_text())
-            self._known, self._finished = before["jobs"], before["finished"]
-
-    def watch(self, runs: Sequence[Run]) -> None:
-        """Starts and watches runs until each is finished or has failed."""
-        console = Console(stderr=True, highlight=False)
+    def __init__(self, runs: Sequence[Run], folder: Path, args: argparse.Namespace):
+        """Takes up, from the folder of logs, the jobs of Slurm that an interrupted launch has left."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._runs, self._file, self._retries, self._local = runs, folder / JOBS, args.retries, args.on == "local"
+        self._console = Console(stderr=True, highlight=False, quiet=args.quiet)
+        # Shared out; a scheduler does it elsewhere.
+        self._gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if self._local else 0
+        self._cores = sorted(os.sched_getaffinity(0)) if self._local and hasattr(os, "sched_getaffinity") else []
+        slots = args.parallel or self._gpus or len(self._cores) or sys.maxsize
         # Fewer runs than cores have more than one each.
-        self._slots = min(self._slots, sum(not run.after for run in runs))
+        self._slots = min(slots, sum(not run.after for run in runs))
+        try:
+            if self._local:
+                self._executor: Any = submitit.LocalExecutor(folder=folder.resolve())
+                self._executor.update_parameters(timeout_min=_NO_LIMIT)
+            else:
+                self._executor = submitit.SlurmExecutor(folder=folder.resolve())
+                self._executor.update_parameters(job_name="gsdd", **dict(map(_parameter, args.slurm)))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"--on {args.on}: {error}") from error
+        # The commands of finished runs, by run directory.
+        self._finished: dict[str, list[str]] = {}
+        known: dict[str, str] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            before = json.loads(self._file.read_text())
+            known, self._finished = before["jobs"], before["finished"]
         for run in runs:
-            self._take_up(run)
-        shown: dict[str, str] = {}
+            if (number := known.get(str(run.path))) is not None:
+                job = self._executor.job_class(folder=self._executor.folder, job_id=number)
+                # Local ones ended with that launch.
+                if job.state in ("RUNNING", "PENDING", "REQUEUED"):
+                    run.job, run.state = job, "running"
+
+    def watch(self) -> None:
+        """Starts and watches runs until each is finished or has failed."""
+        console, shown = self._console, dict[str, str]()
         with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
-            while any(run.state in ("waiting", "running") for run in runs):
-                for run in runs:
-                    self._advance(run, runs)
+            while any(run.open for run in self._runs):
+                for run in self._runs:
+                    self._advance(run)
                 if live is not None:
-                    live.update(_progress(runs), refresh=True)
-                for run in runs if live is None else ():
+                    live.update(_progress(self._runs), refresh=True)
+                for run in self._runs if live is None else ():
                     if shown.get(key := str(run.path)) != run.state:
                         shown[key] = run.state
                         console.print(f"{run.state:<9} {key}  {run.note}", markup=False, soft_wrap=True)
-                if any(run.state in ("waiting", "running") for run in runs):
+                if any(run.open for run in self._runs):
                     time.sleep(_POLL_SECONDS)
 
     def cancel(self) -> None:
         """Stops all jobs that this launcher started or took up; here they save first, as on any SIGTERM."""
-        jobs = list(self._jobs.values())
+        jobs = [run.job for run in self._runs if run.state == "running"]
         if not self._local:
             for job in jobs:
                 job.cancel(check=False)
@@ -293,21 +260,11 @@ class Launcher:
             while not all(job.done() for job in jobs) and time.monotonic() < until:
                 time.sleep(0.1)
 
-    def _take_up(self, run: Run) -> None:
-        """Finds the job of Slurm that an interrupted launch has left; local ones end with it."""
-        number = self._known.get(str(run.path))
-        if number is None:
-            return
-        job = self._executor.job_class(folder=self._executor.folder, job_id=number)
-        if job.state in ("RUNNING", "PENDING", "REQUEUED"):
-            run.job, run.state = job, "running"
-            self._jobs[str(run.path)] = job
-
     def _write(self) -> None:
-        jobs = {path: job.job_id for path, job in self._jobs.items()}
+        jobs = {str(run.path): run.job.job_id for run in self._runs if run.state == "running"}
         write_json(self._file, {"jobs": jobs, "finished": self._finished})
 
-    def _advance(self, run: Run, runs: Sequence[Run]) -> None:
+    def _advance(self, run: Run) -> None:
         if run.state == "waiting":
             left = [part for part in run.after if part.state != "finished"]
             if lost := [part for part in left if part.state == "failed"]:
@@ -316,17 +273,17 @@ class Launcher:
                 return
             # Another command has to be compared with what is there, which train.distill does.
             if run.done and self._finished.get(str(run.path)) == list(run.command):
-                run.state, run.note = "finished", _found(run)
+                run.state, run.note = "finished", f"{testset.percent(run.accuracy())} %"
             else:
-                self._start(run, runs)
+                self._start(run)
         elif run.state == "running":
             if run.job.done():
                 self._end(run)
             else:
                 run.note = _step(run)
 
-    def _start(self, run: Run, runs: Sequence[Run]) -> None:
-        taken = {other.slot for other in runs if other.state == "running"}
+    def _start(self, run: Run) -> None:
+        taken = {other.slot for other in self._runs if other.state == "running"}
         slot = next((slot for slot in range(self._slots) if slot not in taken), None)
         if slot is None:
             return
@@ -343,22 +300,19 @@ class Launcher:
         finally:
             signal.signal(signal.SIGINT, before)
         run.state, run.slot, run.note = "running", slot, ""
-        self._jobs[str(run.path)] = run.job
         self._write()
 
     def _end(self, run: Run) -> None:
-        del self._jobs[str(run.path)]
         # Where a job was killed there is no result, and submitit would wait for it.
         code = run.job.result() if run.job.paths.result_pickle.exists() else None
         if code == 0 and run.done:
-            run.state, run.note = "finished", _found(run)
+            run.state, run.note = "finished", f"{testset.percent(run.accuracy())} %"
             self._finished[str(run.path)] = list(run.command)
         else:
             run.failures += 1
             # submitit writes there too.
-            said = [
-                line for line in (run.job.stderr() or "").splitlines() if line.strip() and "submitit" not in line[:20]
-            ]
+            lines = (run.job.stderr() or "").splitlines()
+            said = [line for line in lines if line.strip() and "submitit" not in line[:20]]
             run.note = said[-1] if said else f"ended without a word, {run.job.paths.stderr}"
             run.state = "failed" if code == _USER_ERROR or run.failures > self._retries else "waiting"
         self._write()
@@ -372,14 +326,6 @@ def _step(run: Run) -> str:
             value = next((f", {key} {last[key]:.4g}" for key in ("psnr", "loss") if key in last), "")
             return f"{last['phase']} {last['step']}{value}"
     return ""
-
-
-def _found(run: Run) -> str:
-    return f"{testset.percent(_result(run)['accuracy'])} %"
-
-
-def _result(run: Run) -> dict[str, Any]:
-    return json.loads((run.path / "result.json").read_text(encoding="utf-8"))
 
 
 def _progress(runs: Sequence[Run]) -> Table:
@@ -402,13 +348,13 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
             groups.setdefault(tuple(text for text in run.settings if not text.startswith("seed=")), []).append(run)
     rows = []
     for settings, group in groups.items():
-        entries = [_result(run)["accuracy"] for run in group if run.state == "finished"]
+        entries = [run.accuracy() for run in group if run.state == "finished"]
         means = [entry["mean"] for entry in entries]
         row: dict[str, Any] = {"settings": settings, "runs": [str(run.path) for run in group], "accuracies": means}
         if means:
-            spread = statistics.stdev(means) if len(means) > 1 else entries[0]["std"]
-            count = len(means) if len(means) > 1 else entries[0]["n"]
-            row |= {"mean": statistics.fmean(means), "std": spread, "n": count, "networks": entries[0]["n"]}
+            several = {"std": statistics.stdev(means), "n": len(means)} if len(means) > 1 else {}
+            row |= {"std": entries[0]["std"], "n": entries[0]["n"]} | several
+            row |= {"mean": statistics.fmean(means), "networks": entries[0]["n"]}
         rows.append(row)
     return rows
 
