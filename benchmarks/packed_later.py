@@ -22,7 +22,7 @@ from gsdd_jax import data, fitting
 from gsdd_jax.codecs import Codec
 from train import config as configs
 from train import experiment as experiments
-from train import stages, tune
+from train import stages
 from train.errors import ConfigError, exit_cleanly
 from train.evaluation import as_stored, evaluate_stage
 from train.progress import Progress
@@ -72,29 +72,21 @@ def compare(args: argparse.Namespace) -> None:
     config: configs.RunConfig = configs.load(args.config, args.overrides)
     if config.codec.name != "packed_gaussian":
         raise ConfigError(f"codec.name: expected packed_gaussian, found {config.codec.name!r}")
-    experiment = experiments.prepare(config, tune.hold_out(data.load(config.data)))
+    experiment = experiments.prepare(config, experiments.hold_out(data.load(config.data)))
     codec, progress = experiment.codec, Progress(quiet=True)
     targets = experiments.real_images(experiment, codec, purpose="select", how=config.fit.select)
     rows: dict[str, Any] = {}
     resolved = dataclasses.asdict(experiment.config)
     with RunDir(args.runs / "fit") as run:
         run.configure(resolved)
-        fitted = stages.fit_stage(experiment, codec, targets, run=run, progress=progress, arm="main")
+        fitted = stages.fit_stage(experiment, targets, run=run, progress=progress)
         psnr = float(fitting.psnr(as_stored(codec, fitted), targets).mean())
     for name, way in {"every step": codec, "at the end": unrounded(codec)}.items():
         with RunDir(args.runs / name.replace(" ", "_")) as run:
             run.configure(resolved)
             params = jax.tree.map(jnp.copy, fitted)
-            state = stages.distill_stage(
-                experiment,
-                way,
-                params,
-                run=run,
-                progress=progress,
-                arm="main",
-                iterations=config.distill.iterations,
-                purpose="distill",
-            )
+            arm = experiment.distilled()[0]._replace(codec=way)
+            state, _ = stages.distill_stage(experiment, arm, params, run=run, progress=progress)
             images = {"rounded": as_stored(codec, state.params), "as trained": jax.jit(way.decode)(state.params)}
             rows[name] = {
                 kind: evaluate_stage(experiment, kind, shown, run=run, progress=progress)

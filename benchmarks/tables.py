@@ -19,7 +19,7 @@ from benchmarks.packed_psnr import ALONE, TRAINED
 from benchmarks.record import RESULTS, ROOT
 from gsdd_jax import files
 from gsdd_jax.exchange import renamed
-from train import budget, merge, results, yaml12
+from train import merge, results, testset, yaml12
 from train.config import EvaluateConfig
 from train.errors import exit_cleanly
 
@@ -308,7 +308,28 @@ def _frontier(name: str) -> str:
     result = json.loads((RESULTS / name / "frontier.json").read_text())
     environment = result["environment"]
     source = f"`{environment['command']}`, commit {str(environment['commit'])[:9]}.\n"
-    return budget.table(result) + f"\n{source}"
+    return _points(result) + f"\n{source}"
+
+
+def _points(result: dict[str, Any]) -> str:
+    any_distilled = any("distilled" in row for row in result["rows"])
+    how = f"; distilled by {result['objective']} matching, {result['iterations']} iterations" if any_distilled else ""
+    last = (" distilled |", "---:|") if any_distilled else ("", "")
+    lines = [
+        f"{result['dataset']}, {result['bytes_per_class']:,} bytes per class, accuracy in % on {result['held_out']:,} "
+        f"held-out training images{how}",
+        "",
+        f"| bits | Gaussians per image | images per class | bytes per class | PSNR, dB | fitted only |{last[0]}",
+        f"|---|---:|---:|---:|---:|---:|{last[1]}",
+    ]
+    for row in result["rows"]:
+        distilled = testset.percent(row["distilled"]) if "distilled" in row else ""
+        psnr = "" if row["psnr"] is None else f"{row['psnr']:.2f}"
+        lines.append(
+            f"| {row['bits']} | {row['points']} | {row['images_per_class']} | {row['bytes_per_class']:,} | {psnr} | "
+            f"{testset.percent(row['accuracy'])} |" + (f" {distilled} |" if any_distilled else "")
+        )
+    return "\n".join(lines) + "\n" + testset.below(result)
 
 
 def _packed(name: str) -> str:

@@ -444,7 +444,7 @@ def _check_finite(losses: Sequence[jax.Array], params: Any) -> None:
 @contextmanager
 def _bar(name: str, total: int, *, shown: bool) -> Iterator[Callable[..., None]]:
     """Shows a bar; yields a function that moves it on, with what gives its text where it is time for one."""
-    from rich.progress import Progress  # which sets are made without
+    from rich.progress import Progress  # which sets are made without  # noqa: TID251
 
     with Progress(disable=not (shown and total)) as bar:
         task, done = bar.add_task(name, total=total), 0

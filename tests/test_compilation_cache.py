@@ -72,13 +72,6 @@ def test_what_jax_was_told_comes_first(home, name):
     assert {key: getattr(jax.config, key) for key in compilation_cache.SETTINGS} == sizes
 
 
-def test_limit_of_jax_own_variable_stays(home, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "5000000")
-    jax.config.update("jax_compilation_cache_max_size", 5000000)
-    compilation_cache.enable()
-    assert jax.config.jax_compilation_cache_max_size == 5000000 and jax.config.jax_compilation_cache_dir is not None
-
-
 def test_half_written_program_of_a_killed_process_is_written_again(home, capsys):
     compilation_cache.enable()
     run()

@@ -86,13 +86,6 @@ def test_missing_settings_take_the_defaults_of_the_class(read):
     assert read(GOOD) == Config(name="a", codec=GaussSpec(images_per_class=3))
 
 
-def test_sections_become_instances_of_the_classes_themselves(read):
-    config = read(GOOD + "distill: {iterations: 20}\nwidths: [4, 5]\n")
-    assert type(config) is Config and type(config.distill) is StepSpec and type(config.codec) is GaussSpec
-    assert config.distill.iterations == 20 and config.widths == (4, 5)
-    assert isinstance(hash(config), int)
-
-
 def test_tag_chooses_the_spec_class(read):
     config = read("name: a\ncodec: {name: pixel, scale: 0.5}\nrival: {name: gauss, gpc: 2}\nbaselines: [{name: pixel}]")
     assert config.codec == PixelSpec(scale=0.5)
@@ -215,12 +208,6 @@ def test_overrides_replace_values_and_create_sections(read):
     assert config == Config(
         name="a", whiten="none", codec=GaussSpec(images_per_class=30), distill=StepSpec(iterations=100, lr=1e-3)
     )
-
-
-def test_override_reaches_into_lists(read):
-    text = GOOD + "baselines: [{name: pixel}, {name: gauss, images_per_class: 3}]\n"
-    assert read(text, "baselines.1.images_per_class=7").baselines == (PixelSpec(), GaussSpec(images_per_class=7))
-    assert "(in override baselines.1.images_per_class=0)" in message(read, text, "baselines.1.images_per_class=0")
 
 
 def test_former_names_of_settings_are_read(read):

@@ -1,6 +1,5 @@
 import errno
 import os
-import sys
 import warnings
 
 import jax
@@ -64,24 +63,11 @@ def test_full_disk_is_found_behind_the_error_that_reports_it():
         assert "disk full while writing runs/a/ckpt" in explain(error)
 
 
-class Broken:
-    """JAX whose plugin for CUDA has no libraries."""
-
-    @staticmethod
-    def devices():
-        raise AssertionError
-
-
-@pytest.mark.parametrize(
-    ("error", "found"),
-    [(RuntimeError("Unable to initialize backend 'gppu': it is\nnot known"), "not known"), (AssertionError(), "Asser")],
-)
-def test_a_platform_that_jax_cannot_start_is_named(capsys, monkeypatch, error, found):
+def test_a_platform_that_jax_cannot_start_is_named(capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    monkeypatch.setitem(sys.modules, "jax", Broken)
-    status, text = ends_with(capsys, error)
-    assert status == 2 and text.count("\n") == 1
-    assert text.startswith("error: JAX_PLATFORMS: found 'cuda', but JAX cannot start that here (") and found in text
+    status, text = ends_with(capsys, RuntimeError("Unable to initialize backend 'gppu': it is\nnot known"))
+    assert status == 2 and text.count("\n") == 1 and "not known" in text
+    assert text.startswith("error: JAX_PLATFORMS: found 'cuda', but JAX cannot start that here (")
 
 
 def test_interrupt_is_one_line_and_exit_code_130(capsys):

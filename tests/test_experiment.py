@@ -6,7 +6,7 @@ import pytest
 from gsdd_jax import data
 from gsdd_jax.codecs import PixelSpec
 from train import config as configs
-from train import distill, evaluation, stages, tune
+from train import distill, evaluation, stages
 from train import experiment as experiments
 from train.errors import ConfigError, UserError
 from train.progress import Progress
@@ -52,7 +52,7 @@ def test_data_of_another_content_are_refused_with_both_hashes():
 def test_run_on_held_out_images_names_the_data_that_they_are_of():
     config = digits()
     whole = data.load(config.data)
-    made = experiments.prepare(experiments.known_data(config, whole), tune.hold_out(whole))
+    made = experiments.prepare(experiments.known_data(config, whole), experiments.hold_out(whole))
     assert made.config.data.sha256 == whole.fingerprint() != made.dataset.fingerprint()
     # So that whoever reads the data of the run gets them.
     assert data.load(made.config.data).fingerprint() == whole.fingerprint()
@@ -65,7 +65,7 @@ def test_solid_warm_up_ends_near_the_mean_color_and_random_is_not_fitted(tmp_pat
         experiment = experiments.prepare(digits(f"fit.to={to}", "codec.start=uniform", f"fit.steps={steps}"))
         targets = experiments.fitting.solid_targets(experiment.dataset.train_images, experiment.codec.num_images)
         with RunDir(tmp_path / to) as run:
-            params = stages.fit_stage(experiment, experiment.codec, targets, run=run, progress=quiet, arm="main")
+            params = stages.fit_stage(experiment, targets, run=run, progress=quiet)
         drawn[to] = np.abs(np.asarray(experiment.codec.decode(params)) - np.asarray(targets)).mean()
     assert drawn["solid"] < 0.3 * drawn["random"]
 

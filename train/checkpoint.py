@@ -42,12 +42,7 @@ class DamagedError(UserError):
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
-    """The checkpoints in one directory, newest `keep` of them; in a `with` block, all are on disk behind it.
-
-    Args:
-        path: The directory; made if absent, and freed of what a killed process left.
-        keep: How many of the newest steps stay, at least 1.
-    """
+    """The newest `keep` checkpoints of a phase, in a directory of their own; behind a `with` block all are on disk."""
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 2):
         self.path, self.keep = Path(path).resolve(), keep
@@ -75,12 +70,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return sorted(int(folder.name) for folder in self.path.iterdir() if folder.name.isdecimal())
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
-        """Copies a tree and begins to write it; checkpoints beyond `keep` are deleted once it is on disk.
+        """Copies a pytree of arrays and begins to write it, with JSON-able values, as a step above the newest one.
 
-        Args:
-            step: Its number, above the newest one.
-            tree: Pytree of arrays (NumPy or JAX; sharded ones must be addressable from this process).
-            meta: JSON-able values stored with it.
+        Sharded arrays must be addressable from this process.
 
         Raises:
             OSError: The disk is full or not writable, now or for the step before, with `filename` set; the older
@@ -132,10 +124,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the tree and the meta of a checkpoint, bit by bit.
 
-        Args:
-            step: A saved step.
-            like: Pytree of the same structure, shapes and dtypes. JAX arrays come back for JAX arrays and
-                `jax.ShapeDtypeStruct`s, NumPy arrays otherwise.
+        Leaves are as in `like`: JAX arrays for JAX arrays and `jax.ShapeDtypeStruct`s, NumPy arrays otherwise.
 
         Raises:
             UserError: The step is damaged or absent, or a leaf differs from `like` in path, shape or dtype.

@@ -84,7 +84,7 @@ def explain(error: BaseException) -> str | None:
     absent = isinstance(error, ImportError) and error.name is None
     if absent or isinstance(error, UserError | InputError | FileNotFoundError | PermissionError):
         return f"error: {text}"
-    if _no_platform(error):
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in text:
         asked = os.environ.get("JAX_PLATFORMS", "")
         return (
             f"error: JAX_PLATFORMS: found {asked!r}, but JAX cannot start that here ({text}); allowed: cpu, or "
@@ -98,16 +98,6 @@ def _disk_full(error: BaseException | None) -> BaseException | None:
     if error is None or getattr(error, "errno", None) in _DISK_FULL:
         return error
     return error if any(text in str(error) for text in _DISK_FULL_TEXTS) else _disk_full(error.__cause__)
-
-
-def _no_platform(error: BaseException) -> bool:
-    """Tells whether JAX cannot start what JAX_PLATFORMS asks for; of a broken plugin it says nothing itself."""
-    if isinstance(error, AssertionError) and "jax" in sys.modules:
-        try:
-            sys.modules["jax"].devices()
-        except (AssertionError, RuntimeError):
-            return True
-    return isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)
 
 
 def _one_line(text: object) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 
 from gsdd_jax import codecs, data, fitting, labels, match, nets, orbax_set, pixels, storage, synset, whiten
 from gsdd_jax.codecs import stored
-from gsdd_jax.experts import Experts
 from gsdd_jax.merged import load
 from train import testset
 from train.config import RunConfig
@@ -21,17 +20,8 @@ from train.errors import ConfigError
 
 # The order is part of every published result: a new purpose goes to the end.
 PURPOSES = (
-    "select",
-    "start",
-    "distill",
-    "pixel_select",
-    "pixel_distill",
-    "evaluate",
-    "random_real",
-    "features",
-    "teacher",
-    "compressed",
-    "same_number",
+    *("select", "start", "distill", "pixel_select", "pixel_distill", "evaluate"),
+    *("random_real", "features", "teacher", "compressed", "same_number"),
 )
 # Of the training images of a class, the share on which settings are compared.
 HELD_OUT = 0.1
@@ -43,8 +33,23 @@ class AllClasses(NamedTuple):
     """What a subtask knows of the whole dataset, of which its own is a block of classes."""
 
     fingerprint: str
-    # Of the block.
     classes: range
+
+
+class Arm(NamedTuple):
+    """What is distilled: the set itself, and the pixels beside it."""
+
+    # Of its row in the table.
+    name: str
+    # What the names of its phases begin with.
+    phase: str
+    # Of its random key.
+    purpose: str
+    codec: codecs.Codec
+    iterations: int
+    # The settings of its codec, and that of its outer steps.
+    section: str
+    key: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,13 +98,6 @@ class Experiment:
         """The settings that say which experts the objective needs; None for none."""
         return match.expert_window(self.objective(self.codec).needs)
 
-    def source(self, experts: Experts | None = None) -> match.Source:
-        """Returns where the objective finds what it needs."""
-        dataset, seed = self.dataset, self.host_seed
-        return match.Source(
-            dataset.train_images, dataset.train_labels, dataset.num_classes, self.whitening, seed, experts
-        )
-
     def key(self, purpose: str, index: int = 0) -> jax.Array:
         """Returns the random key of a purpose; those of other purposes, seeds, indices and subtasks are independent."""
         return run_key(self.config, purpose, index)
@@ -115,16 +113,23 @@ class Experiment:
             return self.dataset.fingerprint()
         return f"{self.all_classes.fingerprint}[{self.all_classes.classes.start}:{self.all_classes.classes.stop}]"
 
+    def distilled(self) -> list[Arm]:
+        """Returns what is distilled, in this order."""
+        config, key = self.config, "distill.iterations"
+        found = [Arm("distilled", "main", "distill", self.codec, config.distill.iterations, "codec", key)]
+        if "pixel" in arms(config):
+            codec = codecs.make(config.baselines.pixel_codec, **_budget(config, self.dataset))
+            own = config.baselines.pixel_iterations
+            key, count = ("baselines.pixel_iterations", own) if own else (key, config.distill.iterations)
+            found.append(Arm("pixel", "pixel", "pixel_distill", codec, count, "baselines.pixel_codec", key))
+        return found
+
 
 def run_key(config: RunConfig, purpose: str, index: int = 0) -> jax.Array:
     """Returns the random key of a purpose in a run."""
-    key = jax.random.fold_in(key_of(config.seed, purpose), index)
+    root = jax.random.fold_in(jax.random.key(config.seed), PURPOSES.index(purpose))
+    key = jax.random.fold_in(root, index)
     return jax.random.fold_in(key, config.subtask) if config.subtasks > 1 else key
-
-
-def key_of(seed: int, purpose: str) -> jax.Array:
-    """Returns the random key of a purpose under a root seed."""
-    return jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
 
 
 def run_path(config: RunConfig) -> Path:
@@ -151,9 +156,7 @@ def own_classes(config: RunConfig, dataset: data.Dataset) -> data.Dataset:
         raise ConfigError(
             f"data: {dataset.name} has one class, {dataset.class_names[0]!r}; expected at least 2 to tell apart"
         )
-    if config.subtasks == 1:
-        return dataset
-    return data.take_classes(dataset, _block(config, dataset))
+    return dataset if config.subtasks == 1 else data.take_classes(dataset, _block(config, dataset))
 
 
 def _block(config: RunConfig, dataset: data.Dataset) -> range:
@@ -185,28 +188,20 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
     _check_start(config)
     every = data.load(config.data) if dataset is None else dataset
     asked, config = config, known_data(config, every)
-    dataset = own_classes(config, every)
-    shape, classes = dataset.image_shape, dataset.num_classes
-    available = storage.budget_bytes(config.ipc, shape)
-    budget: dict[str, Any] = {
-        "image_shape": shape,
-        "num_classes": classes,
-        "bytes_per_class": available,
-        "label_bytes": labels.nbytes(config.labels, 1, classes),
-    }
+    dataset, baselines = own_classes(config, every), config.baselines
+    shape, budget = dataset.image_shape, _budget(config, dataset)
     codec = codecs.make(config.codec, **budget)
     stored.check(codec)
     if config.fit.to == "real" and not config.fit.initial_set:
         data.require_per_class(dataset, codec.images_per_class, "codec.images_per_class")
-    if config.baselines.same_number:
+    if baselines.same_number:
         data.require_per_class(dataset, codec.images_per_class, "baselines.same_number")
-    if config.baselines.compressed and shape[2] not in (1, 3):
+    if baselines.compressed and shape[2] not in (1, 3):
         raise ConfigError(f"baselines.compressed: expected images of 1 or 3 channels, found {shape[2]}; say []")
     data.require_per_class(dataset, 1, "objective.batch_real")
-    network = nets.build(config.network, shape, classes)
+    network = nets.build(config.network, shape, dataset.num_classes)
     config = dataclasses.replace(config, objective=match.resolved(config.objective, config.ipc))
     _objective(config, codec, network)
-    baselines = config.baselines
     if baselines.pixel:
         try:
             pixel = _filled(baselines.pixel_codec, dataset, budget)
@@ -217,9 +212,7 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
                 f"baselines.pixel_codec: {str(error).removeprefix('codec.images_per_class: ')}; "
                 f"raise ipc (found {config.ipc}) or set baselines.pixel=false"
             ) from error
-    whole = None
-    if config.subtasks > 1:
-        whole = AllClasses(every.fingerprint(), _block(config, every))
+    whole = AllClasses(every.fingerprint(), _block(config, every)) if config.subtasks > 1 else None
     # What cannot be fitted is refused at once.
     whiten.eval_shape(config.whiten, shape)
     fit, start = config.fit, None
@@ -232,33 +225,25 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
             )
         fit = dataclasses.replace(fit, initial_sha256=digest)
     config = dataclasses.replace(config, codec=codec.spec, baselines=baselines, fit=fit)
-    tested = testset.check(config.evaluate, dataset)
+    tested, available = testset.check(config.evaluate, dataset), budget["bytes_per_class"]
     made = Experiment(config, dataset, available, codec, network, every.train_images, asked, tested, whole, start)
     _check_teacher(made)
     return made
 
 
-def pixel_codec(experiment: Experiment) -> codecs.Codec:
-    """Returns the codec of the pixel baseline, whose images and labels fill the budget."""
-    return codecs.make(
-        experiment.config.baselines.pixel_codec,
-        image_shape=experiment.dataset.image_shape,
-        num_classes=experiment.dataset.num_classes,
-        bytes_per_class=experiment.bytes_per_class,
-        label_bytes=labels.nbytes(experiment.config.labels, 1, experiment.dataset.num_classes),
-    )
-
-
 def random_codec(experiment: Experiment) -> codecs.Codec:
     """Returns what random real images are stored in: the codec of the pixel baseline, of as many as fit unlabeled."""
-    dataset = experiment.dataset
-    budget = {
+    spec = dataclasses.replace(experiment.config.baselines.pixel_codec, images_per_class=0)
+    return _filled(spec, experiment.dataset, _budget(experiment.config, experiment.dataset) | {"label_bytes": 0})
+
+
+def _budget(config: RunConfig, dataset: data.Dataset) -> dict[str, Any]:
+    return {
         "image_shape": dataset.image_shape,
         "num_classes": dataset.num_classes,
-        "bytes_per_class": experiment.bytes_per_class,
+        "bytes_per_class": storage.budget_bytes(config.ipc, dataset.image_shape),
+        "label_bytes": labels.nbytes(config.labels, 1, dataset.num_classes),
     }
-    spec = dataclasses.replace(experiment.config.baselines.pixel_codec, images_per_class=0)
-    return _filled(spec, dataset, budget)
 
 
 def _filled(spec: codecs.CodecSpec, dataset: data.Dataset, budget: Mapping[str, Any]) -> codecs.Codec:
@@ -286,9 +271,7 @@ def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tu
         )
 
     def described(one: codecs.Codec, names: tuple[str, ...]) -> dict[str, Any]:
-        settings = {
-            f"codec.{key}": value for key, value in vars(one.spec).items() if not key.startswith(one.spec.TRAINING)
-        }
+        settings = {f"codec.{k}": value for k, value in vars(one.spec).items() if not k.startswith(one.spec.TRAINING)}
         return settings | {"image_shape": tuple(one.image_shape), "class_names": names}
 
     wanted, there = described(codec, class_names), described(start.codec, start.class_names)
@@ -349,52 +332,37 @@ def _check_teacher(experiment: Experiment) -> None:
 
 def hold_out(dataset: data.Dataset) -> data.Dataset:
     """Returns a dataset whose test set is the last tenth of each class's training images, taken out of them."""
-    labels = dataset.train_labels
+    images, labels = dataset.train_images, dataset.train_labels
     held = np.zeros(len(labels), bool)
     for label in range(dataset.num_classes):
         own = np.flatnonzero(labels == label)
         held[own[len(own) - max(1, round(HELD_OUT * len(own))) :]] = True
     return dataset._replace(
-        train_images=dataset.train_images[~held],
-        train_labels=labels[~held],
-        test_images=dataset.train_images[held],
-        test_labels=labels[held],
+        train_images=images[~held], train_labels=labels[~held], test_images=images[held], test_labels=labels[held]
     )
 
 
 def real_images(experiment: Experiment, codec: codecs.Codec, *, purpose: str, how: str, index: int = 0) -> jax.Array:
     """Chooses real images for every image of a codec, class-major, as floats in [0,1]."""
     dataset = experiment.dataset
-    features = embed(experiment, dataset.train_images) if how == "kmeans" else None
     chosen = fitting.select_images(
         experiment.key(purpose, index),
         dataset.train_labels,
         codec.images_per_class,
         how=how,
         num_classes=dataset.num_classes,
-        features=features,
+        features=embed(experiment, dataset.train_images) if how == "kmeans" else None,
     )
     return pixels.as_float(dataset.train_images[chosen])
 
 
 def embed(experiment: Experiment, images: np.ndarray, batch: int = 500) -> np.ndarray:
     """Embeds real images with a randomly initialized network, for k-means."""
-    network = experiment.network
+    network, whitening = experiment.network, experiment.whitening
     params = network.init(experiment.key("features"))
-
-    @jax.jit
-    def features(images: jax.Array, whitening: Any) -> jax.Array:
-        return network.outputs(params, whitening(images))[1]
-
-    parts = [
-        features(pixels.as_float(images[i : i + batch]), experiment.whitening) for i in range(0, len(images), batch)
-    ]
-    return np.concatenate([np.asarray(part) for part in parts])
-
-
-def class_rows(codec: codecs.Codec, images: jax.Array) -> np.ndarray:
-    """Reshapes class-major images ``[n, ...]`` to ``[k, per class, ...]``."""
-    return np.asarray(images).reshape(codec.num_classes, codec.images_per_class, *images.shape[1:])
+    features = jax.jit(lambda images, whitening: network.outputs(params, whitening(images))[1])
+    batches = [pixels.as_float(images[i : i + batch]) for i in range(0, len(images), batch)]
+    return np.concatenate([np.asarray(features(one, whitening)) for one in batches])
 
 
 def arms(config: RunConfig) -> Sequence[str]:

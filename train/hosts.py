@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -73,11 +74,7 @@ def share(tree: Any) -> Any:
 
 
 def agree(settings: Mapping[str, Any]) -> None:
-    """Makes sure that all processes have the same settings.
-
-    Raises:
-        UserError: In all: those of one differ from those of process 0.
-    """
+    """Makes sure that all processes have the same settings, or raises UserError in all of them."""
     first, *others = gather(settings)
     for index, other in enumerate(others, 1):
         if found := differences(first, other):
@@ -101,9 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def joined(args: argparse.Namespace) -> Iterator[None]:
     """Joins the other processes of a run, if there are any, and leaves them at the end, or ends with them.
-
-    Args:
-        args: Parsed flags of `add_arguments`.
 
     Raises:
         UserError: The flags are incomplete or out of range, or another process ended with an error.
@@ -178,21 +172,18 @@ def _initialize(settings: dict[str, Any]) -> None:
     # It takes SIGTERM away from Python.
     jax.config.update("jax_enable_preemption_service", False)
     settings |= {"initialization_timeout": START, "heartbeat_timeout_seconds": HEARTBEAT}
+    start = functools.partial(jax.distributed.initialize, **settings, shutdown_timeout_seconds=FAREWELL)
     try:
-        _wait(lambda: jax.distributed.initialize(**settings, shutdown_timeout_seconds=FAREWELL))
+        _waiter.submit(start).result()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run did not find each other: {' '.join(str(error).split())}") from error
-
-
-def _wait(until: Callable[[], object]) -> None:
-    _waiter.submit(until).result()
 
 
 def _exchange(message: dict[str, Any], seconds: int = EVER) -> list[dict[str, Any]]:
     """Returns the messages of all processes, in their order."""
     text, name, everyone = json.dumps(message).encode(), f"gsdd/{next(_meetings)}", set(range(jax.process_count()))
     # Collectives of some backends wait for seconds only.
-    _wait(lambda: multihost.sync_global_processes(name, timeout=seconds, processes=everyone))
+    _waiter.submit(multihost.sync_global_processes, name, timeout=seconds, processes=everyone).result()
     longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
     # Of few sizes, for each is compiled.
     padded = text.ljust(-(-longest // 4096) * 4096)

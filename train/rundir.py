@@ -26,7 +26,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,38 +81,28 @@ class RunDir(contextlib.AbstractContextManager["RunDir"]):
         """Releases the lock. A killed process releases it too."""
         self._lock.release()
 
-    def configure(
-        self,
-        config: Mapping[str, Any],
-        *,
-        extend: Callable[[Mapping[str, tuple[Any, Any]]], dict[str, Any]] | None = None,
-        **rules: Any,
-    ) -> bool:
+    def configure(self, config: Mapping[str, Any], *, extension: Mapping[str, Any] | None = None, **rules: Any) -> bool:
         """Stores the resolved config, or checks that a continued run has the stored one.
 
         Args:
             config: Nested mapping of plain values (tuples and numpy scalars are converted).
-            extend: Makes the entry of the history where settings differ that may be extended, from dotted keys and
-                both values; None where they may not differ.
+            extension: Where settings differ that may be extended, what the history is to say of it.
             **rules: As :func:`compare`, which raises where another config is there.
 
         Returns:
             True if the directory already held a run.
         """
-        new = plain(config)
-        if not self.config_path.exists():
-            files.write_bytes(self.config_path, yaml12.dump(new).encode())
-            return False
-        differing, changes = compare(self.path, config, extend=extend is not None, **rules)
-        history = read_history(self.path)
-        if changes:
-            assert extend is not None
+        continued, history = self.config_path.exists(), read_history(self.path)
+        if continued:
+            compare(self.path, config, extend=extension is not None, **rules)
+        if extension:
             now = environment()
-            history.append({"time": now["started"], "commit": now["commit"], **plain(extend(changes))})
-        if differing:
-            # Settings and history in one step.
-            files.write_bytes(self.config_path, yaml12.dump(new | ({HISTORY: history} if history else {})).encode())
-        return True
+            history.append({"time": now["started"], "commit": now["commit"], **plain(extension)})
+        # Settings and history in one step.
+        text = yaml12.dump(plain(config) | ({HISTORY: history} if history else {})).encode()
+        if not continued or text != self.config_path.read_bytes():
+            files.write_bytes(self.config_path, text)
+        return continued
 
     def record_environment(self) -> dict[str, Any]:
         """Appends what this process runs on to environment.json, one entry per start, and returns it."""
@@ -174,7 +164,7 @@ def compare(
     defaults: Mapping[str, Any] | None = None,
     extendable: Collection[str] = (),
     extend: bool = False,
-) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[Any, Any]]]:
+) -> dict[str, tuple[Any, Any]]:
     """Compares a config with the one that a run directory holds.
 
     Args:
@@ -188,7 +178,7 @@ def compare(
         extend: Whether it is extended.
 
     Returns:
-        All keys that differ, with both values in words; and those that extend the run, with both values.
+        The keys that extend the run, with both values.
 
     Raises:
         UserError: Any other key differs; the message names each, with both values.
@@ -212,7 +202,7 @@ def compare(
             f"{path} holds a run with another config: {there}. "
             f"Put the old values back to continue that run, or choose another run directory{way}{free}"
         )
-    return differing, {k: (before.get(k, later.get(k)), now.get(k)) for k in apart}
+    return {k: (before.get(k, later.get(k)), now.get(k)) for k in apart}
 
 
 def covered(key: str, keys: Collection[str]) -> bool:

@@ -21,16 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
-from gsdd_jax import codecs, distillation, files, fitting, parallel
+from gsdd_jax import distillation, files, fitting, match, parallel
 from gsdd_jax.experts import Experts, IncompleteError, Origin, train_experts
 from train import hosts, stopping
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.errors import DivergedError, UserError
 from train.evaluation import PeriodicTests
-from train.experiment import Experiment
+from train.experiment import Arm, Experiment
+from train.labeling import Labeler
 from train.progress import Progress
 from train.rundir import RunDir, write_json
 
@@ -39,71 +39,49 @@ FIT = "fit.json"
 
 
 def fit_stage(
-    experiment: Experiment,
-    codec: codecs.Codec,
-    targets: jax.Array,
-    *,
-    run: RunDir,
-    progress: Progress,
-    arm: str,
-    fitted: Sequence[Path] = (),
+    experiment: Experiment, targets: jax.Array, *, run: RunDir, progress: Progress, fitted: Sequence[Path] = ()
 ) -> Any:
-    """Fits a codec to its target images, or takes the initial set, and returns the parameters.
+    """Fits the codec to target images ``[n, h, w, c]``, or takes the initial set, and returns the parameters.
 
-    Args:
-        experiment: The experiment.
-        codec: What is fitted.
-        targets: ``[n, h, w, c]`` in [0,1].
-        run: The run directory; its fit.json says what the fit is made from.
-        progress: Progress bars.
-        arm: Prefix of the phase.
-        fitted: Other run directories, of which the first whose fit is made from the same is taken over.
+    Of the run directories ``fitted``, the first whose fit is made from the same, as its fit.json says, is taken over.
     """
-    config, given = experiment.config, experiment.start
+    config, codec, given, phase = experiment.config, experiment.codec, experiment.start, "main-fit"
     unfitted = config.fit.to == "random" or codec.fitted_by_init or given is not None
-    steps = 0 if unfitted else config.fit.steps
-    phase, key = f"{arm}-fit", experiment.key("start")
-    start: Any = jax.jit(fitting.init_fit, static_argnames=("codec", "steps")).lower(
-        key, targets, codec=codec, steps=max(steps, 1)
-    )
-    state = start.out_info
-    advance: Any = jax.jit(fitting.fit_steps, static_argnames=("codec", "steps", "count"), donate_argnums=0)
-    programs = [start]
+    steps, key = 0 if unfitted else config.fit.steps, experiment.key("start")
+    begin = jax.jit(fitting.init_fit, static_argnames=("codec", "steps"))
+    programs: list[Any] = [begin.lower(key, targets, codec=codec, steps=max(steps, 1))]
+    state = programs[0].out_info
     if steps:
-        programs.append(advance := advance.lower(state, targets, codec=codec, steps=steps, count=1))
+        advance = jax.jit(fitting.fit_steps, static_argnames=("codec", "steps", "count"), donate_argnums=0)
+        programs.append(advance.lower(state, targets, codec=codec, steps=steps, count=1))
     if given is None:
         _take_over(_made_from(programs, key, targets, steps), fitted, phase, run)
     with Checkpoints(run.checkpoints_path / phase) as checkpoints:
         newest = checkpoints.newest(state)
         if newest is None:
-            state, done, seconds = start.compile()(key, targets), 0, 0.0
+            state, done, seconds = programs[0].compile()(key, targets), 0, 0.0
             if given is not None:
                 state = state._replace(params=jax.tree.map(jnp.copy, given))
+            if not steps:
+                checkpoints.save(0, state, {"seconds": seconds})
         else:
             done, state, meta = newest
             seconds = meta["seconds"]
         run.truncate(phase, done)
-        if done < steps:
-            advance = advance.compile()
+        step: Any = programs[-1].compile() if done < steps else None
         saved = done
-        with progress.phase(f"fit {arm}", total=steps, done=done) as bar:
+        with progress.phase("fit", total=steps, done=done) as bar:
             while done < steps:
                 began = time.perf_counter()
                 count = min(config.distill.log_every, steps - done)
                 for _ in range(count):
-                    state, psnr = advance(state, targets)
+                    state, psnr = step(state, targets)
                 psnr = float(psnr)
                 done += count
                 seconds += time.perf_counter() - began
                 if not np.isfinite(psnr):
-                    where = f"PSNR not a finite number by step {done}"
-                    raise _not_finite(
-                        phase,
-                        where,
-                        saved,
-                        checkpoints,
-                        "another starting point or fit.steps, in another run directory",
-                    )
+                    remedy = "another starting point or fit.steps, in another run directory"
+                    raise _not_finite(phase, f"PSNR not a finite number by step {done}", saved, checkpoints, remedy)
                 run.append(phase, done, psnr=psnr, total_seconds=seconds)
                 bar.advance(count, f"PSNR {psnr:.2f} dB")
                 due = done == steps or done - saved >= config.distill.checkpoint_every
@@ -111,8 +89,6 @@ def fit_stage(
                     checkpoints.save(done, state, {"seconds": seconds})
                     saved = done
                 stopping.raise_if_requested()
-        if steps == 0 and newest is None:
-            checkpoints.save(0, state, {"seconds": seconds})
     return state.params
 
 
@@ -152,32 +128,25 @@ def expert_stage(experiment: Experiment, folder: Path, *, progress: Progress) ->
         UserError: Experts are missing and ``experts.train`` is off.
         ValueError: The folder holds experts of another network, dataset, whitening or training.
     """
-    config, dataset, wanted = experiment.config, experiment.dataset, wanted_experts(experiment)
+    spec, dataset, wanted = experiment.config.experts, experiment.dataset, wanted_experts(experiment)
     try:
         return Experts.open(folder, **wanted)
     except (FileNotFoundError, IncompleteError) as error:
         missing = str(error)
-    if not config.experts.train:
+    if not spec.train:
         raise UserError(
             f"{missing}; experts.train is off: set experts.train=true, or run python -m train.experts with the same "
             f"config and settings and --out {folder}"
         )
-    total = config.experts.count * config.experts.last_epoch(wanted["objective"])
-    with progress.phase("train experts", total=total) as bar:
+    images, labels, whitening = dataset.train_images, dataset.train_labels, experiment.whitening
+    with progress.phase("train experts", total=spec.count * spec.last_epoch(wanted["objective"])) as bar:
 
         def trained(group: range, epoch: int, losses: np.ndarray) -> None:
-            bar.advance(len(group), f"expert {group.stop} of {config.experts.count}, loss {losses.mean():.3f}")
+            bar.advance(len(group), f"expert {group.stop} of {spec.count}, loss {losses.mean():.3f}")
             # A group is written when it is whole; the epochs of an unfinished one are lost.
             stopping.raise_if_requested()
 
-        return train_experts(
-            folder,
-            dataset.train_images,
-            dataset.train_labels,
-            whitening=experiment.whitening,
-            on_epoch=trained,
-            **wanted,
-        )
+        return train_experts(folder, images, labels, whitening=whitening, on_epoch=trained, **wanted)
 
 
 def wanted_experts(experiment: Experiment) -> dict[str, Any]:
@@ -201,36 +170,28 @@ def schedule(config: RunConfig, iterations: int) -> optax.Schedule | None:
     return distillation.cosine(iterations) if config.distill.schedule == "cosine" else None
 
 
-def device_mesh(config: RunConfig) -> Mesh | None:
-    """Returns the devices that take the outer steps, or None where there is one.
-
-    Raises:
-        ValueError: There are not so many.
-    """
-    mesh = parallel.mesh_of(config.distill.devices)
-    return mesh if mesh.size > 1 else None
-
-
 def distill_stage(
     experiment: Experiment,
-    codec: codecs.Codec,
+    arm: Arm,
     params: Any,
     *,
     run: RunDir | None,
     progress: Progress,
-    arm: str,
-    iterations: int,
-    purpose: str,
+    label: Labeler = lambda *_, **__: None,
     experts: Experts | None = None,
-    tests: PeriodicTests | None = None,
-) -> distillation.State:
-    """Runs the outer loop on a codec's parameters, with tests in between if asked for; returns the final state.
+) -> tuple[distillation.State, dict[str, Any] | None]:
+    """Runs the outer loop of an arm; returns its final state, or with protocol=paper its best one and that one's row.
 
     All processes of a run take the same steps, from the state that process 0 has. The others have no run directory, and
     of their parameters only the shapes count.
     """
-    config, objective = experiment.config, experiment.objective(codec)
-    phase, mesh = f"{arm}-distill", device_mesh(config)
+    config, codec, objective = experiment.config, arm.codec, experiment.objective(arm.codec)
+    every, phase, iterations = config.distill.log_every, f"{arm.phase}-distill", arm.iterations
+    data, whitening, seed = experiment.dataset, experiment.whitening, experiment.host_seed
+    mesh = parallel.mesh_of(config.distill.devices)
+    tests = None
+    if config.evaluate.protocol == "paper":
+        tests = PeriodicTests(experiment, codec, arm.name, iterations, label=label, run=run, progress=progress)
     with contextlib.ExitStack() as opened:
         state, done, seconds = distillation.init_state(objective, params), 0, 0.0
         if run is not None:
@@ -240,17 +201,17 @@ def distill_stage(
                 seconds = meta["seconds"]
             run.truncate(phase, done)
         done = saved = hosts.gather(done)[0]
-        bar = opened.enter_context(progress.phase(f"distill {arm}", total=iterations, done=done))
+        bar = opened.enter_context(progress.phase(f"distill {arm.name}", total=iterations, done=done))
         loop = opened.enter_context(
             distillation.Loop(
                 objective,
-                state if mesh is None else hosts.share(state),
-                experiment.key(purpose),
-                experiment.source(experts),
+                state if mesh.size == 1 else hosts.share(state),
+                experiment.key(arm.purpose),
+                match.Source(data.train_images, data.train_labels, data.num_classes, whitening, seed, experts),
                 first=done,
                 last=iterations,
                 schedule=schedule(config, iterations),
-                mesh=mesh,
+                mesh=mesh if mesh.size > 1 else None,
                 on_host=config.distill.data == "host",
             )
         )
@@ -263,7 +224,7 @@ def distill_stage(
         hosts.gather()
         while done < iterations:
             began = time.perf_counter()
-            count = min(config.distill.log_every - done % config.distill.log_every, iterations - done)
+            count = min(every - done % every, iterations - done)
             if tests is not None:
                 count = min(count, tests.until_due(done))
             taken = loop.take(count)
@@ -274,7 +235,8 @@ def distill_stage(
             if run is not None:
                 seconds += time.perf_counter() - began
                 if not np.isfinite(list(values.values())).all():
-                    raise _not_finite(phase, _first_bad(taken, done), saved, checkpoints, _remedy(config, arm, values))
+                    remedy = _remedy(config, arm, values)
+                    raise _not_finite(phase, _first_bad(taken, done), saved, checkpoints, remedy)
                 run.append(phase, done, **values, total_seconds=seconds)
                 bar.advance(count, f"loss {values['loss']:.4g}")
             stop = hosts.stop_requested()
@@ -288,14 +250,13 @@ def distill_stage(
             if tests is not None and due:
                 tests.test(done, loop.state)
                 hosts.gather()
-    return loop.state
+    return (loop.state, None) if tests is None or run is None else tests.best(loop.state)
 
 
-def _remedy(config: RunConfig, arm: str, values: dict[str, float]) -> str:
-    key, codec = ("codec", config.codec) if arm == "main" else ("baselines.pixel_codec", config.baselines.pixel_codec)
-    here = f"a smaller learning rate ({key}.lr, now {codec.lr:g}"
+def _remedy(config: RunConfig, arm: Arm, values: dict[str, float]) -> str:
+    here = f"a smaller learning rate ({arm.section}.lr, now {arm.codec.spec.lr:g}"
     if values.get("bad_step", -1) < 0:
-        return f"{here}), with --extend {key}.lr=... in this run directory or from the start in another"
+        return f"{here}), with --extend {arm.section}.lr=... in this run directory or from the start in another"
     return (
         f"{here}, or objective.lr_lr) with --extend in this run directory, or a smaller objective.syn_lr (now "
         f"{values['syn_lr']:g}) in another: in the last iteration the numbers of the student were not finite from its "
@@ -305,10 +266,9 @@ def _remedy(config: RunConfig, arm: str, values: dict[str, float]) -> str:
 
 def _first_bad(taken: list[dict[str, jax.Array]], done: int) -> str:
     """Names the first of the last steps that has a number which is not finite, and which numbers these are."""
-    for behind, metrics in zip(range(len(taken) - 1, -1, -1), taken, strict=True):
-        bad = [name for name, value in metrics.items() if not np.isfinite(float(value))]
-        if bad:
-            return f"{', '.join(bad)} not finite in iteration {done - behind}"
+    for step, metrics in enumerate(taken, done - len(taken) + 1):
+        if bad := [name for name, value in metrics.items() if not np.isfinite(float(value))]:
+            return f"{', '.join(bad)} not finite in iteration {step}"
     raise AssertionError("the last step was found not to be finite")
 
 
