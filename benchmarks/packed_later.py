@@ -76,14 +76,13 @@ def compare(args: argparse.Namespace) -> None:
     codec, progress = experiment.codec, Progress(quiet=True)
     targets = experiments.real_images(experiment, codec, purpose="select", how=config.fit.select)
     rows: dict[str, Any] = {}
-    resolved = dataclasses.asdict(experiment.config)
     with RunDir(args.runs / "fit") as run:
-        run.configure(resolved)
+        claim(run, experiment)
         fitted = stages.fit_stage(experiment, targets, run=run, progress=progress)
         psnr = float(fitting.psnr(as_stored(codec, fitted), targets).mean())
     for name, way in {"every step": codec, "at the end": unrounded(codec)}.items():
         with RunDir(args.runs / name.replace(" ", "_")) as run:
-            run.configure(resolved)
+            claim(run, experiment)
             params = jax.tree.map(jnp.copy, fitted)
             arm = experiment.distilled()[0]._replace(codec=way)
             state, _ = stages.distill_stage(experiment, arm, params, run=run, progress=progress)
@@ -105,6 +104,14 @@ def compare(args: argparse.Namespace) -> None:
         fit_psnr=psnr,
         held_out=len(experiment.dataset.test_labels),
     )
+
+
+def claim(run: RunDir, experiment: experiments.Experiment) -> None:
+    """Makes a run directory one of this experiment, or refuses it."""
+    if run.config_path.exists():
+        held: configs.RunConfig = configs.load(run.config_path)
+        configs.compare(run.path, held, experiment.config, asked=experiment.asked, may_change=())
+    run.configure(dataclasses.asdict(experiment.config))
 
 
 if __name__ == "__main__":

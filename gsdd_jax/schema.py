@@ -53,16 +53,9 @@ class Registered:
 
 
 def build(cls: type[T], data: Any, *, section: str = "", where: Callable[[Place], str] | None = None) -> T:
-    """Validates plain data into a spec.
+    """Validates what a config or a manifest holds into a dataclass whose fields are plain types, specs or choices.
 
-    Args:
-        cls: a dataclass whose fields are plain types, `Annotated` ones, other dataclasses or `Tagged` unions.
-        data: what a config or a manifest holds; keys are text.
-        section: the key of all of it, for messages.
-        where: names the origin of the value at a place, for messages.
-
-    Returns:
-        The instance, defaults filled in.
+    For messages, `section` is the key of all of it, and `where` names the origin of the value at a place.
 
     Raises:
         ValueError: the first failure, unknown keys before missing ones, and the number of further ones; one line.

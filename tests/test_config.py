@@ -8,7 +8,9 @@ from annotated_types import Ge, Gt, Interval, Le, Len, Lt
 from typing_extensions import Doc
 
 from train import yaml12
-from train.config import ConfigError, RunConfig, Tagged, describe, load, to_yaml
+from train.config import ConfigError, RunConfig, Tagged, compare, describe, load
+from train.errors import UserError
+from train.rundir import plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,6 +343,10 @@ def test_numbers_survive_writing_to_the_bit(value):
         assert math.copysign(1.0, found) == math.copysign(1.0, value)
 
 
+def written(config) -> str:
+    return yaml12.dump(plain(dataclasses.asdict(config)))
+
+
 def test_written_config_loads_back_equal(read):
     config = Config(
         name="1e-3",
@@ -351,8 +357,8 @@ def test_written_config_loads_back_equal(read):
         batch=4,
         clip=0.5,
     )
-    assert read(to_yaml(config)) == config
-    assert to_yaml(read(to_yaml(config))) == to_yaml(config)
+    assert read(written(config)) == config
+    assert written(read(written(config))) == written(config)
 
 
 def test_description_lists_every_setting_with_type_default_and_sentence():
@@ -377,3 +383,41 @@ def test_every_setting_of_a_run_is_described():
     for line in lines:
         cells = [cell for cell in line.split("  ") if cell.strip()]
         assert len(cells) == 4 and " " in cells[3], line
+
+
+# The config of a run directory
+
+RUN = "name: a\nipc: 1\ndata: {per_class: 9}\ncodec: {name: pixel, lr: 0.1, gpc: 0}\ndistill: {iterations: 10}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (RUN, ["codec.lr=0.2"], r"codec.lr is 0.1 there and 0.2 now\. Put the old values back"),
+        (RUN, ["codec.lr=0.2"], "; add --extend to go on with the new values"),
+        (RUN, ["data.per_class=8", "codec.lr=0.2"], "data.per_class is 9 there and 8 now; codec.lr is 0.1 there and"),
+        (RUN, ["codec={name: gaussian}"], 'codec.name is "pixel" there and "gaussian" now; .* is not set there and'),
+        (RUN, ["distill.devices=2", "seed=1"], r"config: seed is 0 .*\(free to change: distill.devices, name\)"),
+        # It came later, and has its default; what was left open is filled in, but not otherwise.
+        (RUN.replace("gpc: 0", "gpc: 3"), [], "codec.images_per_class is 3 there and 5 now"),
+    ],
+)
+def test_another_config_is_refused_with_both_values(write, text, overrides, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        compared(write, text, overrides)
+    assert "\n" not in str(caught.value) and "devices is" not in str(caught.value)
+
+
+def compared(write, text, overrides=(), extend=False):
+    held, asked = load(write(text)), load(write(RUN), overrides)
+    resolved = dataclasses.replace(asked, codec=dataclasses.replace(asked.codec, images_per_class=5))
+    rules = {"may_change": ("name", "distill.devices"), "extendable": ("codec.lr*",), "extend": extend}
+    return compare(Path("run"), held, resolved, asked=asked, **rules)
+
+
+def test_config_of_an_older_version_and_what_may_change_is_accepted(write):
+    assert compared(write, RUN, ["name=b", "distill.devices=0", "mmd.weight=0"]) == {}
+    assert compared(write, RUN, ["codec.lr=0.2"], extend=True) == {"codec.lr": (0.1, 0.2)}
+    assert compared(write, RUN.replace("gpc: 0", "gpc: 5")) == {}
+    with pytest.raises(UserError, match=r"seed is 0 there and 1 now\..*; --extend takes codec.lr\*"):
+        compared(write, RUN, ["codec.lr=0.2", "seed=1"], extend=True)

@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -27,10 +28,10 @@ from gsdd_jax.match import DistributionSpec, MmdSpec
 from gsdd_jax.nets import NetSpec
 from gsdd_jax.schema import TAG, Registered, Tagged, build, describe, has_tag, show
 from train import yaml12
-from train.errors import ConfigError
-from train.rundir import HISTORY, plain
+from train.errors import ConfigError, UserError
+from train.rundir import HISTORY, differences, flatten, plain
 
-__all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
+__all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load"]
 
 T = TypeVar("T")
 Place = tuple[str, ...]
@@ -185,19 +186,43 @@ class RunConfig:
             )
 
 
-def defaults(spec: Any) -> dict[str, Any]:
-    """Returns the defaults of a config's settings, nested; those without one are left out.
+def compare(
+    path: Path,
+    held: RunConfig,
+    config: RunConfig,
+    *,
+    asked: RunConfig,
+    may_change: Collection[str],
+    extendable: Collection[str] = (),
+    extend: bool = False,
+) -> dict[str, tuple[Any, Any]]:
+    """Compares a resolved config with that of a run directory, and returns the keys that extend it with both values.
 
-    Settings that came later leave a run by default as it was without them: a run directory of before can be continued.
+    Settings that came later have their defaults in `held`, which leave a run as it was without them; and what `config`
+    had before anything was filled in, `asked`, counts as well, for a version may have filled in less. Of the dotted
+    keys that differ, `may_change` and all below may, and `extendable` where the run is to be extended.
+
+    Raises:
+        UserError: Any other key differs; the message names each, with both values.
     """
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(spec):
-        value = getattr(spec, field.name)
-        if dataclasses.is_dataclass(value):
-            found[field.name] = defaults(value)
-        elif field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
-    return found
+    before, now, meant = (plain(dataclasses.asdict(one)) for one in (held, config, asked))
+    differing, unfilled = differences(before, now), differences(before, meant)
+    apart = [key for key in differing if key in unfilled and not covered(key, may_change)]
+    refused = [key for key in apart if not (extend and covered(key, extendable))]
+    if refused:
+        there = "; ".join("{} is {} there and {} now".format(key, *differing[key]) for key in refused)
+        way = "; add --extend to go on with the new values" if all(covered(k, extendable) for k in refused) else ""
+        way = f"; --extend takes {', '.join(extendable)}" if extend else way
+        raise UserError(
+            f"{path} holds a run with another config: {there}. Put the old values back to continue that run, or choose "
+            f"another run directory{way} (free to change: {', '.join(sorted(may_change))})"
+        )
+    return {key: (flatten(before).get(key), flatten(now).get(key)) for key in apart}
+
+
+def covered(key: str, keys: Collection[str]) -> bool:
+    """Tells whether a dotted key is one of these or below it; "*" stands for any letters."""
+    return any(fnmatch.fnmatchcase(key, one) or fnmatch.fnmatchcase(key, f"{one}.*") for one in keys)
 
 
 def load(
@@ -265,11 +290,6 @@ def _import(name: Any, *, where: str) -> None:
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{IMPORTS}: expected Python modules, found {name!r}: {why} (in {where})") from error
     schema.forget()
-
-
-def to_yaml(config: Any) -> str:
-    """Writes a configuration with every default filled in; `load` reads it back to an equal object."""
-    return yaml12.dump(plain(dataclasses.asdict(config)))
 
 
 def parser(command: str, doc: str | None, *, out: str, **more: Any) -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import as_stored, evaluate_stage, evaluation_lr
 from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, compare, covered, environment, plain, read_config, read_steps, versions, write_json
+from train.rundir import RunDir, environment, plain, read_steps, versions, write_json
 from train.stopping import on_sigterm
 
 # What may differ when a run is continued: nothing that touches numbers already computed, or by more than rounding.
@@ -100,26 +100,17 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
     return {**settings, "data_sha256": experiment.data_identity(), "versions": versions()}
 
 
-def _rules(experiment: Experiment) -> dict[str, Any]:
-    """Returns by what a run directory compares configs."""
-    asked, defaults = dataclasses.asdict(experiment.asked), configs.defaults(experiment.config)
-    return {"asked": asked, "may_change": MAY_CHANGE, "defaults": defaults, "extendable": EXTENDABLE}
-
-
 def _extension(experiment: Experiment, path: Path, *, extend: bool) -> dict[str, Any] | None:
-    """Refuses to go on with a run of other settings or data, or to hand out its result.
-
-    Returns:
-        The entry of the history of a run that goes on under other settings, or None.
-    """
-    settings, held = dataclasses.asdict(experiment.config), read_config(path).get("data")
-    there, digest = held.get("sha256") if isinstance(held, dict) else None, experiment.config.data.sha256
+    """Refuses to go on with a run of other settings or data; returns what the history is to say of an extension."""
+    config = experiment.config
+    held: configs.RunConfig = configs.load(path / "config.yaml")
     # Settings first: another choice of images is better named than its hash.
-    settings["data"]["sha256"] = there or digest
-    changes = compare(path, settings, extend=extend, **_rules(experiment))
+    known = dataclasses.replace(config, data=dataclasses.replace(config.data, sha256=held.data.sha256))
+    rules: dict[str, Any] = {"may_change": MAY_CHANGE, "extendable": EXTENDABLE, "extend": extend}
+    changes = configs.compare(path, held, known, asked=experiment.asked, **rules)
     where = f"the run in {path} was made from", "choose another run directory"
-    if there:
-        data.require_content(digest, there, *where)
+    if held.data.sha256:
+        data.require_content(config.data.sha256, held.data.sha256, *where)
     # Configs of before do not name their data, but results do.
     if tested := (_result(path) or {}).get("data_sha256"):
         data.require_content(experiment.dataset.fingerprint(), tested, *where)
@@ -134,7 +125,7 @@ def _extension(experiment: Experiment, path: Path, *, extend: bool) -> dict[str,
                 f"{arm.key}: expected at least the {done} that {phase} has done in {path}, found {arm.iterations}"
             )
         ways = [f"{arm.section}.*", *(["objective.*", "distill.schedule"] if arm.name == "distilled" else [])]
-        idle = [name for name in changes if covered(name, ways)]
+        idle = [name for name in changes if configs.covered(name, ways)]
         if idle and arm.iterations == done:
             raise ConfigError(
                 f"{arm.key}: {phase} has done all {done} in {path}, so that another {', '.join(idle)} changes nothing; "
@@ -157,12 +148,8 @@ def run(
 ) -> dict[str, Any]:
     """Carries out or continues an experiment in the run directory ``out`` and returns the result.
 
-    Args:
-        experiment: What to run.
-        out: The run directory.
-        progress: Progress bars.
-        fitted: Other run directories, of which the first whose fit is made from the same is taken over.
-        extend: Whether a run in ``out`` may go on under other settings, see EXTENDABLE.
+    Of other run directories, ``fitted``, the first whose fit is made from the same is taken over. With ``extend`` a run
+    in ``out`` may go on under other settings, see EXTENDABLE.
     """
     config, dataset, codec = experiment.config, experiment.dataset, experiment.codec
     with RunDir(out) as rundir:
@@ -172,7 +159,7 @@ def run(
         if extension and (path / "result.json").exists():
             # It stands for the run of before alone.
             (path / "result.json").replace(path / f"result-{extension['from'].get('main-distill', 0)}.json")
-        continued = rundir.configure(dataclasses.asdict(config), extension=extension, **_rules(experiment))
+        continued = rundir.configure(dataclasses.asdict(config), extension=extension)
         if continued and (known := _result(path)) is not None:
             progress.say(f"{out} holds the finished run; nothing to compute")
             return known
@@ -220,12 +207,7 @@ def run(
         steps = {arm.name: arm.iterations for arm in arms}
 
         def row(name: str, **others: Any) -> dict[str, Any]:
-            where: dict[str, Any] = {
-                "run": rundir,
-                "progress": progress,
-                "lr": lrs.get(name),
-                "iteration": steps.get(name),
-            }
+            where: Any = {"run": rundir, "progress": progress, "lr": lrs.get(name), "iteration": steps.get(name)}
             return evaluate_stage(experiment, name, images.get(name), **where, **others)
 
         rows = {

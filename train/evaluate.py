@@ -60,7 +60,6 @@ from train.experiment import WHEREABOUTS
 from train.progress import Progress
 from train.ranking import rank
 from train.results import exported, trained
-from train.rundir import covered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +156,7 @@ def _request(args: argparse.Namespace, named: list[str], overrides: list[str]) -
         size = _size(args.size)
     config: configs.RunConfig = configs.load(file, overrides)
     keys = [text.partition("=")[0].strip() for text in overrides]
-    if any(covered(key, ["data"]) and not covered(key, [*WHEREABOUTS, "data.sha256"]) for key in keys):
+    if any(configs.covered(key, ["data"]) and not configs.covered(key, [*WHEREABOUTS, "data.sha256"]) for key in keys):
         # Other images are asked for.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sha256=""))
     places = {text: [part.strip() for part in text.partition("=")[0].split(".")] for text in overrides}

@@ -147,11 +147,7 @@ def _of_subtask(config: RunConfig, path: Path) -> Path:
 
 
 def own_classes(config: RunConfig, dataset: data.Dataset) -> data.Dataset:
-    """Returns the part of a dataset that a run is about: a subtask's block of classes, or all of it.
-
-    Raises:
-        ConfigError: It or another subtask has fewer than two classes.
-    """
+    """Returns the part of a dataset that a run is about, of at least two classes: a subtask's block, or all of it."""
     if dataset.num_classes < 2:
         raise ConfigError(
             f"data: {dataset.name} has one class, {dataset.class_names[0]!r}; expected at least 2 to tell apart"
@@ -177,10 +173,8 @@ def _block(config: RunConfig, dataset: data.Dataset) -> range:
 def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experiment:
     """Reads the data, unless they are given, and builds the parts.
 
-    Args:
-        config: What to run.
-        dataset: All classes, also for a subtask. Where they are made from those of ``config.data``, its ``sha256`` is
-            set already.
+    A given dataset is of all classes, also for a subtask. Where it is made from that of ``config.data``, the
+    ``sha256`` there is set already.
 
     Raises:
         ConfigError: Settings that contradict each other or the data; the message names the key.

@@ -185,12 +185,10 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
     if anew:
         _check_labels(config, merged)
     with RunDir(out) as rundir:
-        continued = rundir.configure(
-            dataclasses.asdict(experiment.config),
-            asked=dataclasses.asdict(experiment.asked),
-            may_change=MAY_CHANGE,
-            defaults=configs.defaults(config),
-        )
+        if rundir.config_path.exists():
+            held: configs.RunConfig = configs.load(rundir.config_path)
+            configs.compare(out, held, experiment.config, asked=experiment.asked, may_change=MAY_CHANGE)
+        continued = rundir.configure(dataclasses.asdict(experiment.config))
         if continued and (rundir.path / synset.EXPORT / synset.MANIFEST).exists():
             _refuse_other_set(rundir.path, merged)
             with contextlib.suppress(ValueError, FileNotFoundError):

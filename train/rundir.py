@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fnmatch
 import importlib.metadata
 import json
 import math
@@ -26,7 +25,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,8 @@ import filelock
 import jax
 
 from gsdd_jax import files, synset
-from gsdd_jax.exchange import renamed
 from train import yaml12
-from train.errors import ConfigError, UserError
+from train.errors import UserError
 
 # What a run directory adds to its config: how the run was extended. No setting.
 HISTORY = "history"
@@ -50,7 +48,6 @@ class RunDir(contextlib.AbstractContextManager["RunDir"]):
 
     Raises:
         UserError: Another process writes there, or the directory holds part of a run but no config.yaml.
-        OSError: It cannot be made or written.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -81,20 +78,15 @@ class RunDir(contextlib.AbstractContextManager["RunDir"]):
         """Releases the lock. A killed process releases it too."""
         self._lock.release()
 
-    def configure(self, config: Mapping[str, Any], *, extension: Mapping[str, Any] | None = None, **rules: Any) -> bool:
-        """Stores the resolved config, or checks that a continued run has the stored one.
+    def configure(self, config: Mapping[str, Any], *, extension: Mapping[str, Any] | None = None) -> bool:
+        """Stores the resolved config, a nested mapping of values that `plain` takes.
 
-        Args:
-            config: Nested mapping of plain values (tuples and numpy scalars are converted).
-            extension: Where settings differ that may be extended, what the history is to say of it.
-            **rules: As :func:`compare`, which raises where another config is there.
+        The history gets an entry where the run is extended: what `extension` says, when, and by which commit.
 
         Returns:
             True if the directory already held a run.
         """
         continued, history = self.config_path.exists(), read_history(self.path)
-        if continued:
-            compare(self.path, config, extend=extension is not None, **rules)
         if extension:
             now = environment()
             history.append({"time": now["started"], "commit": now["commit"], **plain(extension)})
@@ -113,10 +105,7 @@ class RunDir(contextlib.AbstractContextManager["RunDir"]):
     def append(self, phase: str, step: int, **values: Any) -> None:
         """Appends one line to metrics.jsonl; it survives the death of the process from here on.
 
-        Args:
-            phase: Name of the part of the run, such as "main-distill".
-            step: Steps of that phase done so far.
-            **values: Values that `plain` takes; NaN and infinities are written as strings.
+        The values are what `plain` takes; NaN and infinities are written as strings.
         """
         line = json.dumps({"phase": phase, "step": int(step), **_finite(plain(values))}, allow_nan=False)
         try:
@@ -155,73 +144,20 @@ def is_wall_clock(key: str) -> bool:
     return key == "seconds" or key.endswith(("_seconds", "_per_second"))
 
 
-def compare(
-    path: Path,
-    config: Mapping[str, Any],
-    *,
-    asked: Mapping[str, Any] | None = None,
-    may_change: Collection[str] = (),
-    defaults: Mapping[str, Any] | None = None,
-    extendable: Collection[str] = (),
-    extend: bool = False,
-) -> dict[str, tuple[Any, Any]]:
-    """Compares a config with the one that a run directory holds.
-
-    Args:
-        path: The run directory; holds a config.
-        config: The resolved config.
-        asked: The same before anything was filled in. What a version that filled in less has stored counts as well.
-        may_change: Dotted keys that may differ when a run is continued; a key covers all below it.
-        defaults: Values that a key may have which the stored config does not know, because the setting came later:
-            those that leave a run as it was without.
-        extendable: Dotted keys that may differ when a run is extended.
-        extend: Whether it is extended.
-
-    Returns:
-        The keys that extend the run, with both values.
-
-    Raises:
-        UserError: Any other key differs; the message names each, with both values.
-    """
-    old, new = read_config(path), plain(config)
-    differing, before, now = differences(old, new), _flatten(old), _flatten(new)
-    later, meant, missing = _flatten(plain(defaults or {})), _flatten(plain(asked or {})), object()
-
-    def stands(key: str) -> bool:
-        was = before.get(key, later.get(key, missing))
-        return was is not missing and any(key in one and _same(was, one[key]) for one in (now, meant))
-
-    apart = [k for k in differing if not stands(k) and not covered(k, may_change)]
-    refused = [k for k in apart if not (extend and covered(k, extendable))]
-    if refused:
-        there = "; ".join("{} is {} there and {} now".format(k, *differing[k]) for k in refused)
-        way = "; add --extend to go on with the new values" if all(covered(k, extendable) for k in refused) else ""
-        way = f"; --extend takes {', '.join(extendable)}" if extend else way
-        free = f" (free to change: {', '.join(sorted(may_change))})" if may_change else ""
-        raise UserError(
-            f"{path} holds a run with another config: {there}. "
-            f"Put the old values back to continue that run, or choose another run directory{way}{free}"
-        )
-    return {k: (before.get(k, later.get(k)), now.get(k)) for k in apart}
-
-
-def covered(key: str, keys: Collection[str]) -> bool:
-    """Tells whether a dotted key is one of these or below it; "*" stands for any letters."""
-    return any(fnmatch.fnmatchcase(key, one) or fnmatch.fnmatchcase(key, f"{one}.*") for one in keys)
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Compares nested configs of plain values: dotted keys with another value, to both values in words."""
-    a, b = _flatten(before), _flatten(now)
+    a, b = flatten(before), flatten(now)
     keys = [k for k in dict.fromkeys([*a, *b]) if not (k in a and k in b and _same(a[k], b[k]))]
     return {k: (_show(a, k), _show(b, k)) for k in keys}
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the settings in config.yaml of the run directory `path`. Raises UserError if it is not readable YAML."""
-    config = _read_config_file(Path(path) / "config.yaml")
-    config.pop(HISTORY, None)
-    return config
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a nested config by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -230,17 +166,8 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     An entry says at which steps of each phase which settings changed from what to what, when, and the commit.
     """
     file = Path(path) / "config.yaml"
-    return list(_read_config_file(file).get(HISTORY, [])) if file.exists() else []
-
-
-def _read_config_file(file: Path) -> dict[str, Any]:
-    try:
-        config = renamed(yaml12.parse(file.read_text(encoding="utf-8"), source=file.name))
-    except (ConfigError, ValueError) as error:
-        raise _damaged(file, error, "restore it or choose another run directory") from error
-    if not isinstance(config, dict):
-        raise _damaged(file, "it holds no mapping", "restore it or choose another run directory")
-    return config
+    config = yaml12.parse(file.read_text(encoding="utf-8"), source=str(file)) if file.exists() else None
+    return list(config.get(HISTORY, [])) if isinstance(config, dict) else []
 
 
 def read_steps(path: str | os.PathLike[str]) -> dict[str, int]:
@@ -324,11 +251,7 @@ def _device_name(device: jax.Device) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Converts to dicts with string keys, lists, str, int, float, bool and None, which YAML and JSON both hold.
-
-    Raises:
-        TypeError: The value is something else; the message names its type.
-    """
+    """Converts to dicts with string keys, lists, str, int, float, bool and None, which YAML and JSON both hold."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
@@ -371,16 +294,6 @@ def _drop_half_line(path: Path) -> None:
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _same(a: Any, b: Any) -> bool:
