@@ -133,7 +133,6 @@ def test_resolution_renders_the_set_and_reads_the_data_at_that_size(run, mock, t
         (["--networks", "evaluate.seeds=1"], "--networks: expected one or more of convnet, alexnet"),
         (["--recipe", "mtt"], "--recipe: unknown recipe 'mtt'; allowed: config, gsdd, glad, dance"),
         (["--resolution", "16x16"], "--resolution: expected a side in pixels such as 256, found '16x16'"),
-        (["--resolution", "16", "--size", "16x16"], "--size: --resolution sets the size"),
         (["--first-seed", "-1"], "--first-seed: expected an integer of at least 0, found -1"),
         (["--networks", "vit", "--ddranking"], "--networks: --ddranking is computed for the run's own network"),
         (["--out", "/absent/place/x.json"], "--out: no such directory: /absent/place"),
@@ -204,24 +203,28 @@ def test_diverged_networks_are_reported_and_the_others_are_tested(run, mock, tmp
     mock.answers = [0.5, math.nan, 0.75, 0.75]
     code = start(run, "--resolution", "32", "--networks", "vgg11", "vit", "--out", out)
     captured = capsys.readouterr()
-    assert code == 2 and "| vgg11 | diverged (1 of 2) | 2 |" in captured.out and "| vit | 75.0" in captured.out
-    assert captured.err.startswith(
-        "error: diverged, so that there is no accuracy: vgg11 with learning rate 0.1, seeds 1;"
-    )
+    assert code == 2 and "| vgg11 | diverged | 2 |" in captured.out and "| vit | 75.0" in captured.out
+    line = "error: test vgg11: network 1 diverged at a learning rate of 0.1; lower evaluate.lr or choose another "
+    assert captured.err == line + "--recipe\n"
     written = json.loads(out.read_text())
-    assert written["networks"]["vgg11"]["accuracies"] == [0.5, None]
-    assert written["networks"]["vgg11"]["mean"] is None and written["cross_architecture"] is None
+    assert list(written["networks"]) == ["vit"] and written["cross_architecture"] is None
+    # Files of before hold them.
+    written["networks"]["vgg11"] = {"mean": None}
+    out.write_text(json.dumps(written))
+    assert start(run, "--resolution", "32", "--networks", "vgg11", "vit", "--out", out) == 0
+    assert "| vgg11 | 50.0 ± 0.0 | 2 |" in capsys.readouterr().out
 
 
 # DD-Ranking
 
 
-def test_ranking_of_digits_gives_scores_from_its_own_accuracies(run, tmp_path, capsys):
-    out = tmp_path / "ranking.json"
+def test_ranking_of_digits_gives_scores_from_its_own_accuracies(run, mock, tmp_path, capsys):
+    out, mock.answers = tmp_path / "ranking.json", [0.9, 0.7, *[0.1] * 5, 0.4, 0.6, *[0.1] * 5, 0.3]
     assert start(run, "--ddranking", "evaluate.seeds=1", "--out", out) == 0
     written, text = json.loads(out.read_text()), capsys.readouterr().out
     arms = written["ddranking"]
     mean = {name: entry["mean"] for name, entry in arms.items()}
+    assert list(mean.values()) == pytest.approx([0.9, 0.7, 0.4, 0.6, 0.3])
     assert {name: (entry["images"], entry["steps"]) for name, entry in arms.items()} == {
         "full_data": (120, 7), "distilled": (10, 3), "random_real": (10, 3),
         "distilled_plain": (10, 3), "random_real_plain": (10, 3),
@@ -273,4 +276,6 @@ def test_ranking_without_room_for_random_images_or_with_a_diverging_arm_is_one_l
         in refused(capsys, start(run, "--ddranking", "ipc=11"))
     )
     mock.answers = [math.nan]
-    assert "diverged, so that there is no accuracy: full_data" in refused(capsys, start(run, "--ddranking"))
+    assert "test full_data: network 0 diverged at a learning rate of 0.1; lower" in refused(
+        capsys, start(run, "--ddranking")
+    )

@@ -458,18 +458,21 @@ def edit_config(run: Path, before: str, after: str) -> None:
 def test_missing_subtasks_are_named_with_the_command_of_the_first(copies, capsys):
     for run in copies:
         edit_config(run, "subtasks: 2", "subtasks: 4")
-    with_command(copies[1], "python -m train.distill --config a.yaml --out 'my run' codec.lr=0.1 subtask=1 subtasks=4")
+    with_command(copies[1], "python -m train.distill --config a.yaml subtask=1 subtasks=4")
     line = refused(capsys, merging(copies[1]))
-    assert "subtasks 0, 2, 3 of 4 are missing" in line
-    assert line.endswith(": python -m train.distill --config a.yaml codec.lr=0.1 subtasks=4 subtask=0\n")
+    assert f"missing of 4 subtasks: 0, 2, 3; start each by the command of {copies[1]}, with its own subtask" in line
+    assert line.endswith(": python -m train.distill --config a.yaml subtask=1 subtasks=4\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["subtask1", "subtask1"], "subtask 1 is there twice: RUN/subtask1 and RUN/subtask1; leave one of them out"),
-        (["subtask0", "failed"], "not finished: RUN/failed; continue with: the command that wrote"),
-        (["subtask0"], "subtask 1 of 2 is missing: python -m train.distill --config FILE subtasks=2 subtask=1"),
+        (["subtask0", "failed"], "RUN/failed: not finished; continue with: the command that wrote it"),
+        (
+            ["subtask0"],
+            "missing of 2 subtasks: 1; start each by the command of RUN/subtask0, with its own subtask and --out",
+        ),
         (["codec.lr=1"], "override 'codec.lr=1': the set is made already; expected a setting of name, data"),
         (
             ["labels.kind=hard"],
@@ -526,13 +529,14 @@ def test_subtasks_may_differ_in_what_follows_from_their_size_and_the_merge_in_it
     assert configs.load(tmp_path / "merged" / "config.yaml").evaluate.seeds == 1
 
 
-def test_unfinished_runs_are_continued_with_their_own_commands(copies, capsys):
-    for i, run in enumerate(copies):
-        (run / "result.json").unlink()
-        with_command(run, f"python -m train.distill --config a.yaml subtasks=2 subtask={i}")
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("{half")])
+def test_unfinished_run_is_continued_with_its_own_command(copies, capsys, damage):
+    damage(copies[1] / "result.json")
+    with_command(copies[1], "python -m train.distill --config a.yaml subtasks=2 subtask=1")
     line = refused(capsys, merging(*copies))
-    assert f"not finished: {copies[0]}, {copies[1]}; continue with: python -m train.distill --config a.yaml" in line
-    assert line.count("; python") == 1 and line.endswith("subtask=1\n")
+    assert line.endswith(
+        f"{copies[1]}: not finished; continue with: python -m train.distill --config a.yaml subtasks=2 subtask=1\n"
+    )
 
 
 def test_what_is_no_subtask_is_named(subtasks, whole, copies, tmp_path, capsys):
@@ -544,8 +548,6 @@ def test_what_is_no_subtask_is_named(subtasks, whole, copies, tmp_path, capsys):
     del manifest["meta"]["subtask"]
     file.write_text(json.dumps(manifest))
     assert f"{copies[0]}: the exported set is not the one of a subtask" in refused(capsys, merging(*copies))
-    (copies[1] / "result.json").write_text("{half")
-    assert f"{copies[1] / 'result.json'} is damaged" in refused(capsys, merging(copies[1]))
 
 
 def test_one_teacher_of_all_classes_labels_the_merged_set(subtasks, tmp_path, capsys):

@@ -332,11 +332,11 @@ def test_a_set_of_a_foreign_codec_is_saved_read_counted_and_reported(config, tmp
     experiment = experiments.prepare(config)
     codec, dataset = experiment.codec, experiment.dataset
     made = gsdd_jax.SynSet(codec, codec.init(None, jnp.ones((20, *SHAPE))), 512, dataset.class_names)
-    tested = {"images_seen": 4, "mean": 0.5, "std": 0.0, "n": 1, "seconds": 1.0, "steps": 2}
+    tested = {"images": 20, "images_seen": 4, "mean": 0.5, "std": 0.0, "n": 1, "seconds": 1.0, "steps": 2}
     with RunDir(tmp_path) as run:
         sizes = made.save(tmp_path / "export")
         result = results.collect(
-            experiment, {"distilled": tested}, sizes=sizes, environment=run.record_environment(), run=run, pixel=None,
+            experiment, {"distilled": tested}, made=made, sizes=sizes, environment=run.record_environment(), run=run,
             fit_psnr=None,
         )  # fmt: skip
     assert (gsdd_jax.load(tmp_path).images() == made.images()).all()

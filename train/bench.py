@@ -1,169 +1,162 @@
-"""What exported sets are tested with: the request, the data, trained networks, and the file of results.
+"""What exported sets are tested with: the set, the networks, the data, and the file of results.
 
 The parts that `train.evaluate` and `train.ranking` share.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from gsdd_jax import data, evaluation, nets, recipes, whiten
+from gsdd_jax import MergedSet, SynSet, data, nets, recipes, synset
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.evaluation import EvalSpec
-from gsdd_jax.merged import MergedSet
-from gsdd_jax.synset import SynSet, fingerprint
 from train import config as configs
 from train import experiment as experiments
 from train import testset
 from train.errors import UserError
-from train.progress import Bar
+from train.evaluation import test_networks
+from train.experiment import WHEREABOUTS, Experiment
+from train.progress import Progress
+from train.results import exported
 from train.rundir import environment, plain, write_json
 
 # What a file of results is about; it is continued only where these agree.
 _IDENTITY = {"set_sha256": "set", "data_sha256": "data", "size": "size"}
-# A fixed training set, or a function that draws one for a seed.
-Draw = Callable[[int], tuple[jax.Array, jax.Array]]
-Training = tuple[jax.Array, jax.Array] | Draw
 
 
-class Request(NamedTuple):
-    """What is asked for, checked against the run as far as that goes without data."""
+class Bench:
+    """What the command line of `train.evaluate` asks for: an exported set, networks, data, and the file of results.
 
-    run: Path
-    synset: SynSet | MergedSet
-    config: configs.RunConfig
-    # Name of the network that the set was made with.
-    maker: str
-    recipe: recipes.Recipe
-    networks: dict[str, nets.NetSpec]
-    specs: dict[str, EvalSpec]
-    size: tuple[int, int]
-    resolution: int
-    first_seed: int
+    The file is written after every entry; without one they are kept in memory only.
 
-    def key(self, purpose: str, index: int) -> jax.Array:
-        """Returns the random key of a purpose: the run's own for its seeds."""
-        return experiments.run_key(self.config, purpose, index)
+    Attributes:
+        experiment: The data, and the settings of the run.
+        images: Of the set, ``[n, h, w, c]``.
+        maker: Name of the network that the set was made with.
+        networks: By name.
+        specs: How each network is trained.
+        content: Of the file.
+    """
+
+    def __init__(self, args: argparse.Namespace, names: Sequence[str], overrides: Sequence[str]):
+        run = self.run = Path(args.run)
+        out = self._out = Path(args.out) if args.out else None
+        resolution = int(args.resolution or 0)
+        self.recipe, self.first_seed, self.progress = args.recipe, args.first_seed, Progress(quiet=args.quiet)
+        self.synset: SynSet | MergedSet = exported(run)
+        file = run / "config.yaml"
+        if not file.exists():
+            raise UserError(f"{run} holds an exported set but no config.yaml, which says how to train on it")
+        config: configs.RunConfig = configs.load(file, overrides)
+        maker: configs.RunConfig = configs.load(file)
+        self.maker, own = maker.network.name, config.network
+        self._network_specs = {
+            name: own if name == own.name else nets.NetSpec(name=name)  # type: ignore[arg-type]
+            for name in names or [own.name]
+        }
+        self.specs = self._recipes(config, overrides)
+        codec, class_names = self.synset.parts[0].codec, self.synset.class_names
+        size = (resolution, resolution) if resolution else codec.image_shape[:2]
+        # Whatever does not fit is found before data are read.
+        shape = (*size, codec.image_shape[2])
+        self.networks = {name: nets.build(spec, shape, len(class_names)) for name, spec in self._network_specs.items()}
+        keys, spec = [text.partition("=")[0].strip() for text in overrides], config.data
+        if resolution or any(
+            configs.covered(key, ["data"]) and not configs.covered(key, [*WHEREABOUTS, "data.sha256"]) for key in keys
+        ):
+            # Other images are asked for.
+            spec = dataclasses.replace(spec, resolution=resolution or spec.resolution, sha256="")
+        every = data.load(spec)
+        dataset = experiments.own_classes(config, every)
+        self.images = self.synset.images(size)
+        if self.images.shape[1:] != dataset.image_shape:
+            raise UserError(
+                f"the set renders to {list(self.images.shape[1:])}, test images are {list(dataset.image_shape)}; "
+                "set both with --resolution, or make data.resolution that of the set"
+            )
+        if dataset.class_names != class_names:
+            raise UserError(
+                f"data: the set has the classes {_shown(class_names)}, {dataset.name} has "
+                f"{_shown(dataset.class_names)}; expected the same ones in the same order"
+            )
+        tested, network = testset.check(config.evaluate, dataset), next(iter(self.networks.values()))
+        budget, images = self.synset.bytes_per_class, every.train_images
+        self.experiment = Experiment(config, dataset, budget, codec, network, images, config, tested)
+        self.content: dict[str, Any] = {
+            "run": str(run),
+            "codec": codec.name,
+            "dataset": dataset.name,
+            "made_with": self.maker,
+            "images": len(self.images),
+            "native_size": list(codec.image_shape[:2]),
+            "size": list(size),
+            "bytes_per_class": self.synset.nbytes / len(class_names),
+            "set_sha256": synset.fingerprint(self.synset.parts),
+            "data_sha256": dataset.fingerprint(),
+            **tested,
+            "environment": environment(),
+            "networks": {},
+            "ddranking": {},
+        }
+        if out is not None and out.exists():
+            self._continue(out)
+
+    def _recipes(self, config: configs.RunConfig, overrides: Sequence[str]) -> dict[str, EvalSpec]:
+        """Returns how networks are trained: by the recipe on the run's own section, and the command line on top."""
+        places = {text: [part.strip() for part in text.partition("=")[0].split(".")] for text in overrides}
+        section = [place for place in places.values() if place[0] == "evaluate"]
+        others = [text for text in overrides if places[text] not in section]
+        base: configs.RunConfig = configs.load(self.run / "config.yaml", others)
+        every = {field.name for field in dataclasses.fields(EvalSpec)}
+        on_top = {name for place in section for name in place[1:2] or every} & every
+        specs = {}
+        for name in self._network_specs:
+            spec = recipes.recipe_for(self.recipe, name, base.evaluate.training())
+            if self.recipe == "config" and config.evaluate.lr_from == "syn_lr" and "syn_lr" in self.synset.meta:
+                spec = dataclasses.replace(spec, lr=self.synset.meta["syn_lr"])
+            specs[name] = dataclasses.replace(spec, **{field: getattr(config.evaluate, field) for field in on_top})
+        return specs
+
+    def _continue(self, out: Path) -> None:
+        """Takes over what a file holds."""
+        try:
+            old = json.loads(out.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{out} is damaged ({error}): delete it and run the same command again") from error
+        old = old if isinstance(old, dict) else {}
+        differing = [name for key, name in _IDENTITY.items() if old.get(key) != self.content[key]]
+        if differing:
+            raise UserError(
+                f"{out} holds results with another {', another '.join(differing)}: choose another file or delete it"
+            )
+        self.content |= {section: old.get(section, {}) for section in ("networks", "ddranking")}
 
     def settings(self, name: str, spec: EvalSpec, augment: DsaSpec) -> dict[str, Any]:
-        """Returns all that an entry's numbers depend on, beside the set and the data, as flat plain values."""
-        config = self.config
+        """Returns all that the numbers of a network depend on, beside the set and the data, as flat plain values."""
+        config = self.experiment.config
         flat: dict[str, Any] = {"recipe": self.recipe, "seed": config.seed, "whiten": config.whiten}
         flat["first_seed"] = self.first_seed
-        for section, part in (("network", self.networks[name]), ("evaluate", spec), ("augment", augment)):
+        for section, part in (("network", self._network_specs[name]), ("evaluate", spec), ("augment", augment)):
             flat |= {f"{section}.{key}": value for key, value in dataclasses.asdict(part).items()}
         # Results do not depend on it but for rounding.
         del flat["evaluate.parallel"]
         return plain(flat)
 
-    def entry(
-        self,
-        tested: evaluation.Tested,
-        spec: EvalSpec,
-        settings: dict[str, Any],
-        *,
-        bench: Bench,
-        images: int,
-        seconds: float,
-    ) -> dict[str, Any]:
-        """Sums up tested networks; where one diverged there is no mean."""
-        values = tested.accuracies.tolist()
-        seeds = range(self.first_seed, self.first_seed + len(values))
-        diverged = [seed for seed, value in zip(seeds, values, strict=True) if not math.isfinite(value)]
-        entry = evaluation.summarize(values, seeds)
-        if diverged:
-            entry |= {"mean": None, "std": None, "diverged": diverged}
-        else:
-            entry |= evaluation.summarize_classes(tested.hits, bench.test_set["test_images_per_class"])
-        return entry | {
-            "accuracies": [value if math.isfinite(value) else None for value in values],
-            "lr": spec.lr,
-            "steps": spec.num_steps(images),
-            "images": images,
-            "recipe": self.recipe,
-            "seconds": seconds,
-            "settings": settings,
-        }
-
-
-class Bench(NamedTuple):
-    """What networks are trained and tested with."""
-
-    dataset: data.Dataset
-    whitening: Any
-    images: jax.Array
-    labels: jax.Array
-    test: tuple[jax.Array, jax.Array]
-    # What `train.testset.check` found.
-    test_set: dict[str, Any]
-
-
-def set_up(request: Request) -> Bench:
-    """Reads the data, renders the set and checks that they belong together."""
-    synset, spec = request.synset, request.config.data
-    if request.resolution:
-        spec = dataclasses.replace(spec, resolution=request.resolution, sha256="")
-    every = data.load(spec)
-    dataset = experiments.own_classes(request.config, every)
-    images = synset.images(request.size)
-    if images.shape[1:] != dataset.image_shape:
-        raise UserError(
-            f"the set renders to {list(images.shape[1:])}, test images are {list(dataset.image_shape)}; "
-            "set both with --resolution, or make --size and data.resolution agree"
-        )
-    if dataset.class_names != synset.class_names:
-        raise UserError(
-            f"data: the set has the classes {_shown(synset.class_names)}, {dataset.name} has "
-            f"{_shown(dataset.class_names)}; expected the same ones in the same order"
-        )
-    test = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
-    whitening = whiten.fit(request.config.whiten, every.train_images)
-    soft = synset.soft_labels
-    labels = jnp.asarray(synset.labels) if soft is None else soft
-    return Bench(dataset, whitening, images, labels, test, testset.check(request.config.evaluate, dataset))
-
-
-def _shown(names: tuple[str, ...]) -> str:
-    more = f", ... ({len(names)})" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-class Results:
-    """The file of results, written after every entry; without a path the same, kept in memory only."""
-
-    def __init__(self, path: Path | None, head: dict[str, Any]):
-        self._path, self.content = path, head | {"networks": {}, "ddranking": {}}
-        if path is None or not path.exists():
-            return
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): delete it and run the same command again") from error
-        old = old if isinstance(old, dict) else {}
-        differing = [name for key, name in _IDENTITY.items() if old.get(key) != head[key]]
-        if differing:
-            raise UserError(
-                f"{path} holds results with another {', another '.join(differing)}: choose another file or delete it"
-            )
-        for section in ("networks", "ddranking"):
-            self.content[section] = old.get(section, {})
-
     def known(self, section: str, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         """Returns a finished entry, None if there is none; refuses one that was made with other settings."""
         entry = self.content[section].get(name)
-        if entry is None:
+        # Files of before hold those that diverged.
+        if entry is None or entry["mean"] is None:
             return None
         # Settings that came later have the default that was the rule before.
-        there = {f"evaluate.{name}": value for name, value in vars(EvalSpec()).items()} | entry["settings"]
+        there = {f"evaluate.{key}": value for key, value in vars(EvalSpec()).items()} | entry["settings"]
         differing = [
             f"{key} is {json.dumps(there.get(key))} there and {json.dumps(value)} now"
             for key, value in settings.items()
@@ -171,76 +164,33 @@ class Results:
         ]
         if differing:
             raise UserError(
-                f"{self._path} holds {name} with other settings: {'; '.join(differing)}; "
+                f"{self._out} holds {name} with other settings: {'; '.join(differing)}; "
                 "choose another file or delete it"
             )
+        self.progress.say(f"{name}: kept from the file of results")
         return entry
 
-    def keep(self, section: str, name: str, entry: dict[str, Any]) -> None:
-        """Adds an entry."""
-        self.content[section][name] = entry
+    def test(
+        self, name: str, training: Callable[[int], tuple[jax.Array, jax.Array]], spec: EvalSpec, **how: Any
+    ) -> dict[str, Any]:
+        """Trains and tests networks, as `test_networks`."""
+        seeds = range(self.first_seed, self.first_seed + spec.seeds)
+        remedy = "lower evaluate.lr or choose another --recipe"
+        return test_networks(
+            self.experiment, name, seeds, training, spec=spec, progress=self.progress, remedy=remedy, **how
+        )
+
+    def keep(self, section: str, name: str, entry: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+        """Adds an entry to the file, and returns it."""
+        entry = self.content[section][name] = plain(entry | {"recipe": self.recipe, "settings": settings})
         self.save()
+        return entry
 
     def save(self) -> None:
         """Writes the file."""
-        if self._path is not None:
-            write_json(self._path, self.content)
+        if self._out is not None:
+            write_json(self._out, self.content)
 
 
-def head(request: Request, bench: Bench) -> dict[str, Any]:
-    """Returns the head of a file of results."""
-    synset = request.synset
-    return {
-        "run": str(request.run),
-        "codec": synset.parts[0].codec.name,
-        "dataset": bench.dataset.name,
-        "made_with": request.maker,
-        "images": len(bench.images),
-        "native_size": list(synset.parts[0].codec.image_shape[:2]),
-        "size": list(bench.images.shape[1:3]),
-        "bytes_per_class": synset.nbytes / len(synset.class_names),
-        "set_sha256": fingerprint(synset.parts),
-        "data_sha256": bench.dataset.fingerprint(),
-        **bench.test_set,
-        "environment": environment(),
-    }
-
-
-def train_and_test(
-    request: Request,
-    bench: Bench,
-    network: nets.Network,
-    spec: EvalSpec,
-    augment: DsaSpec,
-    training: Training,
-    bar: Bar,
-) -> evaluation.Tested:
-    """Trains and tests a network for every seed; a function as training set draws one for each seed."""
-    seeds = range(request.first_seed, request.first_seed + spec.seeds)
-    together = 1 if callable(training) else spec.parallel
-    tested: list[evaluation.Tested] = []
-    for first in range(0, len(seeds), together):
-        group = seeds[first : first + together]
-        images, labels = training(group[0]) if callable(training) else training
-        found = evaluation.evaluate_networks(
-            jnp.stack([request.key("evaluate", seed) for seed in group]),
-            images,
-            labels,
-            *bench.test,
-            network=network,
-            spec=spec,
-            augment=augment,
-            whitening=bench.whitening,
-        )
-        tested.append(found)
-        bar.advance(len(group), f"accuracy {100 * float(found.accuracies[-1]):.1f} %")
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *tested)
-
-
-def diverged(entries: dict[str, dict[str, Any]]) -> str:
-    """Says which of these entries hold networks without an accuracy, and what helps."""
-    parts = [
-        f"{name} with learning rate {entry['lr']:g}, seeds {', '.join(map(str, entry['diverged']))}"
-        for name, entry in entries.items()
-    ]
-    return f"diverged, so that there is no accuracy: {'; '.join(parts)}; lower evaluate.lr or choose another --recipe"
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")

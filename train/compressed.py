@@ -6,6 +6,7 @@ images: networks train on images of the other nine tenths, as many as the budget
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import compressed, data, evaluation, fitting
-from gsdd_jax import labels as soft
+from gsdd_jax import compressed, evaluation, fitting, labels
 from train.errors import ConfigError
 from train.experiment import Experiment, embed, hold_out
+from train.labeling import in_order
+from train.progress import Progress
 
 TITLES = {"webp": "WebP", "avif": "AVIF", "jpeg": "JPEG"}
 CHOICES = {"random": "random real images", "kmeans": "real images chosen by k-means"}
@@ -28,44 +30,32 @@ class Arm(NamedTuple):
     select: str
     format: str
 
-    @property
-    def name(self) -> str:
-        """Key in result.json, such as ``random_webp``."""
-        return "_".join(self)
-
     def label(self, quality: int) -> str:
         """Names the row in tables."""
         return f"{CHOICES[self.select]}, {TITLES[self.format]} of quality {quality}"
 
 
-ARMS = {arm.name: arm for select in CHOICES for format in TITLES for arm in [Arm(select, format)]}
+# By their keys in result.json, such as ``random_webp``.
+ARMS = {f"{select}_{format}": Arm(select, format) for select in CHOICES for format in TITLES}
 
 
-def training_set(
-    experiment: Experiment, dataset: data.Dataset, arm: Arm, quality: int, index: int
-) -> tuple[tuple[jax.Array, jax.Array], float]:
+def training_set(experiment: Experiment, arm: Arm, quality: int, index: int) -> tuple[jax.Array, float]:
     """Returns as many real images as the budget holds with their labels, and the bytes per class of the images alone.
 
-    Args:
-        experiment: The experiment.
-        dataset: Its own, or a part of it.
-        arm: The row.
-        quality: Of all images.
-        index: Random images are others for each.
+    Random images are others for each index.
     """
-    classes, images = dataset.num_classes, dataset.train_images
+    dataset, images = experiment.dataset, experiment.dataset.train_images
+    classes = dataset.num_classes
     if images.dtype != np.uint8:
         images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(experiment.key("compressed", index))))
     # Labels are part of the budget.
-    label = soft.nbytes(experiment.config.labels, 1, classes)
+    label = labels.nbytes(experiment.config.labels, 1, classes)
     budget = classes * experiment.bytes_per_class
 
     def filled(candidates: np.ndarray) -> tuple[np.ndarray, int]:
-        found, spent = compressed.fill(
-            images, [rng.permutation(candidates[dataset.train_labels[candidates] == i]) for i in range(classes)],
-            arm.format, quality, budget, beside=label,
-        )  # fmt: skip
+        orders = [rng.permutation(candidates[dataset.train_labels[candidates] == i]) for i in range(classes)]
+        found, spent = compressed.fill(images, orders, arm.format, quality, budget, beside=label)
         if not len(found):
             raise ConfigError(
                 f"baselines.compressed: {experiment.bytes_per_class} bytes per class hold no {TITLES[arm.format]} "
@@ -83,41 +73,42 @@ def training_set(
                 key, dataset.train_labels, count, how="kmeans", num_classes=classes, features=features
             )
             found, spent = filled(chosen)
-    labels = jnp.repeat(jnp.arange(classes, dtype=jnp.int32), len(found) // classes)
-    return (jnp.asarray(found), labels), (spent - label * len(found)) / classes
+    return jnp.asarray(found), (spent - label * len(found)) / classes
 
 
 def choose_quality(
-    experiment: Experiment, arm: Arm, spec: evaluation.EvalSpec, known: dict[str, float], keep: Callable[[], Any]
+    experiment: Experiment,
+    arm: Arm,
+    spec: evaluation.EvalSpec,
+    entry: dict[str, Any],
+    keep: Callable[[], Any],
+    progress: Progress,
 ) -> int:
     """Returns the quality of an arm that is best on held-out training images.
 
-    Args:
-        experiment: The experiment.
-        arm: The row.
-        spec: How networks are trained.
-        known: Accuracy on the held-out images by quality, as text; those that are missing are added.
-        keep: Called after each.
+    It and the accuracy of each, those that are missing, are added to `entry`, and `keep` is called after each.
     """
-    config = experiment.config
-    qualities = config.baselines.compressed_qualities
-    if len(qualities) == 1:
-        return qualities[0]
-    held = hold_out(experiment.dataset)
-    for quality in qualities:
-        if str(quality) in known:
-            continue
-        training, _ = training_set(experiment, held, arm, quality, 0)
-        accuracy, _ = evaluation.evaluate_networks(
-            experiment.key("evaluate")[None],
-            *training,
-            jnp.asarray(held.test_images),
-            jnp.asarray(held.test_labels),
-            network=experiment.network,
-            spec=spec,
-            augment=config.augment,
-            whitening=experiment.whitening,
-        )
-        known[str(quality)] = float(np.nan_to_num(accuracy[0]))
-        keep()
-    return max(qualities, key=lambda quality: known[str(quality)])
+    if "quality" in entry:
+        return entry["quality"]
+    qualities, known = experiment.config.baselines.compressed_qualities, entry.setdefault("qualities", {})
+    held = dataclasses.replace(experiment, dataset=hold_out(experiment.dataset))
+    left = [quality for quality in qualities if str(quality) not in known and len(qualities) > 1]
+    with progress.phase(f"quality of {TITLES[arm.format]}", total=len(left)) as bar:
+        for quality in left:
+            images, _ = training_set(held, arm, quality, 0)
+            accuracy, _ = evaluation.evaluate_networks(
+                experiment.key("evaluate")[None],
+                images,
+                in_order(len(images), held.dataset.num_classes),
+                jnp.asarray(held.dataset.test_images),
+                jnp.asarray(held.dataset.test_labels),
+                network=experiment.network,
+                spec=spec,
+                augment=experiment.config.augment,
+                whitening=experiment.whitening,
+            )
+            known[str(quality)] = float(np.nan_to_num(accuracy[0]))
+            keep()
+            bar.advance(1)
+    entry["quality"] = max(qualities, key=lambda quality: known.get(str(quality), 0))
+    return entry["quality"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import batches, codecs, data, distillation, files, fitting, labels, match, storage, synset, whiten
+from gsdd_jax import batches, codecs, data, distillation, fitting, labels, match, storage, synset, whiten
 from gsdd_jax.experts import Experts
 from gsdd_jax.gaussians import CHOLESKY_SHIFT
 from train import compilation_cache, hosts, labeling, pictures, report, results, stages
@@ -29,7 +28,7 @@ from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import as_stored, evaluate_stage, evaluation_lr
 from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, environment, plain, read_steps, versions, write_json
+from train.rundir import RunDir, environment, plain, read_steps, versions
 from train.stopping import on_sigterm
 
 # What may differ when a run is continued: nothing that touches numbers already computed, or by more than rounding.
@@ -112,7 +111,7 @@ def _extension(experiment: Experiment, path: Path, *, extend: bool) -> dict[str,
     if held.data.sha256:
         data.require_content(config.data.sha256, held.data.sha256, *where)
     # Configs of before do not name their data, but results do.
-    if tested := (_result(path) or {}).get("data_sha256"):
+    if tested := (results.read(path) or {}).get("data_sha256"):
         data.require_content(experiment.dataset.fingerprint(), tested, *where)
     if not changes:
         return None
@@ -134,15 +133,6 @@ def _extension(experiment: Experiment, path: Path, *, extend: bool) -> dict[str,
     return {"from": steps, "changes": changes}
 
 
-def _result(path: Path) -> dict[str, Any] | None:
-    """Reads the result of a run; None where there is none, or a damaged one, to be made anew from the stages."""
-    try:
-        result = json.loads((path / "result.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return result if isinstance(result, dict) else None
-
-
 def run(
     experiment: Experiment, out: Path, progress: Progress, *, fitted: Sequence[Path] = (), extend: bool = False
 ) -> dict[str, Any]:
@@ -160,7 +150,7 @@ def run(
             # It stands for the run of before alone.
             (path / "result.json").replace(path / f"result-{extension['from'].get('main-distill', 0)}.json")
         continued = rundir.configure(dataclasses.asdict(config), extension=extension)
-        if continued and (known := _result(path)) is not None:
+        if continued and (known := results.read(path)) is not None:
             progress.say(f"{out} holds the finished run; nothing to compute")
             return known
         now = rundir.record_environment()
@@ -210,10 +200,7 @@ def run(
             where: Any = {"run": rundir, "progress": progress, "lr": lrs.get(name), "iteration": steps.get(name)}
             return evaluate_stage(experiment, name, images.get(name), **where, **others)
 
-        rows = {
-            name: tested.get(name) or row(name, labels=soft.get(name, labeling.giving(label)))
-            for name in experiments.arms(config)
-        }
+        rows = {name: tested.get(name) or row(name, labels=soft.get(name, label)) for name in experiments.arms(config)}
         if config.baselines.hard_labels:
             for name, found in rows.items():
                 if found.get("labels") == "soft":
@@ -221,33 +208,22 @@ def run(
         result = results.collect(
             experiment,
             rows,
+            made=written,
             sizes=sizes,
             environment=now,
             run=rundir,
-            pixel=arms[1].codec if len(arms) > 1 else None,
             fit_psnr=float(fitting.psnr(images["fit_only"], targets).mean())
             if real and codec.name != "pixel"
             else None,
-            agreement=None if made.soft is None else labeling.agreement(made.soft),
         )
-        files.write_bytes(path / "table.md", results.table(result).encode())
-
-        def by_class(per_image: Any) -> np.ndarray:
-            return np.asarray(per_image).reshape(codec.num_classes, codec.images_per_class, *per_image.shape[1:])
-
-        shown = {"images": pictures.grid(by_class(images["distilled"]), dataset.class_names)}
+        own, names = written.labels, dataset.class_names
+        shown = {"images": pictures.grid(images["distilled"], own, names)}
         if real:
-            shown["real"] = pictures.grid(by_class(targets), dataset.class_names)
+            shown["real"] = pictures.grid(targets, own, names)
         if (g := codec.gaussians(made.params)) is not None:
-            mean, factor, color, opacity = map(by_class, (g.mean, g.cholesky, g.color, g.opacity))
-            shown["ellipses"] = pictures.ellipse_grid(
-                mean, factor + np.array(CHOLESKY_SHIFT), color, opacity, dataset.class_names, size=g.size
-            )
-        for name, png in shown.items():
-            files.write_bytes(path / f"{name}.png", png)
-        report.write(path, result, shown)
-        # Written last: its presence says that the run is finished.
-        write_json(path / "result.json", result)
+            factor = g.cholesky + np.array(CHOLESKY_SHIFT)
+            shown["ellipses"] = pictures.ellipse_grid((g.mean, factor, g.color, g.opacity), own, names, g.size)
+        report.finish(rundir, result, shown)
         return result
 
 
@@ -353,9 +329,7 @@ def plan(experiment: Experiment) -> str:
         f"budget: ipc {config.ipc:g} = {experiment.bytes_per_class} bytes per class",
         "",
     ]
-    for row in results.budget_rows(config.ipc, codec, size):
-        points = f" x {row.points_per_image} Gaussians" if row.points_per_image else ""
-        lines.append(f"  {row.what:<48} {row.images} images{points}: {row.floats} floats, {row.bytes} bytes")
+    lines += [f"  {what:<48} {spent}" for what, spent in results.budget_rows(config.ipc, codec, size).items()]
     lines += ["", f"parameters (float32 masters of {codec.num_images} images):"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         lines.append(f"  {jax.tree_util.keystr(path, simple=True, separator='.'):<12} {list(leaf.shape)}")

@@ -13,18 +13,95 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import codecs, distillation, evaluation, pixels
+from gsdd_jax import codecs, distillation, evaluation, nets, pixels
+from gsdd_jax.augment import DsaSpec
 from train import compressed, stopping
 from train.checkpoint import Checkpoints
 from train.errors import DivergedError, UserError
 from train.experiment import Experiment, random_codec, real_images
-from train.labeling import Labeler, probabilities
+from train.labeling import Labeler, in_order, probabilities
 from train.progress import Progress
 from train.rundir import RunDir, write_json
 
 EVALUATION = "evaluation.json"
-# Of images: soft labels [n, k], or [n]; None where the order says all, as many of each class.
-Labels = jax.Array | np.ndarray | None
+
+
+def test_networks(
+    experiment: Experiment,
+    test: str,
+    seeds: Sequence[int],
+    training: Callable[[int], tuple[jax.Array, jax.Array]],
+    *,
+    spec: evaluation.EvalSpec,
+    progress: Progress,
+    remedy: str,
+    alone: bool = False,
+    entry: dict[str, Any] | None = None,
+    keep: Callable[[], Any] = lambda: None,
+    lr: float | None = None,
+    network: nets.Network | None = None,
+    augment: DsaSpec | None = None,
+) -> dict[str, Any]:
+    """Trains and tests a fresh network for every seed that `entry` has none of yet, and sums up all of them.
+
+    `training` gives a seed images and labels; `spec.parallel` networks share those of the first of them, unless every
+    seed is `alone`. What is found is added to `entry`, and `keep` is called whenever there is more of it. Rate, network
+    and augmentation are those of `spec` and of the experiment, unless they are given. `remedy` is said where a network
+    diverged.
+
+    Returns:
+        ``{"mean", "std", "n", "seeds", "per_class", "balanced", "accuracies", "seconds", "images", "labels", "steps",
+        "images_seen", "lr"}``, where ``images_seen`` counts those of all steps of one network, and ``labels`` is hard
+        or soft.
+
+    Raises:
+        DivergedError: The accuracy of a network is not known.
+    """
+    dataset, rate, entry = experiment.dataset, spec.lr if lr is None else lr, {} if entry is None else entry
+    accuracies = entry.setdefault("accuracies", {})
+    left = [seed for seed in seeds if str(seed) not in accuracies]
+    together = 1 if alone else spec.parallel
+    with progress.phase(f"test {test}", total=len(seeds), done=len(seeds) - len(left)) as bar:
+        for group in (left[i : i + together] for i in range(0, len(left), together)):
+            began = time.perf_counter()
+            images, labels = training(group[0])
+            tested = evaluation.evaluate_networks(
+                jnp.stack([experiment.key("evaluate", seed) for seed in group]),
+                images,
+                labels,
+                jnp.asarray(dataset.test_images),
+                jnp.asarray(dataset.test_labels),
+                network=network or experiment.network,
+                spec=spec,
+                augment=augment or experiment.config.augment,
+                whitening=experiment.whitening,
+                lr=lr,
+            )
+            for seed, accuracy, hits in zip(group, *map(np.asarray, tested), strict=True):
+                if not np.isfinite(accuracy):
+                    raise DivergedError(
+                        f"test {test}: network {seed} diverged at a learning rate of {rate:g}; {remedy}"
+                    )
+                accuracies[str(seed)] = float(accuracy)
+                entry.setdefault("hits", {})[str(seed)] = hits.tolist()
+            entry["seconds"] = entry.get("seconds", 0.0) + time.perf_counter() - began
+            entry |= {"images": len(images), "labels": "hard" if labels.ndim == 1 else "soft"}
+            keep()
+            bar.advance(len(group), f"accuracy {100 * float(np.mean(list(accuracies.values()))):.1f} %")
+    values = [accuracies[str(seed)] for seed in seeds]
+    # Networks that were tested before this was counted do not know it.
+    hits = [entry.get("hits", {}).get(str(seed)) for seed in seeds]
+    counts = np.bincount(dataset.test_labels, minlength=dataset.num_classes)
+    steps = spec.num_steps(entry["images"])
+    return {
+        **evaluation.summarize(values, seeds),
+        **({} if None in hits else evaluation.summarize_classes(hits, counts)),
+        "accuracies": values,
+        "steps": steps,
+        "images_seen": steps * min(spec.batch, entry["images"]),
+        "lr": rate,
+        **{key: value for key, value in entry.items() if key not in ("accuracies", "hits", "iteration")},
+    }
 
 
 def evaluate_stage(
@@ -34,13 +111,13 @@ def evaluate_stage(
     *,
     run: RunDir,
     progress: Progress,
-    labels: Labels | Callable[[jax.Array], Labels] = None,
+    labels: jax.Array | np.ndarray | Labeler | None = None,
     test: str = "",
     seeds: Sequence[int] = (),
     lr: float | None = None,
     iteration: int | None = None,
 ) -> dict[str, Any]:
-    """Trains fresh networks on an arm's images and tests them; finished networks are kept in evaluation.json.
+    """Tests an arm of a run, as `test_networks`; finished networks are kept in evaluation.json.
 
     Args:
         experiment: The experiment.
@@ -49,105 +126,63 @@ def evaluate_stage(
         images: ``[n, h, w, c]`` class-major images in [0,1], for the other arms.
         run: Run directory.
         progress: Progress bars.
-        labels: Of the images, or what gives images theirs.
-        test: Name of the test where an arm has several; that of the arm if empty.
+        labels: Of the images, soft ones ``[n, k]`` or ``[n]``, or what gives images theirs; None where the order says
+            all, as many of each class.
+        test: Name of the test where an arm has several.
         seeds: Of the networks; 0, 1, ... as config.evaluate says if empty.
         lr: Learning rate in place of that of config.evaluate.
         iteration: Outer steps that the images are from, where a run that is extended has others later.
-
-    Returns:
-        ``{"mean", "std", "n", "seeds", "per_class", "balanced", "accuracies", "seconds", "images", "labels", "steps",
-        "images_seen", "lr"}``, where ``images_seen`` counts those of all steps of one network, and ``labels`` is hard
-        or soft.
     """
-    config, dataset = experiment.config, experiment.dataset
-    spec, test = evaluation_spec(experiment, arm), test or arm
-    seeds = seeds or range(spec.seeds)
-    path, known = run.path / EVALUATION, known_tests(run)
-    entry = known.get(test, {})
-    if not entry or entry.get("iteration") != iteration:
-        entry = known[test] = {"accuracies": {}, "seconds": 0.0}
-        entry |= {} if iteration is None else {"iteration": iteration}
-    left = [seed for seed in seeds if str(seed) not in entry["accuracies"]]
+    spec, test, known = evaluation_spec(experiment, arm), test or arm, known_tests(run)
+    entry = known.setdefault(test, {})
+    if iteration is not None and entry.get("iteration") != iteration:
+        entry = known[test] = {"iteration": iteration}
+
+    def keep() -> None:
+        write_json(run.path / EVALUATION, known)
+        stopping.raise_if_requested()
+
     files = compressed.ARMS.get(arm)
-    # Tests of a row have one quality.
-    chosen = known.get(arm, entry)
-    if left and files is not None and "quality" not in chosen:
-        tried = chosen.setdefault("qualities", {})
-        with progress.phase(f"quality {arm}", total=len(config.baselines.compressed_qualities), done=len(tried)) as bar:
+    if files is not None:
+        # Tests of a row have one quality.
+        quality = compressed.choose_quality(experiment, files, spec, known.setdefault(arm, entry), keep, progress)
 
-            def keep() -> None:
-                write_json(path, known)
-                stopping.raise_if_requested()
-                bar.advance(1)
+    def training(seed: int) -> tuple[jax.Array, jax.Array]:
+        if arm == "full_data":
+            return jnp.asarray(experiment.dataset.train_images), jnp.asarray(experiment.dataset.train_labels)
+        shown = images
+        if files is not None:
+            index = seed if files.select == "random" else 0
+            shown, size = compressed.training_set(experiment, files, quality, index)
+            entry["bytes_per_class"] = max(size, entry.get("bytes_per_class", 0))
+        elif arm in ("random_real", "same_number"):
+            codec = random_codec(experiment) if arm == "random_real" else experiment.codec
+            shown = real_images(experiment, codec, purpose=arm, how="random", index=seed)
+            if arm == "random_real":
+                shown = as_stored(codec, codec.init(experiment.key("start"), shown))
+        assert shown is not None
+        given = probabilities(labels(pixels.as_float(shown))) if callable(labels) else labels
+        if given is None:
+            given = in_order(len(shown), experiment.dataset.num_classes)
+        return shown, jnp.asarray(given)
 
-            chosen["quality"] = compressed.choose_quality(experiment, files, spec, tried, keep)
-    # Each network of random real images has a training set of its own.
-    together = 1 if arm.startswith("random_") or arm == "same_number" else spec.parallel
-    with progress.phase(f"test {test}", total=len(seeds), done=len(seeds) - len(left)) as bar:
-        for group in (left[i : i + together] for i in range(0, len(left), together)):
-            began = time.perf_counter()
-            if files is None:
-                training = _training_set(experiment, arm, images, labels, group[0])
-            else:
-                training, size = compressed.training_set(
-                    experiment, dataset, files, chosen["quality"], group[0] if files.select == "random" else 0
-                )
-                if callable(labels) and (given := labels(pixels.as_float(training[0]))) is not None:
-                    training = training[0], jnp.asarray(given)
-                entry["bytes_per_class"] = max(size, entry.get("bytes_per_class", 0))
-            tested = evaluation.evaluate_networks(
-                jnp.stack([experiment.key("evaluate", seed) for seed in group]),
-                *training,
-                jnp.asarray(dataset.test_images),
-                jnp.asarray(dataset.test_labels),
-                network=experiment.network,
-                spec=spec,
-                augment=config.augment,
-                whitening=experiment.whitening,
-                lr=lr,
-            )
-            for seed, accuracy, hits in zip(group, *map(np.asarray, tested), strict=True):
-                if not np.isfinite(accuracy):
-                    rate = spec.lr if lr is None else lr
-                    raise DivergedError(
-                        f"test {test}: network {seed} diverged at a learning rate of {rate:g}; what was distilled is "
-                        f"kept: python -m train.evaluate --run {run.path} evaluate.lr=... tests it"
-                    )
-                entry["accuracies"][str(seed)] = float(accuracy)
-                entry.setdefault("hits", {})[str(seed)] = hits.tolist()
-            entry["seconds"] += time.perf_counter() - began
-            entry["images"] = len(training[0])
-            entry["labels"] = "hard" if training[1].ndim == 1 else "soft"
-            write_json(path, known)
-            stopping.raise_if_requested()
-            bar.advance(len(group), f"accuracy {100 * float(np.mean(list(entry['accuracies'].values()))):.1f} %")
-    values = [entry["accuracies"][str(seed)] for seed in seeds]
-    steps = spec.num_steps(entry["images"])
-    # Networks that were tested before this was counted do not know it.
-    hits = [entry.get("hits", {}).get(str(seed)) for seed in seeds]
-    counts = np.bincount(dataset.test_labels, minlength=dataset.num_classes)
-    return {
-        **evaluation.summarize(values, seeds),
-        **({} if None in hits else evaluation.summarize_classes(hits, counts)),
-        "accuracies": values,
-        "seconds": entry["seconds"],
-        "images": entry["images"],
-        # Tests of before may not know it.
-        **({"labels": entry["labels"]} if "labels" in entry else {}),
-        "steps": steps,
-        "images_seen": steps * min(spec.batch, entry["images"]),
-        "lr": spec.lr if lr is None else lr,
-        **{key: entry[key] for key in ("quality", "qualities", "bytes_per_class") if key in entry},
-    }
+    return test_networks(
+        experiment,
+        test,
+        seeds or range(spec.seeds),
+        training,
+        spec=spec,
+        progress=progress,
+        remedy=f"what was distilled is kept: python -m train.evaluate --run {run.path} evaluate.lr=... tests it",
+        alone=arm.startswith("random_") or arm == "same_number",
+        entry=entry,
+        keep=keep,
+        lr=lr,
+    )
 
 
 def known_tests(run: RunDir) -> dict[str, Any]:
-    """Reads the networks that a run has tested, by arm.
-
-    Raises:
-        UserError: The file is damaged.
-    """
+    """Reads the networks that a run has tested, by arm."""
     path = run.path / EVALUATION
     try:
         return json.loads(path.read_text()) if path.exists() else {}
@@ -157,33 +192,9 @@ def known_tests(run: RunDir) -> dict[str, Any]:
         ) from error
 
 
-def _training_set(
-    experiment: Experiment,
-    arm: str,
-    images: jax.Array | None,
-    labels: Labels | Callable[[jax.Array], Labels],
-    seed: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns images and labels that a network is trained on."""
-    dataset = experiment.dataset
-    if arm == "full_data":
-        return jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
-    if arm == "random_real":
-        codec = random_codec(experiment)
-        real = real_images(experiment, codec, purpose="random_real", how="random", index=seed)
-        images = as_stored(codec, codec.init(experiment.key("start"), real))
-    if arm == "same_number":
-        images = real_images(experiment, experiment.codec, purpose="same_number", how="random", index=seed)
-    assert images is not None
-    labels = labels(images) if callable(labels) else labels
-    if labels is not None:
-        return images, jnp.asarray(labels)
-    return images, jnp.repeat(jnp.arange(dataset.num_classes, dtype=jnp.int32), len(images) // dataset.num_classes)
-
-
-def evaluation_spec(experiment: Experiment, arm: str) -> evaluation.EvalSpec:
+def evaluation_spec(experiment: Experiment, arm: str, spec: evaluation.EvalSpec | None = None) -> evaluation.EvalSpec:
     """Returns the training recipe of an arm: the same for all, but for the full data where the config says so."""
-    spec, baselines = experiment.config.evaluate.training(), experiment.config.baselines
+    spec, baselines = spec or experiment.config.evaluate.training(), experiment.config.baselines
     if arm != "full_data":
         return spec
     return dataclasses.replace(
@@ -198,63 +209,51 @@ def evaluation_lr(experiment: Experiment, state: distillation.State) -> float | 
     return None
 
 
+@dataclasses.dataclass(frozen=True)
 class PeriodicTests:
     """Tests on the test set while a set is distilled, and keeps the best state: ``evaluate.protocol=paper``.
 
     This is how the field reports (MTT, GSDD): the mean over the networks of one test, maximized over the tests. It
     selects on test data and is biased upwards; results carry the name of the protocol.
 
-    Args:
-        experiment: The experiment.
-        codec: Of the arm.
-        arm: "distilled" or "pixel".
-        iterations: Outer steps of the arm; the state after the last is always tested.
-        label: Gives images their soft labels, or None.
-        run: Run directory; None in a process that only takes the steps between the tests.
-        progress: Progress bars.
+    The state after the last of the `iterations` is always tested. There is no `run` in a process that only takes the
+    steps between the tests.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        codec: codecs.Codec,
-        arm: str,
-        iterations: int,
-        *,
-        label: Labeler,
-        run: RunDir | None,
-        progress: Progress,
-    ):
-        self._experiment, self._codec, self._arm = experiment, codec, arm
-        self._iterations, self._every = iterations, experiment.config.evaluate.test_every
-        self._label, self._run, self._progress = label, run, progress
+    experiment: Experiment
+    codec: codecs.Codec
+    arm: str
+    iterations: int
+    label: Labeler
+    run: RunDir | None
+    progress: Progress
 
     def due(self, step: int) -> bool:
         """Tells whether the state after so many steps is to be tested."""
-        return step == self._iterations or (step > 0 and step % self._every == 0)
+        return step == self.iterations or (step > 0 and step % self.experiment.config.evaluate.test_every == 0)
 
     def until_due(self, step: int) -> int:
         """Returns how many outer steps are left before the next test."""
-        return min(self._every - step % self._every, self._iterations - step)
+        every = self.experiment.config.evaluate.test_every
+        return min(every - step % every, self.iterations - step)
 
     def test(self, step: int, state: distillation.State) -> None:
         """Tests a state and keeps it if it is the best so far; a state that was tested before costs nothing."""
-        if self._run is None:
+        if self.run is None:
             return
-        count = self._experiment.config.evaluate.seeds
-        images = as_stored(self._codec, state.params)
+        count, images = self.experiment.config.evaluate.seeds, as_stored(self.codec, state.params)
         entry = evaluate_stage(
-            self._experiment,
-            f"{self._arm} after {step}",
+            self.experiment,
+            f"{self.arm} after {step}",
             images,
-            labels=probabilities(self._label(images, learned=state.learned)),
-            run=self._run,
-            progress=self._progress,
+            labels=probabilities(self.label(images, learned=state.learned)),
+            run=self.run,
+            progress=self.progress,
             # Fresh networks in every test.
             seeds=range(step * count, (step + 1) * count),
-            lr=evaluation_lr(self._experiment, state),
+            lr=evaluation_lr(self.experiment, state),
         )
-        with self._checkpoints() as checkpoints:
+        with self._checkpoints(self.run) as checkpoints:
             latest = checkpoints.latest()
             mean = -1.0 if latest is None else checkpoints.restore(latest, state)[1]["entry"]["mean"]
             if (latest is None or step > latest) and entry["mean"] > mean:
@@ -262,18 +261,18 @@ class PeriodicTests:
 
     def best(self, like: distillation.State) -> tuple[distillation.State, dict[str, Any]]:
         """Returns the best state and its row for the table, with the number of the tests it was chosen from."""
-        assert self._run is not None
-        with self._checkpoints() as checkpoints:
+        assert self.run is not None
+        with self._checkpoints(self.run) as checkpoints:
             step = checkpoints.latest()
             assert step is not None
             state, meta = checkpoints.restore(step, like)
         # Runs that were extended have had more: after what used to be their last iteration.
-        made = sum(name.startswith(f"{self._arm} after ") for name in known_tests(self._run))
-        return state, meta["entry"] | {"iteration": step, "tests": max(made, 1, -(-self._iterations // self._every))}
+        made = sum(name.startswith(f"{self.arm} after ") for name in known_tests(self.run))
+        every = self.experiment.config.evaluate.test_every
+        return state, meta["entry"] | {"iteration": step, "tests": max(made, 1, -(-self.iterations // every))}
 
-    def _checkpoints(self) -> Checkpoints:
-        assert self._run is not None
-        return Checkpoints(self._run.checkpoints_path / f"{self._arm}-best", keep=1)
+    def _checkpoints(self, run: RunDir) -> Checkpoints:
+        return Checkpoints(run.checkpoints_path / f"{self.arm}-best", keep=1)
 
 
 def as_stored(codec: codecs.Codec, params: Any) -> jax.Array:

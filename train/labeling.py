@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -38,15 +38,6 @@ def label_stage(experiment: Experiment, *, experts: Experts | None, run: RunDir,
     """Trains the teachers that a run lacks, or takes them from the experts, and returns what labels images.
 
     A continued run finds finished teachers among its checkpoints.
-
-    Args:
-        experiment: The experiment.
-        experts: Those of the objective.
-        run: Run directory.
-        progress: Progress bars.
-
-    Raises:
-        UserError: A teacher diverged.
     """
     spec = experiment.config.labels
     if spec.kind == "hard":
@@ -77,17 +68,6 @@ def in_order(num_images: int, num_classes: int) -> jax.Array:
 def probabilities(soft: labels.SoftLabels | None) -> jax.Array | None:
     """Returns the labels ``[n, k]`` as they come back from disk; None for hard ones."""
     return None if soft is None else soft.probabilities()
-
-
-def giving(label: Labeler) -> Callable[[jax.Array], jax.Array | None]:
-    """Returns what gives images the labels of the teachers, as `probabilities`."""
-    return lambda images: probabilities(label(images))
-
-
-def agreement(soft: labels.SoftLabels) -> float:
-    """Returns the share of images, in class-major order, whose most probable class is their own."""
-    best = soft.probabilities().argmax(1)
-    return float(jnp.mean(best == in_order(len(best), soft.num_classes)))
 
 
 def teacher_recipe(experiment: Experiment) -> evaluation.EvalSpec:

@@ -17,20 +17,18 @@ settings of ``labels`` those of a teacher of all classes, and networks are teste
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import itertools
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 import gsdd_jax
-from gsdd_jax import data, files, labels, match, nets, synset
+from gsdd_jax import data, labels, match, nets, synset
 from gsdd_jax.exchange import renamed
 from gsdd_jax.merged import MergedSet
 from train import compilation_cache, labeling, pictures, report, results, testset
@@ -41,7 +39,7 @@ from train.errors import ConfigError, UserError, exit_cleanly
 from train.evaluation import evaluate_stage
 from train.experiment import Experiment
 from train.progress import Progress
-from train.rundir import RunDir, differences, plain, read_command, write_json
+from train.rundir import RunDir, differences, plain, read_command
 
 # In which subtasks of one experiment may differ; whether their data are the same is seen by the data themselves.
 MAY_DIFFER = (*MAY_CHANGE, "subtask", "data.sha256", "fit.initial_sha256", "baselines.pixel_codec.images_per_class")
@@ -105,73 +103,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect(paths: Sequence[Path]) -> list[Subtask]:
-    """Reads finished subtasks and checks that they are all of one experiment, each once; returns them in order.
-
-    Raises:
-        UserError: Runs that are not finished, are no subtasks or do not belong together, and subtasks that are missing
-            or there twice; the message names them, and says how to make them where that can be known.
-    """
+    """Reads finished subtasks and checks that they are all of one experiment, each once; returns them in order."""
     if not paths:
         raise UserError("RUN: expected run directories of subtasks, found none")
-    for path in paths:
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"{path}: expected a run directory that train.distill wrote; there is no config.yaml")
-    unfinished = [path for path in paths if not (path / "result.json").is_file()]
-    if unfinished:
-        named = ", ".join(map(str, unfinished))
-        commands = "; ".join(read_command(path) or f"the command that wrote {path}" for path in unfinished)
-        raise UserError(f"not finished: {named}; continue with: {commands}")
-    found = [_read(path) for path in paths]
-    first = found[0]
-    for other in found[1:]:
-        apart = differences(first.identity, other.identity)
-        apart = {key: values for key, values in apart.items() if key not in MAY_DIFFER}
-        if apart:
+    found = sorted(map(_read, paths), key=lambda one: one.config.subtask)
+    for one, other in itertools.pairwise(found):
+        apart = differences(one.identity, other.identity)
+        if apart := {key: values for key, values in apart.items() if key not in MAY_DIFFER}:
             values = "; ".join("{} is {} there and {} here".format(key, *both) for key, both in apart.items())
-            raise UserError(f"{other.path} does not belong to {first.path}: {values}; expected runs of one experiment")
-    by_number: dict[int, Subtask] = {}
-    for one in found:
-        number = one.config.subtask
-        if number in by_number:
+            raise UserError(f"{other.path} does not belong to {one.path}: {values}; expected runs of one experiment")
+        if one.config.subtask == other.config.subtask:
             raise UserError(
-                f"subtask {number} is there twice: {by_number[number].path} and {one.path}; leave one of them out"
+                f"subtask {one.config.subtask} is there twice: {one.path} and {other.path}; leave one of them out"
             )
-        by_number[number] = one
-    total = first.config.subtasks
-    missing = [number for number in range(total) if number not in by_number]
-    if missing:
-        what, verb = ("subtasks", "are") if len(missing) > 1 else ("subtask", "is")
+    first, total = found[0], found[0].config.subtasks
+    if missing := sorted({*range(total)} - {one.config.subtask for one in found}):
         raise UserError(
-            f"{what} {', '.join(map(str, missing))} of {total} {verb} missing: {_command_of_another(first, missing[0])}"
+            f"missing of {total} subtasks: {', '.join(map(str, missing))}; start each by the command of {first.path}, "
+            f"with its own subtask and --out: {read_command(first.path) or 'python -m train.distill --config FILE'}"
         )
-    return [by_number[number] for number in range(total)]
+    return found
 
 
 def _read(path: Path) -> Subtask:
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path}: expected a run directory that train.distill wrote; there is no config.yaml")
     config: configs.RunConfig = configs.load(path / "config.yaml")
     if config.subtasks == 1:
         raise UserError(f"{path}: subtasks: expected a run of one of several subtasks, found 1: a whole experiment")
+    if (result := results.read(path)) is None:
+        raise UserError(f"{path}: not finished; continue with: {read_command(path) or 'the command that wrote it'}")
     loaded = gsdd_jax.load(path)
     if not isinstance(loaded, synset.SynSet) or "subtask" not in loaded.meta:
         raise UserError(f"{path}: the exported set is not the one of a subtask, as its config.yaml says it should be")
-    try:
-        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        again = read_command(path) or "start the command of the run again"
-        raise UserError(f"{path / 'result.json'} is damaged ({error}): {again}") from error
     return Subtask(path, config, loaded, result)
-
-
-def _command_of_another(subtask: Subtask, number: int) -> str:
-    """Returns the command of one subtask with the number of another; its run directory is the default one."""
-    words = iter(shlex.split(read_command(subtask.path) or "python -m train.distill --config FILE"))
-    kept = []
-    for word in words:
-        if word == "--out":
-            next(words, None)
-        elif word != "--extend" and not word.startswith(("--out=", "subtask=", "subtasks=")):
-            kept.append(word)
-    return shlex.join([*kept, f"subtasks={subtask.config.subtasks}", f"subtask={number}"])
 
 
 def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -190,11 +155,13 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
             configs.compare(out, held, experiment.config, asked=experiment.asked, may_change=MAY_CHANGE)
         continued = rundir.configure(dataclasses.asdict(experiment.config))
         if continued and (rundir.path / synset.EXPORT / synset.MANIFEST).exists():
-            _refuse_other_set(rundir.path, merged)
-            with contextlib.suppress(ValueError, FileNotFoundError):
-                result = json.loads((rundir.path / "result.json").read_text())
+            there = gsdd_jax.load(rundir.path)
+            # The tests of one set must not stand for another.
+            if synset.fingerprint(there.parts) != synset.fingerprint(merged.parts):
+                raise UserError(f"{out} holds another set than these subtasks make: delete it or choose another --out")
+            if (known := results.read(out)) is not None:
                 progress.say(f"{out} holds the finished merge; nothing to compute")
-                return result
+                return known
         environment = rundir.record_environment()
         if anew:
             label = labeling.label_stage(experiment, experts=None, run=rundir, progress=progress)
@@ -208,6 +175,7 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
             f"{sizes['payload']} bytes"
         )
         lr = merged.meta.get("syn_lr") if config.evaluate.lr_from == "syn_lr" else None
+        of_set: dict[str, Any] = {"labels": own if soft is None else soft, "lr": lr}
         rows = {
             name: evaluate_stage(
                 experiment,
@@ -215,21 +183,15 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
                 images if name == "distilled" else None,
                 run=rundir,
                 progress=progress,
-                lr=lr if name == "distilled" else None,
-                labels=(own if soft is None else soft) if name == "distilled" else None,
+                **(of_set if name == "distilled" else {}),
             )
             for name in experiments.arms(config)
             if name not in OF_SUBTASKS
         }
-        agreement = None if soft is None else float(np.mean(np.asarray(soft).argmax(1) == own))
-        result = _result(experiment, subtasks, rows, own=own, sizes=sizes, environment=environment, agreement=agreement)
-        files.write_bytes(rundir.path / "table.md", (results.table(result) + "\n" + table(result)).encode())
-        shown = {"images": pictures.grid(_rows(images, own), written.class_names)}
-        for name, png in shown.items():
-            files.write_bytes(rundir.path / f"{name}.png", png)
-        report.write(rundir.path, result, shown)
-        # Written last: its presence says that the merge is finished.
-        write_json(rundir.path / "result.json", result)
+        found = results.described(experiment, rows, made=written, sizes=sizes, environment=environment)
+        result = found | _of_subtasks(subtasks, found, rows)
+        shown = {"images": pictures.grid(images, own, written.class_names)}
+        report.finish(rundir, result, shown, "\n" + table(result))
         return result
 
 
@@ -253,19 +215,18 @@ def _check_labels(config: configs.RunConfig, merged: MergedSet) -> None:
     """Refuses labels of the whole that no teacher of all classes gives, or that leave the budget."""
     spec = config.labels
     if spec.kind == "hard" or spec.teacher == "experts":
-        key, found = ("kind", "hard") if spec.kind == "hard" else ("teacher", "experts, who know their subtask alone")
+        key, expected = ("kind", "soft") if spec.kind == "hard" else ("teacher", "train")
         raise ConfigError(
-            f"labels.{key}: a merged set is labeled by a teacher of all classes; expected "
-            f"{'soft' if key == 'kind' else 'train'}, found {found} (or no setting of labels, to keep those of the "
-            "subtasks)"
+            f"labels.{key}: a merged set is labeled by a teacher of all classes; expected {expected}, found "
+            f"{getattr(spec, key)} (or no setting of labels, to keep those of the subtasks)"
         )
     images, classes = len(merged.labels), len(merged.class_names)
     needed, available = labels.nbytes(spec, images, classes), classes * merged.bytes_per_class - merged.nbytes
     if needed > available:
         raise ConfigError(
             f"labels: {images} labels of {needed // images} bytes need {needed} bytes, the budget of the merged set "
-            f"leaves {max(available, 0)}; expected labels of at most {max(available, 0) // images} bytes, or subtasks "
-            "that leave room for them, such as with soft labels of their own"
+            f"leaves {max(available, 0)}; expected smaller ones, or subtasks that leave room for them, such as with "
+            "soft labels of their own"
         )
 
 
@@ -275,25 +236,10 @@ def _whole(config: configs.RunConfig, merged: MergedSet, fingerprint: str) -> Ex
     data.require_content(
         dataset.fingerprint(), fingerprint, "the subtasks were made from", "merge subtasks that were made from these"
     )
-    asked, config = config, experiments.known_data(config, dataset)
-    shape = dataset.image_shape
-    return Experiment(
-        config,
-        dataset,
-        merged.bytes_per_class,
-        merged.parts[0].codec,
-        nets.build(config.network, shape, dataset.num_classes),
-        dataset.train_images,
-        asked,
-        test_set=testset.check(config.evaluate, dataset),
-    )
-
-
-def _refuse_other_set(path: Path, merged: MergedSet) -> None:
-    """Keeps the tests of one set from standing for another."""
-    held = gsdd_jax.load(path)
-    if not isinstance(held, MergedSet) or synset.fingerprint(held.parts) != synset.fingerprint(merged.parts):
-        raise UserError(f"{path} holds another set than these subtasks make: delete it or choose another --out")
+    known, shape = experiments.known_data(config, dataset), dataset.image_shape
+    network, tested = nets.build(config.network, shape, dataset.num_classes), testset.check(config.evaluate, dataset)
+    budget, codec = merged.bytes_per_class, merged.parts[0].codec
+    return Experiment(known, dataset, budget, codec, network, dataset.train_images, config, tested)
 
 
 def _meta(subtasks: Sequence[Subtask]) -> dict[str, Any]:
@@ -307,31 +253,8 @@ def _meta(subtasks: Sequence[Subtask]) -> dict[str, Any]:
     return meta
 
 
-def _rows(images: jax.Array, labels: np.ndarray) -> np.ndarray:
-    """Returns as many images of each class as all classes have, ``[k, per class, h, w, c]``."""
-    shown, count = np.asarray(images), int(np.bincount(labels).min())
-    return np.stack([shown[labels == label][:count] for label in range(labels[-1] + 1)])
-
-
-def _result(
-    experiment: Experiment,
-    subtasks: Sequence[Subtask],
-    rows: dict[str, dict[str, Any]],
-    *,
-    own: np.ndarray,
-    sizes: dict[str, int],
-    environment: dict[str, Any],
-    agreement: float | None,
-) -> dict[str, Any]:
-    """Returns the content of result.json, with the keys of `train.results.collect` and those of the subtasks."""
-    classes = experiment.dataset.num_classes
-    counts = np.bincount(own, minlength=classes)
-    # A number of images, or the mean where parts hold more and fewer.
-    per_class = int(counts[0]) if counts.min() == counts.max() else round(float(counts.mean()), 1)
-    spent = {"distilled": (per_class, sizes["payload"] / classes, round(sizes.get("labels", 0) / classes))}
-    found = results.described(experiment, rows, spent, environment=environment, agreement=agreement)
-    if experiment.config.evaluate.protocol == "paper":
-        found["protocol"]["networks"] = results.NETWORKS["trusted"] + PAPER
+def _of_subtasks(subtasks: Sequence[Subtask], found: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the result of a merge says beyond that of any run."""
     parts = [
         {
             "subtask": one.config.subtask,
@@ -346,19 +269,16 @@ def _result(
         for one in subtasks
     ]
     seconds = [part["seconds"] for part in parts]
-    return found | {
+    how = results.NETWORKS["trusted"] + PAPER if subtasks[0].config.evaluate.protocol == "paper" else None
+    return {
+        "protocol": found["protocol"] | ({"networks": how} if how else {}),
         "num_points": None,
         "fit_psnr": None,
         "subtasks": parts,
         "subtask_seconds": {"sum": sum(seconds), "longest": max(seconds)},
         "seconds": sum(seconds) + sum(row["seconds"] for row in rows.values()),
-        "budget": {
-            "bytes available per class": experiment.bytes_per_class,
-            "bytes written per class": sizes["payload"] / classes,
-            "exported files, parameters (bytes)": sizes["payload"],
-            "exported files, headers (bytes)": sizes["header"],
-            "exported files (bytes)": sizes["file"],
-            "manifests beside them (bytes)": sizes["manifest"],
+        "budget": found["budget"]
+        | {
             "subtasks": len(subtasks),
             "seconds of the subtasks, sum": sum(seconds),
             "seconds of the longest subtask": max(seconds),
@@ -368,22 +288,16 @@ def _result(
 
 def table(result: dict[str, Any]) -> str:
     """Writes what every subtask gave and took as a Markdown table."""
-    lines = [
-        "| subtask | classes | images per class | bytes | accuracy among its own classes, % | seconds |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows: list[list[Any]] = []
     for part in result["subtasks"]:
-        entry, (first, last) = part["accuracy"], part["classes"]
-        lines.append(
-            f"| {part['subtask']} | {first} to {last} | {part['images_per_class']} | {part['bytes']:,} | "
-            f"{testset.percent(entry)} | {part['seconds']:.1f} |"
-        )
+        classes, size = "{} to {}".format(*part["classes"]), f"{part['bytes']:,}"
+        accuracy, seconds = testset.percent(part["accuracy"]), f"{part['seconds']:.1f}"
+        rows.append([part["subtask"], classes, part["images_per_class"], size, accuracy, seconds])
     size, seconds = sum(part["bytes"] for part in result["subtasks"]), result["subtask_seconds"]
-    lines += [
-        f"| all, one after the other | | | {size:,} | | {seconds['sum']:.1f} |",
-        f"| all, side by side | | | | | {seconds['longest']:.1f} |",
-    ]
-    return "\n".join(lines) + "\n"
+    rows.append(["all, one after the other", "", "", f"{size:,}", "", f"{seconds['sum']:.1f}"])
+    rows.append(["all, side by side", "", "", "", "", f"{seconds['longest']:.1f}"])
+    columns = "subtask", "classes", "images per class", "bytes", "accuracy among its own classes, %", "seconds"
+    return results.markdown(columns, rows, left=0)
 
 
 if __name__ == "__main__":

@@ -8,63 +8,57 @@ draws, or every command line would wait a second for it.
 
 from __future__ import annotations
 
-import functools
 import io
 import math
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 DENSITY = 2
 MOST = 20, 12  # classes and images of each that are drawn
 _TILE = 64 * DENSITY  # the size that images are magnified to
 _GAP = 3 * DENSITY
-_FONT_SIZE = 13 * DENSITY
+_FONT_SIZE = 13 * DENSITY  # pixels
+_DPI = 64  # a power of two divides without rounding
 _NAME = 22  # characters
-_GRAY = (125, 133, 143)  # contrast 3.8 on white, 4.7 on near-black
-_MAGENTA = (255, 0, 255, 255)
+_GRAY = "#7d858f"  # contrast 3.8 on white, 4.7 on near-black
 _CORAL = (1.0, 0.38, 0.34, 0.95)  # seen on black and on white ellipses alike
 _BLUE = "#3b82f6"
 _STRETCHES = 100  # of a line; a longer one is averaged in each
 
 
-def grid(images: np.ndarray, class_names: Sequence[str]) -> bytes:
+def grid(images: Any, labels: np.ndarray, class_names: Sequence[str]) -> bytes:
     """Draws images in rows, one class per row with its name at the left, each magnified to about 128 pixels.
 
     Args:
-        images: [k, per_class, h, w, c], c of 1 (gray), 3 (RGB) or 4 (RGBA), values in [0, 1]; others are clipped, and
-            pixels with a NaN are magenta. The first 12 of the first 20 classes are drawn; a note says of how many.
-        class_names: k names.
+        images: ``[n, h, w, c]``, class-major, c of 1 (gray), 3 (RGB) or 4 (RGBA), values in [0, 1]; others are clipped,
+            and pixels with a NaN are magenta. The first 12 of the first 20 classes are drawn; a note says of how many.
+        labels: ``[n]``; of each class as many are drawn as of all.
+        class_names: One per class.
 
     Returns:
         PNG bytes.
-
-    Raises:
-        ValueError: The shape of `images` is another one, or the number of names is not k.
     """
-    images = np.asarray(images)
-    if images.ndim != 5 or images.shape[-1] not in (1, 3, 4) or not images.size:
-        raise ValueError(
-            f"images has shape {images.shape}: expected [k, per_class, h, w, c], none empty, c of 1, 3 or 4"
-        )
-    shown, scale = images[: MOST[0], : MOST[1]], _scale(images.shape[2:4])
+    rows = _rows(np.asarray(images), labels)
+    shown, scale = rows[: MOST[0], : MOST[1]], _scale(rows.shape[2:4])
     tiles = np.full((*shown.shape[:-1], 4), 255, np.uint8)
     values = np.nan_to_num(shown, nan=0.0, posinf=1.0, neginf=0.0)
-    tiles[..., : max(3, images.shape[-1])] = np.rint(np.clip(values, 0, 1) * 255)
-    tiles[np.isnan(shown).any(-1)] = _MAGENTA
-    return _sheet(tiles.repeat(scale, axis=2).repeat(scale, axis=3), class_names, images.shape[:2])
+    tiles[..., : max(3, shown.shape[-1])] = np.rint(np.clip(values, 0, 1) * 255)
+    tiles[np.isnan(shown).any(-1)] = 255, 0, 255, 255
+    tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
+    figure, axes = _sheet(class_names, rows.shape[:2], tiles.shape[2:4])
+    k, n, height, width, _ = tiles.shape
+    mosaic = np.zeros((k, height + _GAP, n, width + _GAP, 4), np.uint8)
+    mosaic[:, :height, :, :width] = tiles.swapaxes(1, 2)
+    mosaic = mosaic.reshape(k * (height + _GAP), n * (width + _GAP), 4)
+    axes.imshow(mosaic, interpolation="none", aspect="auto", extent=(0, mosaic.shape[1], mosaic.shape[0], 0))
+    return _png(figure)
 
 
 def ellipse_grid(
-    mean: np.ndarray,
-    cholesky: np.ndarray,
-    color: np.ndarray,
-    opacity: np.ndarray,
-    class_names: Sequence[str],
-    *,
-    size: tuple[int, int],
+    gaussians: Sequence[Any], labels: np.ndarray, class_names: Sequence[str], size: Sequence[int]
 ) -> bytes:
     """Draws the Gaussians of the images that `grid` shows, in the same layout, as in Figure 9 of the GSDD paper.
 
@@ -73,37 +67,29 @@ def ellipse_grid(
     their tile gets a magenta frame.
 
     Args:
-        mean: [k, per_class, m, 2], (x, y) in [-1, 1].
-        cholesky: [k, per_class, m, 3], (l11, l21, l22) in native pixels, the shift by 0.5 already added.
-        color: [k, per_class, m, c], c of 1, 3 or 4 (the fourth is not shown).
-        opacity: [k, per_class, m].
-        class_names: k names.
+        gaussians: Mean ``[n, m, 2]``, (x, y) in [-1, 1]; factor L ``[n, m, 3]``, (l11, l21, l22) in native pixels;
+            color ``[n, m, c]``, c of 1, 3 or 4 (the fourth is not shown); opacity ``[n, m]``.
+        labels: ``[n]``, as in `grid`.
+        class_names: One per class.
         size: Native (h, w).
 
     Returns:
         PNG bytes.
-
-    Raises:
-        ValueError: The shapes do not fit each other, or the number of names is not k.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import PolyCollection
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    gaussians = np.concatenate([mean, cholesky, color, np.asarray(opacity)[..., None]], -1, dtype=np.float64)
-    there, scale = gaussians.shape[:2], _scale(size)
-    (k, n), (height, width) = np.minimum(there, MOST), scale * np.array(size)
-    figure = Figure(figsize=(n * width / 64, k * height / 64), dpi=64)  # a power of two divides without rounding
-    canvas, axes = FigureCanvasAgg(figure), figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, n * width), ylim=(k * height, 0))
-    axes.axis("off")
+    mean, cholesky, color, opacity = (np.asarray(array, np.float64) for array in gaussians)
+    rows, scale = _rows(np.concatenate([mean, cholesky, color, opacity[..., None]], -1), labels), _scale(size)
+    height, width = scale * size[0], scale * size[1]
+    figure, axes = _sheet(class_names, rows.shape[:2], (height, width))
     angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     circle = np.cos(angle), np.sin(angle)
-    for at in np.ndindex(k, n):
-        left, top = at[1] * width, at[0] * height
+    for row, column in np.ndindex(min(MOST[0], rows.shape[0]), min(MOST[1], rows.shape[1])):
+        top, left = row * (height + _GAP), column * (width + _GAP)
         frame = axes.add_patch(Rectangle((left, top), width, height, fc="black", ec="none", antialiased=False))
-        g = gaussians[at][np.isfinite(gaussians[at]).all(-1)]
+        every = rows[row, column]
+        g = every[np.isfinite(every).all(-1)]
         g = g[np.argsort(-np.abs(g[:, 2] * g[:, 4]), kind="stable")]
         x, y, l11, l21, l22 = g[:, :5].T[..., None]
         outline = np.stack([(x + 1) * width / 2, (y + 1) * height / 2], -1) + scale * np.stack(
@@ -120,31 +106,21 @@ def ellipse_grid(
         )
         axes.add_collection(shapes, autolim=False)
         shapes.set_clip_path(frame)  # after adding, which would clip to the axes only
-        if len(g) < len(gaussians[at]):
+        if len(g) < len(every):
             inner = (left + DENSITY, top + DENSITY), width - 2 * DENSITY, height - 2 * DENSITY
             axes.add_patch(Rectangle(*inner, fc="none", ec="magenta", lw=2.5 * DENSITY))
-    canvas.draw()
-    tiles = np.asarray(canvas.buffer_rgba()).reshape(k, height, n, width, 4).swapaxes(1, 2)
-    return _sheet(tiles, class_names, there)
+    return _png(figure)
 
 
 def curve(x: Sequence[float], y: Sequence[float], *, log: bool = False) -> bytes:
-    """Draws a line; a long one as the mean of each stretch, in a band from its lowest to its highest value.
+    """Draws a line as SVG; a long one as the mean of each stretch, in a band from its lowest to its highest value.
 
-    Args:
-        x: Steps.
-        y: Values, as many. Non-finite ones, and those <= 0 on a log scale, break the line.
-        log: Logarithmic y.
-
-    Returns:
-        SVG bytes; the same input gives the same bytes.
+    Non-finite values, and those <= 0 on a log scale, break the line. The same input gives the same bytes.
     """
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    gray = "#{:02x}{:02x}{:02x}".format(*_GRAY)
     figure = Figure(figsize=(5.2, 2.7))
     # Room for seven digits and a sign. To fit margins to the labels would take as long again as to draw.
     figure.subplots_adjust(left=0.15, right=0.96, bottom=0.19, top=0.92)
@@ -159,55 +135,72 @@ def curve(x: Sequence[float], y: Sequence[float], *, log: bool = False) -> bytes
     axes.plot(steps, masked.mean(1), color=_BLUE, lw=1.8, marker="o" if masked.count() == 1 else None)
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5), numticks=7), minor_locator=NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel("step", color=gray)
+    axes.set_xlabel("step", color=_GRAY)
     axes.margins(x=0.01)
-    axes.grid(axis="y", color=gray, alpha=0.25, lw=0.6)
-    axes.tick_params(which="both", length=0, labelcolor=gray, labelsize=9)
+    axes.grid(axis="y", color=_GRAY, alpha=0.25, lw=0.6)
+    axes.tick_params(which="both", length=0, labelcolor=_GRAY, labelsize=9)
     axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.spines["bottom"].set(color=gray, alpha=0.6)
-    axes.patch.set_visible(False)
-    figure.patch.set_visible(False)
+    axes.spines["bottom"].set(color=_GRAY, alpha=0.6)
     out = io.BytesIO()
     # Without a salt the ids in an SVG are random, and no two reports of one run would be equal.
     with matplotlib.rc_context({"svg.hashsalt": "gsdd"}):
-        FigureCanvasSVG(figure).print_figure(out, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return out.getvalue()
+
+
+def _rows(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns as many of each class as all classes have, ``[k, per class, ...]``."""
+    count = int(np.bincount(labels).min())
+    return np.stack([values[labels == label][:count] for label in range(labels[-1] + 1)])
 
 
 def _scale(size: Sequence[int]) -> int:
     return max(1, round(_TILE / max(size)))
 
 
-def _sheet(tiles: np.ndarray, class_names: Sequence[str], there: Sequence[int]) -> bytes:
-    """Puts tiles [k, n, height, width, 4], of as many classes and images as are there, into rows with their names."""
-    import matplotlib  # for its font
+def _sheet(class_names: Sequence[str], there: Sequence[int], size: Sequence[int]) -> tuple[Any, Any]:
+    """Returns a figure and its axes for tiles of a size in pixels, of as many classes and images as are there.
 
-    (classes, images), (k, n, height, width, _) = there, tiles.shape
-    if len(class_names) != classes:
-        raise ValueError(f"class_names has {len(class_names)} names for {classes} classes")
+    The axes are in pixels from the first tile, beside the names of the classes; tiles follow at distances of `_GAP`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    (classes, images), (height, width) = there, size
+    k, n = min(classes, MOST[0]), min(images, MOST[1])
     cut = [f"{n} of {images} images per class"] * (n < images) + [f"{k} of {classes} classes"] * (k < classes)
-    note = "Shown: the first " + ", the first ".join(cut) if cut else ""
     names = [" ".join(name.split()) for name in class_names[:k]]
     names = [name if len(name) <= _NAME else name[: _NAME - 1].rstrip() + "…" for name in names]
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT_SIZE)
-    left = math.ceil(max(map(font.getlength, names))) + 5 * _GAP
-    right = max(left + n * (width + _GAP) - _GAP, left + math.ceil(font.getlength(note)) if note else 0)
-    below = (_FONT_SIZE * 2 + _GAP) if note else 0
-    # Transparent, but already gray: the soft edges of the letters would blend towards black otherwise.
-    canvas = Image.new("RGBA", (right, k * (height + _GAP) - _GAP + below), (*_GRAY, 0))
-    write = functools.partial(ImageDraw.Draw(canvas).text, fill=(*_GRAY, 255), font=font)
-    for row, column in np.ndindex(k, n):
-        at = left + column * (width + _GAP), row * (height + _GAP)
-        canvas.paste(Image.fromarray(tiles[row, column]), at)
-        if not column:
-            write((left - 4 * _GAP, at[1] + height / 2), names[row], anchor="rm")
-    write((left, canvas.height - _GAP), note, anchor="ls")
+    figure = Figure(dpi=_DPI)
+    canvas, axes = FigureCanvasAgg(figure), figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    style: dict[str, Any] = {"color": _GRAY, "size": _FONT_SIZE * 72 / _DPI, "parse_math": False}
+    middle = [row * (height + _GAP) + height / 2 for row in range(k)]
+    texts = [
+        axes.text(-4 * _GAP, y, name, ha="right", va="center", **style) for y, name in zip(middle, names, strict=True)
+    ]
+    right, bottom = n * (width + _GAP) - _GAP, k * (height + _GAP) - _GAP
+    with warnings.catch_warnings():
+        # Letters that the font lacks are boxes.
+        warnings.simplefilter("ignore")
+        left = math.ceil(max(text.get_window_extent(canvas.get_renderer()).width for text in texts)) + 5 * _GAP
+        if cut:
+            bottom += 2 * _FONT_SIZE + _GAP
+            note = axes.text(0, bottom - _GAP, "Shown: the first " + ", the first ".join(cut), va="bottom", **style)
+            right = max(right, math.ceil(note.get_window_extent(canvas.get_renderer()).width))
+    figure.set_size_inches((left + right) / _DPI, bottom / _DPI)
+    axes.set(xlim=(-left, right), ylim=(bottom, 0), autoscale_on=False)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
     out = io.BytesIO()
-    canvas.save(out, format="PNG", optimize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure.savefig(out, format="png", dpi=_DPI, transparent=True, pil_kwargs={"optimize": True})
     return out.getvalue()
 
 
