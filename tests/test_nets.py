@@ -301,7 +301,7 @@ def test_gpu_gradients_keep_the_form_that_cudnn_is_matched_by():
         ({"norm": "batch"}, (8, 8, 3), 10, r"network\.norm: 'batch', must be one of"),
         ({"name": "lenet"}, (8, 8, 3), 10, r"network\.name: 'lenet', must be one of \['alexnet', 'convnet', "),
         ({}, (8, 8), 10, r"image_shape: \(8, 8\), must be \(h, w, c\)"),
-        ({}, (32, 32, 3), 1, "num_classes: 1, must be at least 2"),
+        ({}, (32, 32, 3), 0, "num_classes: 0, must be at least 1"),
     ],
 )
 def test_network_that_cannot_be_built_is_refused(change, shape, classes, message):

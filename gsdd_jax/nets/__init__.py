@@ -214,7 +214,7 @@ def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: 
         network: Which network: a spec; a `Network`; a flax.linen module; or a class of flax.nnx modules, or
             another function of `rngs` that returns one. nnx modules are put into evaluation mode, `module.eval()`.
         image_shape: (h, w, c).
-        num_classes: k, at least 2.
+        num_classes: k, at least 1.
 
     Returns:
         The network, checked. The functions of a spec work under `jit`, `grad` (reverse mode, any order) and `vmap` over
@@ -227,8 +227,8 @@ def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: 
     """
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise InputError(f"image_shape: {image_shape}, must be (h, w, c), each at least 1")
-    if num_classes < 2:
-        raise InputError(f"num_classes: {num_classes}, must be at least 2")
+    if num_classes < 1:
+        raise InputError(f"num_classes: {num_classes}, must be at least 1")
     h, w, c = image_shape
     return _build(network, (int(h), int(w), int(c)), int(num_classes))
 

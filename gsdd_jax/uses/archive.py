@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 from annotated_types import Ge, Le
 from PIL import Image
@@ -175,7 +176,7 @@ def labeled(part: Part, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndar
     return np.asarray(part.images()), own[part.labels]
 
 
-def write_weights(path: str | os.PathLike[str], weights: np.ndarray) -> int:
+def write_weights(path: str | os.PathLike[str], weights: np.ndarray | jax.Array) -> int:
     """Writes flat weights ``[p]`` of a network, float32, and returns the bytes of the file."""
     data = exchange.serialize({"weights": np.asarray(weights, np.float32)})
     files.write_bytes(path, data)

@@ -138,7 +138,6 @@ def stream(
     none = np.zeros((0, len(tasks)))
     done = start or Progress(none, none, np.asarray(flatten(network.init(key_init))), ())
     shared: dict[str, Any] = {"network": network, "whitening": learner.whitening}
-    training = shared | {"spec": learner.training, "augment": learner.augment}
     for task in range(len(done.sizes), len(tasks)):
         keys = jax.random.split(jax.random.fold_in(key_stream, task), 4)
         own = np.flatnonzero(np.isin(dataset.train_labels, tasks[task]))
@@ -163,10 +162,10 @@ def stream(
         # About as many as there will be in the end: one program for all tasks.
         room = len(tasks) * len(held[0][1])
         real = learning.pool(images, labels)
-        fresh = learning.train(keys[1], network.init(keys[2]), (learning.joined(held, room),), **training)
+        fresh = learner.train(keys[1], network.init(keys[2]), (learning.joined(held, room),), network)
         # Of its own task the memory has nothing that the real images do not.
         pools = (real, learning.joined(held[:-1], room)) if task else (real,)
-        continued = learning.train(keys[3], unflatten(jnp.asarray(done.weights)), pools, **training)
+        continued = learner.train(keys[3], unflatten(jnp.asarray(done.weights)), pools, network)
         done = Progress(
             np.vstack([done.fresh, accuracies(fresh, dataset, tasks, task, **shared)]),
             np.vstack([done.continued, accuracies(continued, dataset, tasks, task, **shared)]),

@@ -20,6 +20,7 @@ from gsdd_jax.schema import Registered
 from gsdd_jax.training import EvalSpec
 from gsdd_jax.uses import archive, learning
 from gsdd_jax.uses.archive import Part, RealImages
+from gsdd_jax.uses.learning import Pool
 from gsdd_jax.whiten import Whitening
 
 # What an archive holds of real images beside them.
@@ -65,6 +66,21 @@ class Learner:
     augment: DsaSpec
     whitening: Whitening
 
+    def train(
+        self, key: jax.Array, params: Any, pools: tuple[Pool, ...], network: nets.Network, steps: int | None = None
+    ) -> Any:
+        """Trains a network of this architecture on, see `learning.train`."""
+        return learning.train(
+            key,
+            params,
+            pools,
+            network=network,
+            spec=self.training,
+            augment=self.augment,
+            whitening=self.whitening,
+            steps=steps,
+        )
+
 
 def summarize(
     key: jax.Array,
@@ -77,7 +93,7 @@ def summarize(
     learner: Learner,
     objective: Any = None,
     network: Any = None,
-    weights: np.ndarray | None = None,
+    experts: Any = None,
 ) -> Part:
     """Makes a part of data within a budget.
 
@@ -91,7 +107,7 @@ def summarize(
         learner: Whose network matches, and herds.
         objective: In place of distribution matching.
         network: What matches, in place of the learner's.
-        weights: What that objective is given as its ``experts``.
+        experts: What that objective is given, if it needs any.
 
     Raises:
         ValueError: The budget does not hold an image of each class; the message names it and what would do.
@@ -100,7 +116,11 @@ def summarize(
         return _real(key, images, labels, spec, class_names, budget, learner)
     names = sum(len(name.encode()) for name in class_names)
     room = budget - archive.OVERHEAD - names
-    made = _codec(spec, images, labels, len(class_names), room, budget)
+    made = _codec(spec, images.shape[1:], len(class_names), room, budget)
+    own = [np.flatnonzero(labels == label) for label in range(len(class_names))]
+    # A class of fewer images than are distilled of it has them several times.
+    index = np.concatenate([np.resize(one, max(len(one), made.images_per_class)) for one in own])
+    images, labels = images[index], labels[index]
     shared: dict[str, Any] = {"codec": made, "class_names": class_names, "progress": False}
     if not spec.steps:
         return api.fit(key, images, labels, steps=spec.fit_steps, **shared)
@@ -114,28 +134,21 @@ def summarize(
         fit_steps=spec.fit_steps,
         augment=learner.augment,
         whitening=learner.whitening,
-        experts=weights,  # type: ignore[arg-type]
+        experts=experts,
         **shared,
     )
 
 
-def _codec(
-    spec: SummarySpec, images: np.ndarray, labels: np.ndarray, classes: int, room: int, budget: int
-) -> codecs.Codec:
-    """Builds the codec; what it leaves open is as much as fits, but no more images than the smallest class has."""
-    shape, most = images.shape[1:], int(np.bincount(labels, minlength=classes).min())
-
-    def make(one: Any) -> codecs.Codec:
-        return codecs.make(one, image_shape=shape, num_classes=classes, bytes_per_class=room // classes)
-
+def _codec(spec: Any, image_shape: tuple[int, ...], classes: int, room: int, budget: int) -> codecs.Codec:
     try:
-        made = make(spec.codec)
+        return codecs.make(
+            spec.codec, image_shape=image_shape, num_classes=classes, bytes_per_class=max(room, 0) // classes
+        )
     except ValueError as error:
         raise InputError(
-            f"budget: {budget} bytes for {classes} classes, of which a set in a file has "
-            f"{max(room, 0)} left, are too few for {spec.title}: {error}"
+            f"budget: {budget} bytes for {classes} classes, of which a set in a file has {max(room, 0)} left, are too "
+            f"few for {spec.title}: {error}"
         ) from error
-    return make(dataclasses.replace(made.spec, images_per_class=most)) if made.images_per_class > most else made
 
 
 def _real(
@@ -189,15 +202,7 @@ def _features(key: jax.Array, images: np.ndarray, labels: np.ndarray, classes: i
     """Returns the features ``[n, f]`` of a network that was trained on these images."""
     key_init, key_train = jax.random.split(key)
     network = nets.build(learner.network, images.shape[1:], classes)
-    params = learning.train(
-        key_train,
-        network.init(key_init),
-        (learning.pool(images, labels),),
-        network=network,
-        spec=learner.training,
-        augment=learner.augment,
-        whitening=learner.whitening,
-    )
+    params = learner.train(key_train, network.init(key_init), (learning.pool(images, labels),), network)
     return np.asarray(learning.outputs(params, jnp.asarray(images), learner.whitening, network=network)[1])
 
 
