@@ -1,15 +1,19 @@
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import ROOT
+from PIL import Image
 
 from gsdd_jax import nets, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.training import EvalSpec
 from gsdd_jax.uses import audit
 from gsdd_jax.uses.summary import Learner
+from train import audit as command
 
 
 def test_members_are_half_of_every_class_in_each_set():
@@ -121,3 +125,19 @@ def test_audit_repeats_to_the_bit():
 
     first, second = run(), run()
     assert first.networks == second.networks and first.sets == second.sets and first.accuracy == second.accuracy
+
+
+def test_command_attacks_every_kind_of_set_and_continues(tmp_path, monkeypatch):
+    call = ["--config", str(ROOT / "configs" / "audit_digits.yaml"), "--smoke", "--out", str(tmp_path / "run")]
+    assert command.main(call) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [row["set"] for row in result["rows"]] == ["all members", "random real images", "Gaussians"]
+    assert [0 < row["bytes"] <= 4000 for row in result["rows"]] == [False, True, True]
+    assert result["rows"][0]["sets"]["auc"] == 1.0
+    # Three rows of eight pixels, twice as large.
+    with Image.open(tmp_path / "run" / "2-0.png") as picture:
+        assert picture.size[1] == 48
+    (tmp_path / "run" / "result.json").unlink()
+    monkeypatch.setattr(audit, "audit", None)  # nothing is attacked again
+    assert command.main(call) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["rows"] == result["rows"]

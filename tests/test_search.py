@@ -1,12 +1,16 @@
+import json
+
 import jax
 import numpy as np
 import pytest
+from command_line import ROOT
 
 from gsdd_jax import nets, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.training import EvalSpec
 from gsdd_jax.uses import learning, search
 from gsdd_jax.uses.summary import Learner
+from train import search as command
 
 
 def test_grid_holds_every_choice_once():
@@ -73,3 +77,17 @@ def test_training_tells_a_network_that_can_from_one_that_was_not_trained():
     )
     assert trained.accuracy == 1.0 and early.accuracy < 1.0
     assert trained.seconds == 2.5
+
+
+def test_command_ranks_by_every_proxy_and_continues(tmp_path, monkeypatch):
+    call = ["--config", str(ROOT / "configs" / "search_digits.yaml"), "--smoke", "--out", str(tmp_path / "run")]
+    assert command.main(call) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    titles = [command.ALL, command.AGAIN, command.EARLY, "random real images", "Gaussians"]
+    assert [row["title"] for row in result["rows"]] == titles
+    assert all(len(row["accuracies"]) == 4 for row in result["rows"])
+    assert [row["bytes"] is None or row["bytes"] <= 4000 for row in result["rows"]] == [True] * 5
+    assert result["rows"][0]["found"] == result["rows"][0]["best"]
+    monkeypatch.setattr(search, "train", None)  # nothing is trained again
+    assert command.main(call) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["rows"] == result["rows"]

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{dataset.name}, {len(networks)} ConvNets, {config.budget:,} bytes in all, {len(config.seeds)} repetitions"
         )
         _plot(out / uses.PLOT, rows)
-        uses.finish(out, config, table(title, rows, config.top), title=title, rows=rows)
+        uses.finish(out, config, table(title, rows), title=title, rows=rows)
     return 0
 
 
@@ -122,20 +122,21 @@ def _seed(
             "seconds": sum(one.seconds for one in done[title]),
             "accuracies": [one.accuracy for one in done[title]],
             "best": max(truth),
+            "best_count": config.top,
             **search.agreement([one.accuracy for one in done[title]], truth, config.top)._asdict(),
         }
         for title, (_, steps) in sources.items()
     ]
 
 
-def table(title: str, rows: Rows, top: int) -> str:
+def table(title: str, rows: Rows) -> str:
     """Writes the rows of results as a Markdown table: means over the seeds and their standard deviations."""
     lines = [
         f"{title}. Rank correlation (Spearman) with the accuracies of training on all data; accuracy in %, by all "
         f"data, of the architecture that is ranked first, where the best one has "
         f"{uses.spread([row['best'] for row in rows if row['title'] == ALL])}; CPU seconds of all trainings.",
         "",
-        f"| ranked by | bytes | steps | Spearman | of the best {top} | first one | seconds |",
+        f"| ranked by | bytes | steps | Spearman | of the best {rows[0]['best_count']} | first one | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(row["title"] for row in rows):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -90,14 +90,12 @@ def train(
     classes = int(test_labels.max()) + 1
     net = nets.build(network, test_images.shape[1:], classes)
     key_init, key_train = jax.random.split(key)
-    settings: dict[str, Any] = {"network": net, "whitening": learner.whitening}
-    training = settings | {"spec": learner.training, "augment": learner.augment}
     params = net.init(key_init)
-    jax.block_until_ready(learning.train(key_train, params, (pool,), steps=0, **training))  # compiles
+    jax.block_until_ready(learner.train(key_train, params, (pool,), net, 0))  # compiles
     begin = clock()
-    params = jax.block_until_ready(learning.train(key_train, params, (pool,), steps=steps, **training))
+    params = jax.block_until_ready(learner.train(key_train, params, (pool,), net, steps))
     seconds = clock() - begin
-    found = learning.predictions(params, test_images, np.arange(classes), **settings)
+    found = learning.predictions(params, test_images, np.arange(classes), network=net, whitening=learner.whitening)
     return Trained(float((found == test_labels).mean()), seconds)
 
 
