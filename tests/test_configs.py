@@ -158,20 +158,3 @@ def test_default_layout_gives_as_many_images_as_its_paper_has(name):
     spec = load("cifar10_dm_ipc1_cpu", f"codec.name={name}").codec
     made = codecs.make(spec, image_shape=(32, 32, 3), num_classes=10, bytes_per_class=12_288)
     assert made.images_per_class == COUNTS[name]
-
-
-# As in the commands of benchmarks/results/cifar10_packed_dc_ipc1 and cifar10_packed_tm_ipc1.
-RECORDED = (
-    "codec.name=packed_gaussian",
-    "codec.images_per_class=86",
-    "codec.num_points=22",
-    "codec.bits_cholesky=7",
-    "codec.lr=0.01",
-)
-
-
-@pytest.mark.parametrize("name", ["cifar10_dm_ipc1_cpu", "cifar10_dc_ipc1_cpu", "cifar10_tm_ipc1_cpu"])
-def test_recorded_overrides_give_the_packed_codec_that_they_spell_out(name):
-    wanted = codecs.PackedGaussianSpec(images_per_class=86, num_points=22, bits_cholesky=7, lr=0.01)
-    assert load(name, *RECORDED) == dataclasses.replace(load(name), codec=wanted)
-    assert load("cifar10_packed_dm_ipc1_cpu").codec == wanted

@@ -295,12 +295,6 @@ def test_bad_flags_are_named(told, given, message):
         told(*given)
 
 
-def test_a_variable_that_is_no_number_is_an_error_of_its_flag(told, capsys):
-    with pytest.raises(SystemExit):
-        told(JAX_NUM_PROCESSES="two")
-    assert "argument --processes: invalid int value: 'two'" in capsys.readouterr().err
-
-
 def test_a_port_that_another_program_has_is_named():
     with socket.create_server(("", 0)) as taken, pytest.raises(ConfigError, match="--coordinator: cannot listen at"):
         hosts._initialize(TOLD | {"process_id": 0, "coordinator_address": f"localhost:{taken.getsockname()[1]}"})

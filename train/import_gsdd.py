@@ -37,8 +37,7 @@ from gsdd_jax.gaussians import CHOLESKY_SHIFT
 from train.errors import UserError, exit_cleanly
 from train.export import check_target
 
-# Leaf, columns; 0 = as many as the images have channels.
-LEAVES = {"xy": 2, "cholesky": 3, "features": 0}
+LEAVES = ("xy", "cholesky", "features")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,30 +100,25 @@ def synset_of(
     Raises:
         UserError: The tensors are not as the module's docstring says.
     """
-    leaves = {name: tensors.get(f"params.{name}") for name in LEAVES}
-    missing = [f"params.{name}" for name, leaf in leaves.items() if leaf is None]
-    counts = tensors.get("num_points_per_image")
-    missing += ["num_points_per_image"] if counts is None else []
-    if missing:
+    names = [*(f"params.{leaf}" for leaf in LEAVES), "num_points_per_image"]
+    if missing := [name for name in names if name not in tensors]:
         raise UserError(f"--file: {missing[0]} is missing; found {', '.join(sorted(tensors)[:20]) or 'no tensors'}")
-    xy, cholesky, features = (np.asarray(leaves[name]) for name in LEAVES)
-    counts = np.asarray(counts).reshape(-1)
+    xy, cholesky, features, counts = (np.asarray(tensors[name]) for name in names)
+    counts = counts.reshape(-1)
     if not len(counts) or (counts != counts[0]).any() or counts[0] < 1:
         raise UserError("--file: num_points_per_image: expected equally many Gaussians for each image")
-    n, m = len(counts), int(counts[0])
-    shift = tensors.get("cholesky_bound", np.array(CHOLESKY_SHIFT))
-    if shift.size != 3 or not np.array_equal(shift.reshape(-1), np.array(CHOLESKY_SHIFT, np.float32)):
-        raise UserError(f"--file: cholesky_bound: expected {CHOLESKY_SHIFT}, found {shift.reshape(-1).tolist()[:3]}")
-    for name, leaf in (("xy", xy), ("cholesky", cholesky), ("features", features)):
-        columns = LEAVES[name] or (leaf.shape[1] if leaf.ndim == 2 else 3)
+    n, m, k, c = len(counts), int(counts[0]), len(class_names), features.shape[-1]
+    shift = tensors.get("cholesky_bound", np.array(CHOLESKY_SHIFT)).reshape(-1)
+    if not np.array_equal(shift, np.array(CHOLESKY_SHIFT, np.float32)):
+        raise UserError(f"--file: cholesky_bound: expected {CHOLESKY_SHIFT}, found {shift.tolist()[:3]}")
+    for name, leaf, columns in zip(names, (xy, cholesky, features), (2, 3, c), strict=False):
         if leaf.shape != (n * m, columns):
-            raise UserError(f"--file: params.{name}: expected shape {[n * m, columns]}, found {list(leaf.shape)}")
+            raise UserError(f"--file: {name}: expected shape {[n * m, columns]}, found {list(leaf.shape)}")
     opacity = tensors.get("params.opacity", tensors.get("_opacity", np.ones((n * m, 1), np.float32)))
     if opacity.size != n * m:
         raise UserError(f"--file: opacity: expected {n * m} numbers, found {opacity.size}")
     if not all(np.isfinite(leaf).all() for leaf in (xy, cholesky, features, opacity)):
         raise UserError("--file: expected finite numbers, found NaN or infinity")
-    k, c = len(class_names), features.shape[1]
     if n % k:
         raise UserError(f"--classes: {n} images are not equally many for each of {k} classes")
     codec = codecs.make(
@@ -132,17 +126,11 @@ def synset_of(
         image_shape=(side, side, c),
         num_classes=k,
     )
-    masters = Gaussians(
-        jnp.asarray(xy.reshape(n, m, 2)),
-        jnp.asarray(cholesky.reshape(n, m, 3)),
-        jnp.asarray(features.reshape(n, m, c)),
-        jnp.asarray(opacity.reshape(n, m)),
-        size=(side, side),
-    )
+    leaves = [jnp.asarray(leaf.reshape(n, m, -1)) for leaf in (xy, cholesky, features, opacity)]
+    masters = Gaussians(leaves[0], leaves[1], leaves[2], leaves[3][..., 0], size=(side, side))
     params = codec.dequantize(codec.quantize(masters))
-    return SynSet(
-        codec, params, codec.nbytes(params) // k, tuple(class_names), {"source": "released GSDD code", **meta}
-    )
+    meta = {"source": "released GSDD code", **meta}
+    return SynSet(codec, params, codec.nbytes(params) // k, tuple(class_names), meta)
 
 
 if __name__ == "__main__":

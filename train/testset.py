@@ -20,14 +20,10 @@ _NAMED = 5
 
 
 def check(spec: EvaluateConfig, dataset: data.Dataset) -> dict[str, Any]:
-    """Returns what result.json says of the test images.
-
-    Returns:
-        ``class_names``; ``test_images_per_class``; ``test_images_also_in_training``, those that are equal to a training
-        image pixel for pixel.
+    """Returns what result.json says of the test images: how many of each class, and how many equal a training image.
 
     Raises:
-        ConfigError: Half of them or more are training images, and ``evaluate.overlap`` does not allow it.
+        ConfigError: Half of them or more do, pixel for pixel, and ``evaluate.overlap`` does not allow it.
     """
     total = len(dataset.test_labels)
     overlap = int(found_in(dataset.test_images, dataset.train_images).sum())
