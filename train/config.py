@@ -31,7 +31,7 @@ from train import yaml12
 from train.errors import ConfigError, UserError
 from train.rundir import HISTORY, differences, flatten, plain
 
-__all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load"]
+__all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 
 T = TypeVar("T")
 Place = tuple[str, ...]
@@ -290,6 +290,11 @@ def _import(name: Any, *, where: str) -> None:
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{IMPORTS}: expected Python modules, found {name!r}: {why} (in {where})") from error
     schema.forget()
+
+
+def to_yaml(config: Any) -> str:
+    """Writes a configuration with every default filled in; `load` reads it back to an equal object."""
+    return yaml12.dump(plain(dataclasses.asdict(config)))
 
 
 def parser(command: str, doc: str | None, *, out: str, **more: Any) -> argparse.ArgumentParser:
