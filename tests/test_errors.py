@@ -106,9 +106,12 @@ def test_defects_keep_their_traceback(capsys, source, kind):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("value", "debug"), [("1", False), ("yes", False), ("", True), ("0", False)])
-def test_debug_keeps_the_traceback(monkeypatch, value, debug):
+@pytest.mark.parametrize(
+    ("value", "flag", "debug"), [("1", "", False), ("", "", True), ("", "--debug", False), ("0", "", False)]
+)
+def test_debug_keeps_the_traceback(monkeypatch, value, flag, debug):
     monkeypatch.setenv("GSDD_DEBUG", value)
+    monkeypatch.setattr("sys.argv", ["distill", flag])
     with pytest.raises(SystemExit if value == "0" else UserError), exit_cleanly(debug=debug):
         raise UserError("visible")
 

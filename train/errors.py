@@ -41,8 +41,8 @@ def exit_cleanly(*, debug: bool = False) -> Iterator[None]:
     """Turns the user's errors into one line on stderr and an exit code; works as a decorator too.
 
     Handled: `UserError`, `InputError`, missing or forbidden paths, a full disk, optional packages and platforms of JAX
-    that are not there, Ctrl-C. Everything else passes through with its traceback, and with `debug` or where GSDD_DEBUG
-    is set to anything but 0 these do as well. Notices of data are lines on stderr, too.
+    that are not there, Ctrl-C. Everything else passes through with its traceback, and with `debug`, `--debug` on the
+    command line or GSDD_DEBUG set to anything but 0 these do as well. Notices of data are lines on stderr, too.
 
     Raises:
         SystemExit: 2 after an error of the user, 130 after Ctrl-C.
@@ -62,7 +62,8 @@ def exit_cleanly(*, debug: bool = False) -> Iterator[None]:
             yield
         except (Exception, KeyboardInterrupt) as error:
             message = explain(error)
-            if message is None or debug or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+            debug = debug or "--debug" in sys.argv[1:] or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+            if message is None or debug:
                 raise
             print(message, file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_USER_ERROR) from None
