@@ -231,8 +231,8 @@ def write_npz(export: Export, folder: Path) -> None:
 def write_tfds(export: Export, folder: Path) -> None:
     """Writes a version directory, the one split of which keeps the order of the images."""
     try:
+        import array_record.python.array_record_module  # noqa: F401
         import tensorflow_datasets as tfds
-        from array_record.python import array_record_module  # noqa: F401  (TFDS itself says less)
     except ImportError as error:
         raise UserError("--to: tfds needs tensorflow_datasets and array_record: pip install gsdd_jax[data]") from error
     names = _distinct([" ".join(name.split()) for name in export.synset.class_names], "tfds")
@@ -248,6 +248,8 @@ def write_tfds(export: Export, folder: Path) -> None:
 
     class Distilled(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version("1.0.0")
+        # There are no files of checksums beside these sources to be looked for.
+        code_path = None
 
         def _info(self) -> Any:
             return tfds.core.DatasetInfo(
