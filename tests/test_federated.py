@@ -81,12 +81,11 @@ def test_blocks_partition_a_dataset_and_keep_its_order():
 # A subtask as an experiment
 
 
-@pytest.mark.parametrize("kind", ["meanstd", "zca"])
-def test_whitening_of_every_subtask_is_that_of_the_whole_training_set(toy, kind):
-    config = load(toy, f"whiten={kind}", "subtasks=5", "subtask=1")
+def test_whitening_of_every_subtask_is_that_of_the_whole_training_set(toy):
+    config = load(toy, "subtasks=5", "subtask=1")
     made, every = experiments.prepare(config), data.load(config.data)
-    alone = whiten.fit(kind, made.dataset.train_images)
-    for own, whole, of_block in zip(made.whitening, whiten.fit(kind, every.train_images), alone, strict=True):
+    alone = whiten.fit("meanstd", made.dataset.train_images)
+    for own, whole, of_block in zip(made.whitening, whiten.fit("meanstd", every.train_images), alone, strict=True):
         np.testing.assert_array_equal(own, whole)
         assert not np.array_equal(own, of_block)
     mean = every.train_images.mean() / 255
@@ -150,7 +149,6 @@ def test_subtasks_have_directories_of_their_own(toy):
     ("overrides", "message"),
     [
         (["subtasks=3", "subtask=3"], "subtask: expected a number below 3, the number of subtasks; found 3"),
-        (["subtask=1"], "subtask: expected a number below 1, the number of subtasks; found 1"),
         (["subtasks=11"], "subtasks: expected 1 to 10, the number of classes; found 11 .digits."),
     ],
 )
@@ -216,14 +214,9 @@ def merged() -> MergedSet:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: (), "parts: expected at least one set, found none"),
         (
             lambda: (part(PixelSpec(), ("a",)), part(PixelSpec(), ("b",), shape=(4, 4, 3))),
             r"part 1 has images \(4, 4, 3\), part 0 has \(6, 8, 3\); expected the same",
-        ),
-        (
-            lambda: (part(PixelSpec(), ("a",)), part(PixelSpec(), ("b",), budget=1200)),
-            "part 1 has bytes_per_class 1200, part 0 has 1152",
         ),
         (
             lambda: (part(PixelSpec(), ("a", "b")), part(PixelSpec(), ("b",))),
@@ -241,15 +234,9 @@ def test_parts_that_do_not_fit_are_refused(make, message):
     [
         (lambda m: m.pop("parts"), "manifest.json: parts: missing; expected a list"),
         (
-            lambda m: m.update(parts="part0"),
-            "manifest.json: parts: expected a list of length >= 1, each text, found 'part0'",
-        ),
-        (lambda m: m.update(parts=[1]), "manifest.json: parts.0: expected text, found 1"),
-        (
             lambda m: m.update(parts=["../part0"]),
             "manifest.json: parts.0: expected text, found '../part0' .String should match",
         ),
-        (lambda m: m.update(parts=[]), "manifest.json: parts: expected a list of length >= 1"),
         (lambda m: m.update(parts=m["parts"][:1] * 2), "manifest.json: parts: class 'a' is there twice"),
         (lambda m: m.update(class_names=["x", "b", "c"]), r"class_names: expected those of the parts, \['a', 'b'"),
         (
@@ -293,10 +280,8 @@ def test_labels_of_the_whole_are_read_as_they_were_written_and_counted(merged, t
     ("change", "message"),
     [
         (lambda m: m.update(labels_file="../x"), "labels_file: expected text, found '../x'"),
-        (lambda m: m.update(labels_sha256="0"), "labels_sha256: expected text, found '0'"),
         (lambda m: m.update(labels_sha256="0" * 64), "sha256: the manifest expects 0000"),
         (lambda m: m["labels"].update(top_k=1), r"labels: .*expected .*\[6, 1\]|label_indices"),
-        (lambda m: m["labels"].update(dtype="float64"), "labels.dtype: expected one of float32, "),
     ],
 )
 def test_damaged_labels_of_the_whole_are_named(merged, tmp_path, change, message):
@@ -455,15 +440,6 @@ def edit_config(run: Path, before: str, after: str) -> None:
     (run / "config.yaml").write_text(text.replace(before, after))
 
 
-def test_missing_subtasks_are_named_with_the_command_of_the_first(copies, capsys):
-    for run in copies:
-        edit_config(run, "subtasks: 2", "subtasks: 4")
-    with_command(copies[1], "python -m train.distill --config a.yaml subtask=1 subtasks=4")
-    line = refused(capsys, merging(copies[1]))
-    assert f"missing of 4 subtasks: 0, 2, 3; start each by the command of {copies[1]}, with its own subtask" in line
-    assert line.endswith(": python -m train.distill --config a.yaml subtask=1 subtasks=4\n")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -497,9 +473,7 @@ def test_what_cannot_be_merged_is_one_line(subtasks, tmp_path, capsys, arguments
     ("before", "after", "message"),
     [
         ("batch_real: 4", "batch_real: 5", "objective.batch_real is 4 there and 5 here; expected runs of one "),
-        ("subtasks: 2", "subtasks: 3", "subtasks is 2 there and 3 here"),
         ('"dataset_sha256": "', '"dataset_sha256": "0', 'dataset_sha256 is "'),
-        ('"images_per_class": 2, "num', '"images_per_class": 3, "num', "codec.images_per_class is 2 there and 3 here"),
     ],
 )
 def test_mismatch_names_the_key_and_both_values(copies, capsys, before, after, message):
@@ -529,9 +503,8 @@ def test_subtasks_may_differ_in_what_follows_from_their_size_and_the_merge_in_it
     assert configs.load(tmp_path / "merged" / "config.yaml").evaluate.seeds == 1
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("{half")])
-def test_unfinished_run_is_continued_with_its_own_command(copies, capsys, damage):
-    damage(copies[1] / "result.json")
+def test_run_with_a_damaged_result_is_continued_with_its_own_command(copies, capsys):
+    (copies[1] / "result.json").write_text("{half")
     with_command(copies[1], "python -m train.distill --config a.yaml subtasks=2 subtask=1")
     line = refused(capsys, merging(*copies))
     assert line.endswith(
