@@ -129,6 +129,7 @@ def distill(
     experts: Experts | None = None,
     label_spec: LabelSpec | None = None,
     class_names: Sequence[str] = (),
+    on_host: bool = False,
     progress: bool = True,
     on_step: OnStep | None = None,
 ) -> SynSet:
@@ -154,6 +155,7 @@ def distill(
         label_spec: How labels that the objective learns are written, within the budget: ``LabelSpec(kind="soft",
             teacher="learned", ...)``; hard ones if None.
         class_names: One per class; their numbers if empty.
+        on_host: Draw real images on the host; what is compiled then serves training sets of any number of images.
         progress: Show a bar.
         on_step: Called with the metrics of `distillation.make_step`.
 
@@ -192,7 +194,7 @@ def distill(
     source = match.Source(images, labels, made.num_classes, seen, _seed(key_distill), experts)
     state, losses = distillation.init_state(matched, params), []
     factor = _schedule(schedule, steps)
-    with distillation.Loop(matched, state, key_distill, source, last=steps, schedule=factor) as loop:
+    with distillation.Loop(matched, state, key_distill, source, last=steps, schedule=factor, on_host=on_host) as loop:
         with _bar("distill", steps, shown=progress) as advance:
             for step in range(1, steps + 1):
                 (metrics,) = loop.take(1)

@@ -135,6 +135,7 @@ def summarize(
         augment=learner.augment,
         whitening=learner.whitening,
         experts=experts,
+        on_host=True,
         **shared,
     )
 
