@@ -11,11 +11,19 @@ import pytest
 from command_line import start
 
 from gsdd_jax import codecs, data, labels, storage
+from train import audit, experiment, federated, replay, search
 from train import config as configs
-from train import experiment
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# By the first word of their names: what they are read as; all others are runs.
+USES = {
+    "audit": audit.AuditConfig,
+    "federated": federated.FederatedConfig,
+    "replay": replay.ReplayConfig,
+    "search": search.SearchConfig,
+}
+EVERY = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [path for path in EVERY if path.stem.split("_")[0] not in USES]
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +62,13 @@ def test_config_loads_and_its_smoke_run_is_small(path):
         assert smoke.objective.batch_real <= 16
     assert 1 <= smoke.evaluate.steps * smoke.evaluate.seeds <= 200
     assert not smoke.baselines.full_data or (smoke.baselines.full_data_steps or smoke.evaluate.steps) <= 100
+
+
+@pytest.mark.parametrize("path", [path for path in EVERY if path not in CONFIGS], ids=lambda path: path.stem)
+def test_config_of_a_use_loads_and_its_smoke_run_is_small(path):
+    full, smoke = (configs.load(path, smoke=small, cls=USES[path.stem.split("_")[0]]) for small in (False, True))
+    assert full.name == smoke.name == path.stem and len(full.seeds) >= 3
+    assert len(smoke.seeds) == 1 and smoke.training.steps <= 10
 
 
 def with_its_data(config, request):
