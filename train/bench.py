@@ -25,7 +25,7 @@ from train.evaluation import test_networks
 from train.experiment import WHEREABOUTS, Experiment
 from train.progress import Progress
 from train.results import exported
-from train.rundir import environment, plain, write_json
+from train.rundir import differences, environment, plain, write_json
 
 # What a file of results is about; it is continued only where these agree.
 _IDENTITY = {"set_sha256": "set", "data_sha256": "data", "size": "size"}
@@ -61,7 +61,7 @@ class Bench:
             name: own if name == own.name else nets.NetSpec(name=name)  # type: ignore[arg-type]
             for name in names or [own.name]
         }
-        self.specs = self._recipes(config, overrides)
+        self.specs = {name: self._recipe(name, overrides) for name in self._network_specs}
         codec, class_names = self.synset.parts[0].codec, self.synset.class_names
         size = (resolution, resolution) if resolution else codec.image_shape[:2]
         # Whatever does not fit is found before data are read.
@@ -108,21 +108,17 @@ class Bench:
         if out is not None and out.exists():
             self._continue(out)
 
-    def _recipes(self, config: configs.RunConfig, overrides: Sequence[str]) -> dict[str, EvalSpec]:
-        """Returns how networks are trained: by the recipe on the run's own section, and the command line on top."""
-        places = {text: [part.strip() for part in text.partition("=")[0].split(".")] for text in overrides}
-        section = [place for place in places.values() if place[0] == "evaluate"]
-        others = [text for text in overrides if places[text] not in section]
-        base: configs.RunConfig = configs.load(self.run / "config.yaml", others)
-        every = {field.name for field in dataclasses.fields(EvalSpec)}
-        on_top = {name for place in section for name in place[1:2] or every} & every
-        specs = {}
-        for name in self._network_specs:
-            spec = recipes.recipe_for(self.recipe, name, base.evaluate.training())
-            if self.recipe == "config" and config.evaluate.lr_from == "syn_lr" and "syn_lr" in self.synset.meta:
-                spec = dataclasses.replace(spec, lr=self.synset.meta["syn_lr"])
-            specs[name] = dataclasses.replace(spec, **{field: getattr(config.evaluate, field) for field in on_top})
-        return specs
+    def _recipe(self, name: str, overrides: Sequence[str]) -> EvalSpec:
+        """Returns how a network is trained: by the recipe on the run's own section, and the command line on top."""
+        file = self.run / "config.yaml"
+        own: configs.RunConfig = configs.load(file)
+        asked: configs.RunConfig = configs.load(file, overrides)
+        recipe = dataclasses.asdict(recipes.recipe_for(self.recipe, name, own.evaluate.training()))
+        if self.recipe == "config" and asked.evaluate.lr_from == "syn_lr" and "syn_lr" in self.synset.meta:
+            recipe["lr"] = self.synset.meta["syn_lr"]
+        below = [f"evaluate.{key}={json.dumps(value)}" for key, value in recipe.items()]
+        made: configs.RunConfig = configs.load(file, [*below, *overrides])
+        return made.evaluate.training()
 
     def _continue(self, out: Path) -> None:
         """Takes over what a file holds."""
@@ -157,16 +153,10 @@ class Bench:
             return None
         # Settings that came later have the default that was the rule before.
         there = {f"evaluate.{key}": value for key, value in vars(EvalSpec()).items()} | entry["settings"]
-        differing = [
-            f"{key} is {json.dumps(there.get(key))} there and {json.dumps(value)} now"
-            for key, value in settings.items()
-            if there.get(key) != value
-        ]
-        if differing:
-            raise UserError(
-                f"{self._out} holds {name} with other settings: {'; '.join(differing)}; "
-                "choose another file or delete it"
-            )
+        apart = differences({key: there.get(key) for key in settings}, settings)
+        if apart:
+            values = "; ".join("{} is {} there and {} now".format(key, *both) for key, both in apart.items())
+            raise UserError(f"{self._out} holds {name} with other settings: {values}; choose another file or delete it")
         self.progress.say(f"{name}: kept from the file of results")
         return entry
 

@@ -172,18 +172,18 @@ def check_target(out: Path) -> None:
         raise UserError(f"--out: no such directory: {out.parent}")
 
 
-def _pngs(images: np.ndarray) -> list[bytes]:
-    """Returns images ``[n, h, w, c]`` as PNGs, clipped to [0,1] and rounded to 8 bits."""
-    channels = images.shape[-1]
+def _pngs(images: np.ndarray) -> dict[str, bytes]:
+    """Returns images ``[n, h, w, c]`` as PNGs by their names, clipped to [0,1] and rounded to 8 bits."""
+    channels, digits = images.shape[-1], len(str(len(images) - 1))
     if channels not in (1, 3):
         raise UserError(f"--to: a PNG has 1 or 3 channels, the images have {channels}; expected npz")
     if broken := np.isnan(images).any((1, 2, 3)).sum():
         raise UserError(f"--to: {broken} of {len(images)} images hold NaN, which a PNG cannot; expected npz")
-    found = []
-    for each in np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8):
+    found = {}
+    for i, each in enumerate(np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)):
         stream = io.BytesIO()
         Image.fromarray(each[..., 0] if channels == 1 else each).save(stream, "PNG")
-        found.append(stream.getvalue())
+        found[f"{i:0{digits}d}.png"] = stream.getvalue()
     return found
 
 
@@ -196,17 +196,13 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
 
 def write_png(export: Export, folder: Path) -> None:
     """Writes a folder of PNGs per class."""
-    folders, digits = [folder / name for name in folder_names(export.synset.class_names)], _digits(export)
+    folders = [folder / name for name in folder_names(export.synset.class_names)]
     for each in folders:
         each.mkdir()
-    for i, (png, label) in enumerate(zip(_pngs(export.images), export.synset.labels, strict=True)):
-        (folders[label] / f"{i:0{digits}d}.png").write_bytes(png)
+    for (name, png), label in zip(_pngs(export.images).items(), export.synset.labels, strict=True):
+        (folders[label] / name).write_bytes(png)
     if export.synset.soft_labels is not None:
         np.save(folder / "soft_labels.npy", np.asarray(export.synset.soft_labels), allow_pickle=False)
-
-
-def _digits(export: Export) -> int:
-    return len(str(len(export.images) - 1))
 
 
 def write_npz(export: Export, folder: Path) -> None:
@@ -236,7 +232,8 @@ def write_tfds(export: Export, folder: Path) -> None:
     except ImportError as error:
         raise UserError("--to: tfds needs tensorflow_datasets and array_record: pip install gsdd_jax[data]") from error
     names = _distinct([" ".join(name.split()) for name in export.synset.class_names], "tfds")
-    columns: dict[str, Any] = {"image": map(io.BytesIO, _pngs(export.images)), "label": map(int, export.synset.labels)}
+    pngs = map(io.BytesIO, _pngs(export.images).values())
+    columns: dict[str, Any] = {"image": pngs, "label": map(int, export.synset.labels)}
     kinds = {
         "image": tfds.features.Image(shape=export.images.shape[1:], encoding_format="png"),
         "label": tfds.features.ClassLabel(names=names),
@@ -291,8 +288,8 @@ def write_huggingface(export: Export, folder: Path) -> None:
     except ImportError as error:
         raise UserError("--to: huggingface needs pyarrow: pip install gsdd_jax[data]") from error
     names, soft = _distinct(export.synset.class_names, "huggingface"), export.synset.soft_labels
-    digits, image = _digits(export), pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    pngs = [{"bytes": png, "path": f"{i:0{digits}d}.png"} for i, png in enumerate(_pngs(export.images))]
+    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    pngs = [{"bytes": png, "path": name} for name, png in _pngs(export.images).items()]
     columns = {
         "image": pyarrow.array(pngs, image),
         "label": pyarrow.array(export.synset.labels, pyarrow.int64()),
@@ -325,25 +322,17 @@ def _sentence(made: SynSet | MergedSet) -> str:
     return f"Distilled {source}by gsdd_jax into {each} bytes per class (codec {made.parts[0].codec.name})."
 
 
-def write_set(export: Export, folder: Path) -> None:
-    """Writes the set itself, to be read by `gsdd_jax.load`, evaluated, or started from by ``fit.initial_set``."""
-    export.synset.save(folder)
-
-
-def write_orbax(export: Export, folder: Path) -> None:
-    """Writes the set as an orbax checkpoint."""
-    # Merged sets are of several runs, hence of no one state.
-    state = {} if export.state is None else {"state": export.state}
-    export.synset.save(folder, format="orbax", **state)
-
-
-FORMS: dict[str, Callable[[Export, Path], None]] = {
+FORMS: dict[str, Callable[[Export, Path], Any]] = {
     "png": write_png,
     "npz": write_npz,
     "tfds": write_tfds,
     "huggingface": write_huggingface,
-    "set": write_set,
-    "orbax": write_orbax,
+    # To be read by `gsdd_jax.load`, evaluated, or started from by ``fit.initial_set``.
+    "set": lambda export, folder: export.synset.save(folder),
+    # Merged sets are of several runs, hence of no one state.
+    "orbax": lambda export, folder: export.synset.save(
+        folder, format="orbax", **({} if export.state is None else {"state": export.state})
+    ),
 }
 
 
