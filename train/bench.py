@@ -61,7 +61,7 @@ class Bench:
             name: own if name == own.name else nets.NetSpec(name=name)  # type: ignore[arg-type]
             for name in names or [own.name]
         }
-        self.specs = {name: self._recipe(name, overrides) for name in self._network_specs}
+        self.specs = {name: self._recipe(name, config, overrides) for name in self._network_specs}
         codec, class_names = self.synset.parts[0].codec, self.synset.class_names
         size = (resolution, resolution) if resolution else codec.image_shape[:2]
         # Whatever does not fit is found before data are read.
@@ -108,13 +108,12 @@ class Bench:
         if out is not None and out.exists():
             self._continue(out)
 
-    def _recipe(self, name: str, overrides: Sequence[str]) -> EvalSpec:
+    def _recipe(self, name: str, config: configs.RunConfig, overrides: Sequence[str]) -> EvalSpec:
         """Returns how a network is trained: by the recipe on the run's own section, and the command line on top."""
         file = self.run / "config.yaml"
         own: configs.RunConfig = configs.load(file)
-        asked: configs.RunConfig = configs.load(file, overrides)
         recipe = dataclasses.asdict(recipes.recipe_for(self.recipe, name, own.evaluate.training()))
-        if self.recipe == "config" and asked.evaluate.lr_from == "syn_lr" and "syn_lr" in self.synset.meta:
+        if self.recipe == "config" and config.evaluate.lr_from == "syn_lr" and "syn_lr" in self.synset.meta:
             recipe["lr"] = self.synset.meta["syn_lr"]
         below = [f"evaluate.{key}={json.dumps(value)}" for key, value in recipe.items()]
         made: configs.RunConfig = configs.load(file, [*below, *overrides])

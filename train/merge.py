@@ -277,12 +277,6 @@ def _of_subtasks(subtasks: Sequence[Subtask], found: dict[str, Any], rows: dict[
         "subtasks": parts,
         "subtask_seconds": {"sum": sum(seconds), "longest": max(seconds)},
         "seconds": sum(seconds) + sum(row["seconds"] for row in rows.values()),
-        "budget": found["budget"]
-        | {
-            "subtasks": len(subtasks),
-            "seconds of the subtasks, sum": sum(seconds),
-            "seconds of the longest subtask": max(seconds),
-        },
     }
 
 

@@ -54,8 +54,6 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 def percent(entry: Mapping[str, Any]) -> str:
     """Writes the accuracy of an arm for a table, in %: mean and standard deviation over its networks."""
-    if entry["mean"] is None:
-        return f"diverged ({len(entry['diverged'])} of {entry['n']})"
     # One network has no spread to show; results of before may not know how many there were.
     spread = f" ± {100 * entry['std']:.1f}" if entry.get("n") != 1 and entry.get("std") is not None else ""
     return f"{100 * entry['mean']:.1f}{spread}"
