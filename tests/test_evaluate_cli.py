@@ -131,9 +131,7 @@ def test_resolution_renders_the_set_and_reads_the_data_at_that_size(run, mock, t
     [
         (["--networks", "lenet"], "--networks: unknown network 'lenet'; allowed: convnet, alexnet, vgg11, resnet18, v"),
         (["--networks", "evaluate.seeds=1"], "--networks: expected one or more of convnet, alexnet"),
-        (["--recipe", "mtt"], "--recipe: unknown recipe 'mtt'; allowed: config, gsdd, glad, dance"),
-        (["--resolution", "16x16"], "--resolution: expected a side in pixels such as 256, found '16x16'"),
-        (["--first-seed", "-1"], "--first-seed: expected an integer of at least 0, found -1"),
+        (["--resolution", "-1"], "--resolution: expected an integer of at least 0, found -1"),
         (["--networks", "vit", "--ddranking"], "--networks: --ddranking is computed for the run's own network"),
         (["--out", "/absent/place/x.json"], "--out: no such directory: /absent/place"),
         (["--networks", "alexnet", "vgg11"], "network.name: vgg11 does not fit 8x8 px images"),

@@ -172,7 +172,6 @@ def test_npz_of_a_whitened_run_maps_images_into_its_space(zca_run, tmp_path, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "jpg"], "--to: unknown form 'jpg'; allowed: png, npz, tfds, huggingface, set"),
         (["--to", "npz", "--size", "big"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH, found 'big'"),
         (["--to", "npz", "--size", "9000x2"], "--size: expected a side from 1 to 8192 or HEIGHTxWIDTH"),
         (["--to", "set", "--size", "8"], "--size: a set is drawn at any size later; leave it out, found '8'"),

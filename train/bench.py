@@ -48,7 +48,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, names: Sequence[str], overrides: Sequence[str]):
         run = self.run = Path(args.run)
         out = self._out = Path(args.out) if args.out else None
-        resolution = int(args.resolution or 0)
+        resolution = args.resolution
         self.recipe, self.first_seed, self.progress = args.recipe, args.first_seed, Progress(quiet=args.quiet)
         self.synset: SynSet | MergedSet = exported(run)
         file = run / "config.yaml"

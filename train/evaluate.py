@@ -64,11 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--recipe",
         default="config",
-        metavar="NAME",
-        help=f"how they are trained: {', '.join(recipes.RECIPES)} (default: config, the run's evaluate section)",
+        choices=recipes.RECIPES,
+        help="how they are trained (default: config, the run's evaluate section)",
     )
     parser.add_argument(
-        "--resolution", metavar="SIDE", help="render the set and read the data at another size, such as 256"
+        "--resolution",
+        type=int,
+        default=0,
+        metavar="SIDE",
+        help="render the set and read the data at another size in pixels, such as 256",
     )
     parser.add_argument("--ddranking", action="store_true", help="compute DD-Ranking's LRS and ARS")
     parser.add_argument(
@@ -100,14 +104,11 @@ def _check_arguments(args: argparse.Namespace, named: list[str]) -> None:
             raise UserError(f"--networks: unknown network {name!r}; allowed: {', '.join(_NAMES)}")
     if args.networks and not named:
         raise UserError(f"--networks: expected one or more of {', '.join(_NAMES)}, found none")
-    if args.recipe not in recipes.RECIPES:
-        raise UserError(f"--recipe: unknown recipe {args.recipe!r}; allowed: {', '.join(recipes.RECIPES)}")
     if args.ddranking and named:
         raise UserError("--networks: --ddranking is computed for the run's own network; leave one of them out")
-    if args.resolution and not (args.resolution.isdecimal() and int(args.resolution)):
-        raise UserError(f"--resolution: expected a side in pixels such as 256, found {args.resolution!r}")
-    if args.first_seed < 0:
-        raise UserError(f"--first-seed: expected an integer of at least 0, found {args.first_seed}")
+    for key in ("resolution", "first_seed"):
+        if getattr(args, key) < 0:
+            raise UserError(f"--{key.replace('_', '-')}: expected an integer of at least 0, found {getattr(args, key)}")
     if args.out and not Path(args.out).resolve().parent.is_dir():
         raise UserError(f"--out: no such directory: {Path(args.out).parent}")
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m train.export", description="Write the images of a distilled set for other programs."
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="run directory, or directory of an exported set")
-    parser.add_argument("--to", required=True, metavar="FORM", help=", ".join(FORMS))
+    parser.add_argument("--to", required=True, choices=FORMS, help="what to write, see docs/exchange.md")
     parser.add_argument("--out", required=True, metavar="DIR", help="what to make; absent or empty")
     parser.add_argument(
         "--checkpoint", action="store_true", help="the set of the newest checkpoint of the run, which is not finished"
@@ -80,15 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with exit_cleanly(debug=args.debug):
         compilation_cache.enable()
-        if args.to not in FORMS:
-            raise UserError(f"--to: unknown form {args.to!r}; allowed: {', '.join(FORMS)}")
         if args.masters and args.to != "orbax":
             raise UserError(f"--masters: only --to orbax holds them, found --to {args.to}")
         if args.size and args.to in SETS:
             raise UserError(f"--size: a set is drawn at any size later; leave it out, found {args.size!r}")
         run, out, size = Path(args.run), Path(args.out), _size(args.size) if args.size else None
         check_target(out)
-        made, state = _source(run, checkpoint=args.checkpoint or args.masters)
+        made: SynSet | MergedSet
+        if args.checkpoint or args.masters:
+            # Needs the data and all of training, which exported sets do not.
+            from train import distill
+
+            made, state = distill.from_checkpoint(run)
+        else:
+            made, state = results.exported(run), None
         images = np.asarray(made.images(size), np.float32)
         training, zca, left_out = _needed(run, made, images, args.to)
         metadata = {
@@ -114,16 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts = ", ".join(f"{what} ({why})" for what, why in left_out.items())
             print(f"left out, although the accuracies of the run needed it: {parts}")
     return 0
-
-
-def _source(run: Path, *, checkpoint: bool) -> tuple[SynSet | MergedSet, Any]:
-    """Returns the exported set of a run, or that of its newest checkpoint with the state."""
-    if not checkpoint:
-        return results.exported(run), None
-    # Needs the data and all of training, which exported sets do not.
-    from train import distill
-
-    return distill.from_checkpoint(run)
 
 
 def _needed(run: Path, made: SynSet | MergedSet, images: np.ndarray, to: str) -> tuple[Any, Any, dict[str, str]]:

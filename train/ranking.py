@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +35,14 @@ _HELD_OUT_KEY, _CHOICE_KEY = 2**31, 2**31 + 1
 Training = tuple[jax.Array, jax.Array]
 
 
-class Arm(NamedTuple):
-    """A row of the comparison: a training set with or without augmentation."""
-
-    name: str
-    label: str
-    augmented: bool
-
-
-ARMS = (
-    Arm("full_data", "whole training set", True),
-    Arm("distilled", "distilled", True),
-    Arm("random_real", "random real images", True),
-    Arm("distilled_plain", "distilled", False),
-    Arm("random_real_plain", "random real images", False),
-)
+# Rows of the comparison: a training set, with augmentation unless its name ends in "plain".
+ARMS = {
+    "full_data": "whole training set",
+    "distilled": "distilled",
+    "random_real": "random real images",
+    "distilled_plain": "distilled",
+    "random_real_plain": "random real images",
+}
 
 
 def rank(bench: Bench) -> str:
@@ -58,14 +51,14 @@ def rank(bench: Bench) -> str:
     config, dataset, held_out, draw = experiment.config, experiment.dataset, *_random_images(bench)
     entries = {}
     for arm in ARMS:
-        spec, augment = evaluation_spec(experiment, arm.name, bench.specs[name]), config.augment
-        if not arm.augmented:
+        spec, augment = evaluation_spec(experiment, arm, bench.specs[name]), config.augment
+        if arm.endswith("plain"):
             spec, augment = dataclasses.replace(spec, cutmix=0.0), DsaSpec(strategy="none")
-        settings, random = bench.settings(name, spec, augment), arm.name.startswith("random_real")
+        settings, random = bench.settings(name, spec, augment), arm.startswith("random_real")
         if random:
             del settings["evaluate.lr"]
             settings |= {"lrs": list(RANDOM_LRS), "ipc": int(config.ipc)}
-        entry = bench.known("ddranking", arm.name, settings)
+        entry = bench.known("ddranking", arm, settings)
         if entry is None:
             more: dict[str, Any] = {}
             if random:
@@ -85,10 +78,10 @@ def rank(bench: Bench) -> str:
                 "full_data": lambda _: (jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)),
                 "distilled": lambda _: (bench.images, jnp.asarray(bench.synset.labels)),
                 "random_real": draw,
-            }[arm.name.removesuffix("_plain")]
-            row = bench.test(arm.name, training, spec, augment=augment, alone=random)
-            entry = bench.keep("ddranking", arm.name, row | more, settings)
-        entries[arm.name] = entry
+            }[arm.removesuffix("_plain")]
+            row = bench.test(arm, training, spec, augment=augment, alone=random)
+            entry = bench.keep("ddranking", arm, row | more, settings)
+        entries[arm] = entry
     mean = {key: entry["mean"] for key, entry in entries.items()}
     syn, random_mean, full_mean = mean["distilled"], mean["random_real"], mean["full_data"]
     scores = {
@@ -104,10 +97,9 @@ def rank(bench: Bench) -> str:
     bench.save()
     columns = "training set", "augmentation", "images", "test accuracy, %", "networks", "learning rate", "steps each"
     rows = []
-    for arm in ARMS:
-        entry = entries[arm.name]
+    for arm, entry in entries.items():
         numbers = f"{entry['images']:,}", testset.percent(entry), entry["n"], f"{entry['lr']:g}", f"{entry['steps']:,}"
-        rows.append([arm.label, "yes" if arm.augmented else "no", *numbers])
+        rows.append([ARMS[arm], "no" if arm.endswith("plain") else "yes", *numbers])
     return (
         f"{bench.run}: DD-Ranking, recipe {bench.recipe}"
         + (", hard labels\n\n" if bench.synset.soft_labels is not None else "\n\n")
