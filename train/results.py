@@ -136,8 +136,11 @@ def described(
         if name == "distilled" and entry["images"] % classes:
             # Parts of a merged set hold more and fewer.
             images = round(entry["images"] / classes, 1)
-        size, of_labels = _stored(experiment, name, entry, sizes), label * images * (entry.get("labels") == "soft")
-        named = _label(experiment, name, entry)
+        of_labels = label * images * (entry.get("labels") == "soft")
+        if name == "distilled":
+            # Parts of a merged set may have labels of their own classes alone.
+            of_labels = round(sizes.get("labels", 0) / classes)
+        size, named = _stored(experiment, name, entry, sizes), _label(experiment, name, entry)
         found[name] = entry | {
             "images_per_class": images,
             "bytes_per_class": round(size + of_labels),
@@ -145,7 +148,10 @@ def described(
             "training_flops": None if flops is None else STEP_FLOPS * flops * entry["images_seen"],
             **({"label": named} if named else {}),
         }
-    agreement = None if soft is None else float(np.mean(np.asarray(soft).argmax(1) == made.labels))
+    kind: dict[str, Any] = {"kind": "hard"}
+    if soft is not None:
+        agreement = float(np.mean(np.asarray(soft).argmax(1) == made.labels))
+        kind = dataclasses.asdict(config.labels) | {"agreement": agreement}
     return {
         "name": config.name,
         "codec": experiment.codec.name,
@@ -165,9 +171,7 @@ def described(
             "evaluate": dataclasses.asdict(config.evaluate),
             "augment": config.augment.strategy,
             "whiten": config.whiten,
-            "labels": {"kind": "hard"}
-            if soft is None
-            else dataclasses.asdict(config.labels) | {"agreement": agreement},
+            "labels": kind,
             "seed": config.seed,
         },
         "data_sha256": dataset.fingerprint(),
