@@ -141,7 +141,7 @@ class Round(NamedTuple):
         served: By the server.
         up: Bytes of the largest message to the server.
         down: Bytes of the message from it.
-        passes: Images that a client's network sees, times 3 where it is trained or images are: the mean of clients.
+        passes: Images that a client's network sees, those thrice that it or they are trained on: the mean of clients.
     """
 
     served: Served
@@ -214,21 +214,16 @@ class Federation:
             flatten, unflatten = flattener(network)
             # One program for clients of any size.
             constant = dataclasses.replace(learner.training, schedule="constant", warmup_steps=0, steps=1 << 20)
-            local, steps = (
-                dataclasses.replace(learner, training=constant),
-                -(-self.spec.epochs * len(images) // constant.batch),
-            )
-            pool = learning.pool(images, labels)
-            archive.write_weights(
-                path, flatten(local.train(key, unflatten(jnp.asarray(weights)), (pool,), network, steps))
-            )
+            steps = -(-self.spec.epochs * len(images) // constant.batch)
+            local, pools = dataclasses.replace(learner, training=constant), (learning.pool(images, labels),)
+            params = local.train(key, unflatten(jnp.asarray(weights)), pools, network, steps)
+            archive.write_weights(path, flatten(params))
             return _STEP * self.spec.epochs * len(images)
         own = tuple(np.unique(labels).tolist())
         matching: dict[str, Any] = {}
         if self.server_sends:
-            around = Neighbors(
-                weights, self.spec.radius, int(jax.random.bits(jax.random.fold_in(key, 1), (), jnp.uint32))
-            )
+            seed = int(jax.random.bits(jax.random.fold_in(key, 1), (), jnp.uint32))
+            around = Neighbors(weights, self.spec.radius, seed)
             objective = DistributionSpec(
                 batch_real=self.spec.batch_real, class_chunk=len(own), networks="experts", expert_epochs=1
             )
