@@ -266,10 +266,9 @@ def _remedy(config: RunConfig, arm: Arm, values: dict[str, float]) -> str:
 
 def _first_bad(taken: list[dict[str, jax.Array]], done: int) -> str:
     """Names the first of the last steps that has a number which is not finite, and which numbers these are."""
-    for step, metrics in enumerate(taken, done - len(taken) + 1):
-        if bad := [name for name, value in metrics.items() if not np.isfinite(float(value))]:
-            return f"{', '.join(bad)} not finite in iteration {step}"
-    raise AssertionError("the last step was found not to be finite")
+    bad = [[name for name, value in metrics.items() if not np.isfinite(float(value))] for metrics in taken]
+    first = next(i for i, names in enumerate(bad) if names)
+    return f"{', '.join(bad[first])} not finite in iteration {done - len(taken) + 1 + first}"
 
 
 def _not_finite(phase: str, what: str, saved: int, checkpoints: Checkpoints, remedy: str) -> DivergedError:
