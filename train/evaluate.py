@@ -142,7 +142,8 @@ def across_networks(bench: Bench) -> str:
     complete = others and not failed.keys() - {bench.maker}
     cross = {"mean": sum(others.values()) / len(others), "networks": list(others)} if complete else None
     own = entries.get(config.network.name)
-    accuracy = own and {key: value for key, value in own.items() if key != "settings"}
+    keys = ("mean", "std", "n", "seeds", "per_class", "balanced", "accuracies", "hard_labels")
+    accuracy = own and {key: own[key] for key in keys if key in own}
     bench.content |= {"cross_architecture": cross, "accuracy": accuracy}
     bench.save()
     text = _table(bench, entries)

@@ -134,9 +134,9 @@ def evaluate_stage(
         iteration: Outer steps that the images are from, where a run that is extended has others later.
     """
     spec, test, known = evaluation_spec(experiment, arm), test or arm, known_tests(run)
-    entry = known.setdefault(test, {})
+    entry = known.setdefault(test, {"accuracies": {}})
     if iteration is not None and entry.get("iteration") != iteration:
-        entry = known[test] = {"iteration": iteration}
+        entry = known[test] = {"accuracies": {}, "iteration": iteration}
 
     def keep() -> None:
         write_json(run.path / EVALUATION, known)
