@@ -502,7 +502,7 @@ def test_dry_run_prints_budget_and_shapes_and_writes_nothing(toy, tmp_path, caps
     assert start(toy, None, "--dry-run") == 0
     text = capsys.readouterr().out
     assert "ipc 1 = 256 bytes per class" in text
-    assert "2 images x 5 Gaussians: 70 floats, 140 bytes" in text
+    assert "2 images of 5 Gaussians: 70 floats, 140 bytes" in text
     for leaf in (
         "mean         [20, 5, 2]",
         "cholesky     [20, 5, 3]",
