@@ -221,6 +221,8 @@ def damaged(tmp_path, kind: str):
             "counts": {"counts": [2, 5]},
             "names": {"class_names": ["a"]},
             "key": {"run": "rm"},
+            "empty": {"counts": [0, 0]},
+            "wide": {"image_shape": [1 << 13, 1 << 13, 3]},
             "huge": {"image_shape": [1 << 12, 1 << 12, 3], "format": "raw"},
         }.get(kind, {})
         files = {"0/images.json": json.dumps(document).encode(), "0/images.safetensors": arrays}
@@ -228,6 +230,8 @@ def damaged(tmp_path, kind: str):
         if kind == "frame":
             held = exchange.read(arrays).values({}, "")
             files["0/images.safetensors"] = exchange.serialize(held | {"data": held["data"] ^ 85})
+        if kind == "inflated":
+            files["0/images.safetensors"] = bytes(2 << 20)
         if kind == "bomb":
             files["0/images.json"] = b"[" * (4 << 20)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as whole:
@@ -244,6 +248,9 @@ def damaged(tmp_path, kind: str):
         ("counts", r"part 0, sizes: expected uint16\[7\], found uint16\[3\]"),
         ("names", "part 0, counts: expected one per class, 1; found 2"),
         ("key", "part 0, run: unknown key"),
+        ("empty", r"part 0, counts: expected 1 to 466033 images of \[12, 16, 3\], found 0"),
+        ("wide", r"part 0, counts: expected 1 to 1 images of \[8192, 8192, 3\], found 3"),
+        ("inflated", "part 0, images.safetensors: expected at most 1048576 bytes, found 2097152"),
         ("huge", r"part 0, data: expected uint8\[150994944\]"),
         ("path", "found ../evil without or beside them"),
         ("frame", "part 0, image 0: damaged"),
@@ -253,7 +260,7 @@ def damaged(tmp_path, kind: str):
 def test_damaged_file_is_refused_by_name(tmp_path, kind, says):
     path = damaged(tmp_path, kind)
     with pytest.raises(ValueError, match=f"^{path}: .*{says}"):
-        archive.read(path)
+        archive.read(path, most_bytes=1 << 20)
 
 
 MEMORIES = "memories=[{title: real ones, format: raw}]"

@@ -36,7 +36,7 @@ from gsdd_jax.synset import SynSet
 OVERHEAD = 1024
 SET_FILES = (synset.MANIFEST, synset.ARRAYS)
 REAL_FILES = ("images.json", "images.safetensors")
-# Real images of a part, and the largest file, unless a reader says otherwise.
+# Real images of a part, and bytes of a file, unpacked and decoded ones too, unless a reader says otherwise.
 MOST_IMAGES, MOST_BYTES = 1 << 20, 1 << 28
 # A lossy WebP file up to its frame: RIFF and chunk headers; of the frame, the tag, then the start code and the sides.
 _RIFF, _TAG, _SIDES = 20, 3, 7
@@ -156,7 +156,11 @@ def read(path: str | os.PathLike[str], *, most_bytes: int = MOST_BYTES) -> list[
         try:
             with zipfile.ZipFile(path) as archive:
                 folders = _folders(archive)
-                contents = [_entries(archive, number, names, most_bytes) for number, names in folders.items()]
+                # Before a byte is unpacked: zipfile reads no more than an entry says.
+                _check_sizes(archive, most_bytes)
+                contents = [
+                    {name: archive.read(f"{number}/{name}") for name in names} for number, names in folders.items()
+                ]
         except _DAMAGED as error:
             raise (
                 error if isinstance(error, InputError) else InputError(f"damaged file ({exchange.one_line(error)})")
@@ -229,16 +233,15 @@ def _folders(archive: zipfile.ZipFile) -> dict[int, tuple[str, ...]]:
     return found
 
 
-def _entries(archive: zipfile.ZipFile, number: int, names: tuple[str, ...], most_bytes: int) -> dict[str, bytes]:
-    found = {}
-    for name in names:
-        entry = archive.getinfo(f"{number}/{name}")
-        # Before a byte of it is unpacked: zipfile reads no more than the entry says.
-        limit = exchange.MANIFEST_BYTES if name.endswith(".json") else most_bytes
+def _check_sizes(archive: zipfile.ZipFile, most_bytes: int) -> None:
+    left = most_bytes
+    for entry in archive.infolist():
+        document = entry.filename.endswith(".json")
+        limit = exchange.MANIFEST_BYTES if document else left
         if entry.file_size > limit:
+            number, name = entry.filename.split("/")
             raise InputError(f"part {number}, {name}: expected at most {limit} bytes, found {entry.file_size}")
-        found[name] = archive.read(entry)
-    return found
+        left -= 0 if document else entry.file_size
 
 
 def _part(number: int, content: Mapping[str, bytes]) -> Part:
@@ -257,18 +260,18 @@ def _real(content: Mapping[str, bytes]) -> RealImages:
     header = schema.build(_Header, exchange.parse_json(content[REAL_FILES[0]]))
     if len(header.counts) != len(header.class_names):
         raise InputError(f"counts: expected one per class, {len(header.class_names)}; found {len(header.counts)}")
-    if (count := sum(header.counts)) > MOST_IMAGES:
-        raise InputError(f"counts: expected at most {MOST_IMAGES} images, found {count}")
+    count, values = sum(header.counts), math.prod(header.image_shape)
+    most = min(MOST_IMAGES, MOST_BYTES // values)
+    if not 0 < count <= most:
+        raise InputError(f"counts: expected 1 to {most} images of {list(header.image_shape)}, found {count}")
     file = exchange.read(content[REAL_FILES[1]])
-    size = math.prod(header.image_shape) * count if header.format == "raw" else None
-    given = file.arrays.get("data", exchange.Array("uint8", (0,)))
-    expected = {"data": exchange.Array("uint8", given.shape if size is None else (size,))}
-    if size is None:
-        expected["sizes"] = exchange.Array("uint16", (count,))
+    raw, given = header.format == "raw", file.arrays.get("data", exchange.Array("uint8", (0,)))
+    expected = {"data": exchange.Array("uint8", (values * count,) if raw else given.shape)}
+    expected |= {} if raw else {"sizes": exchange.Array("uint16", (count,))}
     exchange.compare(file.arrays, expected)
-    arrays: dict[str, Any] = file.values({}, "")
-    sizes = arrays.get("sizes", np.zeros(0, np.uint16))
-    if size is None and (total := int(sizes.sum(dtype=np.int64))) != arrays["data"].size:
+    arrays: dict[str, Any] = {"sizes": np.zeros(0, np.uint16)} | file.values({}, "")
+    sizes = arrays["sizes"]
+    if not raw and (total := int(sizes.sum(dtype=np.int64))) != arrays["data"].size:
         raise InputError(f"sizes: expected a sum of {arrays['data'].size} bytes, found {total}")
     found = RealImages(**vars(header), sizes=sizes, data=arrays["data"])
     found.images()  # which says what cannot be decoded
