@@ -7,6 +7,7 @@ fails if a block differs from its results; the test suite runs it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -25,7 +26,11 @@ from train.errors import exit_cleanly
 
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("codecs", "federated", "labels", "matching", "packed", "scale")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("audit", "codecs", "federated", "federated_learning", "labels", "matching", "packed", "replay")
+    ),
+    *(ROOT / "docs" / f"{name}.md" for name in ("scale", "search")),
 )
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -33,6 +38,13 @@ BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def _run(name: str) -> str:
     result = json.loads((RESULTS / name / "result.json").read_text())
     return results.table(result) + f"\n`{result['command']}`, commit {str(result['commit'])[:9]}.\n"
+
+
+def _use(name: str) -> str:
+    """Draws what a command of `gsdd_jax.uses`, the first word of the name, has found."""
+    result = json.loads((RESULTS / name / "result.json").read_text())
+    made = importlib.import_module(f"train.{name.split('_')[0]}").table(result["title"], result["rows"])
+    return f"{made}\n`{result['command']}`, commit {str(result['commit'])[:9]}, {result['device']}.\n"
 
 
 def _federated(name: str) -> str:
@@ -782,6 +794,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "scale_plan": _scale_plan,
     "sensitivity": _sensitivity,
     "trajectory": _trajectory,
+    "audit_digits": _use,
     **{device: _gpu for device in ("h100", "h200") if (RESULTS / device).is_dir()},
 }
 

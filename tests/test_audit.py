@@ -134,9 +134,9 @@ def test_command_attacks_every_kind_of_set_and_continues(tmp_path, monkeypatch):
     assert [row["set"] for row in result["rows"]] == ["all members", "random real images", "Gaussians"]
     assert [0 < row["bytes"] <= 4000 for row in result["rows"]] == [False, True, True]
     assert result["rows"][0]["sets"]["auc"] == 1.0
-    # Three rows of eight pixels, twice as large.
+    # Three rows of eight pixels and a margin, twice as large.
     with Image.open(tmp_path / "run" / "2-0.png") as picture:
-        assert picture.size[1] == 48
+        assert picture.size[1] == 54
     (tmp_path / "run" / "result.json").unlink()
     monkeypatch.setattr(audit, "audit", None)  # nothing is attacked again
     assert command.main(call) == 0

@@ -113,7 +113,9 @@ def _attacked(
 
 
 def _draw(path: Path, *rows: np.ndarray) -> None:
-    strips = [np.concatenate(list(np.clip(np.asarray(pixels.as_float(row)), 0, 1)), 1) for row in rows]
+    margin = ((0, 0), (0, 1), (0, 1), (0, 0))
+    framed = [np.pad(np.clip(np.asarray(pixels.as_float(row)), 0, 1), margin, constant_values=0.5) for row in rows]
+    strips = [np.concatenate(list(row), 1) for row in framed]
     gray = (255 * np.concatenate(strips) + 0.5).astype(np.uint8)
     picture = Image.fromarray(gray[..., 0] if gray.shape[-1] == 1 else gray)
     with files.replacing(path) as file:
