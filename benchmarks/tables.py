@@ -771,7 +771,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "ddif_decode": _ddif_decode,
     "divided": _divided,
     "cifar10_packed_dm_ipc1_w64": _run,
-    "cifar10_packed_dm_experts_ipc1_w64": _run,
+    "cifar10_packed_dm_experts_ipc1_w64_second": _run,
     "cifar10_packed_dm_experts_ipc1_w64_1400": _run,
     "cifar10_frepo_1024": _run,
     "fit_psnr": _fit,
