@@ -18,10 +18,10 @@ from gsdd_jax.codecs.base import CENTER, SPREAD
 from gsdd_jax.data import DataSpec
 from gsdd_jax.training import EvalSpec
 from gsdd_jax.uses.summary import Learner
-from train import compilation_cache, yaml12
+from train import compilation_cache
 from train import config as configs
 from train.errors import ConfigError
-from train.rundir import environment, plain, write_json
+from train.rundir import environment, write_json
 
 CONFIG, RESULT, TABLE, PLOT = "config.yaml", "result.json", "table.md", "plot.png"
 
@@ -57,7 +57,7 @@ def start(description: str | None, cls: type[C], argv: Sequence[str] | None) -> 
     compilation_cache.enable()
     config = configs.load(args.config, args.overrides, smoke=args.smoke, cls=cls)
     out = Path(args.out) if args.out else Path("runs") / config.name
-    text = yaml12.dump(plain(dataclasses.asdict(config)))
+    text = configs.to_yaml(config)
     if (out / CONFIG).exists() and (out / CONFIG).read_text() != text:
         raise ConfigError(f"--out: {out} holds an experiment with other settings, see {out / CONFIG}; expected another")
     out.mkdir(parents=True, exist_ok=True)
