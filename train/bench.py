@@ -151,7 +151,9 @@ class Bench:
         if entry is None or entry["mean"] is None:
             return None
         # Settings that came later have the default that was the rule before.
-        there = {f"evaluate.{key}": value for key, value in vars(EvalSpec()).items()} | entry["settings"]
+        defaults = {"evaluate": EvalSpec(), "network": nets.NetSpec()}
+        before = {f"{section}.{key}": value for section, spec in defaults.items() for key, value in vars(spec).items()}
+        there = before | entry["settings"]
         apart = differences({key: there.get(key) for key in settings}, settings)
         if apart:
             values = "; ".join("{} is {} there and {} now".format(key, *both) for key, both in apart.items())

@@ -80,14 +80,14 @@ def train(
     Args:
         key: Decides weights, batches and augmentations; consumed.
         network: The architecture.
-        pool: What it learns from; pools of equal shapes are compiled once.
+        pool: What it learns from, images of every class; pools of equal shapes are compiled once.
         test_images: ``[n, h, w, c]``.
         test_labels: ``[n]``.
         learner: How; its own network is not used.
         steps: As in `learning.train`: fewer than ``learner.training.steps`` stop early.
         clock: Tells the seconds, such as `time.process_time`.
     """
-    classes = int(test_labels.max()) + 1
+    classes = int(np.asarray(pool.labels).max()) + 1
     net = nets.build(network, test_images.shape[1:], classes)
     key_init, key_train = jax.random.split(key)
     params = net.init(key_init)
