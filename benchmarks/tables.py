@@ -795,7 +795,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "sensitivity": _sensitivity,
     "trajectory": _trajectory,
     "audit_digits": _use,
+    "federated_digits": _use,
     "replay_digits": _use,
+    "search_digits": _use,
     **{device: _gpu for device in ("h100", "h200") if (RESULTS / device).is_dir()},
 }
 

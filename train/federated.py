@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                             write_json(path / uses.RESULT, _federate(config, dataset, spec, alpha, seed, path, server))
                         rows.append(json.loads((path / uses.RESULT).read_text()))
                         print(_line(rows[-1]), flush=True)
+                    # All that is compiled for clients of any number of classes is more than a process can map.
+                    jax.clear_caches()
+                    server.submit(jax.clear_caches).result()
         title = f"{dataset.name}, {config.clients} clients, {len(config.seeds)} splits of the training images"
         uses.finish(out, config, table(title, rows), title=title, rows=rows)
     return 0
