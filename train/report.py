@@ -1,21 +1,20 @@
 """The report of a run: one HTML file that can be opened anywhere and sent to anyone.
 
 Pictures are embedded, the style is inline and nothing is fetched: a content security policy in the file itself forbids
-it, and all scripts but the line that moves the slider. The template escapes whatever it is given, because names of
-classes, datasets and runs come from users.
+it, and all scripts but the line that moves the slider and that of the gallery, which is a page within the page. The
+template escapes whatever it is given, because names of classes, datasets and runs come from users.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gsdd_jax import files, synset
+from train import gallery, results, rundir, testset, yaml12
 from train import pictures as draw
-from train import results, rundir, testset, yaml12
 
 _MOST_CHARTS = 12
 _CODEC_NAMES = {"gaussian": "Gaussian", "packed_gaussian": "packed Gaussian"}
@@ -29,8 +28,7 @@ _PICTURES = {
 }
 _SCRIPT = """for (const input of document.querySelectorAll("input[type=range]"))
 input.oninput = () => input.closest("figure").style.setProperty("--at", input.value + "%")"""
-_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-_POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'"
+_POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {gallery.hash_of(_SCRIPT)}"
 
 
 def finish(run: rundir.RunDir, result: dict[str, Any], pictures: Mapping[str, bytes], more: str = "") -> None:
@@ -64,8 +62,10 @@ def write(path: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) 
     started = [start.get("started") for start in starts]
     environment = {key: result.get(key) for key in ("device", "commit", "versions")}
     named = result.get("class_names") or [], result.get("test_images_per_class") or []
+    viewer = gallery.of_run(path)
     page = engine.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")).render(
-        policy=_POLICY,
+        policy=f"{_POLICY} {gallery.hash_of(gallery.script())}" if viewer else _POLICY,
+        viewer=viewer,
         script=_SCRIPT,
         result=result,
         summary=summary(result),
