@@ -67,10 +67,11 @@ def test_pixels_are_those_of_the_decoder_and_damage_is_one_line(browser, tmp_pat
     for text, files in cases.items():
         payload = [{"name": name, "mimeType": "", "buffer": data} for name, data in files.items()]
         page.locator("#files").set_input_files(payload)
-        page.wait_for_function("text => $('error').textContent.includes(text)", arg=text)
-        assert page.locator("#error").is_visible() and "\n" not in page.locator("#error").text_content()
+        page.locator("#error").get_by_text(text).wait_for()
+        assert "\n" not in page.locator("#error").text_content()
     page.locator("#files").set_input_files([SETS[1] / "manifest.json", SETS[1] / "synset.safetensors"])
-    page.wait_for_function("$('error').hidden && sets.length === 3")
+    page.locator("#error").wait_for(state="hidden")
+    assert page.evaluate("sets.length") == 3
 
 
 def test_a_report_holds_the_page_with_its_set(browser, tmp_path):

@@ -203,8 +203,8 @@ function redraw() {
 // The plane
 
 /** Places the images of the classes that are chosen, each class in a block, so that all are as large as they can be. */
-function arrange() {
-  const { width: w, height: h, perClass } = set, gap = Math.max(w, h) / 10, band = 0.6 * Math.max(w, h);
+function arrange(band = 0.6 * Math.max(set.width, set.height)) {
+  const { width: w, height: h, perClass } = set, gap = Math.max(w, h) / 10;
   const chosen = $("classes").value === "" ? [...set.classNames.keys()] : [Number($("classes").value)];
   let best = { scale: 0 };
   for (let across = 1; across <= Math.min(chosen.length, 64); across++) {
@@ -215,6 +215,9 @@ function arrange() {
       if (scale > best.scale) best = { scale, across, columns, block, width, height };
     }
   }
+  // Once more where their names would be too small to read.
+  const least = (15 * devicePixelRatio) / best.scale;
+  if (band < 0.9 * least) return arrange(least);
   plane = { ...best, band, places: [], names: [] };
   chosen.forEach((label, k) => {
     const x = (k % best.across) * best.block.width, y = Math.floor(k / best.across) * best.block.height + band;
@@ -373,20 +376,16 @@ async function add(manifest, arrays) {
   return own;
 }
 
-/** Opens the set among files, which are {path, file}. */
-async function open(found) {
-  const name = (path) => path.slice(path.lastIndexOf("/") + 1), folder = (path) => path.slice(0, path.lastIndexOf("/") + 1);
+/** Opens the set among files; browsers read no folders for a page on disk. */
+async function open(files) {
   try {
-    const [manifest] = found.filter(({ path }) => name(path) === MANIFEST).sort((a, b) => a.path.length - b.path.length);
-    const beside = found.filter(({ path }) => /^synset(-[0-9a-f]{12})?\.safetensors$/.test(name(path)))
-      .filter(({ path }) => !manifest || folder(path) === folder(manifest.path));
-    // One that is named after its sum is the newer one.
-    const arrays = beside.sort((a, b) => b.path.length - a.path.length)[0];
+    const found = [...files], manifest = found.find(({ name }) => name === MANIFEST);
+    const arrays = found.find(({ name }) => /^synset(-[0-9a-f]{12})?\.safetensors$/.test(name));
     if (!manifest || !arrays) {
-      const names = found.map(({ path }) => name(path)).slice(0, 4).join(", ") || "neither";
+      const names = found.slice(0, 4).map(({ name }) => name).join(", ") || "neither";
       refuse(`Expected a set, ${MANIFEST} and ${ARRAYS} together; found ${names}`);
     }
-    const contents = [manifest, arrays].map(async ({ file }) => new Uint8Array(await file.arrayBuffer()));
+    const contents = [manifest, arrays].map(async (file) => new Uint8Array(await file.arrayBuffer()));
     choose(await add(...(await Promise.all(contents))));
     $("error").hidden = true;
   } catch (error) {
@@ -394,35 +393,11 @@ async function open(found) {
   }
 }
 
-/** The files that were dropped, and those in folders that were. */
-async function dropped(transfer) {
-  const found = [...transfer.files].map((file) => ({ path: file.name, file }));
-  const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter((entry) => entry?.isDirectory);
-  const ask = (object, method) => new Promise((done, fail) => object[method](done, fail));
-  const visit = async (entry, depth) => {
-    const reader = entry.createReader();
-    for (let some = await ask(reader, "readEntries"); some.length; some = await ask(reader, "readEntries")) {
-      for (const child of some) {
-        if (child.isDirectory && depth < 2) await visit(child, depth + 1);
-        if (child.isFile && /\.(json|safetensors)$/.test(child.name)) {
-          found.push({ path: child.fullPath, file: await ask(child, "file") });
-        }
-      }
-    }
-  };
-  try {
-    for (const entry of entries) await visit(entry, 0);
-  } catch {
-    refuse(`This browser reads no folders of a page on disk: open ${MANIFEST} and ${ARRAYS} by the button, or drop these two`);
-  }
-  return found;
-}
-
 // Events
 
 $("sets").onchange = () => choose(sets[$("sets").value]);
 $("files").onchange = async () => {
-  await open([...$("files").files].map((file) => ({ path: file.name, file })));
+  await open($("files").files);
   $("files").value = "";
 };
 $("classes").onchange = () => {
@@ -443,10 +418,10 @@ document.ondragover = (event) => {
   stage.classList.add("drop");
 };
 document.ondragleave = (event) => event.relatedTarget ?? stage.classList.remove("drop");
-document.ondrop = async (event) => {
+document.ondrop = (event) => {
   event.preventDefault();
   stage.classList.remove("drop");
-  await dropped(event.dataTransfer).then(open, complain);
+  open(event.dataTransfer.files);
 };
 
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
