@@ -12,32 +12,22 @@ flat weights. Images are ``[n, h, w, c]`` float32 around [0,1]; image ``i`` of a
 images_per_class``, unless the set is a merged one, whose parts may hold more and fewer.
 """
 
+import importlib
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 # Without JAX a distilled set can still be read: `decode_numpy` and `torch_dataset` do not need it.
 if find_spec("jax") is not None:
-    from gsdd_jax import codecs, match, nets, whiten
-    from gsdd_jax.api import Accuracy, distill, evaluate, fit
+    from gsdd_jax import codecs, whiten
     from gsdd_jax.augment import DsaSpec as Dsa
-    from gsdd_jax.batches import device_data
     from gsdd_jax.codecs import GaussianSpec as SparseGaussians
     from gsdd_jax.codecs import PackedGaussianSpec as PackedGaussians
     from gsdd_jax.codecs import PixelSpec as Pixels
     from gsdd_jax.codecs import make as make_codec
-    from gsdd_jax.distillation import init_state, make_step
     from gsdd_jax.gaussians import Gaussians
-    from gsdd_jax.match import DistributionSpec as DistributionMatching
-    from gsdd_jax.match import GradientSpec as GradientMatching
-    from gsdd_jax.match import KernelRidgeSpec as KernelRidgeRegression
-    from gsdd_jax.match import MmdSpec as Mmd
-    from gsdd_jax.match import TrajectorySpec as TrajectoryMatching
-    from gsdd_jax.match import make as make_objective
     from gsdd_jax.merged import MergedSet, load
-    from gsdd_jax.nets import NetSpec as ConvNet
-    from gsdd_jax.nets import build as make_network
     from gsdd_jax.render import render
     from gsdd_jax.synset import SynSet
-    from gsdd_jax.training import EvalSpec as Training
 
 __all__ = [
     "Accuracy",
@@ -71,3 +61,20 @@ __all__ = [
     "render",
     "whiten",
 ]
+
+if TYPE_CHECKING:
+    from gsdd_jax import match, nets
+    from gsdd_jax.learning import *
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Imports what needs networks, hence Flax and Optax, when it is asked for: reading a set does not."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in ("match", "nets"):
+            return importlib.import_module(f"gsdd_jax.{name}")
+        return getattr(importlib.import_module("gsdd_jax.learning"), name)
+
+    def __dir__() -> list[str]:
+        """Lists what is public, imported or not."""
+        return [*globals(), *__all__]

@@ -23,8 +23,7 @@ from gsdd_jax.match.distribution import DistributionSpec, ExpertNetwork, draw_ke
 from gsdd_jax.match.needs import ExpertNetworks, Source
 from gsdd_jax.match.trajectory import flattener
 from gsdd_jax.nets import Network
-from gsdd_jax.training import inputs
-from gsdd_jax.whiten import Whitening
+from gsdd_jax.whiten import Whitening, inputs
 
 # Images of one class that go through a network at a time; one shape is compiled.
 _BATCH = 250

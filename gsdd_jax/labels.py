@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt, Le
 from jax import lax
 from typing_extensions import Doc
@@ -25,13 +24,12 @@ from typing_extensions import Doc
 from gsdd_jax import pixels, storage
 from gsdd_jax.errors import InputError
 from gsdd_jax.exchange import LABELS
-from gsdd_jax.nets import Network
 from gsdd_jax.soft_labels import Labels
-from gsdd_jax.training import inputs
-from gsdd_jax.whiten import Whitening
+from gsdd_jax.whiten import Whitening, inputs
 
 if TYPE_CHECKING:
     from gsdd_jax.match.base import Objective
+    from gsdd_jax.nets import Network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,5 +204,7 @@ def onto_simplex(rows: jax.Array) -> jax.Array:
     For objectives that learn labels: their ``learned["labels"]`` are probabilities of all images in order, and
     ``project`` keeps them such. They start one-hot, which no softmax of learned logits reaches.
     """
+    import optax
+
     # Under JAX_ENABLE_X64 optax counts the columns in float64, and gives that.
     return jax.vmap(optax.projections.projection_simplex)(rows).astype(rows.dtype)

@@ -18,7 +18,7 @@ from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec, cutmix, dsa
 from gsdd_jax.errors import InputError
 from gsdd_jax.nets import Network
-from gsdd_jax.whiten import Whitening
+from gsdd_jax.whiten import Whitening, inputs
 
 Schedule: TypeAlias = Literal["constant", "step", "multistep", "cosine", "warmup_cosine"]
 # Where GLaD's warm-up starts, as a factor on the rate.
@@ -241,12 +241,6 @@ def stream_batch(key: jax.Array, order: jax.Array, step: jax.Array, *, batch: in
 def rate_of(lr: jax.Array | float | None, spec: EvalSpec) -> jax.Array:
     """Returns the learning rate as an array, so that another one needs no compilation."""
     return jnp.asarray(spec.lr if lr is None else lr, jnp.float32)
-
-
-def inputs(images: jax.Array, whitening: Whitening | None) -> jax.Array:
-    """Returns what a network sees of images: floats, whitened."""
-    x = pixels.as_float(images)
-    return x if whitening is None else whitening(x)
 
 
 def check_images(images: jax.Array, labels: jax.Array, which: str, *, soft: bool = False, real: bool = False) -> None:

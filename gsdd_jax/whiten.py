@@ -68,6 +68,12 @@ class Zca(NamedTuple):
 Whitening = Identity | MeanStd | Zca | Callable[[jax.Array], jax.Array]
 
 
+def inputs(images: jax.Array, whitening: Whitening | None) -> jax.Array:
+    """Returns what a network sees of images: floats, whitened."""
+    x = pixels.as_float(images)
+    return x if whitening is None else whitening(x)
+
+
 class Published(NamedTuple):
     """Constants from a published code: `mean`, `std` per channel of the [0,1] image, and where they are used."""
 

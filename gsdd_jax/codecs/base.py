@@ -7,10 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from gsdd_jax import storage
 from gsdd_jax.gaussians import Gaussians
+from gsdd_jax.later import optax
 
 # Codecs whose references parameterize normalized images draw CENTER + SPREAD * output instead: the mean and the spread
 # of natural images, so that published learning rates carry over and no statistics of a dataset are needed.

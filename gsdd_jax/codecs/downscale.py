@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays, cast_storage
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 # What the reference pads canvases with: gray, which an image keeps at its border where the factor does not divide.
 PADDING = 0.5

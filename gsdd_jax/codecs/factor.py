@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
@@ -37,6 +36,7 @@ from gsdd_jax.codecs.base import (
     resized,
 )
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 # Side of both convolutions.
 SIDE = 3

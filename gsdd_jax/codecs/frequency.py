@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 # Arrays of the file.
 COEFFICIENTS, INDEX, MASK = "coefficients", "index", "mask"

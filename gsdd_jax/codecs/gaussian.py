@@ -9,13 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
 from gsdd_jax import starts, storage
 from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays
 from gsdd_jax.gaussians import Gaussians
+from gsdd_jax.later import optax
 from gsdd_jax.render import render
 from kernels import DEFAULT_CUTOFF
 

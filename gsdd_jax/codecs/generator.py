@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import Codec, Spec, resized
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

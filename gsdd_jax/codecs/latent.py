@@ -25,7 +25,6 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
@@ -43,6 +42,7 @@ from gsdd_jax.codecs.base import (
     resized,
 )
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 # What tanh is multiplied by: CENTER + REACH tanh is [0, 1].
 REACH = 2 * SPREAD

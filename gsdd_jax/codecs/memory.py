@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
@@ -16,6 +15,7 @@ from gsdd_jax import storage
 from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, cast_storage
 from gsdd_jax.codecs.downscale import cell_size, enlargement
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 # Adam's rate from the random start. On 50 CIFAR-10 images, 12 bases, 300 steps, any from 0.02 to 0.2 comes as near to
 # them as the SVD.

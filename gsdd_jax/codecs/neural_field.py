@@ -17,12 +17,12 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, cast_storage
+from gsdd_jax.later import optax
 
 # Pixels that the checkpointed decode draws at once: enough to fill a GPU, 16 images of 128 px.
 CHUNK_PIXELS = 1 << 18

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
@@ -22,6 +21,7 @@ from gsdd_jax.codecs.base import MOST, Codec, Draft, Layout, Shape, Spec
 from gsdd_jax.codecs.gaussian import boundary_loss, clip_positions, fit_rates, leafwise_adam
 from gsdd_jax.errors import InputError
 from gsdd_jax.gaussians import Gaussians
+from gsdd_jax.later import optax
 from gsdd_jax.render import render
 from kernels import DEFAULT_CUTOFF
 

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
@@ -25,6 +24,7 @@ from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec
 from gsdd_jax.codecs.frequency import COEFFICIENTS, INDEX, MASK
 from gsdd_jax.codecs.packed import BFLOAT16_ULP, BITS, FINEST_STEP, LOW, STEP
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,13 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import packing, storage
 from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, resized
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 IMAGES, PALETTES, CODES = "images", "palettes", "codes"
 # Lloyd steps from the start, which come to rest long before on small images.

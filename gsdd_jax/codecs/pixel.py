@@ -6,12 +6,12 @@ import dataclasses
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
-import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import Codec, Layout, Shape, Spec, arrays, cast_storage, resized
+from gsdd_jax.later import optax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

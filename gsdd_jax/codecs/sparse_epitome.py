@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
 from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, resized
 from gsdd_jax.errors import InputError
+from gsdd_jax.later import optax
 
 # Standard deviation of epitome and coefficients as SPEED draws them.
 DRAWN = 0.2

@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
@@ -30,6 +29,7 @@ from gsdd_jax.codecs.base import (
     cast_storage,
     resized,
 )
+from gsdd_jax.later import optax
 
 # The leaves of the matrices, one per dimension of a tensor.
 MATRICES = ("rows", "columns", "channels")

@@ -19,8 +19,8 @@ from gsdd_jax import pixels
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.errors import InputError
 from gsdd_jax.nets import Network
-from gsdd_jax.training import EvalSpec, inputs, lr_factor, optimizer, training_batch
-from gsdd_jax.whiten import Whitening
+from gsdd_jax.training import EvalSpec, lr_factor, optimizer, training_batch
+from gsdd_jax.whiten import Whitening, inputs
 
 # Images per pass of a test.
 _TEST_BATCH = 500
