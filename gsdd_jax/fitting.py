@@ -16,7 +16,7 @@ from gsdd_jax import pixels
 from gsdd_jax.codecs import Codec
 from gsdd_jax.codecs.base import Draft
 from gsdd_jax.data.sampling import class_table, sample_classes
-from gsdd_jax.errors import InputError
+from gsdd_jax.errors import InputError, needing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,8 @@ def select_images(
 
 
 def _nearest_to_centers(key: jax.Array, features: np.ndarray, count: int) -> np.ndarray:
-    from sklearn.cluster import KMeans  # slow to import, and only this option needs it
+    with needing("fit.select 'kmeans' needs scikit-learn", extra="full"):
+        from sklearn.cluster import KMeans  # slow to import, and only this option needs it
 
     seed = int(jax.random.randint(key, (), 0, 2**31 - 1, jnp.int32))
     centers = KMeans(count, n_init=1, random_state=seed).fit(features).cluster_centers_

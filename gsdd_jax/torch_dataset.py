@@ -12,12 +12,11 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from gsdd_jax import decode_numpy, exchange, synset
+from gsdd_jax.errors import needing
 
-try:
+with needing("gsdd_jax.torch_dataset needs PyTorch", extra="torch"):
     import torch
     from torch.utils.data import Dataset
-except ImportError as error:
-    raise ImportError("gsdd_jax.torch_dataset needs PyTorch: pip install gsdd_jax[torch]") from error
 
 
 class DistilledSet(Dataset):

@@ -232,7 +232,7 @@ def test_command_goes_on_without_the_missing_and_the_damaged_and_names_them(tmp_
     smaller = "networks=[{depth: 1, width: 4}, {depth: 1, width: 4, norm: none}]"
     sets = "sets=[{title: real ones, format: raw}]"
     assert ends(command, "--config", config, "--smoke", "--out", out, "averages=[]", sets, smaller) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "client 1: no message" in shown and f"client 2: {out}/0.5-0-0/round0/client2: damaged file" in shown
     (row,) = json.loads((out / "result.json").read_text())["rows"]
     # Two architectures learned from the same files.

@@ -3,12 +3,19 @@
 import ast
 import configparser
 import importlib.metadata
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+import gsdd_jax
+from train import rundir
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("gsdd_jax", "kernels", "train")
@@ -87,8 +94,12 @@ def test_every_package_of_the_tree_is_installed_and_nothing_else(metadata):
     missing = [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file()]
     assert not missing, f"without __init__.py, so not installed: {missing}"
     files = {file for package in PACKAGES for file in (ROOT / package).rglob("*") if file.is_file()}
+    files |= set((ROOT / "gsdd_jax" / "configs").glob("*"))
     data = {
-        ROOT / package / name for package, names in metadata["options.package_data"].items() for name in names.split()
+        file
+        for package, names in metadata["options.package_data"].items()
+        for name in names.split()
+        for file in (ROOT / package).glob(name)
     }
     assert {file for file in files if file.suffix not in (".py", ".pyc")} == data
 
@@ -107,3 +118,33 @@ def test_the_gpu_kernels_alone_keep_jax_where_jax_triton_works(extras):
     for name in ("cuda", "lowering"):
         jax = next(item for item in extras[name] if item.name == "jax")
         assert jax.specifier.contains("0.11.2") and not jax.specifier.contains("0.12.0.1"), name
+
+
+def test_wheel_distills_by_a_name_without_the_checkout_and_without_what_draws(tmp_path):
+    pytest.importorskip("setuptools", "70.1", reason="older ones need another package to build a wheel")
+    tree, there = tmp_path / "tree", tmp_path / "there"
+    for name in (*PACKAGES, "configs"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--target", there, tree], check=True, timeout=120)
+    shutil.rmtree(tree)
+    assert (there / "gsdd_jax" / "py.typed").is_file()
+    (there / "sitecustomize.py").write_text("import sys\nsys.modules |= {'matplotlib': None, 'jinja2': None}\n")
+    fewer = [f"baselines.{name}=false" for name in ("fit_only", "pixel", "random_real", "full_data")]
+    fewer += ["baselines.compressed=[]", "codec.name=pixel", "evaluate.seeds=1", "data.per_class=8"]
+    command = [there / "bin" / "gsdd", "distill", "--config", "digits", "--smoke", "--quiet", "--out", "run", *fewer]
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join([str(there), *(one for one in others if one and Path(one) != ROOT)])
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    note = "note: no pictures and report.html, for want of matplotlib and jinja2: pip install gsdd_jax[full]\n"
+    assert done.stderr == note
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    # Of the checkout there would be one.
+    assert result["commit"] is None
+    assert rundir.read_command(tmp_path / "run").startswith("python -m train.distill --config digits --smoke")
+    assert gsdd_jax.load(tmp_path / "run").images().shape == (10, 8, 8, 1)

@@ -276,8 +276,10 @@ def test_command_writes_table_and_plot_and_keeps_what_is_finished(tmp_path, caps
         assert row["sizes"][-1] == path.stat().st_size <= 8000
     assert "| real ones |" in (out / "table.md").read_text() and (out / "plot.png").read_bytes()[1:4] == b"PNG"
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("8000*")}
-    assert ends(command, *arguments) == 0
-    assert before == {path.name: path.stat().st_mtime_ns for path in out.glob("8000*")}
     capsys.readouterr()
+    assert ends(command, *arguments, "--quiet") == 0
+    shown = capsys.readouterr()
+    assert shown.out == (out / "table.md").read_text() and shown.err == ""
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.glob("8000*")}
     code = ends(command, *arguments, "training.steps=5")
     assert "holds an experiment with other settings" in refused(capsys, code)

@@ -45,7 +45,7 @@ class AuditConfig(uses.UseConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     with exit_cleanly():
-        config, out = uses.start(__doc__, AuditConfig, argv)
+        config, out, say = uses.start("audit", __doc__, AuditConfig, argv)
         dataset = data.load(config.data)
         # Half of them are unused each time: no others are needed.
         images = np.concatenate([dataset.train_images, dataset.test_images])
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not path.exists():
                     write_json(path, _attacked(config, images, labels, dataset, spec, seed, path.with_suffix(".png")))
                 rows.append({"set": title, "seed": seed, **json.loads(path.read_text())})
-                print(table("", rows[-1:]).splitlines()[-1], flush=True)
+                say(table("", rows[-1:]).splitlines()[-1])
         title = (
             f"{dataset.name}, {len(images):,} images, {config.shadows} sets of a random half of them, "
             f"{config.budget:,} bytes each, {len(config.seeds)} repetitions"

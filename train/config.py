@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import fnmatch
 import functools
 import importlib
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, MinLen
 from typing_extensions import Doc
 
+import gsdd_jax
 from gsdd_jax import codecs, match, schema
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.codecs import PaletteSpec, PixelSpec
@@ -27,7 +29,7 @@ from gsdd_jax.labels import LabelSpec
 from gsdd_jax.match import DistributionSpec, MmdSpec
 from gsdd_jax.nets import NetSpec
 from gsdd_jax.schema import TAG, Registered, Tagged, build, describe, has_tag, show
-from train import yaml12
+from train import commands, yaml12
 from train.errors import ConfigError, UserError
 from train.rundir import HISTORY, differences, flatten, plain
 
@@ -38,6 +40,8 @@ Place = tuple[str, ...]
 Change = tuple[Place, Any, str]  # where, to what, and who asked for it
 
 SMOKE, IMPORTS = "smoke", "imports"
+# Those of the checkout, which a wheel has as well.
+CONFIGS = Path(gsdd_jax.__file__).with_name("configs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +239,8 @@ def load(
     """Reads a configuration file and validates it.
 
     Args:
-        path: YAML file. Its `smoke:` block holds the keys that shrink the experiment for a quick test.
+        path: YAML file, or the name of a config of `CONFIGS`, unless a file is called so. Its `smoke:` block holds the
+            keys that shrink the experiment for a quick test.
         overrides: settings that replace those of the file and its smoke block, each `section.key=value` with the value
             in YAML; a list element is addressed by its number. One that chooses another spec for a section by its name,
             such as `codec.name=pixel`, begins that section anew, without what is said there of the former spec: shared
@@ -246,11 +251,12 @@ def load(
     Raises:
         ConfigError: malformed YAML or override, unknown key, wrong type, value out of range, missing key, or no smoke
             block where one is asked for. One line, with the key, what was found and what is allowed.
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, and no config of this name.
     """
+    path = _found(path)
     source = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     data = yaml12.parse(text, source=source)
@@ -282,6 +288,17 @@ def load(
         raise ConfigError(str(error)) from None
 
 
+def _found(name: str | PathLike[str]) -> Path:
+    """Returns the file of a config, which a folder of the same name does not hide."""
+    path, shipped = Path(name), {file.stem: file for file in CONFIGS.glob("*.yaml")}
+    if path.exists() and not (path.is_dir() and str(name) in shipped):
+        return path
+    if str(name) in shipped:
+        return shipped[str(name)]
+    near = difflib.get_close_matches(path.stem, shipped, n=5) or ["digits"]
+    raise FileNotFoundError(f"{name}: no such file or directory, and no config of this name, such as {', '.join(near)}")
+
+
 def _import(name: Any, *, where: str) -> None:
     try:
         importlib.import_module(name)
@@ -297,15 +314,16 @@ def to_yaml(config: Any) -> str:
     return yaml12.dump(plain(dataclasses.asdict(config)))
 
 
-def parser(command: str, doc: str | None, *, out: str, **more: Any) -> argparse.ArgumentParser:
+def parser(
+    command: str, doc: str | None, *, out: str, such_as: str = "distill.iterations=100", **more: Any
+) -> argparse.ArgumentParser:
     """Returns a command line with what all commands about a config take; `out` is the default of --out, in words."""
-    made = argparse.ArgumentParser(prog=f"python -m train.{command}", description=(doc or "").split("\n")[0], **more)
-    made.add_argument("--config", required=True, metavar="FILE", help="experiment, such as configs/digits.yaml")
+    made = commands.parser(command, doc, **more)
+    made.add_argument("--config", required=True, metavar="FILE", help="experiment: a file, or a name such as digits")
     made.add_argument("--out", metavar="DIR", help=f"default: {out}")
     made.add_argument("--smoke", action="store_true", help="shrink the experiment by the config's smoke block")
     made.add_argument("--quiet", action="store_true", help="no progress")
-    made.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
-    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as distill.iterations=100")
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"such as {such_as}")
     return made
 
 

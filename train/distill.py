@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         result = run(experiment, out, Progress(quiet=args.quiet), extend=args.extend)
         print((out / "table.md").read_text())
-        print(f"{out / 'report.html'}  ({result['seconds']:.0f} s)")
+        print(f"{report.place(out)}  ({result['seconds']:.0f} s)")
     return 0
 
 
@@ -217,13 +217,17 @@ def run(
             else None,
         )
         own, names = written.labels, dataset.class_names
-        shown = {"images": pictures.grid(images["distilled"], own, names)}
-        if real:
-            shown["real"] = pictures.grid(targets, own, names)
-        if (g := codec.gaussians(made.params)) is not None:
-            factor = g.cholesky + np.array(CHOLESKY_SHIFT)
-            shown["ellipses"] = pictures.ellipse_grid((g.mean, factor, g.color, g.opacity), own, names, g.size)
-        report.finish(rundir, result, shown)
+
+        def drawings() -> dict[str, bytes]:
+            shown = {"images": pictures.grid(images["distilled"], own, names)}
+            if real:
+                shown["real"] = pictures.grid(targets, own, names)
+            if (g := codec.gaussians(made.params)) is not None:
+                factor = g.cholesky + np.array(CHOLESKY_SHIFT)
+                shown["ellipses"] = pictures.ellipse_grid((g.mean, factor, g.color, g.opacity), own, names, g.size)
+            return shown
+
+        report.finish(rundir, result, drawings)
         return result
 
 

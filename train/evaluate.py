@@ -42,7 +42,7 @@ from typing import Any, get_args, get_type_hints
 import jax.numpy as jnp
 
 from gsdd_jax import nets, recipes
-from train import compilation_cache, ranking, testset
+from train import commands, compilation_cache, ranking, testset
 from train.bench import Bench
 from train.errors import DivergedError, UserError, exit_cleanly
 from train.results import extra_columns, markdown, trained
@@ -52,9 +52,9 @@ _NAMES = get_args(get_type_hints(nets.NetSpec)["name"])
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate",
-        description="Train fresh networks on the exported set of a run and test each once.",
+    parser = commands.parser(
+        "evaluate",
+        __doc__,
         epilog="Settings of the run's config can be overridden, such as evaluate.steps=1000 evaluate.seeds=5.",
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="run directory that train.distill wrote")
@@ -80,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="FILE", help="write the results as JSON; an interrupted file is continued")
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as evaluate.seeds=10")
     args = parser.parse_intermixed_args(argv)
     # Overrides that follow the names of networks are handed over as further names.

@@ -13,7 +13,6 @@ The target must not exist or be empty. It appears under its name when all of it 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -30,7 +29,8 @@ import numpy as np
 from PIL import Image
 
 from gsdd_jax import MergedSet, SynSet, data, exchange, files, synset, whiten
-from train import compilation_cache, results
+from gsdd_jax.errors import needing
+from train import commands, compilation_cache, results
 from train import config as configs
 from train.errors import UserError, exit_cleanly, explain
 
@@ -61,9 +61,7 @@ class Export(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.export", description="Write the images of a distilled set for other programs."
-    )
+    parser = commands.parser("export", __doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="run directory, or directory of an exported set")
     parser.add_argument("--to", required=True, choices=FORMS, help="what to write, see docs/exchange.md")
     parser.add_argument("--out", required=True, metavar="DIR", help="what to make; absent or empty")
@@ -76,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="with --to orbax, of a run: the set of its newest checkpoint, with float32 masters and optimizer state",
     )
     parser.add_argument("--size", metavar="SIDE", help="such as 64 or 64x96; default: the size of the set")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     args = parser.parse_args(argv)
     with exit_cleanly(debug=args.debug):
         compilation_cache.enable()
@@ -221,11 +218,9 @@ def write_npz(export: Export, folder: Path) -> None:
 
 def write_tfds(export: Export, folder: Path) -> None:
     """Writes a version directory, the one split of which keeps the order of the images."""
-    try:
+    with needing("--to: tfds needs tensorflow_datasets and array_record", extra="data"):
         import array_record.python.array_record_module  # noqa: F401
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError("--to: tfds needs tensorflow_datasets and array_record: pip install gsdd_jax[data]") from error
     names = _distinct([" ".join(name.split()) for name in export.synset.class_names], "tfds")
     pngs = map(io.BytesIO, _pngs(export.images).values())
     columns: dict[str, Any] = {"image": pngs, "label": map(int, export.synset.labels)}
@@ -277,11 +272,9 @@ def _distinct(names: Sequence[str], form: str) -> Sequence[str]:
 
 def write_huggingface(export: Export, folder: Path) -> None:
     """Writes a Parquet file whose schema says what `datasets` makes of its columns, and a card."""
-    try:
+    with needing("--to: huggingface needs pyarrow", extra="data"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError as error:
-        raise UserError("--to: huggingface needs pyarrow: pip install gsdd_jax[data]") from error
     names, soft = _distinct(export.synset.class_names, "huggingface"), export.synset.soft_labels
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     pngs = [{"bytes": png, "path": name} for name, png in _pngs(export.images).items()]

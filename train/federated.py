@@ -49,7 +49,7 @@ class FederatedConfig(uses.UseConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     with exit_cleanly():
-        config, out = uses.start(__doc__, FederatedConfig, argv)
+        config, out, say = uses.start("federated", __doc__, FederatedConfig, argv)
         dataset, rows = data.load(config.data), []
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, spawn, compilation_cache.enable) as server:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         if not (path / uses.RESULT).exists():
                             write_json(path / uses.RESULT, _federate(config, dataset, spec, alpha, seed, path, server))
                         rows.append(json.loads((path / uses.RESULT).read_text()))
-                        print(_line(rows[-1]), flush=True)
+                        say(_line(rows[-1]))
                     # All that is compiled for clients of any number of classes is more than a process can map.
                     jax.clear_caches()
                     server.submit(jax.clear_caches).result()

@@ -23,7 +23,6 @@ with a matrix that they do not hold, and are refused.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import Gaussians, SynSet, codecs, exchange, files, storage
+from gsdd_jax.errors import needing
 from gsdd_jax.gaussians import CHOLESKY_SHIFT
+from train import commands
 from train.errors import UserError, exit_cleanly
 from train.export import check_target
 
@@ -42,14 +43,12 @@ LEAVES = ("xy", "cholesky", "features")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    what = "Turn Gaussians of the authors' code into a distilled set."
-    parser = argparse.ArgumentParser(prog="python -m train.import_gsdd", description=what)
+    parser = commands.parser("import_gsdd", __doc__)
     parser.add_argument("--file", required=True, metavar="FILE", help="a state dict that torch.save wrote")
     parser.add_argument("--size", required=True, type=int, metavar="SIDE", help="of the images, in pixels")
     parser.add_argument("--classes", required=True, nargs="+", metavar="NAME", help="in the order of the labels")
     parser.add_argument("--dtype", default="bfloat16", metavar="NAME", help="on disk: bfloat16 (default) or float32")
     parser.add_argument("--out", required=True, metavar="DIR", help="what to make; absent or empty")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     args = parser.parse_args(argv)
     with exit_cleanly(debug=args.debug):
         if not 1 <= args.size <= exchange.SIDE:
@@ -67,10 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads a state dict, and what is worth recording beside it."""
-    try:
+    with needing("--file: reading it needs PyTorch", extra="torch"):
         import torch
-    except ImportError as error:
-        raise UserError("--file: reading it needs PyTorch: pip install gsdd_jax[torch]") from error
     if not file.is_file():
         raise UserError(f"--file: no such file: {file}")
     try:

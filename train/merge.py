@@ -16,7 +16,6 @@ settings of ``labels`` those of a teacher of all classes, and networks are teste
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -31,7 +30,7 @@ import gsdd_jax
 from gsdd_jax import data, labels, match, nets, synset
 from gsdd_jax.exchange import renamed
 from gsdd_jax.merged import MergedSet
-from train import compilation_cache, labeling, pictures, report, results, testset
+from train import commands, compilation_cache, labeling, pictures, report, results, testset
 from train import config as configs
 from train import experiment as experiments
 from train.distill import MAY_CHANGE
@@ -77,9 +76,9 @@ class Subtask(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.merge",
-        description="Merge the distilled sets of all subtasks of an experiment, and test the whole.",
+    parser = commands.parser(
+        "merge",
+        __doc__,
         epilog="Settings of the tests can be overridden, such as evaluate.seeds=5 baselines.full_data=false. With "
         "settings of labels, such as labels.kind=soft labels.dtype=uint8 labels.top_k=3, one teacher of all classes "
         "labels the merged set.",
@@ -87,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run directories, one of every subtask")
     parser.add_argument("--out", metavar="DIR", help="run directory of the merged set (default: runs/NAME/merged)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     args = parser.parse_intermixed_args(argv)
     # Searches name run directories after settings.
     paths = [Path(text) for text in args.runs if "=" not in text or Path(text).is_dir()]
@@ -98,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(args.out) if args.out else Path("runs") / subtasks[0].config.name / "merged"
         merge(subtasks, out, Progress(quiet=args.quiet), overrides)
         print((out / "table.md").read_text())
-        print(out / "report.html")
+        print(report.place(out))
     return 0
 
 
@@ -190,8 +188,12 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
         }
         found = results.described(experiment, rows, made=written, sizes=sizes, environment=environment)
         result = found | _of_subtasks(subtasks, found, rows)
-        shown = {"images": pictures.grid(images, own, written.class_names)}
-        report.finish(rundir, result, shown, "\n" + table(result))
+        report.finish(
+            rundir,
+            result,
+            lambda: {"images": pictures.grid(images, own, written.class_names)},
+            "\n" + table(result),
+        )
         return result
 
 

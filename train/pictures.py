@@ -3,15 +3,17 @@
 Canvases are transparent and text is a middle gray, so that one file is readable on light and on dark pages. PNGs are
 drawn at `DENSITY` pixels per point: shown at half their pixel size they stay sharp on dense screens. Only matplotlib's
 object interface is used; pyplot's global figures would leak from one run into the next. It is imported where it
-draws, or every command line would wait a second for it.
+draws, or every command line would wait a second for it; without it, runs have no pictures.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,14 @@ _GRAY = "#7d858f"  # contrast 3.8 on white, 4.7 on near-black
 _CORAL = (1.0, 0.38, 0.34, 0.95)  # seen on black and on white ellipses alike
 _BLUE = "#3b82f6"
 _STRETCHES = 100  # of a line; a longer one is averaged in each
+
+
+def drawable(what: str) -> bool:
+    """Tells whether the packages that draw are there, and if not, on stderr, what a run will not have."""
+    absent = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if absent:
+        print(f"note: no {what}, for want of {' and '.join(absent)}: pip install gsdd_jax[full]", file=sys.stderr)
+    return not absent
 
 
 def grid(images: Any, labels: np.ndarray, class_names: Sequence[str]) -> bytes:

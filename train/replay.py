@@ -41,7 +41,7 @@ class ReplayConfig(uses.UseConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     with exit_cleanly():
-        config, out = uses.start(__doc__, ReplayConfig, argv)
+        config, out, say = uses.start("replay", __doc__, ReplayConfig, argv)
         dataset = data.load(config.data)
         rows = []
         for budget in config.budgets:
@@ -49,10 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for seed in config.seeds:
                     done = _stream(config, dataset, out / f"{budget}-{number}-{seed}", budget, memory, seed)
                     rows.append({"budget": budget, "memory": memory.title, "seed": seed, **done})
-                    print(
+                    say(
                         f"{budget} bytes, {memory.title}, order {seed}: "
-                        f"{100 * float(replay.average(np.array(done['fresh']))[-1]):.1f} %",
-                        flush=True,
+                        f"{100 * float(replay.average(np.array(done['fresh']))[-1]):.1f} %"
                     )
         title = f"{dataset.name}, {config.tasks} tasks, {len(config.seeds)} orders of the classes"
         panels = {

@@ -8,7 +8,7 @@ template escapes whatever it is given, because names of classes, datasets and ru
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,23 @@ input.oninput = () => input.closest("figure").style.setProperty("--at", input.va
 _POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {gallery.hash_of(_SCRIPT)}"
 
 
-def finish(run: rundir.RunDir, result: dict[str, Any], pictures: Mapping[str, bytes], more: str = "") -> None:
+def finish(
+    run: rundir.RunDir, result: dict[str, Any], pictures: Callable[[], Mapping[str, bytes]], more: str = ""
+) -> None:
     """Writes what a run found: table.md, with more below the table, pictures, report.html, result.json."""
     files.write_bytes(run.path / "table.md", (results.table(result) + more).encode())
-    for name, png in pictures.items():
-        files.write_bytes(run.path / f"{name}.png", png)
-    write(run.path, result, pictures)
+    if draw.drawable("pictures and report.html"):
+        shown = pictures()
+        for name, png in shown.items():
+            files.write_bytes(run.path / f"{name}.png", png)
+        write(run.path, result, shown)
     # Written last: its presence says that the run is finished.
     rundir.write_json(run.path / "result.json", result)
+
+
+def place(path: Path) -> Path:
+    """Returns the report of a run directory, or where a run could not draw one the directory."""
+    return page if (page := path / "report.html").exists() else path
 
 
 def write(path: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Path:

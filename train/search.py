@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ from gsdd_jax.uses.search import GridSpec
 from gsdd_jax.uses.summary import SummarySpec, summarize
 from train import uses
 from train.errors import exit_cleanly
+from train.pictures import drawable
 from train.rundir import write_json
 
 TRAINED = "trained.json"
@@ -49,11 +50,11 @@ class SearchConfig(uses.UseConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     with exit_cleanly():
-        config, out = uses.start(__doc__, SearchConfig, argv)
+        config, out, say = uses.start("search", __doc__, SearchConfig, argv)
         dataset = data.load(config.data)
         networks = config.grid.networks()
         search.agreement(range(len(networks)), range(len(networks)), config.top)  # refuses what cannot be ranked
-        rows = [row for seed in config.seeds for row in _seed(config, dataset, networks, out, seed)]
+        rows = [row for seed in config.seeds for row in _seed(config, dataset, networks, out, seed, say)]
         title = (
             f"{dataset.name}, {len(networks)} ConvNets, {config.budget:,} bytes in all, {len(config.seeds)} repetitions"
         )
@@ -63,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _seed(
-    config: SearchConfig, dataset: data.Dataset, networks: Sequence[NetSpec], out: Path, seed: int
+    config: SearchConfig,
+    dataset: data.Dataset,
+    networks: Sequence[NetSpec],
+    out: Path,
+    seed: int,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Trains all architectures on everything, on from where the file of results ends."""
     path = out / str(seed) / TRAINED
@@ -111,7 +117,7 @@ def _seed(
             )
             own.append(one)
             write_json(path, done)
-            print(f"seed {seed}, {title}, {index + 1} of {len(networks)}: {100 * one.accuracy:.1f} %", flush=True)
+            say(f"seed {seed}, {title}, {index + 1} of {len(networks)}: {100 * one.accuracy:.1f} %")
     truth = [one.accuracy for one in done[ALL]]
     return [
         {
@@ -154,6 +160,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _plot(path: Path, rows: Rows) -> None:
+    if not drawable(path.name):
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

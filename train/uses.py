@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,6 +20,8 @@ from gsdd_jax.uses.summary import Learner
 from train import compilation_cache
 from train import config as configs
 from train.errors import ConfigError
+from train.pictures import drawable
+from train.progress import Progress
 from train.rundir import environment, write_json
 
 CONFIG, RESULT, TABLE, PLOT = "config.yaml", "result.json", "table.md", "plot.png"
@@ -45,14 +46,14 @@ class UseConfig:
 C = TypeVar("C", bound=UseConfig)
 
 
-def start(description: str | None, cls: type[C], argv: Sequence[str] | None) -> tuple[C, Path]:
-    """Reads a command line and its config; returns it, and the folder of the results, which is made or continued."""
-    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    parser.add_argument("--config", required=True, metavar="FILE", help="experiment")
-    parser.add_argument("--out", metavar="DIR", help="default: runs/NAME; what is finished there is kept")
-    parser.add_argument("--smoke", action="store_true", help="shrink the experiment by the config's smoke block")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as training.steps=100")
+def start(
+    command: str, doc: str | None, cls: type[C], argv: Sequence[str] | None
+) -> tuple[C, Path, Callable[[str], None]]:
+    """Reads a command line and its config; returns it, the folder of the results, and what says how far it is.
+
+    The folder is made or continued.
+    """
+    parser = configs.parser(command, doc, out="runs/NAME; what is finished there is kept", such_as="training.steps=100")
     args = parser.parse_intermixed_args(argv)
     compilation_cache.enable()
     config = configs.load(args.config, args.overrides, smoke=args.smoke, cls=cls)
@@ -62,7 +63,7 @@ def start(description: str | None, cls: type[C], argv: Sequence[str] | None) -> 
         raise ConfigError(f"--out: {out} holds an experiment with other settings, see {out / CONFIG}; expected another")
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / CONFIG, text.encode())
-    return config, out
+    return config, out, Progress(quiet=args.quiet).say
 
 
 def finish(out: Path, config: UseConfig, table: str, **results: Any) -> None:
@@ -84,6 +85,8 @@ def spread(values: Sequence[float]) -> str:
 
 def plot(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], x: str, y: str) -> None:
     """Draws a panel for each title: lines by their names, over 1, 2, ..."""
+    if not drawable(path.name):
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

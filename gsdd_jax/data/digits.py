@@ -7,6 +7,7 @@ from PIL import Image
 
 from gsdd_jax.data.decode import Converter
 from gsdd_jax.data.source import Source, Split, draw
+from gsdd_jax.errors import needing
 
 TEST_IMAGES = 500
 _SPLIT_SEED = 0
@@ -19,7 +20,8 @@ def open_digits() -> Source:
     each class gives its share of the 500 test images (48 to 51, by largest remainder), drawn with a seeded generator.
     The writers of training and test images overlap, as they do in every random split of this set.
     """
-    from sklearn.datasets import load_digits
+    with needing("data.source 'digits' needs scikit-learn", extra="full"):
+        from sklearn.datasets import load_digits
 
     values, target = load_digits(return_X_y=True)
     images = np.round(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gsdd_jax.data.decode import Converter, Unreadable
 from gsdd_jax.data.source import Source, Split, hold_out, parallel
-from gsdd_jax.errors import InputError
+from gsdd_jax.errors import InputError, needing
 
 TEST_SPLITS = ("test", "validation", "val")
 # Records per call into the reader: about 60 MB of ImageNet JPEGs, 0.5 MB of CIFAR.
@@ -61,10 +61,8 @@ def open_tfds(
 
 
 def _library() -> Any:
-    try:
+    with needing("data.source 'tfds' needs tensorflow_datasets", extra="data"):
         import tensorflow_datasets
-    except ImportError as error:
-        raise ImportError("data.source 'tfds' needs tensorflow_datasets: pip install gsdd_jax[data]") from error
     return tensorflow_datasets
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import nets, pixels
-from gsdd_jax.errors import InputError
+from gsdd_jax.errors import InputError, needing
 from gsdd_jax.training import train_network
 from gsdd_jax.uses import learning
 from gsdd_jax.uses.summary import Learner
@@ -149,7 +149,8 @@ def likelihood_ratio(statistics: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 def attack(scores: np.ndarray, members: np.ndarray) -> Attack:
     """Judges scores of any shape, higher for members; NaN ones are left out."""
-    from sklearn import metrics  # slow to import
+    with needing("an audit needs scikit-learn", extra="full"):
+        from sklearn import metrics  # slow to import
 
     known = ~np.isnan(scores)
     false, true, _ = metrics.roc_curve(members[known], scores[known], drop_intermediate=False)
