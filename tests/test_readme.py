@@ -47,7 +47,7 @@ def headings_of(path: Path) -> set[str]:
     return {title.lower().replace(" ", "-") for title in titles}
 
 
-PAGES = [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "BUILD", "CONTRIBUTING")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
