@@ -15,7 +15,7 @@ from typing import Any
 
 NAME = "gsdd"
 COMMANDS = (
-    *("distill", "evaluate", "export", "merge", "tune", "launch", "experts"),
+    *("distill", "evaluate", "export", "merge", "tune", "launch", "experts", "gallery"),
     *("replay", "federated", "search", "audit", "import_gsdd"),
 )
 

@@ -9,7 +9,6 @@ fetches nothing. ``docs/gallery/index.html`` is such a page, and the report of a
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gsdd_jax import decode_numpy, files, synset
+from train import commands
 from train.errors import UserError, exit_cleanly
 
 # Bytes of a set within a report.
@@ -27,7 +27,7 @@ _HERE = Path(__file__).parent
 @exit_cleanly()
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train.gallery", description="A page that shows distilled sets.")
+    parser = commands.parser("gallery", __doc__)
     parser.add_argument("sets", nargs="+", metavar="DIR", help="a set, or a run that has one")
     parser.add_argument("--out", type=Path, default=Path("gallery.html"), help="the HTML file (default: gallery.html)")
     arguments = parser.parse_args(argv)
