@@ -40,6 +40,16 @@ def _run(name: str) -> str:
     return results.table(result) + f"\n`{result['command']}`, commit {str(result['commit'])[:9]}.\n"
 
 
+def _images(name: str) -> str:
+    """Draws runs that share out the same bytes among fewer images of more Gaussians, or more of fewer."""
+    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
+    lines = ["| images per class | bytes per class | test accuracy, % | networks |", "|---:|---:|---:|---:|"]
+    for found in sorted((run["accuracy"] for run in runs), key=lambda found: found["images_per_class"]):
+        mean, std = (f"{100 * found[key]:.1f}" for key in ("mean", "std"))
+        lines.append(f"| {found['images_per_class']} | {found['bytes_per_class']:,} | {mean} ± {std} | {found['n']} |")
+    return "\n".join([*lines, "", *(f"`{run['command']}`, commit {run['commit'][:9]}." for run in runs)]) + "\n"
+
+
 def _use(name: str) -> str:
     """Draws what a command of `gsdd_jax.uses`, the first word of the name, has found."""
     result = json.loads((RESULTS / name / "result.json").read_text())
@@ -785,6 +795,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "budget_12288": _frontier,
     "frequency_gradient": _frequency_gradient,
     "images_12288": _frontier,
+    "images_12288_experts": _images,
     "objectives": _steps,
     "packed": _pairs,
     "packed_later": _later,
