@@ -15,11 +15,12 @@ SHOWN = {
         60,
         {"steps=100,": "steps=20, fit_steps=60,", "steps=300": "steps=150"},
     ),
+    "uses": (r"bytes remember ten digits: ([\d.]+) ", 60, {}),
     "your_own": (r"bytes of stripes: ([\d.]+) ", 60, {}),
 }
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "uses" else n for n in SHOWN])
 def test_networks_learn_far_above_chance_and_pictures_are_shown(name):
     pattern, chance, fewer = SHOWN[name]
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
