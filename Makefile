@@ -1,5 +1,5 @@
 # make demo  a small distillation on the digits of scikit-learn, with its report
-# make test  lint, types and the whole test suite, in the same environment
+# make test  lint, types, the documentation and the whole test suite, in the same environment
 #
 # Needs only make and Python 3.11 or newer with venv. Another interpreter: make PYTHON=python3.12 demo
 PYTHON ?= python3
@@ -20,15 +20,17 @@ VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-dev
 # What the tests compile the GPU kernels with, on a machine without a GPU; the demo does without its gigabyte.
 LOWERING := $(VENV)/.installed-lowering
+DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types pytest versions readers format wheel clean distclean
+.PHONY: help env demo test lint types docs pytest versions readers format wheel clean distclean
 
 help:
 	@echo "make demo       distill the digits dataset on the CPU into $(OUT)"
-	@echo "make test       lint, types and the whole test suite"
+	@echo "make test       lint, types, the documentation and the whole test suite"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make types      mypy"
+	@echo "make docs       the documentation as a site that opens from disk, site/index.html; a dead link is an error"
 	@echo "make pytest     the test suite alone; PYTEST_ARGS='-k render' passes arguments on"
 	@echo "make versions   a short suite on the oldest and newest packages, on each Python that is there"
 	@echo "make readers    exports, read by datasets, torchvision, PyTorch and TFDS; installs gigabytes"
@@ -57,12 +59,16 @@ $(LOWERING): $(STAMP)
 	fi
 	@touch $@
 
+$(DOCS): $(STAMP)
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
 demo: $(STAMP)
 	$(VENV_PYTHON) -m train.distill --config configs/digits.yaml --out $(OUT)
 	@echo "Report: $(abspath $(OUT))/report.html"
 	@echo "Table:  $(abspath $(OUT))/table.md"
 
-test: lint types pytest
+test: lint types docs pytest
 
 lint: $(STAMP)
 	$(VENV_PYTHON) -m ruff check .
@@ -70,6 +76,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(VENV_PYTHON) -m mypy
+
+# What the variable turns off is an advertisement.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
+	@echo "Documentation: $(abspath site)/index.html"
 
 pytest: $(LOWERING)
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
@@ -100,7 +111,7 @@ wheel: $(STAMP)
 	$(VENV_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find gsdd_jax kernels train tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean

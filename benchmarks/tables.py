@@ -24,14 +24,7 @@ from train import merge, results, testset, yaml12
 from train.config import EvaluateConfig
 from train.errors import exit_cleanly
 
-DOCUMENTS = (
-    ROOT / "README.md",
-    *(
-        ROOT / "docs" / f"{name}.md"
-        for name in ("audit", "codecs", "federated", "federated_learning", "labels", "matching", "packed", "replay")
-    ),
-    *(ROOT / "docs" / f"{name}.md" for name in ("scale", "search")),
-)
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -647,7 +640,7 @@ def _divided(_: str) -> str:
 
 
 def _folded(runs: list[dict[str, Any]]) -> str:
-    return f"<details><summary>Commands</summary>\n\n{_sources(runs)}\n</details>\n"
+    return f"<details markdown><summary>Commands</summary>\n\n{_sources(runs)}\n</details>\n"
 
 
 def _scale(name: str) -> str:

@@ -7,10 +7,10 @@ calls side by side, so there each is waited for.
 
 Memory is the compiler's own account of one call: arguments, outputs and temporaries that exist at the same time. The
 allocator's ``peak_bytes_in_use`` is no measure of one function, because it cannot be reset and a process holds more
-than one; fresh processes would cost more time than the measurements. :func:`device_peak` reports it for a whole
+than one; fresh processes would cost more time than the measurements. `device_peak` reports it for a whole
 process, as an upper bound that the account must respect.
 
-:func:`floors` measures what the device could do at best, which is what the times are judged by.
+`floors` measures what the device could do at best, which is what the times are judged by.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def label_robust_score(*, full: float, syn_hard: float, syn: float, random: floa
     Raises:
         ValueError: An accuracy or the weight is not in [0, 1].
 
-    Example:
+    Examples:
         >>> round(label_robust_score(full=0.9, syn_hard=0.6, syn=0.6, random=0.4), 4)
         0.2482
     """
@@ -90,7 +90,7 @@ def augmentation_robust_score(
     Raises:
         ValueError: An accuracy or the weight is not in [0, 1].
 
-    Example:
+    Examples:
         >>> round(augmentation_robust_score(syn=0.6, random=0.4, syn_plain=0.5, random_plain=0.4), 4)
         0.3378
     """

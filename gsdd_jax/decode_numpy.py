@@ -79,7 +79,7 @@ def load(path: synset.Location, size: Size | None = None) -> Images:
     """Reads and decodes a set, whole or merged.
 
     Args:
-        path: As for :func:`gsdd_jax.load`.
+        path: As for `gsdd_jax.load`.
         size: (height, width) of the images; those of the set by default.
 
     Raises:
@@ -97,7 +97,7 @@ def load(path: synset.Location, size: Size | None = None) -> Images:
 
 
 def read(path: synset.Location) -> Stored:
-    """Reads a set and checks it, as :func:`load` does, without decoding its images."""
+    """Reads a set and checks it, as `load` does, without decoding its images."""
     folder, whole = merged.read_manifest(path)
     folders = [folder] if whole is None else [folder / name for name in whole.parts]
     parts = tuple(synset.read(one, decoder_of) for one in folders)
@@ -119,7 +119,7 @@ def read(path: synset.Location) -> Stored:
 
 
 def decoder_of(manifest: Manifest, payload: int) -> Decoder:
-    """Returns the decoder of a set; its arrays are compared with the file's by :func:`gsdd_jax.synset.read`.
+    """Returns the decoder of a set; its arrays are compared with the file's by `gsdd_jax.synset.read`.
 
     Raises:
         ValueError: Its codec is unknown here, or a setting makes no sense.
@@ -241,7 +241,7 @@ def _splat(
     size: Size,
     spec: _Drawing,
 ) -> np.ndarray:
-    """Draws Gaussians in float64; see :func:`gsdd_jax.gaussians.to_pixels` and :func:`kernels.splat`.
+    """Draws Gaussians in float64; see `gsdd_jax.gaussians.to_pixels` and `kernels.splat`.
 
     One at a time and only where it is not zero.
     """

@@ -228,8 +228,8 @@ def summarize_classes(hits: Sequence[Sequence[int]] | jax.Array, counts: Sequenc
     """Sums up a test class by class, as plain Python values, ready for JSON.
 
     Args:
-        hits: [s][k], as in `Tested`.
-        counts: [k], test images of each class.
+        hits: ``[s][k]``, as in `Tested`.
+        counts: ``[k]``, test images of each class.
 
     Returns:
         "per_class", the accuracy of each class, mean over the networks, None for a class without test images;

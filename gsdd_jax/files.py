@@ -31,7 +31,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
         The path.
 
     Raises:
-        OSError: As :func:`replacing`.
+        OSError: As `replacing`.
     """
     with replacing(path) as file:
         file.write(data)

@@ -53,7 +53,7 @@ class Gaussians:
 
 
 class Splats(NamedTuple):
-    """Gaussians in pixel space, as :func:`kernels.splat` takes them."""
+    """Gaussians in pixel space, as `kernels.splat` takes them."""
 
     centers: jax.Array  # [n, m, 2] pixels
     conics: jax.Array  # [n, m, 3] (p, r, s) in 1/pixel

@@ -83,7 +83,7 @@ class SoftLabels:
     Attributes:
         spec: How.
         num_classes: ``k``.
-        arrays: As :meth:`gsdd_jax.soft_labels.Labels.arrays` describes them.
+        arrays: As `gsdd_jax.soft_labels.Labels.arrays` describes them.
     """
 
     spec: Labels = dataclasses.field(metadata={"static": True})
@@ -109,7 +109,7 @@ def nbytes(spec: LabelSpec, num_images: int, num_classes: int) -> int:
     """Returns the bytes of the labels of so many images, exactly as written; 0 for hard ones.
 
     Raises:
-        ValueError: As :meth:`gsdd_jax.soft_labels.Labels.arrays`.
+        ValueError: As `gsdd_jax.soft_labels.Labels.arrays`.
     """
     if spec.kind == "hard":
         return 0
@@ -120,7 +120,7 @@ def pack(probabilities: jax.Array | np.ndarray, spec: LabelSpec) -> SoftLabels:
     """Rounds labels ``[n, k]`` to what is written, whatever the ``kind``; on the host.
 
     Raises:
-        ValueError: Rows that are no probabilities, or as :meth:`gsdd_jax.soft_labels.Labels.arrays`.
+        ValueError: Rows that are no probabilities, or as `gsdd_jax.soft_labels.Labels.arrays`.
     """
     return SoftLabels(spec.written, probabilities.shape[-1], spec.written.pack(probabilities))
 

@@ -80,10 +80,10 @@ def save_state(folder: Path, tree: Any, **meta: Any) -> None:
 
 
 def read_state(folder: Path, *, bounded: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads what :func:`save_state` wrote: arrays by their dotted paths, and the values beside them.
+    """Reads what `save_state` wrote: arrays by their dotted paths, and the values beside them.
 
     Raises:
-        ValueError: It is damaged, or no such tree; or, if `bounded`, as :func:`contents`.
+        ValueError: It is damaged, or no such tree; or, if `bounded`, as `contents`.
     """
     with (folder / METADATA).open("rb") as file:
         document = metadata(exchange.parse_json(file.read(exchange.MANIFEST_BYTES + 1)))

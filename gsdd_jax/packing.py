@@ -24,7 +24,7 @@ def to_bits(codes: np.ndarray, width: int) -> np.ndarray:
 
 
 def from_bits(bits: np.ndarray, width: int) -> np.ndarray:
-    """Returns the codes, uint16, of which ``bits`` are the digits, at most 16 each; the inverse of :func:`to_bits`."""
+    """Returns the codes, uint16, of which ``bits`` are the digits, at most 16 each; the inverse of `to_bits`."""
     # Digit by digit: a file comes from anyone, and 32 bits for each of its own are more than reading may take.
     codes = np.zeros(bits.size // width, np.uint16)
     for digit in bits.reshape(-1, width).T:
@@ -56,7 +56,7 @@ def multisets_to_bits(codes: np.ndarray, symbols: int) -> np.ndarray:
 
 
 def multisets_from_bits(bits: np.ndarray, rows: int, count: int, symbols: int) -> np.ndarray:
-    """Reads what :func:`multisets_to_bits` wrote: ``[rows, count]`` uint32, each row sorted.
+    """Reads what `multisets_to_bits` wrote: ``[rows, count]`` uint32, each row sorted.
 
     Raises:
         ValueError: A number that no multiset has.

@@ -103,7 +103,7 @@ def mesh_of(devices: int) -> Mesh:
 
 
 def shard_step(step: Callable, mesh: Mesh, specs: Callable[[Any], Any]) -> Callable:
-    """Lets the devices of a mesh take a step ``(state, data, key)`` together; see :class:`Axis`.
+    """Lets the devices of a mesh take a step ``(state, data, key)`` together; see `Axis`.
 
     Args:
         step: What one device does; state and metrics come out replicated.

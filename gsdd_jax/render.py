@@ -30,7 +30,7 @@ def render(
         size: (height, width) of the images; the native size by default.
         supersample: Samples per pixel and axis; 1 turns supersampling off.
         cutoff: Contributions with ``exp(-q/2)`` below it are zero.
-        backend: ``"auto"``, ``"xla"`` or ``"triton"``; see :func:`kernels.splat`.
+        backend: ``"auto"``, ``"xla"`` or ``"triton"``; see `kernels.splat`.
 
     Returns:
         Images ``[n, h, w, c]``, float32 whatever the leaves are, unclamped. Differentiable with respect to every leaf
@@ -39,7 +39,7 @@ def render(
     Raises:
         ValueError: A leaf has the wrong shape, or a setting is out of range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> one = jnp.ones((1, 1, 3))
         >>> g = Gaussians(jnp.zeros((1, 1, 2)), one, one, jnp.ones((1, 1)), size=(8, 8))

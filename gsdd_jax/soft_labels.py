@@ -66,7 +66,7 @@ class Labels:
         """Rounds probabilities ``[n, k]``, no negative ones, sum 1 in each row, to what is written.
 
         Raises:
-            ValueError: Rows that are no probabilities, or as :meth:`arrays`.
+            ValueError: Rows that are no probabilities, or as `arrays`.
         """
         p: Any = np.asarray(probabilities, np.float64)
         if p.ndim != 2:
@@ -95,7 +95,7 @@ class Labels:
         """Reads written labels: float32 ``[n, k]``, each row with sum 1.
 
         Args:
-            arrays: As :meth:`arrays` describes them; bfloat16 ones in any type that NumPy turns into floats.
+            arrays: As `arrays` describes them; bfloat16 ones in any type that NumPy turns into floats.
             num_classes: ``k``.
 
         Raises:

@@ -66,7 +66,7 @@ def on_edges(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
 def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
     """One Gaussian per cluster of pixels in (position, color), with the cluster's covariance.
 
-    k-means over pixels as in superpixels, seeded as in :func:`on_edges`; colors then solve the ridge regression of
+    k-means over pixels as in superpixels, seeded as in `on_edges`; colors then solve the ridge regression of
     the image on the rendered Gaussians, in which the image is linear.
     """
     n, h, w, c = images.shape

@@ -55,7 +55,7 @@ def as_uint8(x: jax.Array) -> jax.Array:
     """Rounds float32 to the nearest value of a byte and stays in float32; what is beyond the ends is clipped.
 
     The gradient passes straight through, and is zero where a value was clipped: further beyond an end than half a
-    step, as in :func:`on_grid`.
+    step, as in `on_grid`.
     """
     return byte_values(byte_codes(x))
 
@@ -140,7 +140,7 @@ def nbytes(stored: object) -> int:
 
 
 def cast(tree: T, dtype: str) -> T:
-    """Casts every array of a pytree to its stored dtype; bit-equal to what :func:`quantize` shows the forward pass.
+    """Casts every array of a pytree to its stored dtype; bit-equal to what `quantize` shows the forward pass.
 
     Bytes are codes, that of a NaN is 0.
     """
@@ -150,7 +150,7 @@ def cast(tree: T, dtype: str) -> T:
 
 
 def widen(tree: T) -> T:
-    """Returns as float32 what :func:`cast` has made of a pytree."""
+    """Returns as float32 what `cast` has made of a pytree."""
 
     def one(x):
         wide = jnp.asarray(x, jnp.float32)

@@ -60,7 +60,7 @@ class SynSet:
         meta: Anything else that was recorded: dataset, objective, normalization, versions.
         soft: Soft labels as they are written, or None where the order of the images says all.
 
-    Example:
+    Examples:
         A set of two classes with one 4x4 gray image each:
 
         >>> import jax.numpy as jnp
@@ -124,7 +124,7 @@ class SynSet:
             their part of the payload.
 
         Raises:
-            ValueError: Soft labels that are not one per image, a set beyond what :func:`load` accepts of anyone, an
+            ValueError: Soft labels that are not one per image, a set beyond what `load` accepts of anyone, an
                 unknown format, or a directory with something in it where a checkpoint should be.
         """
         from gsdd_jax import storage
@@ -208,7 +208,7 @@ def load(path: Location) -> SynSet:
     """Reads a distilled set back; the training data need not be there.
 
     Args:
-        path: A directory that :meth:`SynSet.save` wrote in either form, or that of a run that exported one.
+        path: A directory that `SynSet.save` wrote in either form, or that of a run that exported one.
 
     Raises:
         FileNotFoundError: There is no manifest, or no file of arrays.
@@ -237,7 +237,7 @@ def read(
     """Reads the files of a set and checks them; needs no JAX.
 
     Args:
-        path: As for :func:`load`.
+        path: As for `load`.
         make: ``(manifest, payload) -> (decoder, layout)``, something that is returned, and the arrays that such a set
             is written as, but for labels; raises ValueError where no file with so many bytes of arrays holds it.
 

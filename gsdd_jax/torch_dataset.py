@@ -29,7 +29,7 @@ class DistilledSet(Dataset):
     ``DataLoader`` decode for themselves unless an image was asked for before they were forked.
 
     Args:
-        path: As for :func:`gsdd_jax.load`.
+        path: As for `gsdd_jax.load`.
         size: (height, width) of the images; those of the set by default.
         transform: Applied to each image, such as ``torchvision.transforms.v2.Normalize(found.mean, found.std)``.
         target_transform: Applied to each label.

@@ -589,7 +589,7 @@ def forward(
     *,
     tuning: Tuning = TUNING,
 ) -> jax.Array:
-    """Draws ``[n, m]`` Gaussians as images ``[n, h, w, c]`` float32; see :func:`kernels.splat`.
+    """Draws ``[n, m]`` Gaussians as images ``[n, h, w, c]`` float32; see `kernels.splat`.
 
     The operands may be float32, bfloat16 or float16, each its own; all arithmetic is in float32.
     """

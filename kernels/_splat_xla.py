@@ -263,7 +263,7 @@ def _in_chunks(function: Callable[..., Any], arrays: tuple[jax.Array, ...], spec
 
 
 def forward(spec: SplatSpec, centers: jax.Array, conics: jax.Array, colors: jax.Array) -> jax.Array:
-    """Draws ``[n, m]`` Gaussians as images ``[n, h, w, c]``; see :func:`kernels.splat`."""
+    """Draws ``[n, m]`` Gaussians as images ``[n, h, w, c]``; see `kernels.splat`."""
     n, m, c = colors.shape
     if n == 0 or m == 0:
         return jnp.zeros((n, spec.height, spec.width, c), colors.dtype)

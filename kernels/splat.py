@@ -69,7 +69,7 @@ def splat(
         cutoff: Contributions with ``exp(-q / 2)`` below it are zero, in every backend alike.
         backend: ``"auto"`` takes the Triton kernels on an NVIDIA GPU, if jax-triton works there and no operand is
             float64, and XLA anywhere else; ``"triton"`` and ``"xla"`` insist. To lower for a GPU on a machine without
-            one, see :data:`compute_capability`.
+            one, see `compute_capability`.
 
     Returns:
         Images ``[n, height, width, c]``: float64 if an operand is, else float32. An image with a NaN operand is all

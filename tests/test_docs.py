@@ -1,4 +1,4 @@
-"""What docs/ shows is run as it stands there."""
+"""What docs/ shows is run as it stands there, and the site has a page for all that is public."""
 
 import os
 import re
@@ -7,10 +7,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import gsdd_jax
+from gsdd_jax import codecs, data, match, nets
+
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+def shown(name: str, language: str = "python") -> list[str]:
+    """Returns the blocks of a page in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / f"{name}.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def patched(text: str, diff: str) -> str:
+    """Applies a diff, whose hunks have context in place of numbers and are told apart by "@@"."""
+    for hunk in diff.split("@@\n"):
+        before, after = (
+            "".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[0] in kept) for kept in (" -", " +")
+        )
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
+
 
 # What a reader does after adding the file: use it by name in a config, and in a program.
-USE = """
+CODEC = """
 import jax, jax.numpy as jnp, numpy as np
 import gsdd_jax
 from gsdd_jax import SynSet, codecs, fitting
@@ -28,26 +51,45 @@ SynSet(codec, fitted.params, 100, ("a", "b")).save("set")
 read = gsdd_jax.load("set")
 assert read.images().tobytes() == jax.jit(codec.decode)(fitted.params).tobytes()
 """
+SOURCE = """
+import numpy as np
+import gsdd_jax
+from gsdd_jax import data
+from train import config
+assert gsdd_jax.__file__ == FILE
+images = np.random.default_rng(0).integers(0, 256, (9, 6, 6, 3), np.uint8)
+labels = np.array([0, 1, 1, 0, 1, 0, 1, 0, 1])
+arrays = {"train_images": images[:6], "train_labels": labels[:6], "test_images": images[6:], "test_labels": labels[6:]}
+np.savez("some.npz", class_names=["a", "b"], **arrays)
+found = data.load(config.load("configs/digits.yaml", ["data.source=npz", "data.path=some.npz"]).data)
+assert found.class_names == ("a", "b") and found.train_labels.tolist() == labels[:6].tolist()
+assert (found.train_images == images[:6]).all() and (found.test_images == images[6:]).all()
+few = data.load(data.DataSpec(source="npz", path="some.npz", classes=("b",), per_class=2, channels=1, resolution=3))
+assert few.train_images.shape == (2, 3, 3, 1) and len(few.test_images) == 2
+np.savez("less.npz", class_names=["a", "b"])
+try:
+    data.load(data.DataSpec(source="npz", path="less.npz"))
+except ValueError as error:
+    assert "found none of ['train_images', " in str(error)
+else:
+    raise AssertionError
+"""
 
 
-def test_codec_of_the_documentation_works_once_its_file_and_its_line_are_there(tmp_path):
-    text = (ROOT / "docs" / "codecs.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    ignored = shutil.ignore_patterns("__pycache__")
+@pytest.mark.parametrize(
+    ("page", "package", "file", "program"),
+    [("add_codec", "codecs", "tinted.py", CODEC), ("add_source", "data", "npz.py", SOURCE)],
+)
+def test_what_a_page_adds_works_once_its_file_and_its_lines_are_there(tmp_path, page, package, file, program):
     for name in ("gsdd_jax", "kernels", "train", "configs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    (tmp_path / "gsdd_jax" / "codecs" / "tinted.py").write_text(code)
-    registry = tmp_path / "gsdd_jax" / "codecs" / "__init__.py"
-    before = registry.read_text()
-    after = before.replace("CodecSpec = (\n", "CodecSpec = (\n    TintedSpec |\n").replace(
-        "from gsdd_jax.codecs.spectral import SpectralSpec\n",
-        "from gsdd_jax.codecs.spectral import SpectralSpec\nfrom gsdd_jax.codecs.tinted import TintedSpec\n",
-    )
-    assert after.count("TintedSpec") == 2
-    registry.write_text(after)
-    program = USE.replace("FILE", repr(str(tmp_path / "gsdd_jax" / "__init__.py")))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / "gsdd_jax" / package
+    (code,), (diff,) = shown(page), shown(page, "diff")
+    (folder / file).write_text(code)
+    (folder / "__init__.py").write_text(patched((folder / "__init__.py").read_text(), diff))
+    program = program.replace("FILE", repr(str(tmp_path / "gsdd_jax" / "__init__.py")))
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-W", "error", "-c", program],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -58,8 +100,46 @@ def test_codec_of_the_documentation_works_once_its_file_and_its_line_are_there(t
     assert done.returncode == 0, done.stderr
 
 
-def test_every_codec_is_in_the_table_of_the_documentation():
-    from gsdd_jax import codecs
+def test_a_network_and_a_loop_of_ones_own_run_as_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in shown("network"):
+        exec(compile(code, "network.md", "exec"), names)
+    assert names["metrics"]["loss"].shape == (2, 20)
+    assert gsdd_jax.load("stripes").images().shape == (6, 16, 16, 1)
 
-    text = (ROOT / "docs" / "codecs.md").read_text()
+
+def test_the_first_set_is_read_and_trains_a_network_as_shown():
+    pytest.importorskip("sklearn")
+    names: dict = {}
+    # As shown, but for the set of a run and the steps of the networks.
+    for code in shown("index"):
+        code = code.replace("runs/digits", "notebooks/digits_set").replace("steps=500", "steps=150")
+        exec(compile(code, "index.md", "exec"), names)
+    assert names["larger"].shape == (len(names["labels"]), 64, 64, 1)
+    assert names["accuracy"].mean > 0.6
+
+
+def test_every_codec_is_in_the_table_of_the_documentation():
+    text = (DOCS / "codecs.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(codecs.SPECS)
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "reference").glob("*.md")))
+    named = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
+    # The module of this name hides the function from what reads sources.
+    assert "gsdd_jax.render.render" in named
+    names = {f"gsdd_jax.{name}" for name in gsdd_jax.__all__} - {"gsdd_jax.render"}
+    assert names <= named, sorted(names - named)
+    # What these list stands on their pages.
+    assert {module.__name__ for module in (codecs, match, nets, data)} <= named
+
+
+def test_every_page_is_in_the_navigation_once():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\nvalidation:")[0]
+    listed = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert {name for name in listed if not name.startswith("repository/")} == pages
+    assert all((ROOT / name.removeprefix("repository/")).exists() for name in set(listed) - pages)

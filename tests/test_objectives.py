@@ -180,7 +180,7 @@ def test_vmap_over_keys_takes_the_step_of_each(jitted):
     assert bits(each[0].params) != bits(each[1].params)
 
 
-(TOY,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "matching.md").read_text(), re.DOTALL)
+(TOY,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add_objective.md").read_text(), re.DOTALL)
 
 
 def test_an_objective_from_outside_goes_through_the_command_line(tmp_path, monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import importlib.util
 import re
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def headings_of(path: Path) -> set[str]:
     return {title.lower().replace(" ", "-") for title in titles}
 
 
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "BUILD", "CONTRIBUTING")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "BUILD", "CONTRIBUTING")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -59,3 +60,6 @@ def test_links_and_commands_exist(path):
         assert not anchor or anchor in headings_of(path.parent / file if file else path), target
     for target in re.findall(r"--config (\S+yaml)", text):
         assert (ROOT / target).exists(), target
+    # Tables keep the command that made them, whatever has become of it.
+    for target in re.findall(r"python -m ((?:train|benchmarks)\.[\w.]+)", tables.BLOCK.sub("", text)):
+        assert importlib.util.find_spec(target.rstrip(".")), target

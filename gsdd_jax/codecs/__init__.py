@@ -1,7 +1,7 @@
 """Parameterizations of a distilled set behind one interface.
 
-A new one is a file here, with a :class:`~gsdd_jax.codecs.base.Spec` whose ``name`` is a ``Literal`` and a function
-``make``, and its spec in ``CodecSpec``; docs/codecs.md has an example.
+A new one is a file here, with a `gsdd_jax.codecs.base.Spec` whose ``name`` is a ``Literal`` and a function
+``make``, and its spec in ``CodecSpec``; docs/add_codec.md has an example.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def make(
         num_classes: ``k``.
         bytes_per_class: The budget: the codec's ``nbytes`` of a whole set, and its labels, are at most ``k`` times it.
             None = what the spec takes, which then has to leave nothing open.
-        label_bytes: Of the label of an image; 0 = hard labels, see :func:`gsdd_jax.labels.nbytes`.
+        label_bytes: Of the label of an image; 0 = hard labels, see `gsdd_jax.labels.nbytes`.
 
     Raises:
         ValueError: The spec or the budget is impossible; the message names the setting and what would fit.

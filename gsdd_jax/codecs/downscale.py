@@ -65,7 +65,7 @@ class DownscaleSpec(Spec):
 
 
 def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`.
+    """Builds the codec; see `gsdd_jax.codecs.make`.
 
     A canvas has the size of an image and is cut into ``factor`` x ``factor`` equal cells, padded at the bottom and the
     right where the factor does not divide. Image ``i`` is cell ``i % factor^2``, row by row, of canvas

@@ -92,7 +92,7 @@ class FactorSpec(Spec):
 
 
 def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    """Builds the codec; see `gsdd_jax.codecs.make`."""
     h, w, c = image_shape
     styles = spec.hallucinators
     n = num_classes * spec.images_per_class

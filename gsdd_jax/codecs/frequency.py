@@ -63,7 +63,7 @@ class FrequencySpec(Spec):
 
 
 def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`.
+    """Builds the codec; see `gsdd_jax.codecs.make`.
 
     An image is ``CENTER + SPREAD`` times the inverse DCT of its coefficients. Which coefficients a class has, for all
     its images and channels alike, is settled by the start. Parameters: ``coefficients [n, coefficients, c]``, and
@@ -143,7 +143,7 @@ def forward(images: jax.Array) -> jax.Array:
 
 
 def inverse(spectra: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Returns the images ``[n, *size, c]`` of spectra ``[n, h, w, c]``; :func:`forward` undone at the native size."""
+    """Returns the images ``[n, *size, c]`` of spectra ``[n, h, w, c]``; `forward` undone at the native size."""
     h, w = spectra.shape[1:3]
     rows, columns = cosines(h, size[0]), cosines(w, size[1])
     return jnp.einsum("yh,nyxc,xw->nhwc", rows, spectra, columns, precision=jax.lax.Precision.HIGHEST)
@@ -182,7 +182,7 @@ def pack(tree: dict[str, Any], places: int) -> dict[str, np.ndarray]:
 
 
 def unpack(arrays: dict[str, Any], classes: int, count: int, places: int) -> dict[str, np.ndarray]:
-    """Reads the index back, from bits or as it is; the inverse of :func:`pack`.
+    """Reads the index back, from bits or as it is; the inverse of `pack`.
 
     Raises:
         ValueError: There are not ``count`` places of each class, or one is beyond the image.

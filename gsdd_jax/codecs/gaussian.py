@@ -87,7 +87,7 @@ def fit_rates(size: tuple[int, int], num_points: int) -> dict[str, float]:
 
 
 def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    """Builds the codec; see `gsdd_jax.codecs.make`."""
     h, w, _ = image_shape
 
     def init(key: jax.Array, images: jax.Array) -> Gaussians:

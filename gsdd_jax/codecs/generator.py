@@ -1,8 +1,8 @@
 """The place where any decode function plugs in: latents behind a generator that was trained elsewhere, as in GLaD.
 
 GLaD (Cazenavette et al. 2023) distills latents of a pretrained StyleGAN-XL. Nothing here knows that generator: whoever
-brings one, or any other function from latents to images, gets a :class:`~gsdd_jax.codecs.Codec` of it. A function is no
-setting, so this codec is in no config, and :func:`gsdd_jax.load` cannot read its sets back; ``dequantize`` can.
+brings one, or any other function from latents to images, gets a `gsdd_jax.codecs.Codec` of it. A function is no
+setting, so this codec is in no config, and `gsdd_jax.load` cannot read its sets back; ``dequantize`` can.
 
 Deviations from GLaD: latents obey a budget, which GLaD's exceed, and whether the generator counts is said aloud.
 """

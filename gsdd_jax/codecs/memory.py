@@ -56,7 +56,7 @@ class MemorySpec(Spec):
 
 
 def make(spec: MemorySpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`.
+    """Builds the codec; see `gsdd_jax.codecs.make`.
 
     An image is ``CENTER + SPREAD`` times the bilinear enlargement of ``coefficients @ bases``. Parameters:
     ``coefficients [n, bases]``, each row an image's own, and ``bases [bases, h / factor, w / factor, c]``, rounded up,

@@ -73,7 +73,7 @@ class NeuralFieldSpec(Spec):
 
 
 def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    """Builds the codec; see `gsdd_jax.codecs.make`."""
     h, w, c = image_shape
     n = num_classes * spec.images_per_class
 

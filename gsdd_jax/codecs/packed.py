@@ -131,9 +131,9 @@ class PackedGaussians:
     """Float32 masters of ``n`` images with ``m`` Gaussians each, and the grids that they are rounded to.
 
     Attributes:
-        mean: ``[n, m, 2]`` as in :class:`~gsdd_jax.Gaussians`; its grid is fixed, the centers of 2^bits equal cells of
+        mean: ``[n, m, 2]`` as in `gsdd_jax.Gaussians`; its grid is fixed, the centers of 2^bits equal cells of
             [-1, 1].
-        cholesky: ``[n, m, 3]`` as in :class:`~gsdd_jax.Gaussians`.
+        cholesky: ``[n, m, 3]`` as in `gsdd_jax.Gaussians`.
         color: ``[n, m, c]`` opacity times color; with ``bits_chroma``, its luma and color differences, see `to_ycocg`.
         low: ``[3 + c]`` lowest grid value of each number of ``cholesky`` and ``color``, for all images.
         step: ``[3 + c]`` distance of grid values.
@@ -154,7 +154,7 @@ class PackedGaussians:
 
 
 def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    """Builds the codec; see `gsdd_jax.codecs.make`."""
     h, w, c = image_shape
     n, m = num_classes * spec.images_per_class, spec.num_points
     written = spec.layout(image_shape, num_classes)
@@ -336,10 +336,10 @@ def pack(tree: dict[str, Any], spec: PackedGaussianSpec) -> dict[str, np.ndarray
 
 
 def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: int) -> dict[str, np.ndarray]:
-    """Reads the codes of ``n`` images back; the inverse of :func:`pack`.
+    """Reads the codes of ``n`` images back; the inverse of `pack`.
 
     Raises:
-        ValueError: The bytes are none that :func:`pack` writes.
+        ValueError: The bytes are none that `pack` writes.
     """
     m, luma = spec.num_points, 1 if spec.bits_chroma else channels
     sizes = [n * _position_bits(spec, m), n * m * 3 * spec.bits_cholesky, n * m * luma * spec.bits_color]

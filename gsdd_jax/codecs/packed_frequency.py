@@ -1,6 +1,6 @@
 """FreD's coefficients as integer codes: the rival of packed Gaussians with the most images in the same bytes.
 
-The coefficients and their places are those of :mod:`gsdd_jax.codecs.frequency`. Each coefficient and channel of a class
+The coefficients and their places are those of `gsdd_jax.codecs.frequency`. Each coefficient and channel of a class
 has a grid of its own over the images of that class, which follows the numbers after every step; every forward pass goes
 through the rounding. FreD itself stores float32: this is no published method, but what stands to FreD as packed
 Gaussians stand to Gaussians.
@@ -62,10 +62,10 @@ class PackedFrequencySpec(Spec):
 
 
 def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`.
+    """Builds the codec; see `gsdd_jax.codecs.make`.
 
     Parameters: ``coefficients [n, coefficients, c]`` and ``index [k, coefficients]`` as for ``frequency``; ``low`` and
-    ``step [k, coefficients, c]``, the grids. Training moves the coefficients; :func:`fit_ranges` lays the grids over
+    ``step [k, coefficients, c]``, the grids. Training moves the coefficients; `fit_ranges` lays the grids over
     them.
     """
     h, w, c = image_shape
@@ -177,10 +177,10 @@ def pack(tree: dict[str, Any], bits: int, places: int, masked: bool) -> dict[str
 def unpack(
     arrays: dict[str, Any], spec: PackedFrequencySpec, classes: int, n: int, channels: int, places: int
 ) -> dict[str, np.ndarray]:
-    """Reads codes and places back; the inverse of :func:`pack`.
+    """Reads codes and places back; the inverse of `pack`.
 
     Raises:
-        ValueError: The bytes are none that :func:`pack` writes.
+        ValueError: The bytes are none that `pack` writes.
     """
     count = spec.coefficients
     bits, padding = np.split(np.unpackbits(np.asarray(arrays[BITS])), [n * count * channels * spec.bits])

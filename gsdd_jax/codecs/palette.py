@@ -60,10 +60,10 @@ class PaletteSpec(Spec):
 
 
 def make(spec: PaletteSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`.
+    """Builds the codec; see `gsdd_jax.codecs.make`.
 
     Parameters: ``images [n, h, w, c]`` and ``palettes [p, 2^bits, c]``, of which each image, class or the set has one.
-    Colors are written as the bytes of uint8 pixels, see :func:`gsdd_jax.storage.byte_codes`.
+    Colors are written as the bytes of uint8 pixels, see `gsdd_jax.storage.byte_codes`.
     """
     h, w, c = image_shape
     n = num_classes * spec.images_per_class

@@ -35,7 +35,7 @@ class PixelSpec(Spec):
 
 
 def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    """Builds the codec; see `gsdd_jax.codecs.make`."""
 
     def init(key, images):
         return {"images": jnp.asarray(images, jnp.float32)}

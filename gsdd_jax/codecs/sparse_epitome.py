@@ -108,7 +108,7 @@ class SparseEpitomeSpec(Spec):
 
 
 def make(spec: SparseEpitomeSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`."""
+    """Builds the codec; see `gsdd_jax.codecs.make`."""
     h, w, c = image_shape
     n = num_classes * spec.images_per_class
     count = spec.patches(image_shape)
@@ -258,7 +258,7 @@ def to_patches(images: jax.Array, side: int) -> jax.Array:
 
 
 def from_patches(patches: jax.Array, size: tuple[int, int], side: int) -> jax.Array:
-    """The inverse of :func:`to_patches`."""
+    """The inverse of `to_patches`."""
     h, w = size
     rows = patches.reshape(len(patches), h // side, w // side, side, side, -1)
     return rows.swapaxes(2, 3).reshape(len(patches), h, w, -1)

@@ -82,7 +82,7 @@ class SpectralSpec(Spec):
 
 
 def make(spec: SpectralSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see :func:`gsdd_jax.codecs.make`.
+    """Builds the codec; see `gsdd_jax.codecs.make`.
 
     Image ``i`` is ``CENTER + SPREAD`` times tensor ``i // matrices``, multiplied along each of its three dimensions by
     the matrices ``i % matrices``. Parameters: ``tensors [n / matrices, rank_height, rank_width, rank_channels]``,

@@ -1,7 +1,7 @@
 """Objectives behind one interface: what is matched between real and synthetic images.
 
 A new one is a file here, with a spec whose ``name`` is a ``Literal`` and a function ``make``, and its spec in
-``SPECS``; docs/matching.md has an example.
+``SPECS``; docs/add_objective.md has an example.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class ExpertNetwork(NamedTuple):
 
 
 def make(spec: DistributionSpec, codec: Codec, network: Network, augment: DsaSpec) -> Objective:
-    """Builds the objective; see :func:`gsdd_jax.match.make`."""
+    """Builds the objective; see `gsdd_jax.match.make`."""
     augment = augment if spec.augment else dataclasses.replace(augment, strategy="none")
     needs: dict[str, Need] = {}
     if not spec.draws:

@@ -64,7 +64,7 @@ class Living(NamedTuple):
 
 
 def make(spec: GradientSpec, codec: Codec, network: Network, augment: DsaSpec) -> Objective:
-    """Builds the objective; see :func:`gsdd_jax.match.make`."""
+    """Builds the objective; see `gsdd_jax.match.make`."""
     if 0 in (spec.outer_loop, spec.inner_loop):
         raise InputError("objective: outer_loop and inner_loop are 0; GradientSpec.for_ipc fills them in")
 
@@ -132,7 +132,7 @@ def gradient_loss(
 ) -> jax.Array:
     """Returns ``sum_k D(grad loss(real_k), grad loss(syn_k))`` at the weights ``params`` (DC, Eq. 9; DSA, Eq. 2).
 
-    ``loss`` is the mean cross-entropy of a class's images. ``D`` is :func:`layerwise_distance`. Each class has its own
+    ``loss`` is the mean cross-entropy of a class's images. ``D`` is `layerwise_distance`. Each class has its own
     DSA draw, the same for its real and synthetic images.
 
     Args:

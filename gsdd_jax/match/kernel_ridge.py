@@ -77,7 +77,7 @@ class Pool(NamedTuple):
 
 
 def make(spec: KernelRidgeSpec, codec: Codec, network: Network, augment: DsaSpec) -> Objective:
-    """Builds the objective; see :func:`gsdd_jax.match.make`. Nothing is augmented, as in the reference."""
+    """Builds the objective; see `gsdd_jax.match.make`. Nothing is augmented, as in the reference."""
     del augment
     k, g = codec.num_classes, codec.images_per_class
 

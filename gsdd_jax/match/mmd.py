@@ -158,7 +158,7 @@ def mmd(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def mmd_loss(real: jax.Array, syn: jax.Array) -> jax.Array:
-    """Returns the sum over classes of :func:`mmd`, D3's loss of latents and decoder.
+    """Returns the sum over classes of `mmd`, D3's loss of latents and decoder.
 
     Args:
         real: ``[k, a, f]`` features of real images, by class; a >= 2. D3: the last feature map of a trained expert.
@@ -183,7 +183,7 @@ def feature_mmd(
     whitening: Whitening,
     shard: Shard | None = None,
 ) -> jax.Array:
-    """Returns :func:`mmd_loss` of the last feature maps of a network, one class at a time.
+    """Returns `mmd_loss` of the last feature maps of a network, one class at a time.
 
     Images are not augmented, as in D3.
 

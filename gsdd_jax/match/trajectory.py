@@ -98,7 +98,7 @@ class TrajectorySpec:
 
 
 def make(spec: TrajectorySpec, codec: Codec, network: Network, augment: DsaSpec) -> Objective:
-    """Builds the objective; see :func:`gsdd_jax.match.make`."""
+    """Builds the objective; see `gsdd_jax.match.make`."""
 
     def loss(
         key: jax.Array, learned: Any, carry: Any, synthetic: Synthetic, batch: Batch
