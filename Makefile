@@ -79,7 +79,7 @@ types: $(STAMP)
 
 # What the variable turns off is an advertisement.
 docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 	@echo "Documentation: $(abspath site)/index.html"
 
 pytest: $(LOWERING)

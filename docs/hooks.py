@@ -1,9 +1,11 @@
 """What MkDocs lacks for pages that live in a repository: see mkdocs.yml.
 
 Pages link to files outside of docs/ by relative paths, as on a code host. Here such files become part of the site:
-pages, pictures, notebooks as text, all else as listings. What a page would load from elsewhere fails the strict build.
+pages, pictures, notebooks as text, all else as listings. What a page would load from elsewhere fails the strict build,
+and so does a public name without documentation.
 """
 
+import ast
 import json
 import logging
 import os
@@ -90,9 +92,27 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     return LINK.sub(link, markdown) if path.suffix == ".md" else markdown
 
 
+def _public(module: str) -> list[str]:
+    """Returns what a module lists in ``__all__``, by whole names."""
+    path = ROOT / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else ():
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return [f"{module}.{name}" for name in ast.literal_eval(node.value)]
+    return []
+
+
 def on_post_build(*, config: MkDocsConfig) -> None:
-    """Warns, which fails a strict build, of what a page would load from the network."""
-    for path in sorted(Path(config.site_dir).rglob("*")):
+    """Warns, which fails a strict build, of what pages would load from the network, and of what the reference lacks."""
+    site = Path(config.site_dir)
+    for path in sorted(site.rglob("*")):
         if path.suffix in (".html", ".css"):
             for match in LOADED.finditer(path.read_text(encoding="utf-8")):
-                log.warning("%s loads %s", path.relative_to(config.site_dir), match[1] or match[2])
+                log.warning("%s loads %s", path.relative_to(site), match[1] or match[2])
+    shown, modules = set(), ["gsdd_jax"]
+    for page in sorted((DOCS / "reference").glob("*.md")):
+        modules += re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        shown |= set(re.findall(r'id="([\w.]+)"', (site / f"reference/{page.stem}.html").read_text(encoding="utf-8")))
+    for name in (name for module in modules for name in _public(module)):
+        if name not in shown:
+            log.warning("%s is public, and not in the reference: it needs a docstring", name)

@@ -119,7 +119,7 @@ class SynSet:
                 as the state of a run; it is a checkpoint of its own in ``state``.
 
         Returns:
-            Sizes in bytes: ``payload`` (what the budget counts), ``header`` (names and shapes of the safetensors
+            Sizes in bytes, of ``payload`` (what the budget counts), ``header`` (names and shapes of the safetensors
             format), ``file`` (their sum, the size of the file) and ``manifest``; with soft labels also ``labels``,
             their part of the payload.
 

@@ -24,17 +24,22 @@ import numpy as np
 from kernels import _splat_xla
 from kernels.spec import SplatSpec
 
-# Moves no pixel of a fitted image by more than 0.2 of 1/512; 2e-4 moves some by 0.4 and 5e-4 by the whole ("cutoff" in
-# benchmarks/results/fit_psnr.json). A larger value saves little: the area drawn grows with log(1 / cutoff) only.
 DEFAULT_CUTOFF = 1e-4
+"""Contributions below it, relative to a Gaussian's peak, are zero.
+
+Moves no pixel of a fitted image by more than 0.2 of 1/512; 2e-4 moves some by 0.4 and 5e-4 by the whole ("cutoff" in
+benchmarks/results/fit_psnr.json). A larger value saves little: the area drawn grows with log(1 / cutoff) only.
+"""
 
 # From Turing on, ten times; given any other, LLVM ends the process.
 CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
-# ``with compute_capability(90):`` lowers for a Hopper GPU, whatever is at hand; JAX traces anew where it changes. For a
-# whole process the environment variable GSDD_COMPUTE_CAPABILITY says the same; JAX does not see that one change, so a
-# program that is already traced keeps what it was traced for.
 compute_capability = jax.make_user_context(None)
+"""``with compute_capability(90):`` lowers for a Hopper GPU, whatever is at hand; JAX traces anew where it changes.
+
+For a whole process the environment variable GSDD_COMPUTE_CAPABILITY says the same; JAX does not see that one change, so
+a program that is already traced keeps what it was traced for.
+"""
 
 
 def splat(

@@ -55,7 +55,6 @@ __all__ = [
     "register",
 ]
 
-# The registry.
 CodecSpec = (
     GaussianSpec
     | PackedGaussianSpec
@@ -71,7 +70,9 @@ CodecSpec = (
     | SpectralSpec
     | LatentSpec
 )
+"""The registry: the specs of all codecs of the package."""
 SPECS: dict[str, type] = {get_args(get_type_hints(spec)["name"])[0]: spec for spec in get_args(CodecSpec)}
+"""The same and those of `register`, by name."""
 
 
 def register(spec: type) -> type:

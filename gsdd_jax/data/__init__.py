@@ -223,6 +223,7 @@ def _open_folder(spec: DataSpec) -> Source:
 
 
 SOURCES: dict[str, Callable[[DataSpec], Source]] = {"digits": _open_digits, "tfds": _open_tfds, "folder": _open_folder}
+"""The registry: what opens a source, by its name in ``data.source``."""
 
 
 class _Opened(NamedTuple):

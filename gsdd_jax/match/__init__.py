@@ -63,13 +63,13 @@ __all__ = [
     "with_mmd",
 ]
 
-# The registry.
 SPECS: dict[str, type] = {
     "distribution": DistributionSpec,
     "gradient": GradientSpec,
     "kernel_ridge": KernelRidgeSpec,
     "trajectory": TrajectorySpec,
 }
+"""The registry: the specs of all objectives, those of `register` included, by name."""
 
 
 def register(spec: type) -> type:

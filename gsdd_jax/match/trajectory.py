@@ -207,7 +207,7 @@ def trajectory_loss(
         spec: `syn_steps`, `batch_syn` and `checkpoint` count; the number of segments is that of `start`.
 
     Returns:
-        The loss, and metrics: `student_loss`, the cross entropy of the student's last step, mean over segments;
+        The loss, and of metrics `student_loss`, the cross entropy of the student's last step, mean over segments;
         `bad_step`, int32, the first step (from 0) whose loss is not finite in some segment, t if only the final weights
         are not, -1 if all is finite. Differentiable once, with respect to `syn` and `syn_lr`.
 

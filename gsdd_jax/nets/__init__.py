@@ -197,6 +197,7 @@ def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 NetworkLike: TypeAlias = NetSpec | Network | linen.Module | Callable[..., Any]
+"""What `build` takes for a network."""
 
 
 def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: int) -> Network:
