@@ -150,10 +150,11 @@ def fit_steps(
 
     def step(_, carry: tuple[FitState, jax.Array]) -> tuple[FitState, jax.Array]:
         state, _ = carry
-        done = state.step.astype(jnp.float32) / steps
-        grads, error = jax.grad(loss_fn, has_aux=True)(state.params, done)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = draft.project(optax.apply_updates(state.params, updates), done)
+        done, before = (taken.astype(jnp.float32) / steps for taken in (state.step, state.step - 1))
+        params = draft.grow(state.params, targets, done, before)
+        grads, error = jax.grad(loss_fn, has_aux=True)(params, done)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = draft.project(optax.apply_updates(params, updates), done)
         return FitState(params, opt_state, state.step + 1), error
 
     carry = state, jnp.ones(targets.shape[0], jnp.float32)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gsdd_jax import growth
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
 from gsdd_jax.render import render
 
@@ -132,6 +133,15 @@ def least_squares_colors(mean: jax.Array, cholesky: jax.Array, image: jax.Array)
     )
 
 
+def by_pursuit(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
+    """Round Gaussians, each where it explains most of what those before it leave: see `gsdd_jax.growth`; no key."""
+    del key
+    n, h, w, c = images.shape
+    mean, cholesky, color = (jnp.zeros((n, num_points, length), jnp.float32) for length in (2, 3, c))
+    nothing = Gaussians(mean, cholesky, color, jnp.ones((n, num_points), jnp.float32), size=(h, w))
+    return growth.pursue(nothing, images, 0, num_points)
+
+
 def _edge_pixels(key: jax.Array, images: jax.Array, num_points: int) -> jax.Array:
     """Draws distinct pixels ``[n, m]``, a share of them in proportion to the gradient magnitude."""
     n, h, w, _ = images.shape
@@ -151,6 +161,7 @@ def _positions(index: jax.Array, h: int, w: int) -> jax.Array:
 
 
 START: dict[str, Callable[[jax.Array, jax.Array, int], Gaussians]] = {
+    "growth": by_pursuit,
     "clusters": by_clusters,
     "gradient": on_edges,
     "uniform": uniform,

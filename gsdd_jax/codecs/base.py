@@ -90,10 +90,13 @@ class Draft(NamedTuple):
         decode: ``(params, done) -> images``, where ``done`` is the share of the fit's steps that were taken; in the end
             equal to the codec's ``decode``.
         project: ``(params, done) -> params``, likewise.
+        grow: ``(params, images, done, before) -> params`` ahead of a step, where ``before`` is ``done`` of the step
+            before: adds to what is drawn.
     """
 
     decode: Callable[[Any, jax.Array], jax.Array]
     project: Callable[[Any, jax.Array], Any]
+    grow: Callable[[Any, jax.Array, jax.Array, jax.Array], Any] = lambda params, *_: params
 
 
 class Codec(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -12,8 +13,8 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
-from gsdd_jax import starts, storage
-from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays
+from gsdd_jax import growth, starts, storage
+from gsdd_jax.codecs.base import MOST, Codec, Draft, Layout, Shape, Spec, arrays
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.later import optax
 from gsdd_jax.render import render
@@ -42,11 +43,12 @@ class GaussianSpec(Spec):
     cutoff: Annotated[float, Ge(0), Lt(1), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
     boundary: Annotated[float, Ge(0), Doc("weight of the boundary loss (paper, Eq. 10 and section 4.1: 0.1)")] = 0.1
     start: Annotated[
-        Literal["clusters", "gradient", "uniform"],
+        Literal["growth", "clusters", "gradient", "uniform"],
         Doc(
-            "starting point of the fit: color clusters of the image, points on its edges, or the authors' uniform draw"
+            "starting point of the fit: one Gaussian after another where the error is largest, over the first half of "
+            "its steps; color clusters of the image; points on its edges; or the authors' uniform draw"
         ),
-    ] = "clusters"
+    ] = "growth"
     lr: Annotated[
         float, Gt(0), Doc("learning rate of Adam in distillation, for every leaf (paper, section 4.1: 1e-3)")
     ] = 1e-3
@@ -101,6 +103,16 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         chosen = params if index is None else params[index]
         return render(rounded(chosen), size, supersample=spec.supersample, cutoff=spec.cutoff)
 
+    def draw_first(params: Gaussians, count: jax.Array) -> jax.Array:
+        drawn = (jnp.arange(spec.num_points) < count).astype(params.opacity.dtype)
+        return decode(dataclasses.replace(params, opacity=params.opacity * drawn))
+
+    draft = Draft(
+        lambda params, done: draw_first(params, growth.number(done, spec.num_points)),
+        lambda params, done: clip_positions(params),
+        functools.partial(growth.grow, draw=draw_first),
+    )
+
     def quantize(params: Gaussians) -> dict[str, jax.Array]:
         leaves = {name: getattr(params, name) for name in ("mean", "cholesky", "color", "opacity")}
         return storage.cast(leaves, spec.dtype)
@@ -137,6 +149,7 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         ),
         layout=lambda: spec.layout(image_shape, num_classes),
         gaussians=rounded,
+        draft=draft if spec.start == "growth" else None,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
-from gsdd_jax import packing, starts, storage
+from gsdd_jax import growth, packing, starts, storage
 from gsdd_jax.codecs.base import MOST, Codec, Draft, Layout, Shape, Spec
 from gsdd_jax.codecs.gaussian import boundary_loss, clip_positions, fit_rates, leafwise_adam
 from gsdd_jax.errors import InputError
@@ -72,11 +72,12 @@ class PackedGaussianSpec(Spec):
     cutoff: Annotated[float, Ge(0), Lt(1), Doc("contributions with exp(-q/2) below it are zero")] = DEFAULT_CUTOFF
     boundary: Annotated[float, Ge(0), Doc("weight of the boundary loss (paper, Eq. 10 and section 4.1: 0.1)")] = 0.1
     start: Annotated[
-        Literal["clusters", "gradient", "uniform"],
+        Literal["growth", "clusters", "gradient", "uniform"],
         Doc(
-            "starting point of the fit: color clusters of the image, points on its edges, or the authors' uniform draw"
+            "starting point of the fit: one Gaussian after another where the error is largest, over the first half of "
+            "its steps; color clusters of the image; points on its edges; or the authors' uniform draw"
         ),
-    ] = "clusters"
+    ] = "growth"
     lr: Annotated[
         float,
         Gt(0),
@@ -177,9 +178,20 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
     def project(params: PackedGaussians) -> PackedGaussians:
         return clipped(params) if spec.ranges == "learned" else fit_ranges(clipped(params), spec)
 
+    # All Gaussians are there when rounding begins.
+    until = min(growth.UNTIL, spec.draft) if spec.start == "growth" else 0.0
+
+    def draw_first(params: PackedGaussians, count: jax.Array, rounding: bool | jax.Array = False) -> jax.Array:
+        drawn = (jnp.arange(m) < count).astype(params.color.dtype)
+        first = dataclasses.replace(params, color=params.color * drawn[:, None])
+        return render(quantized(first, spec, rounding=rounding), supersample=spec.supersample, cutoff=spec.cutoff)
+
     def draw_draft(params: PackedGaussians, done: jax.Array) -> jax.Array:
-        rounded = quantized(params, spec, rounding=done >= spec.draft)
-        return render(rounded, supersample=spec.supersample, cutoff=spec.cutoff)
+        return draw_first(params, growth.number(done, m, until), done >= spec.draft)
+
+    def grow(params: PackedGaussians, images: jax.Array, done: jax.Array, before: jax.Array) -> PackedGaussians:
+        encode = to_ycocg if spec.bits_chroma else lambda color: color
+        return growth.grow(params, images, done, before, draw=draw_first, until=until, encode=encode)
 
     def project_draft(params: PackedGaussians, done: jax.Array) -> PackedGaussians:
         # The grids follow the numbers until they are used.
@@ -223,7 +235,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         pack=lambda tree: pack(tree, spec),
         unpack=lambda arrays: unpack(arrays, spec, n, c),
         gaussians=lambda params: quantized(params, spec),
-        draft=Draft(draw_draft, project_draft),
+        draft=Draft(draw_draft, project_draft, grow) if until else Draft(draw_draft, project_draft),
     )
 
 
