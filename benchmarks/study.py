@@ -47,7 +47,7 @@ JUDGES, JUDGE_STEPS = 20, 400
 # Upper ends of the shares of them that are wrong.
 HARD = (0.0, 0.1, 0.3, 0.6, 0.9, 1.0)
 # Points along each direction of a landscape, the farthest at this many norms, and networks that it is the mean of.
-GRID, REACH, NETWORKS = 15, 1.0, 4
+GRID, REACH, NETWORKS = 13, 1.0, 2
 TEST_BATCH = 500
 
 
@@ -128,28 +128,40 @@ def convergence(subject: Subject) -> Iterator[dict[str, Any]]:
 
 def difficulty(subject: Subject) -> Iterator[dict[str, Any]]:
     """Sorts the test images by how many networks trained on real images are wrong about them."""
-    dataset, wrong = subject.experiment.dataset, np.zeros(len(subject.experiment.dataset.test_labels))
-    config = subject.experiment.config
-    for i in range(JUDGES):
-        spec = dataclasses.replace(config.evaluate.training(), steps=JUDGE_STEPS, batch=128)
-        params = training.train_network(
-            subject.experiment.key("evaluate", 1000 + i),
-            jnp.asarray(dataset.train_images),
-            jnp.asarray(dataset.train_labels),
-            network=subject.experiment.network,
-            spec=spec,
-            augment=config.augment,
-            whitening=subject.experiment.whitening,
-        )
-        wrong += ~subject.right(params)
-    own = [subject.right(subject.train(subject.synset.images(), i)) for i in range(config.evaluate.seeds)]
-    share, low = wrong / JUDGES, -1.0
+    seeds = range(subject.experiment.config.evaluate.seeds)
+    own = [subject.right(subject.train(subject.synset.images(), i)) for i in seeds]
+    share, low = _wrong(subject), -1.0
     for high in HARD:
         among = (share > low) & (share <= high)
         if among.any():
-            found = evaluation.summarize([float(right[among].mean()) for right in own], range(len(own)))
+            found = evaluation.summarize([float(right[among].mean()) for right in own], list(seeds))
             yield {"most_wrong": high, "test_images": int(among.sum()), **found}
         low = high
+
+
+_JUDGED: dict[Any, np.ndarray] = {}
+
+
+def _wrong(subject: Subject) -> np.ndarray:
+    """Returns the share of the networks that are wrong about each test image; sets of one dataset have the same."""
+    experiment = subject.experiment
+    config, dataset = experiment.config, experiment.dataset
+    known = dataset.fingerprint(), config.network, config.augment
+    if known not in _JUDGED:
+        wrong = np.zeros(len(dataset.test_labels))
+        for i in range(JUDGES):
+            params = training.train_network(
+                experiment.key("evaluate", 1000 + i),
+                jnp.asarray(dataset.train_images),
+                jnp.asarray(dataset.train_labels),
+                network=experiment.network,
+                spec=dataclasses.replace(config.evaluate.training(), steps=JUDGE_STEPS, batch=128),
+                augment=config.augment,
+                whitening=experiment.whitening,
+            )
+            wrong += ~subject.right(params)
+        _JUDGED[known] = wrong / JUDGES
+    return _JUDGED[known]
 
 
 def landscape(subject: Subject) -> Iterator[dict[str, Any]]:

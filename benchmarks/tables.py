@@ -34,13 +34,21 @@ def _run(name: str) -> str:
 
 
 def _images(name: str) -> str:
-    """Draws runs that share out the same bytes among fewer images of more Gaussians, or more of fewer."""
-    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
-    lines = ["| images per class | bytes per class | test accuracy, % | networks |", "|---:|---:|---:|---:|"]
-    for found in sorted((run["accuracy"] for run in runs), key=lambda found: found["images_per_class"]):
-        mean, std = (f"{100 * found[key]:.1f}" for key in ("mean", "std"))
-        lines.append(f"| {found['images_per_class']} | {found['bytes_per_class']:,} | {mean} ± {std} | {found['n']} |")
-    return "\n".join([*lines, "", *(f"`{run['command']}`, commit {run['commit'][:9]}." for run in runs)]) + "\n"
+    """Draws runs that share out the same bytes among images, named by the start of their fit and what they vary."""
+    lines = [
+        "| start | images per class | Gaussians | bytes per class | PSNR of the fit, dB | fitted, % | distilled, % |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    sources = []
+    for path in sorted(
+        (RESULTS / name).glob("*.json"), key=lambda path: (path.stem.split("_")[0], len(path.stem), path)
+    ):
+        run, start = json.loads(path.read_text()), path.stem.split("_")[0]
+        found = [f"{100 * run[key]['mean']:.1f} ± {100 * run[key]['std']:.1f}" for key in ("fit_only", "accuracy")]
+        sizes = f"{run['accuracy']['images_per_class']} | {run['num_points']} | {run['accuracy']['bytes_per_class']:,}"
+        lines.append(f"| {start} | {sizes} | {run['fit_psnr']:.2f} | {' | '.join(found)} |")
+        sources.append(f"`{run['command']}`, commit {run['commit'][:9]}.")
+    return "\n".join([*lines, "", *sources]) + "\n"
 
 
 def _use(name: str) -> str:
