@@ -44,7 +44,8 @@ def _images(name: str) -> str:
         (RESULTS / name).glob("*.json"), key=lambda path: (path.stem.split("_")[0], len(path.stem), path)
     ):
         run, start = json.loads(path.read_text()), path.stem.split("_")[0]
-        found = [f"{100 * run[key]['mean']:.1f} ± {100 * run[key]['std']:.1f}" for key in ("fit_only", "accuracy")]
+        rows = [run["fit_only"], run["accuracy"]]
+        found = [f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}, n={row['n']}" if row else "" for row in rows]
         sizes = f"{run['accuracy']['images_per_class']} | {run['num_points']} | {run['accuracy']['bytes_per_class']:,}"
         lines.append(f"| {start} | {sizes} | {run['fit_psnr']:.2f} | {' | '.join(found)} |")
         sources.append(f"`{run['command']}`, commit {run['commit'][:9]}.")
@@ -784,6 +785,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "cifar10_packed_dm_ipc1_w64": _run,
     "cifar10_packed_dm_experts_ipc1_w64_second": _run,
     "cifar10_packed_dm_experts_ipc1_w64_1400": _run,
+    "cifar10_packed_dm_experts_ipc1_w32": _run,
+    "cifar10_dm_experts_ipc1_w32": _run,
     "cifar10_frepo_1024": _run,
     "fit_psnr": _fit,
     "peers": _peers,
