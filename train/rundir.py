@@ -31,6 +31,7 @@ from typing import Any
 
 import filelock
 import jax
+import pydantic_core
 
 from gsdd_jax import files, synset
 from train import yaml12
@@ -107,10 +108,10 @@ class RunDir(contextlib.AbstractContextManager["RunDir"]):
 
         The values are what `plain` takes; NaN and infinities are written as strings.
         """
-        line = json.dumps({"phase": phase, "step": int(step), **_finite(plain(values))}, allow_nan=False)
+        line = _json({"phase": phase, "step": int(step), **values})
         try:
             with open(self.metrics_path, "ab") as file:
-                file.write(f"{line}\n".encode())
+                file.write(line)
         except OSError as error:
             raise files.named(error, self.metrics_path) from error
 
@@ -212,8 +213,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Replaces a file atomically with `value` as indented JSON; NaN and infinities are written as strings."""
-    text = json.dumps(_finite(plain(value)), indent=2, ensure_ascii=False, allow_nan=False)
-    return files.write_bytes(path, f"{text}\n".encode())
+    return files.write_bytes(path, _json(value, indent=2))
 
 
 def environment() -> dict[str, Any]:
@@ -252,26 +252,16 @@ def _device_name(device: jax.Device) -> str:
 
 def plain(value: Any) -> Any:
     """Converts to dicts with string keys, lists, str, int, float, bool and None, which YAML and JSON both hold."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, (str, os.PathLike)):
-        return str(value)
-    if hasattr(value, "tolist"):  # arrays and scalars of numpy and JAX
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} cannot be written: convert it to numbers, strings, lists or dicts")
+    return pydantic_core.to_jsonable_python(value, fallback=_of_array)
 
 
-def _finite(value: Any) -> Any:
-    """Writes non-finite floats as strings, because JSON has no token for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list) else value
+def _json(value: Any, indent: int | None = None) -> bytes:
+    # JSON has no token for non-finite floats.
+    return pydantic_core.to_json(value, indent=indent, fallback=_of_array, inf_nan_mode="strings") + b"\n"
+
+
+def _of_array(value: Any) -> Any:
+    return value.tolist()
 
 
 def _parse(lines: list[bytes], path: Path) -> list[dict[str, Any]]:
