@@ -67,10 +67,7 @@ def findings(run: Path) -> dict[str, Any]:
         "files": sorted(path.name for path in (run / "export").iterdir()),
     }
     metrics = [untimed(entry) for entry in read_metrics(run)]
-    checkpoints = {}
-    for phase in sorted((run / "checkpoints").iterdir()):
-        with Checkpoints(phase) as held:
-            checkpoints[phase.name] = held.latest()
+    checkpoints = {phase.name: Checkpoints(phase).latest() for phase in sorted((run / "checkpoints").iterdir())}
     return {
         "export": export,
         "metrics": {phase: [m for m in metrics if m["phase"] == phase] for phase in checkpoints},

@@ -1,6 +1,5 @@
 """Checkpoints: bit-exact round trips, survival of SIGKILL, and one clear line for every damage."""
 
-import errno
 import os
 import shutil
 import signal
@@ -60,12 +59,12 @@ def _state():
 def test_round_trip_keeps_bits_types_and_structure(tmp_path):
     state = _state()
     meta = {"phase": "distill", "seed": 3, "values": [0.1, None, "ü"]}
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.latest() is None
-        checkpoints.save(10, state, meta)
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.latest() == 10
-        restored, got = checkpoints.restore(10, state)
+    checkpoints = Checkpoints(tmp_path / "c")
+    assert checkpoints.latest() is None
+    checkpoints.save(10, state, meta)
+    checkpoints = Checkpoints(tmp_path / "c")
+    assert checkpoints.latest() == 10
+    restored, got = checkpoints.restore(10, state)
     assert got == meta
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
@@ -76,10 +75,10 @@ def test_round_trip_keeps_bits_types_and_structure(tmp_path):
 def test_restored_arrays_are_as_weakly_typed_as_before(tmp_path):
     state = {"scalar": jnp.asarray(0.1), "vector": jnp.full((3,), 0.1), "count": jnp.asarray(3), "strong": jnp.ones(3)}
     assert [state[k].weak_type for k in state] == [True, True, True, False]
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, {})
-        restored, _ = checkpoints.restore(1, jax.tree.map(lambda x: x * 0, state))
-        from_shapes, _ = checkpoints.restore(1, jax.eval_shape(lambda: state))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    restored, _ = checkpoints.restore(1, jax.tree.map(lambda x: x * 0, state))
+    from_shapes, _ = checkpoints.restore(1, jax.eval_shape(lambda: state))
     for name, before in state.items():
         assert restored[name].weak_type == from_shapes[name].weak_type == before.weak_type
         assert _bits(from_shapes[name]) == _bits(before)
@@ -87,12 +86,12 @@ def test_restored_arrays_are_as_weakly_typed_as_before(tmp_path):
 
 
 def test_only_the_newest_steps_stay(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        for step in (1, 5, 9, 12):
-            checkpoints.save(step, {"a": jnp.full(3, step)}, {"step": step})
-        assert checkpoints.latest() == 12
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["12", "9"]
-        restored, meta = checkpoints.restore(9, {"a": jnp.zeros(3, jnp.int32)})
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 5, 9, 12):
+        checkpoints.save(step, {"a": jnp.full(3, step)}, {"step": step})
+    assert checkpoints.latest() == 12
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["12", "9"]
+    restored, meta = checkpoints.restore(9, {"a": jnp.zeros(3, jnp.int32)})
     assert meta == {"step": 9}
     assert restored["a"].tolist() == [9, 9, 9]
 
@@ -120,11 +119,10 @@ def test_save_in_a_kill_loop_always_leaves_a_usable_checkpoint(tmp_path):
             reported = [int(line) for line in process.stdout.read().split()]
         assert process.returncode == -signal.SIGKILL
         interrupted += any("tmp" in p.name for p in path.iterdir())
-        with Checkpoints(path) as checkpoints:
-            step = checkpoints.latest()
-            # The last one reported may not have reached the disk, the one before has.
-            assert step >= max([last + 2, *reported]) - 1
-            restored, meta = checkpoints.restore(step, {"a": np.zeros((200, 300), np.float32), "b": [np.int32(0)]})
+        checkpoints = Checkpoints(path)
+        step = checkpoints.latest()
+        assert step >= max([last + 2, *reported])
+        restored, meta = checkpoints.restore(step, {"a": np.zeros((200, 300), np.float32), "b": [np.int32(0)]})
         assert not any("tmp" in p.name for p in path.iterdir())
         assert meta == {"step": step}
         assert restored["b"] == [step]
@@ -137,9 +135,9 @@ def test_save_in_a_kill_loop_always_leaves_a_usable_checkpoint(tmp_path):
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved")
     tree = _tree(0)
-    with Checkpoints(path) as checkpoints:
-        for step in (100, 200):
-            checkpoints.save(step, _tree(step), {"step": step})
+    checkpoints = Checkpoints(path)
+    for step in (100, 200):
+        checkpoints.save(step, _tree(step), {"step": step})
     return path, tree
 
 
@@ -192,12 +190,12 @@ def test_damage_is_named_and_the_older_step_is_used(saved, tmp_path, capfd, dama
     path = tmp_path / "c"
     shutil.copytree(source, path)
     damage(path / "200")
-    with Checkpoints(path) as checkpoints:
-        with pytest.raises(UserError, match=reason) as caught:
-            checkpoints.restore(200, tree)
-        assert f"{path / '200'} is damaged" in str(caught.value) and "\n" not in str(caught.value)
-        step, restored, meta = checkpoints.newest(tree)
-        assert step == checkpoints.latest() == 100
+    checkpoints = Checkpoints(path)
+    with pytest.raises(UserError, match=reason) as caught:
+        checkpoints.restore(200, tree)
+    assert f"{path / '200'} is damaged" in str(caught.value) and "\n" not in str(caught.value)
+    step, restored, meta = checkpoints.newest(tree)
+    assert step == checkpoints.latest() == 100
     named, way = capfd.readouterr().err.splitlines()
     assert named.startswith(f"warning: {path / '200'} is damaged (") and named.endswith("was removed")
     assert reason in named and way == "warning: going on from step 100"
@@ -205,15 +203,15 @@ def test_damage_is_named_and_the_older_step_is_used(saved, tmp_path, capfd, dama
     assert restored["params"]["mean"].tobytes() == _tree(100)["params"]["mean"].tobytes()
 
 
-def test_damage_of_every_step_says_to_delete_all(saved, tmp_path):
+def test_damage_of_every_step_removes_nothing(saved, tmp_path):
     source, tree = saved
     path = tmp_path / "c"
     shutil.copytree(source, path)
     _flip(path / "100")
     _truncate(path / "200")
-    expected = f"delete {path / '200'} and {path / '100'} and run the same command again"
-    with Checkpoints(path) as checkpoints, pytest.raises(UserError, match=expected):
-        checkpoints.newest(tree)
+    expected = rf"checkpoint {path / '200'} is damaged \(.*\): delete it and run the same command again"
+    with pytest.raises(UserError, match=expected):
+        Checkpoints(path).newest(tree)
     assert (path / "100").exists() and (path / "200").exists()
 
 
@@ -245,8 +243,8 @@ def test_checkpoints_of_before_are_read_and_compared_with_their_sums(tmp_path):
     ],
 )
 def test_another_structure_is_refused_by_leaf(saved, like, words):
-    with Checkpoints(saved[0]) as checkpoints, pytest.raises(UserError, match=words):
-        checkpoints.newest(like)
+    with pytest.raises(UserError, match=words):
+        Checkpoints(saved[0]).newest(like)
     assert (saved[0] / "200").exists()
 
 
@@ -258,21 +256,19 @@ def test_a_full_disk_and_damage_of_many_leaves_say_nothing_but_the_error(tmp_pat
         from train.errors import UserError
         path = pathlib.Path(sys.argv[1])
         tree = {str(i): np.random.default_rng(i).normal(size=(50, 50)) for i in range(40)}
-        with Checkpoints(path) as checkpoints:
-            checkpoints.save(1, tree, {})
+        checkpoints = Checkpoints(path)
+        checkpoints.save(1, tree, {})
         for file in (path / "1" / "tree" / "ocdbt.process_0" / "d").iterdir():
             os.truncate(file, file.stat().st_size // 2)
-        with Checkpoints(path) as checkpoints:
-            try:
-                checkpoints.restore(1, tree)
-            except UserError as error:
-                print(error)
+        try:
+            checkpoints.restore(1, tree)
+        except UserError as error:
+            print(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
         try:
-            with Checkpoints(path) as checkpoints:
-                checkpoints.save(2, tree, {})
-        except OSError as error:
-            print(error)
+            checkpoints.save(2, tree, {})
+        except ValueError as error:
+            print("File too large" in str(error))
         print(*(folder.name for folder in path.iterdir()))
         time.sleep(0.3)
     """)
@@ -282,4 +278,4 @@ def test_a_full_disk_and_damage_of_many_leaves_say_nothing_but_the_error(tmp_pat
     damaged, full, left = result.stdout.splitlines()
     assert left == "1"
     assert damaged.startswith(f"checkpoint {tmp_path / '1'} is damaged (damaged checkpoint (")
-    assert full == f"[Errno {errno.EFBIG}] File too large: '{tmp_path / '2'}'"
+    assert full == "True"

@@ -205,8 +205,7 @@ def test_sigterm_to_one_process_stops_all_at_the_next_step_with_a_checkpoint(lau
     assert processes.codes() == [0, 0], processes.everything()
     # The process may have been on its way to the others, or there already.
     assert steps(out) in ([1, 2, 3, 4], [1, 2, 3, 4, 5])
-    with Checkpoints(out / "checkpoints" / "main-distill") as held:
-        assert held.latest() == steps(out)[-1]
+    assert Checkpoints(out / "checkpoints" / "main-distill").latest() == steps(out)[-1]
     for index in range(2):
         assert "stopped by SIGTERM, everything is saved; the same command goes on: python" in processes.output(index)
 

@@ -48,8 +48,7 @@ def test_every_test_has_networks_of_its_own(whole):
 
 def test_what_is_exported_is_the_set_of_the_best_test(whole, tmp_path):
     row = json.loads((whole / "result.json").read_text())["accuracy"]
-    with Checkpoints(whole / "checkpoints" / "distilled-best") as best:
-        assert best.latest() == row["iteration"]
+    assert Checkpoints(whole / "checkpoints" / "distilled-best").latest() == row["iteration"]
     out = tmp_path / "again.json"
     seed = str(row["seeds"][0])
     assert evaluate.main(["--run", str(whole), "--quiet", "--first-seed", seed, "--out", str(out)]) == 0

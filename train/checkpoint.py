@@ -10,14 +10,11 @@ of the program that wrote it. Random keys travel as integers (seed, step), not a
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import shutil
 import sys
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,70 +25,34 @@ import numpy as np
 from gsdd_jax import exchange, files, orbax_set
 from train.errors import UserError
 
-# Python waits for it at its end.
-_WRITER = ThreadPoolExecutor(1)
-
 
 class DamagedError(UserError):
-    """Checkpoints that are not what was written, the newest one first, and what is wrong with it."""
-
-    def __init__(self, folders: list[Path], why: str):
-        others = " and ".join(map(str, folders))
-        super().__init__(f"checkpoint {folders[0]} is damaged ({why}): delete {others} and run the same command again")
-        self.why = why
+    """A checkpoint that is not what was written."""
 
 
-class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
-    """The newest `keep` checkpoints of a phase, in a directory of their own; behind a `with` block all are on disk."""
+class Checkpoints:
+    """The newest `keep` checkpoints of a phase, in a directory of their own."""
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 2):
         self.path, self.keep = Path(path).resolve(), keep
         self.path.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers([self.path])
-        self._writing: Future[None] | None = None
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits until everything is on disk; an error that is under way is not replaced by one of writing."""
-        with contextlib.suppress(*[OSError] if kind else []):
-            self.wait()
-
-    def wait(self) -> None:
-        """Waits until everything is on disk; raises OSError as `save`."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
 
     def latest(self) -> int | None:
-        """Waits until everything is on disk and returns the newest step, or None if there is none."""
-        self.wait()
+        """Returns the newest step, or None if there is none."""
         return max(self._steps(), default=None)
 
     def _steps(self) -> list[int]:
         return sorted(int(folder.name) for folder in self.path.iterdir() if folder.name.isdecimal())
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
-        """Copies a pytree of arrays and begins to write it, with JSON-able values, as a step above the newest one.
+        """Writes a pytree of arrays, with JSON-able values, as a step above the newest one.
 
-        Sharded arrays must be addressable from this process.
-
-        Raises:
-            OSError: The disk is full or not writable, now or for the step before, with `filename` set; the older
-                checkpoints stay.
+        Sharded arrays must be addressable from this process. The older checkpoints stay if it cannot be written.
         """
-        self.wait()
-        # Orbax refuses arrays without elements. The step that comes next may overwrite the others.
-        leaves = {name: np.array(leaf) for name, leaf in orbax_set.named(tree).items() if leaf.size}
-        self._writing = _WRITER.submit(self._write, self.path / str(step), leaves, meta)
-
-    def _write(self, folder: Path, leaves: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        try:
-            files.write_folder(folder, lambda beside: orbax_set.save_state(beside / "tree", leaves, **meta))
-        except ValueError as error:
-            # Tensorstore says of a full disk in words alone that it is.
-            for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                if os.strerror(code) in str(error):
-                    raise OSError(code, os.strerror(code), str(folder)) from error
-            raise
+        # Orbax refuses arrays without elements.
+        leaves = {name: leaf for name, leaf in orbax_set.named(tree).items() if leaf.size}
+        files.write_folder(self.path / str(step), lambda beside: orbax_set.save_state(beside / "tree", leaves, **meta))
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(self.path / str(old))
 
@@ -103,22 +64,21 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         Raises:
             UserError: All are damaged, or as `restore`.
         """
-        self.wait()
-        damaged: dict[Path, str] = {}
+        damaged: dict[Path, DamagedError] = {}
         for step in reversed(self._steps()):
             try:
                 found = step, *self.restore(step, like)
             except DamagedError as error:
-                damaged[self.path / str(step)] = error.why
+                damaged[self.path / str(step)] = error
                 continue
             for folder, why in damaged.items():
-                print(f"warning: {folder} is damaged ({why}) and was removed", file=sys.stderr)
+                print(f"warning: {folder} is damaged ({why.__cause__}) and was removed", file=sys.stderr)
                 shutil.rmtree(folder)
             if damaged:
                 print(f"warning: going on from step {step}", file=sys.stderr)
             return found
-        if damaged:
-            raise DamagedError(list(damaged), next(iter(damaged.values())))
+        for first in damaged.values():
+            raise first
         return None
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -129,12 +89,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         Raises:
             UserError: The step is damaged or absent, or a leaf differs from `like` in path, shape or dtype.
         """
-        self.wait()
         folder, wanted = self.path / str(step), orbax_set.named(like)
         try:
             arrays, meta = _read(folder)
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            raise DamagedError([folder], str(error)) from error
+            remedy = "delete it and run the same command again"
+            raise DamagedError(f"checkpoint {folder} is damaged ({error}): {remedy}") from error
         arrays |= {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
         there, here = (
             {name: exchange.Array(str(leaf.dtype), leaf.shape) for name, leaf in leaves.items()}

@@ -275,8 +275,7 @@ def from_checkpoint(path: Path) -> tuple[synset.SynSet, Any]:
         phase = next((phase for phase in likes if phase in steps), None)
         if phase is None:
             raise UserError(f"--checkpoint: {path} has no checkpoint yet; expected one of main-fit or main-distill")
-        with Checkpoints(rundir.checkpoints_path / phase) as checkpoints:
-            newest = checkpoints.newest(likes[phase])
+        newest = Checkpoints(rundir.checkpoints_path / phase).newest(likes[phase])
         assert newest is not None
         step, found, _ = newest
         learned = getattr(found, "learned", {})

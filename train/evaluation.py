@@ -253,25 +253,25 @@ class PeriodicTests:
             seeds=range(step * count, (step + 1) * count),
             lr=evaluation_lr(self.experiment, state),
         )
-        with self._checkpoints(self.run) as checkpoints:
-            latest = checkpoints.latest()
-            mean = -1.0 if latest is None else checkpoints.restore(latest, state)[1]["entry"]["mean"]
-            if (latest is None or step > latest) and entry["mean"] > mean:
-                checkpoints.save(step, state, {"entry": entry})
+        checkpoints = self._best(self.run)
+        latest = checkpoints.latest()
+        mean = -1.0 if latest is None else checkpoints.restore(latest, state)[1]["entry"]["mean"]
+        if (latest is None or step > latest) and entry["mean"] > mean:
+            checkpoints.save(step, state, {"entry": entry})
 
     def best(self, like: distillation.State) -> tuple[distillation.State, dict[str, Any]]:
         """Returns the best state and its row for the table, with the number of the tests it was chosen from."""
         assert self.run is not None
-        with self._checkpoints(self.run) as checkpoints:
-            step = checkpoints.latest()
-            assert step is not None
-            state, meta = checkpoints.restore(step, like)
+        checkpoints = self._best(self.run)
+        step = checkpoints.latest()
+        assert step is not None
+        state, meta = checkpoints.restore(step, like)
         # Runs that were extended have had more: after what used to be their last iteration.
         made = sum(name.startswith(f"{self.arm} after ") for name in known_tests(self.run))
         every = self.experiment.config.evaluate.test_every
         return state, meta["entry"] | {"iteration": step, "tests": max(made, 1, -(-self.iterations // every))}
 
-    def _checkpoints(self, run: RunDir) -> Checkpoints:
+    def _best(self, run: RunDir) -> Checkpoints:
         return Checkpoints(run.checkpoints_path / f"{self.arm}-best", keep=1)
 
 

@@ -91,30 +91,30 @@ def _trained(experiment: Experiment, run: RunDir, progress: Progress) -> Any:
     config, dataset, network = experiment.config, experiment.dataset, experiment.network
     count, recipe = config.labels.teachers, teacher_recipe(experiment)
     like = jax.eval_shape(network.init, experiment.key("teacher"))
-    with Checkpoints(run.checkpoints_path / PHASE, keep=count) as checkpoints:
-        kept = [checkpoints.restore(step, like) for step in range(1, (checkpoints.latest() or 0) + 1)]
-        teachers, seconds = [params for params, _ in kept], kept[-1][1]["seconds"] if kept else 0.0
-        run.truncate(PHASE, len(teachers))
-        with progress.phase("train teacher", total=count, done=len(teachers)) as bar:
-            for index in range(len(teachers), count):
-                began = time.perf_counter()
-                params = evaluation.train_network(
-                    experiment.key("teacher", index),
-                    jnp.asarray(dataset.train_images),
-                    jnp.asarray(dataset.train_labels),
-                    network=network,
-                    spec=recipe,
-                    augment=config.augment,
-                    whitening=experiment.whitening,
+    checkpoints = Checkpoints(run.checkpoints_path / PHASE, keep=count)
+    kept = [checkpoints.restore(step, like) for step in range(1, (checkpoints.latest() or 0) + 1)]
+    teachers, seconds = [params for params, _ in kept], kept[-1][1]["seconds"] if kept else 0.0
+    run.truncate(PHASE, len(teachers))
+    with progress.phase("train teacher", total=count, done=len(teachers)) as bar:
+        for index in range(len(teachers), count):
+            began = time.perf_counter()
+            params = evaluation.train_network(
+                experiment.key("teacher", index),
+                jnp.asarray(dataset.train_images),
+                jnp.asarray(dataset.train_labels),
+                network=network,
+                spec=recipe,
+                augment=config.augment,
+                whitening=experiment.whitening,
+            )
+            if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+                raise UserError(
+                    f"labels: teacher {index} diverged at evaluate.lr={recipe.lr:g}; try a lower one, in another "
+                    "run directory"
                 )
-                if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
-                    raise UserError(
-                        f"labels: teacher {index} diverged at evaluate.lr={recipe.lr:g}; try a lower one, in another "
-                        "run directory"
-                    )
-                seconds += time.perf_counter() - began
-                run.append(PHASE, index + 1, total_seconds=seconds)
-                checkpoints.save(index + 1, params, {"seconds": seconds})
-                teachers.append(params)
-                bar.advance(1)
+            seconds += time.perf_counter() - began
+            run.append(PHASE, index + 1, total_seconds=seconds)
+            checkpoints.save(index + 1, params, {"seconds": seconds})
+            teachers.append(params)
+            bar.advance(1)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *teachers)

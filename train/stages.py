@@ -56,39 +56,39 @@ def fit_stage(
         programs.append(advance.lower(state, targets, codec=codec, steps=steps, count=1))
     if given is None:
         _take_over(_made_from(programs, key, targets, steps), fitted, phase, run)
-    with Checkpoints(run.checkpoints_path / phase) as checkpoints:
-        newest = checkpoints.newest(state)
-        if newest is None:
-            state, done, seconds = programs[0].compile()(key, targets), 0, 0.0
-            if given is not None:
-                state = state._replace(params=jax.tree.map(jnp.copy, given))
-            if not steps:
-                checkpoints.save(0, state, {"seconds": seconds})
-        else:
-            done, state, meta = newest
-            seconds = meta["seconds"]
-        run.truncate(phase, done)
-        step: Any = programs[-1].compile() if done < steps else None
-        saved = done
-        with progress.phase("fit", total=steps, done=done) as bar:
-            while done < steps:
-                began = time.perf_counter()
-                count = min(config.distill.log_every, steps - done)
-                for _ in range(count):
-                    state, psnr = step(state, targets)
-                psnr = float(psnr)
-                done += count
-                seconds += time.perf_counter() - began
-                if not np.isfinite(psnr):
-                    remedy = "another starting point or fit.steps, in another run directory"
-                    raise _not_finite(phase, f"PSNR not a finite number by step {done}", saved, checkpoints, remedy)
-                run.append(phase, done, psnr=psnr, total_seconds=seconds)
-                bar.advance(count, f"PSNR {psnr:.2f} dB")
-                due = done == steps or done - saved >= config.distill.checkpoint_every
-                if due or stopping.requested():
-                    checkpoints.save(done, state, {"seconds": seconds})
-                    saved = done
-                stopping.raise_if_requested()
+    checkpoints = Checkpoints(run.checkpoints_path / phase)
+    newest = checkpoints.newest(state)
+    if newest is None:
+        state, done, seconds = programs[0].compile()(key, targets), 0, 0.0
+        if given is not None:
+            state = state._replace(params=jax.tree.map(jnp.copy, given))
+        if not steps:
+            checkpoints.save(0, state, {"seconds": seconds})
+    else:
+        done, state, meta = newest
+        seconds = meta["seconds"]
+    run.truncate(phase, done)
+    step: Any = programs[-1].compile() if done < steps else None
+    saved = done
+    with progress.phase("fit", total=steps, done=done) as bar:
+        while done < steps:
+            began = time.perf_counter()
+            count = min(config.distill.log_every, steps - done)
+            for _ in range(count):
+                state, psnr = step(state, targets)
+            psnr = float(psnr)
+            done += count
+            seconds += time.perf_counter() - began
+            if not np.isfinite(psnr):
+                remedy = "another starting point or fit.steps, in another run directory"
+                raise _not_finite(phase, f"PSNR not a finite number by step {done}", saved, checkpoints, remedy)
+            run.append(phase, done, psnr=psnr, total_seconds=seconds)
+            bar.advance(count, f"PSNR {psnr:.2f} dB")
+            due = done == steps or done - saved >= config.distill.checkpoint_every
+            if due or stopping.requested():
+                checkpoints.save(done, state, {"seconds": seconds})
+                saved = done
+            stopping.raise_if_requested()
     return state.params
 
 
@@ -195,7 +195,7 @@ def distill_stage(
     with contextlib.ExitStack() as opened:
         state, done, seconds = distillation.init_state(objective, params), 0, 0.0
         if run is not None:
-            checkpoints = opened.enter_context(Checkpoints(run.checkpoints_path / phase))
+            checkpoints = Checkpoints(run.checkpoints_path / phase)
             if (newest := checkpoints.newest(state)) is not None:
                 done, state, meta = newest
                 seconds = meta["seconds"]
