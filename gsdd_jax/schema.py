@@ -10,7 +10,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -52,10 +52,10 @@ class Registered:
         return handler.generate_schema(Annotated[union, BeforeValidator(named)])
 
 
-def build(cls: type[T], data: Any, *, section: str = "", where: Callable[[Place], str] | None = None) -> T:
+def build(cls: type[T], data: Any, *, section: str = "") -> T:
     """Validates what a config or a manifest holds into a dataclass whose fields are plain types, specs or choices.
 
-    For messages, `section` is the key of all of it, and `where` names the origin of the value at a place.
+    For messages, `section` is the key of all of it.
 
     Raises:
         ValueError: the first failure, unknown keys before missing ones, and the number of further ones; one line.
@@ -70,7 +70,7 @@ def build(cls: type[T], data: Any, *, section: str = "", where: Callable[[Place]
     # A spec that checks its fields against each other may name them itself: `data.path is needed with ...`.
     head = f"{key}: " if key and not text.startswith((f"{key}.", f"{key}:")) else ""
     more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    raise InputError(f"{head}{text}{f' (in {where(place)})' if where else ''}{more}")
+    raise InputError(f"{head}{text}{more}")
 
 
 def describe(cls: type) -> str:

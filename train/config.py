@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import importlib
 import json
+import textwrap
 from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
@@ -37,7 +38,6 @@ __all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
 
 T = TypeVar("T")
 Place = tuple[str, ...]
-Change = tuple[Place, Any, str]  # where, to what, and who asked for it
 
 SMOKE, IMPORTS = "smoke", "imports"
 # Those of the checkout, which a wheel has as well.
@@ -264,7 +264,6 @@ def load(
         raise ConfigError(f"{source}: expected keys with values, found {show(data)}")
     block = data.pop(SMOKE, None)
     data.pop(HISTORY, None)
-    changes: list[Change] = []
     try:
         data, block = renamed(data), renamed(block)
     except ValueError as error:
@@ -272,20 +271,26 @@ def load(
     if smoke:
         if not isinstance(block, dict) or not block:
             raise ConfigError(f"{source}: a smoke test needs the block 'smoke:' with the keys that shrink the run")
-        changes = [(place, value, f"{source}, smoke block") for place, value in _leaves(block)]
-        data = functools.reduce(_put, changes, data)
+        for key, value in flatten(block).items():
+            data = _put(data, key.split("."), value)
     asked = [_parsed_override(override) for override in overrides]
-    asked = [*_begun_anew(cls, data, asked), *asked]
-    data = functools.reduce(_put, asked, data)
-    where = functools.partial(_origin, changes=[*changes, *asked], source=source)
+    # What is said of another spec than the one that is asked for does not hold.
+    for section, name in {place[:-1]: value for place, value in asked if place[-1] == TAG}.items():
+        held = functools.reduce(_inside, section, data)
+        if isinstance(held, dict) and held.get(TAG, name) != name and has_tag(cls, section):
+            data = _put(data, section, {})
+    for place, value in asked:
+        data = _put(data, place, value)
+    if added := [*["its smoke block"] * smoke, *overrides]:
+        source += f" with {textwrap.shorten(', '.join(added), 200, placeholder=' ...')}"
     # Anything else is refused below.
     if isinstance(modules := data.get(IMPORTS), list):
         for name in modules:
-            _import(name, where=where((IMPORTS,)))
+            _import(name, source)
     try:
-        return build(cls, data, where=where)
+        return build(cls, data)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{error} (in {source})") from None
 
 
 def _found(name: str | PathLike[str]) -> Path:
@@ -299,13 +304,13 @@ def _found(name: str | PathLike[str]) -> Path:
     raise FileNotFoundError(f"{name}: no such file or directory, and no config of this name, such as {', '.join(near)}")
 
 
-def _import(name: Any, *, where: str) -> None:
+def _import(name: Any, source: str) -> None:
     try:
         importlib.import_module(name)
     # A module may raise anything.
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{IMPORTS}: expected Python modules, found {name!r}: {why} (in {where})") from error
+        raise ConfigError(f"{IMPORTS}: expected Python modules, found {name!r}: {why} (in {source})") from error
     schema.forget()
 
 
@@ -327,16 +332,7 @@ def parser(
     return made
 
 
-def _leaves(block: dict[str, Any], prefix: Place = ()) -> list[tuple[Place, Any]]:
-    """Lists the values of nested mappings with their places; lists and empty mappings are values."""
-    leaves: list[tuple[Place, Any]] = []
-    for key, value in block.items():
-        place = (*prefix, key)
-        leaves.extend(_leaves(value, place) if isinstance(value, dict) and value else [(place, value)])
-    return leaves
-
-
-def _parsed_override(override: str) -> Change:
+def _parsed_override(override: str) -> tuple[Place, Any]:
     key, equals, text = override.partition("=")
     root, *rest = (part.strip() for part in key.split("."))
     place = (root, *(FORMER_NAMES.get(part, part) for part in rest))
@@ -344,7 +340,7 @@ def _parsed_override(override: str) -> Change:
         raise ConfigError(f"override '{override}': expected section.key=value, such as distill.iterations=100")
     value = yaml12.parse(text, source=f"override '{override}'")
     try:
-        return place, renamed(value, ".".join(place)), f"override {override}"
+        return place, renamed(value, ".".join(place))
     except ValueError as error:
         raise ConfigError(f"{error} (in override {override})") from None
 
@@ -359,40 +355,16 @@ def choices(override: str) -> list[str]:
     return [override]
 
 
-def _begun_anew(cls: type, data: Any, changes: Sequence[Change]) -> list[Change]:
-    """Empties the sections for which changes choose another spec than the data does."""
-    choices = {place[:-1]: (name, origin) for place, name, origin in changes if place[-1] == TAG}
-    found: list[Change] = []
-    for place, (name, origin) in choices.items():
-        section = functools.reduce(_inside, place, data)
-        if isinstance(section, dict) and section.get(TAG, name) != name and has_tag(cls, place):
-            found.append((place, {}, origin))
-    return found
-
-
 def _inside(data: Any, part: str) -> Any:
     if isinstance(data, list):
         data = {str(number): value for number, value in enumerate(data)}
     return data.get(part) if isinstance(data, dict) else None
 
 
-def _put(data: Any, change: Change) -> Any:
-    """Returns the data with a change; list elements are addressed by number, missing sections made."""
-    (head, *rest), value, origin = change
-    inner = _put(_inside(data, head), (tuple(rest), value, origin)) if rest else value
+def _put(data: Any, place: Sequence[str], value: Any) -> Any:
+    """Returns the data with another value; list elements are addressed by number, missing sections made."""
+    head, *rest = place
+    inner = _put(_inside(data, head), rest, value) if rest else value
     if isinstance(data, list) and head.isdecimal() and int(head) < len(data):
         return [*data[: int(head)], inner, *data[int(head) + 1 :]]
     return {**(data if isinstance(data, dict) else {}), head: inner}
-
-
-def _origin(place: Sequence[str | int], changes: Sequence[Change], source: str) -> str:
-    """Names the file, or what replaced the file's value at this place; changes below the place are named as well."""
-    place = tuple(map(str, place))
-    whole, below = source, dict[str, None]()
-    for other, _, origin in changes:
-        if place[: len(other)] == other:
-            whole, below = origin, {}
-        elif other[: len(place)] == place:
-            below[origin.removeprefix(f"{source}, ")] = None
-    below.pop(whole, None)
-    return f"{whole} with {', '.join(below)}" if below else whole
