@@ -195,7 +195,7 @@ def test_run_survives_accident_upon_accident_and_ends_in_the_same_bits(toy, whol
     with monkeypatch.context() as patch:
         at(Checkpoints, "save", checkpoint("main-fit", 6), lambda: limit_files(patch, 1000), patch)
         message = refused(capsys, start(toy, out))
-    assert "main-fit/6" in message and "file too large" in message
+    assert "error: disk full" in message and "main-fit/.6" in message and "File too large" in message
     assert held("main-fit") == [2, 4]
 
     # Killed in the distillation, after a line of metrics that its checkpoint does not cover.

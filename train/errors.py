@@ -19,7 +19,7 @@ DEBUG_VARIABLE = "GSDD_DEBUG"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Storage libraries written in C++ and Rust report a full disk under classes of their own; the system's text survives.
 _DISK_FULL_TEXTS = tuple(os.strerror(code) for code in _DISK_FULL)
 
