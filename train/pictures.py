@@ -11,19 +11,18 @@ from __future__ import annotations
 import io
 import math
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 DENSITY = 2
 MOST = 20, 12  # classes and images of each that are drawn
 _TILE = 64 * DENSITY  # the size that images are magnified to
 _GAP = 3 * DENSITY
 _FONT_SIZE = 13 * DENSITY  # pixels
-_DPI = 64  # a power of two divides without rounding
 _NAME = 22  # characters
 _GRAY = "#7d858f"  # contrast 3.8 on white, 4.7 on near-black
 _CORAL = (1.0, 0.38, 0.34, 0.95)  # seen on black and on white ellipses alike
@@ -40,11 +39,11 @@ def drawable(what: str) -> bool:
 
 
 def grid(images: Any, labels: np.ndarray, class_names: Sequence[str]) -> bytes:
-    """Draws images in rows, one class per row with its name at the left, each magnified to about 128 pixels.
+    """Draws images as one row of tiles per class, magnified by a whole number without smoothing.
 
     Args:
-        images: ``[n, h, w, c]``, class-major, c of 1 (gray), 3 (RGB) or 4 (RGBA), values in [0, 1]; others are clipped,
-            and pixels with a NaN are magenta. The first 12 of the first 20 classes are drawn; a note says of how many.
+        images: ``[n, h, w, c]`` in [0,1], c of 1, 3 or 4 (with alpha), class-major; values outside are clipped, and
+            pixels with a NaN are magenta. The first 12 of the first 20 classes are drawn; a note says of how many.
         labels: ``[n]``; of each class as many are drawn as of all.
         class_names: One per class.
 
@@ -52,19 +51,16 @@ def grid(images: Any, labels: np.ndarray, class_names: Sequence[str]) -> bytes:
         PNG bytes.
     """
     rows = _rows(np.asarray(images), labels)
-    shown, scale = rows[: MOST[0], : MOST[1]], _scale(rows.shape[2:4])
-    tiles = np.full((*shown.shape[:-1], 4), 255, np.uint8)
-    values = np.nan_to_num(shown, nan=0.0, posinf=1.0, neginf=0.0)
-    tiles[..., : max(3, shown.shape[-1])] = np.rint(np.clip(values, 0, 1) * 255)
-    tiles[np.isnan(shown).any(-1)] = 255, 0, 255, 255
-    tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
-    figure, axes = _sheet(class_names, rows.shape[:2], tiles.shape[2:4])
-    k, n, height, width, _ = tiles.shape
-    mosaic = np.zeros((k, height + _GAP, n, width + _GAP, 4), np.uint8)
-    mosaic[:, :height, :, :width] = tiles.swapaxes(1, 2)
-    mosaic = mosaic.reshape(k * (height + _GAP), n * (width + _GAP), 4)
-    axes.imshow(mosaic, interpolation="none", aspect="auto", extent=(0, mosaic.shape[1], mosaic.shape[0], 0))
-    return _png(figure)
+
+    def tile(image: np.ndarray) -> np.ndarray:
+        drawn = np.full((*image.shape[:2], 4), 255, np.uint8)
+        values = np.nan_to_num(image, nan=0.0, posinf=1.0, neginf=0.0)
+        drawn[..., : max(3, image.shape[-1])] = np.rint(np.clip(values, 0, 1) * 255)
+        drawn[np.isnan(image).any(-1)] = 255, 0, 255, 255
+        scale = _scale(image.shape)
+        return drawn.repeat(scale, axis=0).repeat(scale, axis=1)
+
+    return _sheet(rows, class_names, tile)
 
 
 def ellipse_grid(
@@ -86,19 +82,21 @@ def ellipse_grid(
     Returns:
         PNG bytes.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import PolyCollection
-    from matplotlib.patches import Rectangle
+    from matplotlib.figure import Figure
 
     mean, cholesky, color, opacity = (np.asarray(array, np.float64) for array in gaussians)
-    rows, scale = _rows(np.concatenate([mean, cholesky, color, opacity[..., None]], -1), labels), _scale(size)
+    scale = _scale(size)
     height, width = scale * size[0], scale * size[1]
-    figure, axes = _sheet(class_names, rows.shape[:2], (height, width))
+    # A power of two divides without rounding.
+    figure = Figure(figsize=(width / 64, height / 64), dpi=64, facecolor="black")
+    canvas, axes = FigureCanvasAgg(figure), figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
     angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     circle = np.cos(angle), np.sin(angle)
-    for row, column in np.ndindex(min(MOST[0], rows.shape[0]), min(MOST[1], rows.shape[1])):
-        top, left = row * (height + _GAP), column * (width + _GAP)
-        frame = axes.add_patch(Rectangle((left, top), width, height, fc="black", ec="none", antialiased=False))
-        every = rows[row, column]
+
+    def tile(every: np.ndarray) -> np.ndarray:
         g = every[np.isfinite(every).all(-1)]
         g = g[np.argsort(-np.abs(g[:, 2] * g[:, 4]), kind="stable")]
         x, y, l11, l21, l22 = g[:, :5].T[..., None]
@@ -108,18 +106,23 @@ def ellipse_grid(
         fill, edge, dashed = _paint(g[:, 5:-1] * g[:, -1:])
         shapes = PolyCollection(
             # Agg works in fixed-point numbers: coordinates far outside the picture overflow.
-            list(np.clip(outline, -20 * _TILE, 20 * _TILE) + (left, top)),
+            list(np.clip(outline, -20 * _TILE, 20 * _TILE)),
             facecolors=fill,
             edgecolors=edge,
             linewidths=0.86 * DENSITY,
             linestyles=[(0, (2.5, 1.5)) if each else "solid" for each in dashed] or "solid",
         )
         axes.add_collection(shapes, autolim=False)
-        shapes.set_clip_path(frame)  # after adding, which would clip to the axes only
+        canvas.draw()
+        shapes.remove()
+        drawn = np.array(canvas.buffer_rgba())
         if len(g) < len(every):
-            inner = (left + DENSITY, top + DENSITY), width - 2 * DENSITY, height - 2 * DENSITY
-            axes.add_patch(Rectangle(*inner, fc="none", ec="magenta", lw=2.5 * DENSITY))
-    return _png(figure)
+            inner = drawn[2 * DENSITY : -2 * DENSITY, 2 * DENSITY : -2 * DENSITY].copy()
+            drawn[:] = 255, 0, 255, 255
+            drawn[2 * DENSITY : -2 * DENSITY, 2 * DENSITY : -2 * DENSITY] = inner
+        return drawn
+
+    return _sheet(_rows(np.concatenate([mean, cholesky, color, opacity[..., None]], -1), labels), class_names, tile)
 
 
 def curve(x: Sequence[float], y: Sequence[float], *, log: bool = False) -> bytes:
@@ -171,46 +174,31 @@ def _scale(size: Sequence[int]) -> int:
     return max(1, round(_TILE / max(size)))
 
 
-def _sheet(class_names: Sequence[str], there: Sequence[int], size: Sequence[int]) -> tuple[Any, Any]:
-    """Returns a figure and its axes for tiles of a size in pixels, of as many classes and images as are there.
+def _sheet(rows: np.ndarray, class_names: Sequence[str], tile: Callable[[np.ndarray], np.ndarray]) -> bytes:
+    """Returns a PNG of what `tile` draws of each image of ``[k, per class, ...]``, beside the names of the classes."""
+    import matplotlib
 
-    The axes are in pixels from the first tile, beside the names of the classes; tiles follow at distances of `_GAP`.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    (classes, images), (height, width) = there, size
-    k, n = min(classes, MOST[0]), min(images, MOST[1])
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", _FONT_SIZE)
+    classes, images = rows.shape[:2]
+    tiles = [[Image.fromarray(tile(image)) for image in row[: MOST[1]]] for row in rows[: MOST[0]]]
+    k, n, (width, height) = len(tiles), len(tiles[0]), tiles[0][0].size
     cut = [f"{n} of {images} images per class"] * (n < images) + [f"{k} of {classes} classes"] * (k < classes)
+    note = "Shown: the first " + ", the first ".join(cut) if cut else ""
     names = [" ".join(name.split()) for name in class_names[:k]]
-    names = [name if len(name) <= _NAME else name[: _NAME - 1].rstrip() + "…" for name in names]
-    figure = Figure(dpi=_DPI)
-    canvas, axes = FigureCanvasAgg(figure), figure.add_axes((0, 0, 1, 1))
-    axes.axis("off")
-    style: dict[str, Any] = {"color": _GRAY, "size": _FONT_SIZE * 72 / _DPI, "parse_math": False}
-    middle = [row * (height + _GAP) + height / 2 for row in range(k)]
-    texts = [
-        axes.text(-4 * _GAP, y, name, ha="right", va="center", **style) for y, name in zip(middle, names, strict=True)
-    ]
-    right, bottom = n * (width + _GAP) - _GAP, k * (height + _GAP) - _GAP
-    with warnings.catch_warnings():
-        # Letters that the font lacks are boxes.
-        warnings.simplefilter("ignore")
-        left = math.ceil(max(text.get_window_extent(canvas.get_renderer()).width for text in texts)) + 5 * _GAP
-        if cut:
-            bottom += 2 * _FONT_SIZE + _GAP
-            note = axes.text(0, bottom - _GAP, "Shown: the first " + ", the first ".join(cut), va="bottom", **style)
-            right = max(right, math.ceil(note.get_window_extent(canvas.get_renderer()).width))
-    figure.set_size_inches((left + right) / _DPI, bottom / _DPI)
-    axes.set(xlim=(-left, right), ylim=(bottom, 0), autoscale_on=False)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
+    names = [name if len(name) <= _NAME else f"{name[: _NAME - 1].rstrip()}…" for name in names]
+    left = math.ceil(max(map(font.getlength, names))) + 5 * _GAP
+    right, bottom = left + n * (width + _GAP) - _GAP, k * (height + _GAP) - _GAP
+    size = max(right, left + math.ceil(font.getlength(note))), bottom + (2 * _FONT_SIZE if note else 0)
+    sheet = Image.new("RGBA", size, (*ImageColor.getrgb(_GRAY), 0))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((left, size[1]), note, _GRAY, font, anchor="ld")
+    for row, (name, drawn) in enumerate(zip(names, tiles, strict=True)):
+        top = row * (height + _GAP)
+        draw.text((left - 4 * _GAP, top + height / 2), name, _GRAY, font, anchor="rm")
+        for column, image in enumerate(drawn):
+            sheet.paste(image, (left + column * (width + _GAP), top))
     out = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure.savefig(out, format="png", dpi=_DPI, transparent=True, pil_kwargs={"optimize": True})
+    sheet.save(out, "png", optimize=True)
     return out.getvalue()
 
 
