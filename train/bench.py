@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 from gsdd_jax import MergedSet, SynSet, data, nets, recipes, synset
-from gsdd_jax.augment import DsaSpec
 from gsdd_jax.evaluation import EvalSpec
 from train import config as configs
 from train import experiment as experiments
@@ -26,9 +25,6 @@ from train.experiment import WHEREABOUTS, Experiment
 from train.progress import Progress
 from train.results import exported
 from train.rundir import differences, environment, plain, write_json
-
-# What a file of results is about; it is continued only where these agree.
-_IDENTITY = {"set_sha256": "set", "data_sha256": "data", "size": "size"}
 
 
 class Bench:
@@ -57,19 +53,16 @@ class Bench:
         config: configs.RunConfig = configs.load(file, overrides)
         maker: configs.RunConfig = configs.load(file)
         self.maker, own = maker.network.name, config.network
-        self._network_specs = {
-            name: own if name == own.name else nets.NetSpec(name=name)  # type: ignore[arg-type]
-            for name in names or [own.name]
-        }
-        self.specs = {name: self._recipe(name, config, overrides) for name in self._network_specs}
+        kinds = {name: own if name == own.name else nets.NetSpec(name=name) for name in names or [own.name]}  # type: ignore[arg-type]
+        self.specs = {name: self._recipe(name, config, overrides) for name in kinds}
         codec, class_names = self.synset.parts[0].codec, self.synset.class_names
         size = (resolution, resolution) if resolution else codec.image_shape[:2]
         # Whatever does not fit is found before data are read.
         shape = (*size, codec.image_shape[2])
-        self.networks = {name: nets.build(spec, shape, len(class_names)) for name, spec in self._network_specs.items()}
-        keys, spec = [text.partition("=")[0].strip() for text in overrides], config.data
+        self.networks = {name: nets.build(spec, shape, len(class_names)) for name, spec in kinds.items()}
+        named, spec = [text.partition("=")[0].strip() for text in overrides], config.data
         if resolution or any(
-            configs.covered(key, ["data"]) and not configs.covered(key, [*WHEREABOUTS, "data.sha256"]) for key in keys
+            configs.covered(key, ["data"]) and not configs.covered(key, [*WHEREABOUTS, "data.sha256"]) for key in named
         ):
             # Other images are asked for.
             spec = dataclasses.replace(spec, resolution=resolution or spec.resolution, sha256="")
@@ -89,6 +82,12 @@ class Bench:
         tested, network = testset.check(config.evaluate, dataset), next(iter(self.networks.values()))
         budget, images = self.synset.bytes_per_class, every.train_images
         self.experiment = Experiment(config, dataset, budget, codec, network, images, config, tested)
+        # All that the numbers depend on, but for what changes only their rounding.
+        keys = "network", "evaluate", "augment", "baselines", "seed", "whiten", "ipc"
+        settings: dict[str, Any] = {key: dataclasses.asdict(config)[key] for key in keys}
+        del settings["evaluate"]["parallel"]
+        settings |= {"recipe": args.recipe, "first_seed": args.first_seed, "size": size}
+        settings |= {"set_sha256": synset.fingerprint(self.synset.parts), "data_sha256": dataset.fingerprint()}
         self.content: dict[str, Any] = {
             "run": str(run),
             "codec": codec.name,
@@ -96,11 +95,9 @@ class Bench:
             "made_with": self.maker,
             "images": len(self.images),
             "native_size": list(codec.image_shape[:2]),
-            "size": list(size),
             "bytes_per_class": self.synset.nbytes / len(class_names),
-            "set_sha256": synset.fingerprint(self.synset.parts),
-            "data_sha256": dataset.fingerprint(),
             **tested,
+            "settings": plain(settings),
             "environment": environment(),
             "networks": {},
             "ddranking": {},
@@ -123,42 +120,20 @@ class Bench:
         """Takes over what a file holds."""
         try:
             old = json.loads(out.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{out} is damaged ({error}): delete it and run the same command again") from error
-        old = old if isinstance(old, dict) else {}
-        differing = [name for key, name in _IDENTITY.items() if old.get(key) != self.content[key]]
-        if differing:
+            held = {section: old[section] for section in ("settings", "networks", "ddranking")}
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{out} holds results with another {', another '.join(differing)}: choose another file or delete it"
-            )
-        self.content |= {section: old.get(section, {}) for section in ("networks", "ddranking")}
-
-    def settings(self, name: str, spec: EvalSpec, augment: DsaSpec) -> dict[str, Any]:
-        """Returns all that the numbers of a network depend on, beside the set and the data, as flat plain values."""
-        config = self.experiment.config
-        flat: dict[str, Any] = {"recipe": self.recipe, "seed": config.seed, "whiten": config.whiten}
-        flat["first_seed"] = self.first_seed
-        for section, part in (("network", self._network_specs[name]), ("evaluate", spec), ("augment", augment)):
-            flat |= {f"{section}.{key}": value for key, value in dataclasses.asdict(part).items()}
-        # Results do not depend on it but for rounding.
-        del flat["evaluate.parallel"]
-        return plain(flat)
-
-    def known(self, section: str, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """Returns a finished entry, None if there is none; refuses one that was made with other settings."""
-        entry = self.content[section].get(name)
-        # Files of before hold those that diverged.
-        if entry is None or entry["mean"] is None:
-            return None
-        # Settings that came later have the default that was the rule before.
-        defaults = {"evaluate": EvalSpec(), "network": nets.NetSpec()}
-        before = {f"{section}.{key}": value for section, spec in defaults.items() for key, value in vars(spec).items()}
-        there = before | entry["settings"]
-        apart = differences({key: there.get(key) for key in settings}, settings)
-        if apart:
+                f"{out} is damaged, or of another version ({error!r}): delete it or choose another file"
+            ) from error
+        if apart := differences(held["settings"], self.content["settings"]):
             values = "; ".join("{} is {} there and {} now".format(key, *both) for key, both in apart.items())
-            raise UserError(f"{self._out} holds {name} with other settings: {values}; choose another file or delete it")
-        self.progress.say(f"{name}: kept from the file of results")
+            raise UserError(f"{out} holds results with other settings: {values}; choose another file or delete it")
+        self.content |= held
+
+    def known(self, section: str, name: str) -> dict[str, Any] | None:
+        """Returns an entry that is finished, None if there is none."""
+        if entry := self.content[section].get(name):
+            self.progress.say(f"{name}: kept from the file of results")
         return entry
 
     def test(
@@ -171,9 +146,9 @@ class Bench:
             self.experiment, name, seeds, training, spec=spec, progress=self.progress, remedy=remedy, **how
         )
 
-    def keep(self, section: str, name: str, entry: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    def keep(self, section: str, name: str, entry: dict[str, Any]) -> dict[str, Any]:
         """Adds an entry to the file, and returns it."""
-        entry = self.content[section][name] = plain(entry | {"recipe": self.recipe, "settings": settings})
+        entry = self.content[section][name] = plain(entry)
         self.save()
         return entry
 

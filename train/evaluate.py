@@ -120,10 +120,8 @@ def across_networks(bench: Bench) -> str:
         kinds["hard_labels"] = hard
     entries, failed = {}, {}
     for name, spec in bench.specs.items():
-        settings = bench.settings(name, spec, config.augment) | dict.fromkeys(list(kinds)[1:], True)
         try:
-            entry = bench.known("networks", name, settings)
-            if entry is None:
+            if (entry := bench.known("networks", name)) is None:
                 rows = {
                     key: bench.test(
                         f"{name}{key and ', hard labels'}",
@@ -133,7 +131,7 @@ def across_networks(bench: Bench) -> str:
                     )
                     for key, labels in kinds.items()
                 }
-                entry = bench.keep("networks", name, rows.pop("") | rows, settings)
+                entry = bench.keep("networks", name, rows.pop("") | rows)
             entries[name] = entry
         except DivergedError as error:
             failed[name] = str(error)
@@ -166,7 +164,7 @@ def _table(bench: Bench, entries: Mapping[str, Mapping[str, Any]]) -> str:
     if cross is not None and len(cross["networks"]) > 1:
         label = "average of those that did not make the set"
         rows.append([label, f"{100 * cross['mean']:.1f}", *[""] * (3 + len(extra))])
-    height, width = bench.content["size"]
+    height, width = bench.images.shape[1:3]
     evaluate = dataclasses.asdict(next(iter(bench.specs.values())))
     return (
         f"{bench.run}: networks trained and tested at {height}x{width} px, recipe {bench.recipe}\n\n"

@@ -54,14 +54,9 @@ def rank(bench: Bench) -> str:
         spec, augment = evaluation_spec(experiment, arm, bench.specs[name]), config.augment
         if arm.endswith("plain"):
             spec, augment = dataclasses.replace(spec, cutmix=0.0), DsaSpec(strategy="none")
-        settings, random = bench.settings(name, spec, augment), arm.startswith("random_real")
-        if random:
-            del settings["evaluate.lr"]
-            settings |= {"lrs": list(RANDOM_LRS), "ipc": int(config.ipc)}
-        entry = bench.known("ddranking", arm, settings)
-        if entry is None:
+        if (entry := bench.known("ddranking", arm)) is None:
             more: dict[str, Any] = {}
-            if random:
+            if random := arm.startswith("random_real"):
                 lr, table = evaluation.choose_lr(
                     experiment.key("evaluate", _CHOICE_KEY),
                     *draw(bench.first_seed),
@@ -80,7 +75,7 @@ def rank(bench: Bench) -> str:
                 "random_real": draw,
             }[arm.removesuffix("_plain")]
             row = bench.test(arm, training, spec, augment=augment, alone=random)
-            entry = bench.keep("ddranking", arm, row | more, settings)
+            entry = bench.keep("ddranking", arm, row | more)
         entries[arm] = entry
     mean = {key: entry["mean"] for key, entry in entries.items()}
     syn, random_mean, full_mean = mean["distilled"], mean["random_real"], mean["full_data"]
