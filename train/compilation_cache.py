@@ -11,7 +11,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import filelock
 import jax
@@ -47,25 +46,11 @@ def enable() -> None:
                 if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
                     program.unlink()
     except (OSError, RuntimeError) as error:
-        _note(f"programs are compiled anew in every run, for there is no cache of them: {error}")
+        print(f"note: programs are compiled anew in every run, for there is no cache of them: {error}", file=sys.stderr)
         return
     for name, value in SETTINGS.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    show, said = warnings.showwarning, False
-
-    def once(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        # JAX warns of each program that it cannot read or write.
-        nonlocal said
-        if "persistent compilation cache entry" not in str(message):
-            show(message, *args, **kwargs)
-        elif not said:
-            said = True
-            _note(f"{folder} is damaged or full: delete it. {message}")
-
-    warnings.showwarning = once
-
-
-def _note(text: str) -> None:
-    print(f"note: {' '.join(text.split())}", file=sys.stderr)
+    # Of each program that cannot be read or written, which is then compiled.
+    warnings.filterwarnings("ignore", ".*persistent compilation cache entry")

@@ -29,9 +29,9 @@ class Progress:
         self._quiet = quiet
 
     def say(self, text: str) -> None:
-        """Prints a line."""
+        """Prints a line, above what is in progress."""
         if not self._quiet:
-            print(text, file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
 
     def phase(self, name: str, *, total: int, done: int = 0) -> Bar:
         """Shows a phase of ``total`` steps, of which ``done`` were done before, while in its ``with`` block."""
