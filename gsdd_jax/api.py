@@ -446,16 +446,13 @@ def _check_finite(losses: Sequence[jax.Array], params: Any) -> None:
 @contextmanager
 def _bar(name: str, total: int, *, shown: bool) -> Iterator[Callable[..., None]]:
     """Shows a bar; yields a function that moves it on, with what gives its text where it is time for one."""
-    from rich.progress import Progress  # which sets are made without  # noqa: TID251
+    from tqdm import tqdm  # which sets are made without  # noqa: TID251
 
-    with Progress(disable=not (shown and total)) as bar:
-        task, done = bar.add_task(name, total=total), 0
+    with tqdm(desc=name, total=total, disable=not (shown and total)) as bar:
 
         def advance(text: Callable[[], str], count: int = 1) -> None:
-            nonlocal done
-            done += count
-            bar.advance(task, count)
-            if shown and done % max(total // _SHOWN, 1) == 0:
-                bar.update(task, description=f"{name}: {text()}")
+            bar.update(count)
+            if not bar.disable and bar.n % max(total // _SHOWN, 1) == 0:
+                bar.set_postfix_str(text())
 
         yield advance

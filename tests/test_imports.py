@@ -34,7 +34,7 @@ def test_package_keeps_the_import_direction(package, allowed):
 
 
 def test_set_is_read_and_drawn_where_nothing_is_installed_but_what_that_takes():
-    absent = ["flax", "optax", "orbax", "chex", "PIL", "rich", "tqdm", "filelock", "ruamel", "jinja2", "submitit"]
+    absent = ["flax", "optax", "orbax", "chex", "PIL", "tqdm", "filelock", "ruamel", "jinja2", "submitit"]
     absent += ["matplotlib", "sklearn", "scipy.stats", "triton", "jax_triton", "tensorflow", "tensorflow_datasets"]
     script = f"""
 import sys
