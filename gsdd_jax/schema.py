@@ -21,9 +21,8 @@ from gsdd_jax.errors import InputError
 T = TypeVar("T")
 Place = tuple[str | int, ...]
 
+# The key of a section that chooses one of several specs.
 TAG = "name"
-# Marks a field that holds one of several specs, told apart by their `name`: `codec: Tagged[GaussianSpec | PixelSpec]`.
-Tagged = Annotated[T, Field(discriminator=TAG)]
 
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 _KINDS |= {tuple: "a list", dict: "a mapping", types.NoneType: "null"}
@@ -44,12 +43,12 @@ class Registered:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Lets pydantic validate the union of the specs."""
-        union: Any = Tagged[typing.Union[tuple(self.specs.values())]]  # type: ignore[misc]  # noqa: UP007
+        union: Any = typing.Union[tuple(self.specs.values())]  # noqa: UP007
 
         def named(section: Any) -> Any:
             return {TAG: self._default} | section if self._default and isinstance(section, dict) else section
 
-        return handler.generate_schema(Annotated[union, BeforeValidator(named)])
+        return handler.generate_schema(Annotated[union, Field(discriminator=TAG), BeforeValidator(named)])
 
 
 def build(cls: type[T], data: Any, *, section: str = "") -> T:
@@ -123,13 +122,8 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _tags(hint: Any) -> Mapping[str, type]:
     """Returns the specs that a value may be, by their names; none where there is no choice."""
-    base, notes = _parts(hint)
-    if registered := [note for note in notes if isinstance(note, Registered)]:
-        return registered[0].specs
-    members = _members(base)
-    if any(getattr(note, "discriminator", None) for note in notes):
-        return {typing.get_args(_parts(_hints(spec)[TAG])[0])[0]: spec for spec in members}
-    return {name: spec for one in members if one is not base for name, spec in _tags(one).items()}
+    notes = [note for one in _members(hint) for note in _parts(one)[1]]
+    return {name: spec for note in notes if isinstance(note, Registered) for name, spec in note.specs.items()}
 
 
 def _section(hint: Any) -> type | None:

@@ -1,14 +1,15 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from annotated_types import Ge, Gt, Interval, Le, Len, Lt
 from typing_extensions import Doc
 
+from gsdd_jax.schema import Registered
 from train import yaml12
-from train.config import ConfigError, RunConfig, Tagged, compare, describe, load, to_yaml
+from train.config import ConfigError, RunConfig, compare, describe, load, to_yaml
 from train.errors import UserError
 
 
@@ -23,6 +24,9 @@ class GaussSpec:
 class PixelSpec:
     name: Literal["pixel"] = "pixel"
     scale: Annotated[float, Gt(0), Le(1), Doc("Share of the side that is stored.")] = 1.0
+
+
+Spec = Annotated[Any, Registered({"gauss": GaussSpec, "pixel": PixelSpec})]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +46,11 @@ class Config:
     name: str
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
     whiten: Literal["zca", "meanstd", "none"] = "zca"
-    codec: Annotated[Tagged[GaussSpec | PixelSpec], Doc("The parameterization.")]
+    codec: Annotated[Spec, Doc("The parameterization.")]
     distill: StepSpec = StepSpec()
     warmup: StepSpec = StepSpec(iterations=50)
-    baselines: tuple[Tagged[GaussSpec | PixelSpec], ...] = ()
-    rival: Tagged[GaussSpec | PixelSpec] | None = None
+    baselines: tuple[Spec, ...] = ()
+    rival: Spec | None = None
     widths: Annotated[tuple[Annotated[int, Ge(1)], ...], Len(1, 3)] = (8, 8)
     batch: Annotated[int, Ge(1)] | None = None
     clip: Annotated[float, Interval(gt=0, le=10)] | None = None

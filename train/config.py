@@ -29,12 +29,12 @@ from gsdd_jax.fitting import FitSpec
 from gsdd_jax.labels import LabelSpec
 from gsdd_jax.match import DistributionSpec, MmdSpec
 from gsdd_jax.nets import NetSpec
-from gsdd_jax.schema import TAG, Registered, Tagged, build, describe, has_tag, show
+from gsdd_jax.schema import TAG, Registered, build, describe, has_tag, show
 from train import commands, yaml12
 from train.errors import ConfigError, UserError
 from train.rundir import HISTORY, differences, flatten, plain
 
-__all__ = ["ConfigError", "RunConfig", "Tagged", "describe", "load", "to_yaml"]
+__all__ = ["ConfigError", "RunConfig", "describe", "load", "to_yaml"]
 
 T = TypeVar("T")
 Place = tuple[str, ...]
