@@ -186,8 +186,8 @@ def merge(subtasks: Sequence[Subtask], out: Path, progress: Progress, overrides:
             for name in experiments.arms(config)
             if name not in OF_SUBTASKS
         }
-        found = results.described(experiment, rows, made=written, sizes=sizes, environment=environment)
-        result = found | _of_subtasks(subtasks, found, rows)
+        result = results.collect(experiment, rows, made=written, sizes=sizes, environment=environment, run=rundir)
+        result |= _of_subtasks(subtasks, result)
         report.finish(
             rundir,
             result,
@@ -255,7 +255,7 @@ def _meta(subtasks: Sequence[Subtask]) -> dict[str, Any]:
     return meta
 
 
-def _of_subtasks(subtasks: Sequence[Subtask], found: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+def _of_subtasks(subtasks: Sequence[Subtask], found: dict[str, Any]) -> dict[str, Any]:
     """Returns what the result of a merge says beyond that of any run."""
     parts = [
         {
@@ -274,11 +274,9 @@ def _of_subtasks(subtasks: Sequence[Subtask], found: dict[str, Any], rows: dict[
     how = results.NETWORKS["trusted"] + PAPER if subtasks[0].config.evaluate.protocol == "paper" else None
     return {
         "protocol": found["protocol"] | ({"networks": how} if how else {}),
-        "num_points": None,
-        "fit_psnr": None,
         "subtasks": parts,
         "subtask_seconds": {"sum": sum(seconds), "longest": max(seconds)},
-        "seconds": sum(seconds) + sum(row["seconds"] for row in rows.values()),
+        "seconds": sum(seconds) + found["seconds"],
     }
 
 

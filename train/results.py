@@ -81,9 +81,12 @@ def collect(
     sizes: dict[str, int],
     environment: dict[str, Any],
     run: RunDir,
-    fit_psnr: float | None,
+    fit_psnr: float | None = None,
 ) -> dict[str, Any]:
-    """Returns the content of result.json of a run.
+    """Returns the content of result.json; a baseline that was not run is null, never zero.
+
+    Each arm has D3's three dimensions: accuracy; ``bytes_per_class``, of which ``label_bytes_per_class``; and what it
+    costs to train one network on the set, ``images_seen`` and ``training_flops``.
 
     Args:
         experiment: What was run.
@@ -93,39 +96,6 @@ def collect(
         environment: Entry of environment.json of this start.
         run: The run directory, for the seconds of every stage.
         fit_psnr: Mean PSNR in dB of the fitted images, as stored.
-    """
-    config, codec = experiment.config, experiment.codec
-    starts, history = read_environment(run.path), read_history(run.path)
-    last = {entry["phase"]: entry["total_seconds"] for entry in read_metrics(run.path) if "total_seconds" in entry}
-    tests = [*rows.values(), *(entry["hard_labels"] for entry in rows.values() if "hard_labels" in entry)]
-    found = described(experiment, rows, made=made, sizes=sizes, environment=environment)
-    found["budget"] |= budget_rows(config.ipc, codec, sizes["payload"] - sizes.get("labels", 0))
-    return {
-        **found,
-        "num_points": getattr(codec.spec, "num_points", None),
-        "fit_psnr": fit_psnr,
-        # Over all starts of the run.
-        "seconds": sum(last.values()) + sum(entry["seconds"] for entry in tests),
-        **{key: starts[0][key] for key in ("commit", "dirty", "command")},
-        # More than one where a run was continued with other code.
-        "commits": list(dict.fromkeys(start["commit"] for start in starts)),
-        **({"history": history} if history else {}),
-        **({"initial_set": config.fit.initial_sha256} if config.fit.initial_set else {}),
-    }
-
-
-def described(
-    experiment: Experiment,
-    rows: dict[str, dict[str, Any]],
-    *,
-    made: synset.SynSet | MergedSet,
-    sizes: dict[str, int],
-    environment: dict[str, Any],
-) -> dict[str, Any]:
-    """Returns what result.json says of any run; a baseline that was not run is null, never zero.
-
-    Each arm has D3's three dimensions: accuracy; ``bytes_per_class``, of which ``label_bytes_per_class``; and what it
-    costs to train one network on the set, ``images_seen`` and ``training_flops``. Arguments are those of `collect`.
     """
     config, dataset, soft = experiment.config, experiment.dataset, made.soft_labels
     classes, label = dataset.num_classes, labels.nbytes(config.labels, 1, dataset.num_classes)
@@ -152,9 +122,13 @@ def described(
     if soft is not None:
         agreement = float(np.mean(np.asarray(soft).argmax(1) == made.labels))
         kind = dataclasses.asdict(config.labels) | {"agreement": agreement}
+    codec, alone = experiment.codec, isinstance(made, synset.SynSet)
+    starts, history = read_environment(run.path), read_history(run.path)
+    last = {entry["phase"]: entry["total_seconds"] for entry in read_metrics(run.path) if "total_seconds" in entry}
+    tests = [*rows.values(), *(entry["hard_labels"] for entry in rows.values() if "hard_labels" in entry)]
     return {
         "name": config.name,
-        "codec": experiment.codec.name,
+        "codec": codec.name,
         "objective": config.objective.name,
         "dataset": dataset.name,
         "num_classes": classes,
@@ -164,7 +138,10 @@ def described(
         "gpc": found["distilled"]["images_per_class"],
         "accuracy": found.pop("distilled"),
         **found,
-        **{key: environment[key] for key in ("device", "versions", "commit", "dirty", "command")},
+        **{key: environment[key] for key in ("device", "versions")},
+        **{key: starts[0][key] for key in ("commit", "dirty", "command")},
+        # More than one where a run was continued with other code.
+        "commits": list(dict.fromkeys(start["commit"] for start in starts)),
         "protocol": {
             "networks": NETWORKS[config.evaluate.protocol],
             "network": dataclasses.asdict(config.network),
@@ -183,7 +160,14 @@ def described(
             "exported file, header (bytes)": sizes["header"],
             "exported file (bytes)": sizes["file"],
             "manifest beside it (bytes)": sizes["manifest"],
+            **(budget_rows(config.ipc, codec, sizes["payload"] - sizes.get("labels", 0)) if alone else {}),
         },
+        "num_points": getattr(codec.spec, "num_points", None) if alone else None,
+        "fit_psnr": fit_psnr,
+        # Over all starts of the run.
+        "seconds": sum(last.values()) + sum(entry["seconds"] for entry in tests),
+        **({"history": history} if history else {}),
+        **({"initial_set": config.fit.initial_sha256} if config.fit.initial_set else {}),
     }
 
 
