@@ -247,7 +247,7 @@ def test_ranking_chooses_the_rate_of_random_images_on_held_out_training_images(r
     tests = {np.asarray(image).tobytes() for image in DIGITS.test_images}
     held_out = {np.asarray(image).tobytes() for call in mock.calls[3:8] for image in call.test_images}
     trained = {np.asarray(image).tobytes() for call in mock.calls[3:10] for image in call.images}
-    assert len(held_out) == 20 and not held_out & tests and not held_out & trained
+    assert len(held_out) == 10 and not held_out & tests and not held_out & trained
     train = {np.asarray(image).tobytes() for image in DIGITS.train_images}
     assert held_out | trained <= train
     # Random images are drawn anew for every network, one of each class.
@@ -259,10 +259,7 @@ def test_ranking_without_room_for_random_images_or_with_a_diverging_arm_is_one_l
     assert "ipc: --ddranking compares with random images, at least 1 per class; found 0.5" in refused(
         capsys, start(run, "--ddranking", "ipc=0.5")
     )
-    assert (
-        "ipc: --ddranking needs 11 random images per class and 2 held-out ones; the smallest class has 12"
-        in refused(capsys, start(run, "--ddranking", "ipc=11"))
-    )
+    assert "has 11 training images, ipc needs 12" in refused(capsys, start(run, "--ddranking", "ipc=12"))
     mock.answers = [math.nan]
     assert "test full_data: network 0 diverged at a learning rate of 0.1; lower" in refused(
         capsys, start(run, "--ddranking")

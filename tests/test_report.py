@@ -280,7 +280,7 @@ def test_report_is_well_formed_self_contained_and_complete(run):
         "0123abcd",
         "0.10.2",
         "exported file (bytes): 122,880\npixels, float32: 1 images",
-        "digits · distribution · cpu · 6 min 52 s",
+        "digits · distribution · cpu · 0:06:52",
         "fit: loss (log scale)",
         "fit: psnr",
         "distill: loss",

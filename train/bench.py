@@ -54,7 +54,15 @@ class Bench:
         maker: configs.RunConfig = configs.load(file)
         self.maker, own = maker.network.name, config.network
         kinds = {name: own if name == own.name else nets.NetSpec(name=name) for name in names or [own.name]}  # type: ignore[arg-type]
-        self.specs = {name: self._recipe(name, config, overrides) for name in kinds}
+        self.specs: dict[str, EvalSpec] = {}
+        for name in kinds:
+            # The recipe on the run's own section, and the command line on top.
+            recipe = dataclasses.asdict(recipes.recipe_for(self.recipe, name, maker.evaluate.training()))
+            if self.recipe == "config" and config.evaluate.lr_from == "syn_lr" and "syn_lr" in self.synset.meta:
+                recipe["lr"] = self.synset.meta["syn_lr"]
+            below = [f"evaluate.{key}={json.dumps(value)}" for key, value in recipe.items()]
+            made: configs.RunConfig = configs.load(file, [*below, *overrides])
+            self.specs[name] = made.evaluate.training()
         codec, class_names = self.synset.parts[0].codec, self.synset.class_names
         size = (resolution, resolution) if resolution else codec.image_shape[:2]
         # Whatever does not fit is found before data are read.
@@ -104,17 +112,6 @@ class Bench:
         }
         if out is not None and out.exists():
             self._continue(out)
-
-    def _recipe(self, name: str, config: configs.RunConfig, overrides: Sequence[str]) -> EvalSpec:
-        """Returns how a network is trained: by the recipe on the run's own section, and the command line on top."""
-        file = self.run / "config.yaml"
-        own: configs.RunConfig = configs.load(file)
-        recipe = dataclasses.asdict(recipes.recipe_for(self.recipe, name, own.evaluate.training()))
-        if self.recipe == "config" and config.evaluate.lr_from == "syn_lr" and "syn_lr" in self.synset.meta:
-            recipe["lr"] = self.synset.meta["syn_lr"]
-        below = [f"evaluate.{key}={json.dumps(value)}" for key, value in recipe.items()]
-        made: configs.RunConfig = configs.load(file, [*below, *overrides])
-        return made.evaluate.training()
 
     def _continue(self, out: Path) -> None:
         """Takes over what a file holds."""

@@ -275,11 +275,7 @@ class PeriodicTests:
         return Checkpoints(run.checkpoints_path / f"{self.arm}-best", keep=1)
 
 
+@partial(jax.jit, static_argnames="codec")
 def as_stored(codec: codecs.Codec, params: Any) -> jax.Array:
     """Returns the images as they come back from disk."""
-    return _through_disk(params, codec.quantize, codec.dequantize, codec.decode)
-
-
-@partial(jax.jit, static_argnames=("quantize", "dequantize", "decode"))
-def _through_disk(params: Any, quantize: Any, dequantize: Any, decode: Any) -> jax.Array:
-    return decode(dequantize(quantize(params)))
+    return codec.decode(codec.dequantize(codec.quantize(params)))

@@ -70,13 +70,6 @@ def probabilities(soft: labels.SoftLabels | None) -> jax.Array | None:
     return None if soft is None else soft.probabilities()
 
 
-def teacher_recipe(experiment: Experiment) -> evaluation.EvalSpec:
-    """Returns how teachers are trained: as config.evaluate says, for as long as config.labels says."""
-    spec = experiment.config.labels
-    recipe = experiment.config.evaluate.training()
-    return dataclasses.replace(recipe, epochs=spec.teacher_epochs, steps=spec.teacher_steps)
-
-
 def of_experts(experiment: Experiment, experts: Experts | None) -> Any:
     """Returns the stacked weights of the first experts after their last epoch."""
     window, count = experiment.expert_window, experiment.config.labels.teachers
@@ -89,7 +82,9 @@ def of_experts(experiment: Experiment, experts: Experts | None) -> Any:
 def _trained(experiment: Experiment, run: RunDir, progress: Progress) -> Any:
     """Returns the stacked weights of networks trained on the training set; each is a checkpoint of its own."""
     config, dataset, network = experiment.config, experiment.dataset, experiment.network
-    count, recipe = config.labels.teachers, teacher_recipe(experiment)
+    count, spec = config.labels.teachers, config.labels
+    # As config.evaluate says, for as long as config.labels says.
+    recipe = dataclasses.replace(config.evaluate.training(), epochs=spec.teacher_epochs, steps=spec.teacher_steps)
     like = jax.eval_shape(network.init, experiment.key("teacher"))
     checkpoints = Checkpoints(run.checkpoints_path / PHASE, keep=count)
     kept = [checkpoints.restore(step, like) for step in range(1, (checkpoints.latest() or 0) + 1)]

@@ -15,22 +15,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from gsdd_jax import ddranking, evaluation, fitting
+from gsdd_jax import data, ddranking, evaluation, fitting
 from gsdd_jax.augment import DsaSpec
 from train import testset
 from train.bench import Bench
 from train.errors import UserError
 from train.evaluation import evaluation_spec
+from train.experiment import hold_out
 from train.results import markdown
 
 # Learning rates among which DD-Ranking chooses.
 RANDOM_LRS = (1e-3, 5e-3, 1e-2, 5e-2, 1e-1)
-# Of the training images of a class, a fifth is held out to choose among them, but no more than this.
-HELD_OUT = 100
-# Where the keys of held-out images and of the choice lie, beyond those of any seed.
-_HELD_OUT_KEY, _CHOICE_KEY = 2**31, 2**31 + 1
+# Where the key of the choice lies, beyond those of any seed.
+_CHOICE_KEY = 2**31 + 1
 
 Training = tuple[jax.Array, jax.Array]
 
@@ -106,28 +104,17 @@ def rank(bench: Bench) -> str:
 
 def _random_images(bench: Bench) -> tuple[Training, Callable[[int], Training]]:
     """Returns held-out training images with labels, and a function that draws ipc per class from the other ones."""
-    experiment, dataset = bench.experiment, bench.experiment.dataset
-    ipc, classes = int(experiment.config.ipc), dataset.num_classes
+    experiment, held = bench.experiment, hold_out(bench.experiment.dataset)
+    ipc = int(experiment.config.ipc)
     if ipc < 1:
         raise UserError(
             f"ipc: --ddranking compares with random images, at least 1 per class; found {experiment.config.ipc:g}"
         )
-    fewest = int(np.bincount(dataset.train_labels, minlength=classes).min())
-    kept = min(HELD_OUT, max(1, fewest // 5))
-    if fewest - kept < ipc:
-        raise UserError(
-            f"ipc: --ddranking needs {ipc} random images per class and {kept} held-out ones; "
-            f"the smallest class has {fewest} training images"
-        )
+    data.require_per_class(held, ipc, "ipc")
 
-    def drawn(index: int, candidates: np.ndarray, count: int) -> np.ndarray:
-        key, own = experiment.key("random_real", index), dataset.train_labels[candidates]
-        return candidates[fitting.select_images(key, own, count, how="random", num_classes=classes)]
+    def draw(seed: int) -> Training:
+        key = experiment.key("random_real", seed)
+        chosen = fitting.select_images(key, held.train_labels, ipc, how="random", num_classes=held.num_classes)
+        return jnp.asarray(held.train_images[chosen]), jnp.asarray(held.train_labels[chosen])
 
-    def images(chosen: np.ndarray) -> Training:
-        return jnp.asarray(dataset.train_images[chosen]), jnp.asarray(dataset.train_labels[chosen])
-
-    every = np.arange(len(dataset.train_labels))
-    held = drawn(_HELD_OUT_KEY, every, kept)
-    rest = np.setdiff1d(every, held)
-    return images(held), lambda seed: images(drawn(seed, rest, ipc))
+    return (jnp.asarray(held.test_images), jnp.asarray(held.test_labels)), draw

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,10 @@ def write(path: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) 
 
     config, starts = path / "config.yaml", rundir.read_environment(path)
     engine = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    engine.filters |= {"number": _number, "percent": _percent, "accuracy": _accuracy, "duration": _duration}
+    engine.filters |= {"number": _number, "percent": _percent, "accuracy": _accuracy}
     budget = {"ipc, as the paper counts": result.get("paper_ipc")} | (result.get("budget") or {})
     # Several commands where a run was extended.
     commands = dict.fromkeys(start["command"] for start in starts if "command" in start)
-    started = [start.get("started") for start in starts]
     environment = {key: result.get(key) for key in ("device", "commit", "versions")}
     named = result.get("class_names") or [], result.get("test_images_per_class") or []
     viewer = gallery.of_run(path)
@@ -78,6 +78,7 @@ def write(path: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) 
         script=_SCRIPT,
         result=result,
         summary=summary(result),
+        took=str(timedelta(seconds=round(seconds))) if (seconds := result.get("seconds")) else "",
         pictures={key: _picture(key, data) for key, data in pictures.items()},
         rows=[
             (entry := result.get(key) or {}) | {"label": label, "accuracy": _accuracy(entry)}
@@ -93,9 +94,7 @@ def write(path: Path, result: Mapping[str, Any], pictures: Mapping[str, bytes]) 
             "Budget": "\n".join(f"{key}: {_number(value)}" for key, value in budget.items() if value is not None),
             "How accuracy was measured": yaml12.dump(rundir.plain(result.get("protocol") or {})),
             "Resolved config": config.read_text(encoding="utf-8") if config.exists() else "",
-            "Environment": yaml12.dump(
-                (starts[-1] if starts else {}) | rundir.plain(environment) | {"started": started, "command": None}
-            ),
+            "Environment": yaml12.dump(rundir.plain(environment | {"starts": starts})),
         },
     )
     return files.write_bytes(path / "report.html", page.encode())
@@ -162,10 +161,3 @@ def _number(value: Any) -> str:
     if not isinstance(value, int | float):
         return "–" if value is None else str(value)
     return f"{value:,.0f}" if value == round(value) else f"{value:,g}"
-
-
-def _duration(seconds: Any) -> str:
-    minutes, rest = divmod(round(seconds or 0), 60)
-    if not minutes:
-        return f"{seconds:.1f} s" if seconds else ""
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
