@@ -192,29 +192,28 @@ def distill_stage(
     tests = None
     if config.evaluate.protocol == "paper":
         tests = PeriodicTests(experiment, codec, arm.name, iterations, label=label, run=run, progress=progress)
-    with contextlib.ExitStack() as opened:
-        state, done, seconds = distillation.init_state(objective, params), 0, 0.0
-        if run is not None:
-            checkpoints = Checkpoints(run.checkpoints_path / phase)
-            if (newest := checkpoints.newest(state)) is not None:
-                done, state, meta = newest
-                seconds = meta["seconds"]
-            run.truncate(phase, done)
-        done = saved = hosts.gather(done)[0]
-        bar = opened.enter_context(progress.phase(f"distill {arm.name}", total=iterations, done=done))
-        loop = opened.enter_context(
-            distillation.Loop(
-                objective,
-                state if mesh.size == 1 else hosts.share(state),
-                experiment.key(arm.purpose),
-                match.Source(data.train_images, data.train_labels, data.num_classes, whitening, seed, experts),
-                first=done,
-                last=iterations,
-                schedule=schedule(config, iterations),
-                mesh=mesh if mesh.size > 1 else None,
-                on_host=config.distill.data == "host",
-            )
-        )
+    state, done, seconds = distillation.init_state(objective, params), 0, 0.0
+    if run is not None:
+        checkpoints = Checkpoints(run.checkpoints_path / phase)
+        if (newest := checkpoints.newest(state)) is not None:
+            done, state, meta = newest
+            seconds = meta["seconds"]
+        run.truncate(phase, done)
+    done = saved = hosts.gather(done)[0]
+    with (
+        progress.phase(f"distill {arm.name}", total=iterations, done=done) as bar,
+        distillation.Loop(
+            objective,
+            state if mesh.size == 1 else hosts.share(state),
+            experiment.key(arm.purpose),
+            match.Source(data.train_images, data.train_labels, data.num_classes, whitening, seed, experts),
+            first=done,
+            last=iterations,
+            schedule=schedule(config, iterations),
+            mesh=mesh if mesh.size > 1 else None,
+            on_host=config.distill.data == "host",
+        ) as loop,
+    ):
         if jax.process_count() > 1 and done < iterations:
             # Before they meet, or the first to finish would wait within a step.
             loop.compile()
