@@ -127,11 +127,14 @@ class Bench:
             raise UserError(f"{out} holds results with other settings: {values}; choose another file or delete it")
         self.content |= held
 
-    def known(self, section: str, name: str) -> dict[str, Any] | None:
-        """Returns an entry that is finished, None if there is none."""
-        if entry := self.content[section].get(name):
+    def entry(self, section: str, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns an entry of the file, which is made where it is not there."""
+        if name in self.content[section]:
             self.progress.say(f"{name}: kept from the file of results")
-        return entry
+        else:
+            self.content[section][name] = plain(make())
+            self.save()
+        return self.content[section][name]
 
     def test(
         self, name: str, training: Callable[[int], tuple[jax.Array, jax.Array]], spec: EvalSpec, **how: Any
@@ -142,12 +145,6 @@ class Bench:
         return test_networks(
             self.experiment, name, seeds, training, spec=spec, progress=self.progress, remedy=remedy, **how
         )
-
-    def keep(self, section: str, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-        """Adds an entry to the file, and returns it."""
-        entry = self.content[section][name] = plain(entry)
-        self.save()
-        return entry
 
     def save(self) -> None:
         """Writes the file."""

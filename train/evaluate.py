@@ -36,6 +36,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -118,21 +119,23 @@ def across_networks(bench: Bench) -> str:
     kinds = {"": hard if soft is None else soft}
     if soft is not None and config.baselines.hard_labels:
         kinds["hard_labels"] = hard
+
+    def tested(name: str) -> dict[str, Any]:
+        rows = {
+            key: bench.test(
+                f"{name}{key and ', hard labels'}",
+                lambda _, labels=labels: (bench.images, labels),  # type: ignore[misc]
+                bench.specs[name],
+                network=bench.networks[name],
+            )
+            for key, labels in kinds.items()
+        }
+        return rows.pop("") | rows
+
     entries, failed = {}, {}
-    for name, spec in bench.specs.items():
+    for name in bench.specs:
         try:
-            if (entry := bench.known("networks", name)) is None:
-                rows = {
-                    key: bench.test(
-                        f"{name}{key and ', hard labels'}",
-                        lambda _, labels=labels: (bench.images, labels),  # type: ignore[misc]
-                        spec,
-                        network=bench.networks[name],
-                    )
-                    for key, labels in kinds.items()
-                }
-                entry = bench.keep("networks", name, rows.pop("") | rows)
-            entries[name] = entry
+            entries[name] = bench.entry("networks", name, partial(tested, name))
         except DivergedError as error:
             failed[name] = str(error)
     others = {name: entry["mean"] for name, entry in entries.items() if name != bench.maker}

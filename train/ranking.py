@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,34 +48,32 @@ def rank(bench: Bench) -> str:
     """Trains what the scores need and is not in the file yet; returns the table."""
     experiment, (name, network) = bench.experiment, next(iter(bench.networks.items()))
     config, dataset, held_out, draw = experiment.config, experiment.dataset, *_random_images(bench)
-    entries = {}
-    for arm in ARMS:
-        spec, augment = evaluation_spec(experiment, arm, bench.specs[name]), config.augment
+
+    def tested(arm: str) -> dict[str, Any]:
+        spec, augment, more = evaluation_spec(experiment, arm, bench.specs[name]), config.augment, dict[str, Any]()
         if arm.endswith("plain"):
             spec, augment = dataclasses.replace(spec, cutmix=0.0), DsaSpec(strategy="none")
-        if (entry := bench.known("ddranking", arm)) is None:
-            more: dict[str, Any] = {}
-            if random := arm.startswith("random_real"):
-                lr, table = evaluation.choose_lr(
-                    experiment.key("evaluate", _CHOICE_KEY),
-                    *draw(bench.first_seed),
-                    *held_out,
-                    RANDOM_LRS,
-                    networks=spec.seeds,
-                    network=network,
-                    spec=spec,
-                    augment=augment,
-                    whitening=experiment.whitening,
-                )
-                spec, more = dataclasses.replace(spec, lr=lr), {"held_out_accuracy": table}
-            training: Callable[[int], Training] = {
-                "full_data": lambda _: (jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)),
-                "distilled": lambda _: (bench.images, jnp.asarray(bench.synset.labels)),
-                "random_real": draw,
-            }[arm.removesuffix("_plain")]
-            row = bench.test(arm, training, spec, augment=augment, alone=random)
-            entry = bench.keep("ddranking", arm, row | more)
-        entries[arm] = entry
+        if random := arm.startswith("random_real"):
+            lr, more["held_out_accuracy"] = evaluation.choose_lr(
+                experiment.key("evaluate", _CHOICE_KEY),
+                *draw(bench.first_seed),
+                *held_out,
+                RANDOM_LRS,
+                networks=spec.seeds,
+                network=network,
+                spec=spec,
+                augment=augment,
+                whitening=experiment.whitening,
+            )
+            spec = dataclasses.replace(spec, lr=lr)
+        training: Callable[[int], Training] = {
+            "full_data": lambda _: (jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)),
+            "distilled": lambda _: (bench.images, jnp.asarray(bench.synset.labels)),
+            "random_real": draw,
+        }[arm.removesuffix("_plain")]
+        return bench.test(arm, training, spec, augment=augment, alone=random) | more
+
+    entries = {arm: bench.entry("ddranking", arm, partial(tested, arm)) for arm in ARMS}
     mean = {key: entry["mean"] for key, entry in entries.items()}
     syn, random_mean, full_mean = mean["distilled"], mean["random_real"], mean["full_data"]
     scores = {
