@@ -221,7 +221,7 @@ def test_run_survives_accident_upon_accident_and_ends_in_the_same_bits(toy, whol
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "make_step", poisoned)
         message = refused(capsys, start(toy, out))
-    assert re.search("main-distill: .*loss.* not finite in iteration 5; the state of step 4 is kept in", message)
+    assert re.search("main-distill: .*loss.* not finite by iteration 5; the state of step 4 is kept in", message)
     assert "try a smaller learning rate (codec.lr, now 0.01), with --extend codec.lr=... in this run" in message
     assert held("main-distill") == [2, 4] and not (out / "export").exists()
     assert all(np.isfinite(entry.get("loss", 0)) for entry in read_metrics(out))

@@ -138,7 +138,7 @@ def test_damaged_expert_stops_the_run_and_is_named(toy, whole, tmp_path, capsys)
 def test_student_that_diverges_stops_the_run_with_iteration_step_and_remedy(toy, whole, tmp_path, capsys):
     settings = [f"experts.path={whole / 'experts'}", "objective.syn_lr=1e30", *SHORT]
     text = refused(capsys, start(toy, tmp_path / "run", *settings))
-    assert re.search("main-distill: .* not finite in iteration 1; nothing was checkpointed yet", text)
+    assert re.search("main-distill: .* not finite by iteration 1; nothing was checkpointed yet", text)
     assert "try a smaller learning rate (codec.lr, now " in text and "or objective.lr_lr) with --extend in this" in text
     assert "a smaller objective.syn_lr" in text and re.search("not finite from its step [12] on", text)
 

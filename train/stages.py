@@ -226,16 +226,15 @@ def distill_stage(
             count = min(every - done % every, iterations - done)
             if tests is not None:
                 count = min(count, tests.until_due(done))
-            taken = loop.take(count)
             # The only wait for the device: once per logged line, not per step.
-            values = {name: float(value) for name, value in taken[-1].items()}
+            values = {name: float(value) for name, value in loop.take(count)[-1].items()}
             done += count
             due = tests is not None and tests.due(done)
             if run is not None:
                 seconds += time.perf_counter() - began
-                if not np.isfinite(list(values.values())).all():
-                    remedy = _remedy(config, arm, values)
-                    raise _not_finite(phase, _first_bad(taken, done), saved, checkpoints, remedy)
+                if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+                    what, remedy = f"{', '.join(bad)} not finite by iteration {done}", _remedy(config, arm, values)
+                    raise _not_finite(phase, what, saved, checkpoints, remedy)
                 run.append(phase, done, **values, total_seconds=seconds)
                 bar.advance(count, f"loss {values['loss']:.4g}")
             stop = hosts.stop_requested()
@@ -261,13 +260,6 @@ def _remedy(config: RunConfig, arm: Arm, values: dict[str, float]) -> str:
         f"{values['syn_lr']:g}) in another: in the last iteration the numbers of the student were not finite from its "
         f"step {values['bad_step']:.0f} on"
     )
-
-
-def _first_bad(taken: list[dict[str, jax.Array]], done: int) -> str:
-    """Names the first of the last steps that has a number which is not finite, and which numbers these are."""
-    bad = [[name for name, value in metrics.items() if not np.isfinite(float(value))] for metrics in taken]
-    first = next(i for i, names in enumerate(bad) if names)
-    return f"{', '.join(bad[first])} not finite in iteration {done - len(taken) + 1 + first}"
 
 
 def _not_finite(phase: str, what: str, saved: int, checkpoints: Checkpoints, remedy: str) -> DivergedError:
