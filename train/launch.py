@@ -236,9 +236,10 @@ class Launcher:
                     if shown.get(number) != run.state:
                         shown[number] = run.state
                         self._progress.say(f"{run.state:<9} {run.path}  {run.note}")
+                ended = sum(not run.open for run in self._runs)
                 running = [f"{run.path.name} {run.note}" for run in self._runs if run.state == "running"]
-                bar.advance(sum(not run.open for run in self._runs) - bar.n, "; ".join(running))
-                if running or bar.n < len(self._runs):
+                bar.advance(ended - bar.n, "; ".join(running))
+                if ended < len(self._runs):
                     time.sleep(_POLL_SECONDS)
 
     def cancel(self) -> None:
