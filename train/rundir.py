@@ -147,9 +147,10 @@ def is_wall_clock(key: str) -> bool:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Compares nested configs of plain values: dotted keys with another value, to both values in words."""
-    a, b = flatten(before), flatten(now)
-    keys = [k for k in dict.fromkeys([*a, *b]) if not (k in a and k in b and _same(a[k], b[k]))]
-    return {k: (_show(a, k), _show(b, k)) for k in keys}
+    # As text, in which NaN equals NaN, and true is not 1.
+    a, b = ({k: json.dumps(v, ensure_ascii=False) for k, v in flatten(one).items()} for one in (before, now))
+    both = {k: (a.get(k, "not set"), b.get(k, "not set")) for k in dict.fromkeys([*a, *b])}
+    return {k: (there, here) for k, (there, here) in both.items() if there != here}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -284,15 +285,6 @@ def _drop_half_line(path: Path) -> None:
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _same(a: Any, b: Any) -> bool:
-    # NaN is NaN; true is not 1.
-    return json.dumps(a) == json.dumps(b) or (a == b and bool not in (type(a), type(b)))
-
-
-def _show(flat: Mapping[str, Any], key: str) -> str:
-    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
 
 
 def _damaged(what: Path | str, why: Exception | str, remedy: str) -> UserError:
