@@ -197,7 +197,7 @@ def distill(
     with distillation.Loop(matched, state, key_distill, source, last=steps, schedule=factor, on_host=on_host) as loop:
         with _bar("distill", steps, shown=progress) as advance:
             for step in range(1, steps + 1):
-                (metrics,) = loop.take(1)
+                metrics = loop.take(1)
                 losses.append(metrics["loss"])
                 if on_step is not None:
                     on_step(step, metrics)

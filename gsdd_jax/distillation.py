@@ -97,13 +97,11 @@ class Loop:
         self._step = self._step.lower(self._state, data, self._key).compile()
         self._batches = itertools.chain([data], self._batches)
 
-    def take(self, count: int) -> list[dict[str, jax.Array]]:
-        """Takes steps and returns the metrics of each, without waiting for them."""
-        taken = []
+    def take(self, count: int) -> dict[str, jax.Array]:
+        """Takes steps, at least one, and returns the metrics of the last, without waiting for them."""
         for _ in range(count):
             self._state, metrics = self._step(self._state, next(self._batches), self._key)
-            taken.append(metrics)
-        return taken
+        return metrics
 
     def close(self) -> None:
         """Ends the reading of data."""

@@ -227,7 +227,7 @@ def distill_stage(
             if tests is not None:
                 count = min(count, tests.until_due(done))
             # The only wait for the device: once per logged line, not per step.
-            values = {name: float(value) for name, value in loop.take(count)[-1].items()}
+            values = {name: float(value) for name, value in loop.take(count).items()}
             done += count
             due = tests is not None and tests.due(done)
             if run is not None:
