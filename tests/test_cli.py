@@ -597,7 +597,7 @@ def test_evaluation_repeats_the_accuracies_of_the_run(whole, tmp_path, capsys):
     own = json.loads((whole / "result.json").read_text())["accuracy"]
     assert printed == written["accuracy"]
     assert {key: printed[key] for key in printed} == {key: own[key] for key in printed}
-    assert written["bytes_per_class"] == 140 and written["images"] == 20 and written["size"] == [8, 8]
+    assert written["bytes_per_class"] == 140 and written["images"] == 20 and written["settings"]["size"] == [8, 8]
     assert contents(whole) == before
 
 
