@@ -31,12 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 from gsdd_jax import files
 from train import config as configs
 from train import testset
 from train.errors import ConfigError, UserError, exit_cleanly
-from train.progress import Progress
 from train.rundir import environment, read_metrics, write_json
 
 JOBS, LOGS, RESULTS = "jobs.json", "launch", "launch.json"
@@ -197,7 +199,7 @@ class Launcher:
         """Takes up, from the folder of logs, the jobs of Slurm that an interrupted launch has left."""
         folder.mkdir(parents=True, exist_ok=True)
         self._runs, self._file, self._retries, self._local = runs, folder / JOBS, args.retries, args.on == "local"
-        self._progress = Progress(quiet=args.quiet)
+        self._console = Console(stderr=True, highlight=False, quiet=args.quiet)
         # Shared out; a scheduler does it elsewhere.
         self._gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if self._local else 0
         self._cores = sorted(os.sched_getaffinity(0)) if self._local and hasattr(os, "sched_getaffinity") else []
@@ -228,18 +230,18 @@ class Launcher:
 
     def watch(self) -> None:
         """Starts and watches runs until each is finished or has failed."""
-        shown: dict[int, str] = {}
-        with self._progress.phase("runs", total=len(self._runs)) as bar:
+        console, shown = self._console, dict[str, str]()
+        with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
             while any(run.open for run in self._runs):
-                for number, run in enumerate(self._runs):
+                for run in self._runs:
                     self._advance(run)
-                    if shown.get(number) != run.state:
-                        shown[number] = run.state
-                        self._progress.say(f"{run.state:<9} {run.path}  {run.note}")
-                ended = sum(not run.open for run in self._runs)
-                running = [f"{run.path.name} {run.note}" for run in self._runs if run.state == "running"]
-                bar.advance(ended - bar.n, "; ".join(running))
-                if ended < len(self._runs):
+                if live is not None:
+                    live.update(_progress(self._runs), refresh=True)
+                for run in self._runs if live is None else ():
+                    if shown.get(key := str(run.path)) != run.state:
+                        shown[key] = run.state
+                        console.print(f"{run.state:<9} {key}  {run.note}", markup=False, soft_wrap=True)
+                if any(run.open for run in self._runs):
                     time.sleep(_POLL_SECONDS)
 
     def cancel(self) -> None:
@@ -324,6 +326,14 @@ def _step(run: Run) -> str:
             value = next((f", {key} {last[key]:.4g}" for key in ("psnr", "loss") if key in last), "")
             return f"{last['phase']} {last['step']}{value}"
     return ""
+
+
+def _progress(runs: Sequence[Run]) -> Table:
+    shown = Table("run", "state", "", box=None)
+    for run in runs:
+        again = f" (started {run.failures + 1} times)" if run.failures else ""
+        shown.add_row(str(run.path), run.state + again, run.note)
+    return shown
 
 
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
