@@ -10,6 +10,7 @@ from train import rundir
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SETS = ROOT / "sets"
 
 
 def environment() -> dict[str, Any]:

@@ -1,23 +1,27 @@
 """Writes the tables of README.md and docs from committed results: ``python -m benchmarks.tables [--check]``.
 
-A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` belongs to this script. ``--check`` changes nothing and
-fails if a block differs from its results; the test suite runs it.
+A block between ``<!-- table: NAME -->`` and ``<!-- end -->`` belongs to this script, and so do the cards of the
+released sets. ``--check`` changes nothing and fails if something differs from its results; the test suite runs it.
+``--release RUN NAME`` first copies a run to ``sets/NAME``, in place of a set that is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import cards
 from benchmarks.packed_psnr import ALONE, TRAINED
-from benchmarks.record import RESULTS, ROOT
+from benchmarks.record import RESULTS, ROOT, SETS
 from gsdd_jax import files
 from gsdd_jax.exchange import renamed
 from train import merge, results, testset, yaml12
@@ -28,9 +32,9 @@ DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def _run(name: str) -> str:
-    result = json.loads((RESULTS / name / "result.json").read_text())
-    return results.table(result) + f"\n`{result['command']}`, commit {str(result['commit'])[:9]}.\n"
+def _run(name: str, folder: Path = RESULTS) -> str:
+    result = json.loads((folder / name / "result.json").read_text())
+    return f"{results.table(result)}\n{cards.source(result)}"
 
 
 def _images(name: str) -> str:
@@ -773,8 +777,11 @@ def _gpu(device: str) -> str:
     return "\n".join(lines) + f"\n\n`python -m benchmarks.gpu`, commit {commits}.\n"
 
 
+_released = functools.partial(_run, folder=SETS)
 TABLES: dict[str, Callable[[str], str]] = {
-    "digits": _run,
+    "digits": _released,
+    "cifar10_packed_12k": _released,
+    "sets": cards.table,
     "accuracy_cifar10": _compare_accuracy,
     "fit_cifar10_jpeg": _compare_fit,
     "fit_imagenette128": _compare_fit,
@@ -783,7 +790,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "ddif_decode": _ddif_decode,
     "divided": _divided,
     "cifar10_packed_dm_ipc1_w64": _run,
-    "cifar10_packed_dm_experts_ipc1_w64_second": _run,
     "cifar10_packed_dm_experts_ipc1_w64_1400": _run,
     "cifar10_packed_dm_experts_ipc1_w32": _run,
     "cifar10_dm_experts_ipc1_w32": _run,
@@ -826,24 +832,28 @@ def render(text: str) -> str:
     return BLOCK.sub(block, text)
 
 
+def stale() -> dict[Path, str]:
+    """Returns what documents should say that say something else."""
+    made = {document: render(document.read_text(encoding="utf-8")) for document in DOCUMENTS}
+    made |= {folder / cards.CARD: cards.card(folder) for folder in cards.folders()}
+    return {path: text for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text}
+
+
 def main() -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="fail if a document is out of date")
+    parser.add_argument("--release", nargs=2, metavar=("RUN", "NAME"), help="make a released set of a run directory")
     args = parser.parse_args()
-    stale = []
-    for document in DOCUMENTS:
-        old = document.read_text(encoding="utf-8")
-        new = render(old)
-        if new == old:
-            continue
-        stale.append(str(document.relative_to(ROOT)))
-        if not args.check:
-            files.write_bytes(document, new.encode())
-    if args.check and stale:
-        what = " and ".join(stale)
-        print(f"{what}: not what benchmarks/results says: run python -m benchmarks.tables", file=sys.stderr)
+    if args.release:
+        cards.release(Path(args.release[0]), args.release[1])
+    found = stale()
+    if args.check and found:
+        what = " and ".join(str(path.relative_to(ROOT)) for path in found)
+        print(f"{what}: not what its results say: run python -m benchmarks.tables", file=sys.stderr)
         return 1
+    for path, text in found.items():
+        files.write_bytes(path, text.encode())
     return 0
 
 

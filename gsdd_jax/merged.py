@@ -171,7 +171,8 @@ def load(path: synset.Location) -> SynSet | MergedSet:
     """Reads a distilled set back, whole or merged; the training data need not be there.
 
     Args:
-        path: A directory that `SynSet.save` or `MergedSet.save` wrote, or that of a run that exported a set.
+        path: A directory that `SynSet.save` or `MergedSet.save` wrote, or that of a run that exported a set; or where
+            there is no such path, the name of a released set, such as ``cifar10_packed_12k``.
 
     Raises:
         FileNotFoundError: There is no manifest, or a part is missing.

@@ -38,6 +38,8 @@ MANIFEST = "manifest.json"
 _PARTS = re.compile(r"synset(-[0-9a-f]{12})?\.safetensors|labels-[0-9a-f]{12}\.safetensors|part\d+-[0-9a-f]{12}")
 # Where a run directory keeps its exported set.
 EXPORT = "export"
+# Run directories of the checkout, which a wheel has as well.
+RELEASED = Path(__file__).with_name("sets")
 
 Location = str | Path
 
@@ -208,7 +210,8 @@ def load(path: Location) -> SynSet:
     """Reads a distilled set back; the training data need not be there.
 
     Args:
-        path: A directory that `SynSet.save` wrote in either form, or that of a run that exported one.
+        path: A directory that `SynSet.save` wrote in either form, or that of a run that exported one; or where there
+            is no such path, the name of a released set.
 
     Raises:
         FileNotFoundError: There is no manifest, or no file of arrays.
@@ -275,18 +278,33 @@ def read(
         return found, decoder, file.values(vars(found.sizes), found.sha256)
 
 
+def released() -> dict[str, Path]:
+    """Returns the run directories of the released sets by their names, which stand for them wherever a set is read."""
+    return {folder.name: folder for folder in sorted(RELEASED.glob("*")) if (folder / EXPORT / MANIFEST).exists()}
+
+
+def located(path: Location) -> Path:
+    """Returns the path, or the run directory of the released set of this name where there is no such path."""
+    return Path(path) if Path(path).exists() else released().get(str(path), Path(path))
+
+
 def folder_of(path: Location) -> Path:
     """Returns the folder with the manifest of a set, in either form: the path itself, or the export of a run.
+
+    Args:
+        path: As for `load`.
 
     Raises:
         FileNotFoundError: There is no manifest.
     """
-    folder = Path(path)
+    folder = located(path)
     if not (folder / MANIFEST).exists() and (folder / EXPORT / MANIFEST).exists():
         folder = folder / EXPORT
     if not (folder / MANIFEST).exists() and not (folder / orbax_set.METADATA).exists():
+        names = f", and no released set of this name: {', '.join(released())}"
         raise FileNotFoundError(
             f"{folder}: no distilled set here (expected {MANIFEST}, or {EXPORT}/{MANIFEST} of a run)"
+            + (names if str(path) == folder.name and not folder.exists() else "")
         )
     return folder
 

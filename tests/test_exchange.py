@@ -267,7 +267,7 @@ def test_damaged_merged_set_is_refused_with_and_without_jax(load, tmp_path):
         load(tmp_path)
 
 
-SETS = [*ROOT.glob("benchmarks/results/*/export"), ROOT / "notebooks" / "digits_set"]
+SETS = [*ROOT.glob("benchmarks/results/*/export"), *ROOT.glob("sets/*/export"), ROOT / "notebooks" / "digits_set"]
 
 
 @pytest.mark.parametrize("folder", [folder for folder in SETS if (folder / synset.ARRAYS).exists()], ids=str)

@@ -13,10 +13,7 @@ from gsdd_jax import decode_numpy
 from train import gallery, report
 
 ROOT = FOLDER.parent.parent
-SETS = [
-    ROOT / "benchmarks" / "results" / "cifar10_packed_dm_experts_ipc1_w64_second",
-    ROOT / "notebooks" / "digits_set",
-]
+SETS = [ROOT / "sets" / "cifar10_packed_12k", ROOT / "notebooks" / "digits_set"]
 # All images of a set at their size, as WebGL draws them: [n, h, w, 4], rows of pixels from the bottom as it reads them.
 READ = """() => {
   view = { scale: 1, x: 0, y: 0 };

@@ -95,6 +95,9 @@ def test_every_package_of_the_tree_is_installed_and_nothing_else(metadata):
     assert not missing, f"without __init__.py, so not installed: {missing}"
     files = {file for package in PACKAGES for file in (ROOT / package).rglob("*") if file.is_file()}
     files |= set((ROOT / "gsdd_jax" / "configs").glob("*"))
+    # Pictures of sets are for the checkout.
+    sets = (ROOT / "gsdd_jax" / "sets").rglob("*")
+    files |= {file for file in sets if file.is_file() and file.suffix != ".png"}
     data = {
         file
         for package, names in metadata["options.package_data"].items()
@@ -123,7 +126,7 @@ def test_the_gpu_kernels_alone_keep_jax_where_jax_triton_works(extras):
 def test_wheel_distills_by_a_name_without_the_checkout_and_without_what_draws(tmp_path):
     pytest.importorskip("setuptools", "70.1", reason="older ones need another package to build a wheel")
     tree, there = tmp_path / "tree", tmp_path / "there"
-    for name in (*PACKAGES, "configs"):
+    for name in (*PACKAGES, "configs", "sets"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -137,9 +140,8 @@ def test_wheel_distills_by_a_name_without_the_checkout_and_without_what_draws(tm
     command = [there / "bin" / "gsdd", "distill", "--config", "digits", "--smoke", "--quiet", "--out", "run", *fewer]
     others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join([str(there), *(one for one in others if one and Path(one) != ROOT)])
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
-    )
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": path}, "capture_output": True, "text": True}
+    done = subprocess.run(command, **where, timeout=300)
     assert done.returncode == 0, done.stderr
     note = "note: no pictures and report.html, for want of matplotlib and jinja2: pip install gsdd_jax[full]\n"
     assert done.stderr == note
@@ -148,3 +150,8 @@ def test_wheel_distills_by_a_name_without_the_checkout_and_without_what_draws(tm
     assert result["commit"] is None
     assert rundir.read_command(tmp_path / "run").startswith("python -m train.distill --config digits --smoke")
     assert gsdd_jax.load(tmp_path / "run").images().shape == (10, 8, 8, 1)
+    names = sorted(folder.name for folder in (ROOT / "sets").iterdir())
+    reading = f"import gsdd_jax; print(gsdd_jax.__file__, *(len(gsdd_jax.load(name).labels) for name in {names}))"
+    done = subprocess.run([sys.executable, "-c", reading], **where, timeout=60)
+    found = [str(len(gsdd_jax.load(ROOT / "sets" / name).labels)) for name in names]
+    assert done.stdout.split() == [str(there / "gsdd_jax" / "__init__.py"), *found], done.stderr

@@ -16,7 +16,7 @@ from PIL import Image
 from train import pictures, report
 from train.rundir import RunDir
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parent.parent
 MAGENTA = (255, 0, 255, 255)
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -334,9 +334,11 @@ def test_report_of_a_bare_directory_says_not_run(tmp_path):
     assert "0.0" not in page.text and "None" not in page.text and "img" not in page.tags
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_federated", "cifar10_d3_soft"])
+@pytest.mark.parametrize(
+    "name", ["sets/digits", "benchmarks/results/digits_federated", "benchmarks/results/cifar10_d3_soft"]
+)
 def test_committed_results_render_with_their_numbers(name, tmp_path):
-    result = json.loads((RESULTS / name / "result.json").read_text())
+    result = json.loads((ROOT / name / "result.json").read_text())
     text = _Page(report.write(tmp_path, result, {})).text.replace("\N{NO-BREAK SPACE}", " ")
     for key in ("accuracy", "fit_only", "pixel", "random_real", "full_data"):
         entry = result[key]

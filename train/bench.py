@@ -42,7 +42,7 @@ class Bench:
     """
 
     def __init__(self, args: argparse.Namespace, names: Sequence[str], overrides: Sequence[str]):
-        run = self.run = Path(args.run)
+        run = self.run = synset.located(args.run)
         out = self._out = Path(args.out) if args.out else None
         resolution = args.resolution
         self.recipe, self.first_seed, self.progress = args.recipe, args.first_seed, Progress(quiet=args.quiet)

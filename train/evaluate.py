@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         __doc__,
         epilog="Settings of the run's config can be overridden, such as evaluate.steps=1000 evaluate.seeds=5.",
     )
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory that train.distill wrote")
+    parser.add_argument(
+        "--run", required=True, metavar="DIR", help="run that train.distill wrote, or name of a released set"
+    )
     parser.add_argument(
         "--networks", nargs="+", metavar="NAME", help=f"networks to train: {', '.join(_NAMES)}; default: the run's"
     )

@@ -62,7 +62,7 @@ class Export(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = commands.parser("export", __doc__)
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory, or directory of an exported set")
+    parser.add_argument("--run", required=True, metavar="DIR", help="run, exported set, or name of a released set")
     parser.add_argument("--to", required=True, choices=FORMS, help="what to write, see docs/exchange.md")
     parser.add_argument("--out", required=True, metavar="DIR", help="what to make; absent or empty")
     parser.add_argument(
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--masters: only --to orbax holds them, found --to {args.to}")
         if args.size and args.to in SETS:
             raise UserError(f"--size: a set is drawn at any size later; leave it out, found {args.size!r}")
-        run, out, size = Path(args.run), Path(args.out), _size(args.size) if args.size else None
+        run, out, size = synset.located(args.run), Path(args.out), _size(args.size) if args.size else None
         check_target(out)
         made: SynSet | MergedSet
         if args.checkpoint or args.masters:
