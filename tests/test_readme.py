@@ -48,7 +48,8 @@ def headings_of(path: Path) -> set[str]:
     return {title.lower().replace(" ", "-") for title in titles}
 
 
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "BUILD", "CONTRIBUTING")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "BUILD", "CONTRIBUTING")]
+PAGES += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "sets").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
