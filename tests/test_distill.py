@@ -12,8 +12,8 @@ from gsdd_jax.match import DistributionSpec, distribution_loss
 from gsdd_jax.nets import NetSpec, build
 
 CLASSES, SHAPE, GPC, POINTS = 2, (8, 8, 1), 3, 4
-NETWORK = build(NetSpec(depth=2, width=8), SHAPE, CLASSES)
-AUGMENT = DsaSpec(strategy="crop_cutout")
+NETWORK = build(NetSpec(depth=1, width=8), SHAPE, CLASSES)
+AUGMENT = DsaSpec(strategy="crop")
 KEY = jax.random.key(7)
 LIMIT = np.float32(1 - 1e-3)
 
@@ -75,24 +75,6 @@ def start(codec, digits) -> distillation.State:
 @pytest.fixture(scope="module")
 def step(codec):
     return jax.jit(make_step(codec))
-
-
-def bits(tree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
-def run(step, state, data, count, key=KEY):
-    metrics = []
-    for _ in range(count):
-        state, values = step(state, data, key)
-        metrics.append({name: float(value) for name, value in values.items()})
-    return state, metrics
-
-
-@pytest.fixture(scope="module")
-def five(step, start, on_device):
-    """State and metrics after five steps in one go."""
-    return run(step, start, on_device, 5)
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +154,6 @@ def test_steps_of_one_key_draw_anew(step, start, on_device):
     assert len(losses) == 5
 
 
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(step, start, on_device, five):
-    state, first = run(step, start, on_device, 2)
-    # As through a checkpoint: only arrays survive, and the key is derived afresh.
-    state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)
-    state, rest = run(step, state, on_device, 3, key=jax.random.key(7))
-    assert bits(state) == bits(five[0]) and first + rest == five[1]
-
-
 def test_large_steps_are_projected_compile_once_and_donate_their_state(start, on_device):
     codec = make_codec(lr=0.5, boundary=0.0)
     step = jax.jit(make_step(codec), donate_argnums=0)
@@ -237,5 +211,7 @@ def test_distillation_of_gaussians_lowers_the_loss_on_fixed_keys(step, start, on
     def held_out(state) -> float:
         return np.mean([float(step(state, on_device, jax.random.key(100 + i))[1]["loss"]) for i in range(10)])
 
-    state, _ = run(step, start, on_device, 60)
+    state = start
+    for _ in range(60):
+        state, _ = step(state, on_device, KEY)
     assert held_out(state) < 0.9 * held_out(start)

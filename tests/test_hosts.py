@@ -13,8 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command_line import ROOT, assert_same, findings, start
-from PIL import Image
+from command_line import ROOT, assert_same, findings, image_folder, start
 from safetensors.numpy import load_file
 
 from train import hosts, stopping
@@ -125,10 +124,7 @@ def steps(out: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("toy"), np.random.default_rng(0)
-    for path in (folder / split / name / f"{i}.png" for split in ("train", "test") for name in "abc" for i in range(4)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    folder = image_folder(tmp_path_factory.mktemp("toy"), "abc")
     (folder / "toy.yaml").write_text(TOY.replace("PATH", str(folder)))
     return folder / "toy.yaml"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from command_line import image_folder
 
 import gsdd_jax
 from train import config as configs
@@ -17,15 +18,22 @@ from train.errors import ConfigError
 TOY = """
 name: toy
 ipc: 1
-data: {source: digits, per_class: 8, test_limit: 50}
+data: {source: folder, path: PATH}
 network: {depth: 1, width: 4}
 augment: {strategy: crop}
 codec: {name: pixel, lr: 0.01}
-objective: {name: distribution, batch_real: 4, class_chunk: 10}
+objective: {name: distribution, batch_real: 4, class_chunk: 2}
 distill: {iterations: 4, log_every: 1, checkpoint_every: 2}
-evaluate: {steps: 8, batch: 8, lr: 0.1, seeds: 2}
+evaluate: {steps: 2, batch: 8, lr: 0.1, seeds: 2}
 baselines: {full_data: false, pixel: false, random_real: false, fit_only: false}
 """
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    folder = image_folder(tmp_path_factory.mktemp("toy"), "abcd")
+    (folder / "toy.yaml").write_text(TOY.replace("PATH", str(folder)))
+    return folder / "toy.yaml"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,7 @@ def test_killed_subtask_is_started_again_and_all_are_merged(toy, tmp_path, capsy
     assert launch.main(arguments) == 0
     killer.join()
     assert len(list((out / "launch").glob("*_log.out"))) == 4  # two subtasks, one of them twice, and the merge
-    assert gsdd_jax.load(out / "merged").class_names == tuple("0123456789")
+    assert gsdd_jax.load(out / "merged").class_names == tuple("abcd")
     row = json.loads((out / "launch.json").read_text())["rows"][0]
     found = json.loads((out / "merged" / "result.json").read_text())["accuracy"]
     assert row["mean"] == found["mean"] and row["n"] == found["n"] == 2

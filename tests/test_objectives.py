@@ -3,6 +3,7 @@
 That several devices take the step of one is in test_parallel.py, that every codec learns in test_codecs.py.
 """
 
+import functools
 import json
 import re
 import sys
@@ -95,15 +96,16 @@ def test_rows_cover_the_registry():
     assert {spec.name for spec, _ in ROWS.values()} == match.SPECS.keys()
 
 
-@pytest.fixture(scope="module", params=ROWS)
-def jitted(request):
+@functools.cache
+def jitted(name):
     """An objective, its jitted step and its data."""
-    objective = make(request.param)
+    objective = make(name)
     return objective, jax.jit(distillation.make_step(objective)), data(objective)
 
 
-def test_a_step_compiles_once_moves_what_it_should_and_a_resumed_run_repeats_its_bits(jitted):
-    objective, step, given = jitted
+@pytest.mark.parametrize("name", ROWS)
+def test_a_step_compiles_once_moves_what_it_should_and_a_resumed_run_repeats_its_bits(name):
+    objective, step, given = jitted(name)
     states = [start_of(objective)]
     for _ in range(3):
         state, metrics = step(states[-1], given, KEY)
@@ -152,10 +154,10 @@ def test_the_gradient_is_that_of_finite_differences_in_float64(name):
         np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * size), rtol=2e-5)
 
 
-# One that carries nothing, and those that carry or learn something.
-@pytest.mark.parametrize("jitted", ["distribution", "gradient", "trajectory and MMD"], indirect=True)
-def test_vmap_over_keys_takes_the_step_of_each(jitted):
-    objective, step, given = jitted
+# One that carries something and one that learns something; one that does neither is in test_api.py.
+@pytest.mark.parametrize("name", ["gradient", "trajectory and MMD"])
+def test_vmap_over_keys_takes_the_step_of_each(name):
+    objective, step, given = jitted(name)
     keys, start = jax.random.split(KEY, 2), start_of(objective)
     plain = distillation.make_step(objective)
 
@@ -188,7 +190,8 @@ def test_an_objective_from_outside_goes_through_the_command_line(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
     few = ["--smoke", "objective={name: mean_image, batch_real: 4}", "baselines.full_data=false", "distill.log_every=1"]
-    few += ["baselines.pixel=false", "baselines.fit_only=false", "baselines.random_real=false"]
+    few += [f"baselines.{name}=false" for name in ("pixel", "fit_only", "random_real")] + ["baselines.compressed=[]"]
+    few += ["codec={name: pixel}", "fit.select=random", "evaluate.seeds=1", "data.per_class=8", "data.test_limit=20"]
     assert "objective.name: expected one of distribution, " in refused(capsys, start(DIGITS, out, *few))
     assert "imports: expected a list, each text, found 'toy'" in refused(
         capsys, start(DIGITS, out, *few, "imports=toy")

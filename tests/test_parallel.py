@@ -3,6 +3,7 @@
 Run as a script, this file takes the steps in a process with eight virtual devices and writes down all that they give.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -93,6 +94,7 @@ def make_codec(spec) -> codecs.Codec:
 # In the process with several devices
 
 
+@functools.cache
 def data_of_steps(case: Case, mesh) -> list[Data]:
     """The data of each step, with random weights in place of those of experts."""
     images, labels = make_images(COUNTS)
@@ -120,6 +122,7 @@ def make_step(case: Case, mesh):
     return jax.jit(distillation.make_step(make_objective(case), mesh=mesh))
 
 
+@functools.cache
 def make_start(case: Case, mesh):
     codec = make_codec(case.codec)
     targets = np.random.default_rng(1).random((codec.num_images, *SHAPE)).astype(np.float32)
