@@ -18,7 +18,7 @@ from gsdd_jax.nets import NetSpec, build
 CLASSES, SHAPE, GPC = 3, (8, 8, 1), 2
 NETWORK = build(NetSpec(depth=1, width=4), SHAPE, CLASSES)
 init = jax.jit(NETWORK.init)
-AUGMENT, NO_AUGMENT = DsaSpec(strategy="color_crop_cutout"), DsaSpec(strategy="none")
+AUGMENT, NO_AUGMENT = DsaSpec(strategy="crop"), DsaSpec(strategy="none")
 KEY = jax.random.key(3)
 NORMAL = whiten.MeanStd(jnp.full(1, 0.3), jnp.full(1, 0.4))
 
