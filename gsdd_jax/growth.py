@@ -35,8 +35,8 @@ def number(done: jax.Array, num_points: int, until: float = UNTIL) -> jax.Array:
     """Returns how many Gaussians are drawn after the share ``done`` of a fit's steps, all from `until` on: int32."""
     if not until:
         return jnp.full((), num_points, jnp.int32)
-    lots = jnp.minimum(jnp.floor(done * (LOTS / until)) + 1, LOTS)
-    return jnp.ceil(lots * (num_points / LOTS)).astype(jnp.int32)
+    lots = jnp.minimum(jnp.floor(done * (LOTS / until)).astype(jnp.int32) + 1, LOTS)
+    return (lots * num_points + LOTS - 1) // LOTS
 
 
 def pursue(

@@ -71,6 +71,8 @@ def test_number_of_gaussians_over_a_fit_by_hand():
     assert found == [2, 2, 4, 26, 46, 48, 48, 48]
     assert [int(growth.number(jnp.float32(done), 5)) for done in (0, 0.1, 0.2, 0.49)] == [1, 2, 3, 5]
     assert int(growth.number(jnp.float32(0), 5, 0.0)) == 5
+    # Never more than there are, whatever 22 / 24 is rounded to.
+    assert [int(growth.number(jnp.float32(lot / 48), 22)) for lot in range(25)][-3:] == [22, 22, 22]
 
 
 @pytest.mark.parametrize(
