@@ -56,6 +56,22 @@ def _images(name: str) -> str:
     return "\n".join([*lines, "", *sources]) + "\n"
 
 
+def _study(name: str) -> str:
+    """Draws a study of `benchmarks.study`, a row for each set and what it varies."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    keys = ("order", "kept", "steps", "most_wrong", "test_images", "codec", "roughness")
+    rows = [(run, row) for run, found in record["results"].items() for row in found]
+    shown = [key for key in keys if key in rows[0][1]]
+    tested = ["test accuracy, %", "networks"] if "mean" in rows[0][1] else []
+    lines = ["| " + " | ".join(["run", *(key.replace("_", " ") for key in shown), *tested]) + " |"]
+    lines.append("|---" * (1 + len(shown) + len(tested)) + "|")
+    for run, row in rows:
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in (row[key] for key in shown)]
+        accuracy = [f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}", str(row["n"])] if tested else []
+        lines.append("| " + " | ".join([run, *cells, *accuracy]) + " |")
+    return "\n".join([*lines, "", f"`{record['command']}`, commit {record['commit'][:9]}."]) + "\n"
+
+
 def _use(name: str) -> str:
     """Draws what a command of `gsdd_jax.uses`, the first word of the name, has found."""
     result = json.loads((RESULTS / name / "result.json").read_text())
@@ -811,6 +827,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "packed_later": _later,
     "packed_psnr": _packed,
     "rivals": _rivals,
+    **{f"study_{name}": _study for name in ("prune", "convergence", "difficulty", "landscape")},
     "scale": _scale,
     "scale_plan": _scale_plan,
     "sensitivity": _sensitivity,
