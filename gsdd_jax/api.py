@@ -251,9 +251,8 @@ def evaluate(
         bad = test_labels[(test_labels < 0) | (test_labels >= classes)][0]
         raise InputError(f"test_labels: expected 0 to {classes - 1}, the classes of the set; found {bad}")
     seen = _whitening_of(synset) if whitening is None else whitening
-    h, w, c = test_images.shape[1:]
-    net = _network(network, (h, w, c), classes)
-    images = synset.images((h, w))
+    net = _network(network, test_images.shape[1:], classes)
+    images = synset.images(test_images.shape[1:-1])
     soft = synset.soft_labels
     training_set = images, jnp.asarray(synset.labels) if soft is None else soft
     keys, tested = jax.random.split(key, training.seeds), []
@@ -337,10 +336,10 @@ def _bytes_per_class(codec: Codec) -> int:
     return -(-stored // codec.num_classes)
 
 
-def _network(network: Any, image_shape: tuple[int, int, int], num_classes: int) -> Network:
+def _network(network: Any, image_shape: tuple[int, ...], num_classes: int) -> Network:
     if network is None:
-        depth = max(2, round(math.log2(min(image_shape[:2]) / _LAST_SIDE)))
-        network = nets.NetSpec(depth=depth, width=64)
+        depth = max(2, round(math.log2(min(image_shape[-3:-1]) / _LAST_SIDE)))
+        network = nets.NetSpec(name="convnet" if len(image_shape) == 3 else "convnet3d", depth=depth, width=64)
     return nets.build(network, image_shape, num_classes)
 
 

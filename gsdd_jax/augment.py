@@ -4,7 +4,8 @@ Constants and integer conventions are those of the authors' code. One operation 
 are drawn per image, which is the rule for training networks, or once for the batch ("Siamese"), which is the rule for
 matching real and synthetic images of one class.
 
-Images may be in any space (whitened ones, usually); what leaves the frame is filled with 0. All operations are
+All frames of a video are changed alike. Images may be in any space (whitened ones, usually); what leaves the frame is
+filled with 0. All operations are
 differentiable in the images; in the parameters that are drawn, they are not meant to be. No backward pass of crop,
 scale or rotate scatters: a GPU adds scattered values in any order, and runs could not be repeated to the bit.
 
@@ -12,9 +13,10 @@ CutMix, which mixes images and labels of a batch, is for training networks only;
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -69,15 +71,15 @@ def dsa(key: jax.Array, images: jax.Array, spec: DsaSpec, *, siamese: bool = Fal
 
     Args:
         key: consumed. It alone decides the operation, and in Siamese mode the parameters too, whatever n is.
-        images: float [n, h, w, c], in any range.
+        images: float [n, h, w, c], or [n, t, h, w, c], in any range.
         spec: operations and strengths.
         siamese: one parameter value for the whole batch, in place of one per image.
 
     Returns:
-        float [n, h, w, c].
+        float, of the same shape.
 
     Raises:
-        ValueError: images that are not rank 4.
+        ValueError: images that are neither rank 4 nor 5.
         TypeError: images that are not floating point.
     """
     _check_images(images)
@@ -85,7 +87,7 @@ def dsa(key: jax.Array, images: jax.Array, spec: DsaSpec, *, siamese: bool = Fal
         return images
     key_operation, key_parameters = jax.random.split(key)
     shape = () if siamese else images.shape[:1]
-    branches = [partial(_OPERATIONS[name], spec=spec, shape=shape) for name in spec.operations]
+    branches = [partial(_alike(_OPERATIONS[name], images.shape), spec=spec, shape=shape) for name in spec.operations]
     operation = jax.random.randint(key_operation, (), 0, len(branches), jnp.int32)
     return lax.switch(operation, branches, key_parameters, images)
 
@@ -99,14 +101,14 @@ def cutmix(key: jax.Array, images: jax.Array, labels: jax.Array, probability: fl
 
     Args:
         key: consumed.
-        images: float [n, h, w, c].
+        images: float [n, h, w, c], or [n, t, h, w, c]: the same box of all frames.
         labels: float [n, k].
         probability: of mixing at all; else the batch stays as it is.
 
     Returns:
         Images and labels of the same shapes; the sum of a row of labels stays 1.
     """
-    n, height, width, _ = images.shape
+    n, *_, height, width, _ = images.shape
     key_mixed, key_side, key_y, key_x, key_order = jax.random.split(key, 5)
     side = jnp.sqrt(jax.random.uniform(key_side, dtype=jnp.float32)) * jax.random.bernoulli(key_mixed, probability)
 
@@ -317,10 +319,25 @@ def _per_image(value: jax.Array) -> jax.Array:
 
 
 def _check_images(images: jax.Array) -> None:
-    if images.ndim != 4:
-        raise InputError(f"images: shape {images.shape}, must be [n, h, w, c]")
+    if images.ndim not in (4, 5):
+        raise InputError(f"images: shape {images.shape}, must be [n, h, w, c], or [n, t, h, w, c] of videos")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"images: {images.dtype}, must be floating point; divide uint8 by 255 first")
+
+
+def _alike(draw: Callable[..., jax.Array], shape: tuple[int, ...]) -> Callable[..., jax.Array]:
+    """Lets an operation on images work on videos, if that is their shape: on the frames of each as on one image."""
+    if len(shape) == 4:
+        return draw
+    n, t, h, w, c = shape
+
+    def on_frames(key: jax.Array, videos: jax.Array, **settings: Any) -> jax.Array:
+        if draw is _draw_color:
+            return draw(key, videos.reshape(n, t * h, w, c), **settings).reshape(shape)
+        side_by_side = jnp.moveaxis(videos, 1, 3).reshape(n, h, w, t * c)
+        return jnp.moveaxis(draw(key, side_by_side, **settings).reshape(n, h, w, t, c), 3, 1)
+
+    return on_frames
 
 
 def _fraction(images: jax.Array, ratio: float) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def load(path: synset.Location, size: Size | None = None) -> Images:
     # Numbers of any size are drawn as they are, without a warning, as JAX does.
     with np.errstate(over="ignore", invalid="ignore"):
         images = [
-            decode(arrays, size or manifest.image_shape[:2]).astype(np.float32)
+            decode(arrays, size or (manifest.image_shape[0], manifest.image_shape[1])).astype(np.float32)
             for manifest, decode, arrays in stored.parts
         ]
     return Images(np.concatenate(images), stored.labels, stored.class_names, stored.soft_labels)
@@ -130,6 +130,11 @@ def decoder_of(manifest: Manifest, payload: int) -> Decoder:
         raise InputError(
             f"codec.name: expected one of {', '.join(DECODERS)}, which are decoded without JAX; found "
             f"{schema.show(name)}, whose images python -m train.export writes where JAX is installed"
+        )
+    if len(manifest.image_shape) != 3:
+        raise InputError(
+            f"image_shape: expected (h, w, c) without JAX, found {manifest.image_shape}, whose videos "
+            "python -m train.export writes where JAX is installed"
         )
     settings, decoder = DECODERS[name]
     known = {field.name for field in dataclasses.fields(settings)}

@@ -135,8 +135,8 @@ def evaluate_networks(
     check_images(test_images, test_labels, "test_", real=whitening is not None)
     if keys.ndim != 1 or keys.shape[0] < 1:
         raise InputError(f"keys: shape {keys.shape}, must be [s] with s at least 1")
-    height, width = test_images.shape[1:3]
-    batch = max(1, min(_TEST_BATCH, _TEST_BATCH * _TEST_SIDE**2 // (height * width)))
+    pixels = math.prod(test_images.shape[1:-1])
+    batch = max(1, min(_TEST_BATCH, _TEST_BATCH * _TEST_SIDE**2 // pixels))
     data = jax.tree.map(jnp.asarray, (images, labels, whitening, rate_of(lr, spec)))
     held_out = jax.tree.map(jnp.asarray, (test_images, test_labels, whitening))
     train = partial(_train_group, network=network, spec=spec.static(), augment=augment)

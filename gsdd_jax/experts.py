@@ -104,7 +104,7 @@ class Origin:
     """What experts belong to; with another one they are refused."""
 
     network: NetSpec
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_classes: int
     dataset: Annotated[str, Doc("fingerprint of the data set")]
     whiten: Annotated[str, Doc("kind of whitening; its numbers follow from the data set")]

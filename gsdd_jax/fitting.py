@@ -145,7 +145,7 @@ def fit_steps(
     draft = codec.draft or Draft(lambda params, done: codec.decode(params), lambda params, done: codec.project(params))
 
     def loss_fn(params: Any, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-        error = jnp.mean((draft.decode(params, done) - targets) ** 2, axis=(1, 2, 3))
+        error = _per_image((draft.decode(params, done) - targets) ** 2)
         return error.sum(), error
 
     def step(_, carry: tuple[FitState, jax.Array]) -> tuple[FitState, jax.Array]:
@@ -169,9 +169,13 @@ def psnr_of(error: jax.Array) -> jax.Array:
 
 
 def psnr(images: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns each image's PSNR in dB, ``[n]``, for two arrays of images ``[n, h, w, c]``; nothing is clamped."""
+    """Returns the PSNR in dB, ``[n]``, of images ``[n, h, w, c]`` or videos ``[n, t, h, w, c]``; nothing is clamped."""
     difference = pixels.as_float(images) - pixels.as_float(targets, "targets")
-    return psnr_of(jnp.mean(difference**2, axis=(1, 2, 3)))
+    return psnr_of(_per_image(difference**2))
+
+
+def _per_image(values: jax.Array) -> jax.Array:
+    return values.mean(tuple(range(1, values.ndim)))
 
 
 def solid_targets(images: np.ndarray, count: int) -> jax.Array:

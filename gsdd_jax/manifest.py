@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, Any
 
-from annotated_types import Ge, Le, MaxLen
+from annotated_types import Ge, Le, MaxLen, MinLen
 from pydantic import StringConstraints
 
 from gsdd_jax import schema
@@ -41,7 +42,7 @@ class Manifest:
     Attributes:
         format: One of ``FORMATS``.
         codec: Settings of the codec as they were written, by present names; all for the codec to check.
-        image_shape: (h, w, c).
+        image_shape: (h, w, c), or (t, h, w, c) of videos.
         num_classes: ``k``.
         images_per_class: Images that the codec draws of each class.
         bytes_per_class: The budget that the set was made for.
@@ -54,7 +55,7 @@ class Manifest:
 
     format: str
     codec: dict[str, Any]
-    image_shape: tuple[Side, Side, Side]
+    image_shape: Annotated[tuple[Side, ...], MinLen(3), MaxLen(4)]
     num_classes: Annotated[int, Ge(1), Le(1 << 16)]
     images_per_class: Annotated[int, Ge(1), Le(1 << 20)]
     bytes_per_class: Annotated[int, Ge(1), Le(BUDGET)]
@@ -66,9 +67,9 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Checks what no single key can say."""
-        h, w, c = self.image_shape
-        if h * w * c > VALUES:
-            raise InputError(f"image_shape: expected at most {VALUES} values per image, found {h} x {w} x {c}")
+        if math.prod(self.image_shape) > VALUES:
+            found = " x ".join(map(str, self.image_shape))
+            raise InputError(f"image_shape: expected at most {VALUES} values per image, found {found}")
         if len(self.class_names) != self.num_classes:
             raise InputError(f"class_names: expected {self.num_classes}, one per class, found {len(self.class_names)}")
         if self.format != FORMATS[0] and not self.sha256:

@@ -125,7 +125,7 @@ class MergedSet:
         """Bytes of all stored arrays of all parts, and of the labels of the whole."""
         return sum(part.nbytes for part in self.parts) + (0 if self.soft is None else self.soft.nbytes)
 
-    def images(self, size: tuple[int, int] | None = None) -> jax.Array:
+    def images(self, size: tuple[int, ...] | None = None) -> jax.Array:
         """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width)."""
         import jax.numpy as jnp
 

@@ -36,15 +36,15 @@ def as_float(images: Any, name: str = "images") -> jax.Array:
     return x / 255 if images.dtype == jnp.uint8 else x
 
 
-def check(images: Any, name: str = "images", *, real: bool = True, rank: int = 4) -> Any:
+def check(images: Any, name: str = "images", *, real: bool = True, single: bool = False) -> Any:
     """Returns images as they are held: uint8 as given, floating point as float32.
 
     Args:
-        images: ``[n, h, w, c]``, n >= 1; of NumPy or JAX.
+        images: ``[n, h, w, c]``, or videos ``[n, t, h, w, c]``; n >= 1; of NumPy or JAX.
         name: Of the argument, for the message.
         real: They are photographs or the like, in [0,1] up to `SLACK`. Otherwise they may be decoded ones, which leave
             [0,1], or normalized ones: then only whole numbers are refused, the values of uint8 in floating point.
-        rank: 3 for a single image ``[h, w, c]``.
+        single: One image ``[h, w, c]``, or video.
 
     Raises:
         TypeError: Neither uint8 nor floating point.
@@ -52,7 +52,7 @@ def check(images: Any, name: str = "images", *, real: bool = True, rank: int = 4
     """
     images = images if isinstance(images, jax.Array) else np.asarray(images)
     _check_dtype(images, name)
-    if images.ndim != rank or 0 in images.shape:
+    if images.ndim + single not in (4, 5) or 0 in images.shape:
         raise InputError(_message(images, name))
     if images.dtype == jnp.uint8:
         return images
@@ -77,6 +77,6 @@ def _check_values(values: np.ndarray, name: str, real: bool) -> None:
 
 def _message(images: Any, name: str, values: str = "") -> str:
     return (
-        f"{name}: found {images.dtype}{values} of shape {list(images.shape)}; expected [n, h, w, c], none of them 0, "
-        "in uint8 (0 to 255) or floating point (0 to 1)"
+        f"{name}: found {images.dtype}{values} of shape {list(images.shape)}; expected [n, h, w, c], or "
+        "[n, t, h, w, c] of videos, none of them 0, in uint8 (0 to 255) or floating point (0 to 1)"
     )

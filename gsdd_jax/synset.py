@@ -101,8 +101,11 @@ class SynSet:
         """Bytes of all stored arrays, soft labels included."""
         return self.codec.nbytes(self.params) + (0 if self.soft is None else self.soft.nbytes)
 
-    def images(self, size: tuple[int, int] | None = None) -> jax.Array:
-        """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width)."""
+    def images(self, size: tuple[int, ...] | None = None) -> jax.Array:
+        """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width).
+
+        Videos ``[n, t, h, w, c]``, at any (frames, height, width).
+        """
         import jax
 
         # Compiled once for each size: JAX knows the codec's function again, as it would not know a new lambda.

@@ -49,17 +49,18 @@ class MeanStd(NamedTuple):
 
 
 class Zca(NamedTuple):
-    """ZCA: `mean` float32 [h, w, c]; `matrix` float32 [d, d], symmetric, d = h*w*c in that order."""
+    """ZCA: `mean` float32 [h, w, c], or [t, h, w, c]; `matrix` float32 [d, d], symmetric, d = h*w*c in that order."""
 
     mean: jax.Array
     matrix: jax.Array
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Whitens [..., h, w, c]; differentiable."""
-        if images.shape[-3:] != self.mean.shape:
+        lead = images.shape[: images.ndim - self.mean.ndim]
+        if images.shape != (*lead, *self.mean.shape):
             expected = ", ".join(map(str, self.mean.shape))
             raise InputError(f"images must have shape [..., {expected}], found {list(images.shape)}")
-        flat = (_floating(images) - self.mean).reshape(*images.shape[:-3], -1)
+        flat = (_floating(images) - self.mean).reshape(*lead, -1)
         # The default precision of accelerators (TF32, bfloat16) would leave errors of 1e-3, above half a gray level.
         return jnp.matmul(flat, self.matrix, precision=jax.lax.Precision.HIGHEST).reshape(images.shape)
 

@@ -64,9 +64,10 @@ class Bench:
             made: configs.RunConfig = configs.load(file, [*below, *overrides])
             self.specs[name] = made.evaluate.training()
         codec, class_names = self.synset.parts[0].codec, self.synset.class_names
-        size = (resolution, resolution) if resolution else codec.image_shape[:2]
+        native = codec.image_shape[:-1]
+        size = (*native[:-2], resolution, resolution) if resolution else native
         # Whatever does not fit is found before data are read.
-        shape = (*size, codec.image_shape[2])
+        shape = (*size, codec.image_shape[-1])
         self.networks = {name: nets.build(spec, shape, len(class_names)) for name, spec in kinds.items()}
         named, spec = [text.partition("=")[0].strip() for text in overrides], config.data
         if resolution or any(
@@ -102,7 +103,7 @@ class Bench:
             "dataset": dataset.name,
             "made_with": self.maker,
             "images": len(self.images),
-            "native_size": list(codec.image_shape[:2]),
+            "native_size": list(native),
             "bytes_per_class": self.synset.nbytes / len(class_names),
             **tested,
             "settings": plain(settings),

@@ -280,7 +280,7 @@ def _initial(path: str, codec: codecs.Codec, class_names: tuple[str, ...]) -> tu
 
 def known_data(config: RunConfig, dataset: data.Dataset) -> RunConfig:
     """Returns the config with what its data turned out to be: all classes of both splits, by their content."""
-    (h, w, c), spec = dataset.image_shape, config.data
+    (*_, h, w, c), spec = dataset.image_shape, config.data
     known = dataclasses.replace(
         spec,
         # Images that are not square have no such side.

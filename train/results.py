@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax import labels, nets, storage, synset
-from gsdd_jax.codecs import Codec
+from gsdd_jax.codecs import Codec, frames
 from gsdd_jax.evaluation import EvalSpec
 from gsdd_jax.merged import MergedSet, load
 from train import compressed, testset
@@ -196,7 +196,7 @@ def _label(experiment: Experiment, name: str, entry: Mapping[str, Any]) -> str:
     return "" if how == "float32" else named.get(name, "")
 
 
-def forward_flops(network: nets.Network, image_shape: tuple[int, int, int]) -> float | None:
+def forward_flops(network: nets.Network, image_shape: tuple[int, ...]) -> float | None:
     """Returns the floating-point operations of a network on one image, see `count_flops`."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
@@ -238,7 +238,7 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> dict[str, str]:
         if most := available // (images * each * size):
             whose, floats = "the paper's" if name == "bfloat16" else "the rivals'", images * most * each
             rows[f"{images} Gaussian images, {name} ({whose} count)"] = spent(images, most, floats, floats * size)
-    numbers, precision = codec.spec.numbers(codec.image_shape, codec.num_classes)
+    numbers, precision = frames.numbers(codec.spec, codec.image_shape, codec.num_classes)
     # What all classes share is split evenly.
     own = -(-numbers // codec.num_classes), -(-payload // codec.num_classes)
     return rows | {f"this run: {images} images of {codec.name}, {precision}": spent(images, points, *own)}

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from gsdd_jax import pixels
-from gsdd_jax.codecs import budget
+from gsdd_jax.codecs import budget, frames
 from gsdd_jax.codecs.base import Codec, Spec
 from gsdd_jax.codecs.downscale import DownscaleSpec
 from gsdd_jax.codecs.factor import FactorSpec
@@ -100,7 +100,7 @@ def make(
 
     Args:
         spec: Which parameterization and its settings.
-        image_shape: (h, w, c) of the images.
+        image_shape: (h, w, c) of the images, or (t, h, w, c) of videos, which codecs of images store frame by frame.
         num_classes: ``k``.
         bytes_per_class: The budget: the codec's ``nbytes`` of a whole set, and its labels, are at most ``k`` times it.
             None = what the spec takes, which then has to leave nothing open.
@@ -115,26 +115,28 @@ def make(
         raise InputError(f"codec.name: expected one of {', '.join(sorted(SPECS))}; found {spec.name!r}")
     # Plain numbers, as a manifest holds them, also of those who count with NumPy.
     plain = {name: value.item() for name, value in vars(spec).items() if isinstance(value, np.generic)}
-    h, w, c = (integer(side, "image_shape") for side in image_shape)
+    shape = tuple(integer(side, "image_shape") for side in image_shape)
+    if len(shape) not in (3, 4):
+        raise InputError(f"image_shape: expected (h, w, c), or (t, h, w, c) of videos; found {shape}")
     classes, spec = integer(num_classes, "num_classes"), dataclasses.replace(spec, **plain)
     spec = budget.resolve(
         spec,
-        image_shape=(h, w, c),
+        image_shape=shape,
         num_classes=classes,
         bytes_per_class=None if bytes_per_class is None else int(bytes_per_class),
         label_bytes=label_bytes,
     )
-    return _built(spec, repr(spec), (h, w, c), classes)
+    return _built(spec, repr(spec), shape, classes)
 
 
 @functools.lru_cache(maxsize=128)
-def _built(spec: CodecSpec, shown: str, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
+def _built(spec: CodecSpec, shown: str, image_shape: tuple[int, ...], num_classes: int) -> Codec:
     """Builds the codec of a resolved spec, once.
 
     Settings that are equal but do not look the same, such as 1 and 1.0, are written differently and stay apart.
     """
     del shown
-    codec = sys.modules[SPECS[spec.name].__module__].make(spec, image_shape, num_classes)
+    codec = frames.make(sys.modules[SPECS[spec.name].__module__].make, spec, image_shape, num_classes)
 
     def init(key: jax.Array, images: Any) -> Any:
         return codec.init(key, pixels.as_float(pixels.check(images, real=False)))

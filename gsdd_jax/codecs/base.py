@@ -18,7 +18,8 @@ CENTER, SPREAD = 0.5, 0.25
 # More images per class, or Gaussians per image, than any set has.
 MOST = 1 << 40
 
-Shape = tuple[int, int, int]
+# (h, w, c), or (t, h, w, c) of videos.
+Shape = tuple[int, ...]
 Layout = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -32,6 +33,7 @@ class Spec:
         name: Key of the registry.
         images_per_class: Images per class; 0 = as many as the budget holds.
         NOISE: Values of the setting ``start`` that look at no image.
+        VIDEO: Videos are more than their frames to it: shapes may be (t, h, w, c).
         TRAINING: How the settings begin on which the meaning of parameters does not depend.
         FORMER: Settings with another name before, and that name: it is part of the sums of sets.
     """
@@ -39,6 +41,7 @@ class Spec:
     name: Any
     images_per_class: int
     NOISE: ClassVar[tuple[str, ...]] = ()
+    VIDEO: ClassVar[bool] = False
     TRAINING: ClassVar[tuple[str, ...]] = ("lr", "start")
     FORMER: ClassVar[dict[str, str]] = {"optimizer": "optimiser"}
 
@@ -102,19 +105,20 @@ class Draft(NamedTuple):
 class Codec(NamedTuple):
     """A parameterization of images as pure functions.
 
-    There are ``n = num_classes * images_per_class`` images; image ``i`` has label ``i // images_per_class``.
+    There are ``n = num_classes * images_per_class`` images; image ``i`` has label ``i // images_per_class``. Where
+    their shape is that of videos, (t, h, w, c), all arrays of images have one axis more, and sizes too.
 
     Attributes:
         name: Key of the registry.
         spec: The settings that it was made from, with every default resolved.
-        image_shape: Native (h, w, c).
+        image_shape: Native (h, w, c), or (t, h, w, c).
         num_classes: ``k``.
         images_per_class: Images that ``decode`` gives per class.
         init: ``(key, images [n,h,w,c]) -> params``: a starting point for fitting these images, which are float32 in
             [0,1] where they arrive; float32 masters.
         decode: ``(params, index=None, *, size=None, key=None) -> [len(index), h, w, c]``: images around [0,1]; all of
-            them without ``index``; at another (height, width) where the parameterization knows how. ``key`` is for
-            codecs that decode at random.
+            them without ``index``; at another size, (height, width) or (frames, height, width), where the
+            parameterization knows how. ``key`` is for codecs that decode at random.
         quantize: ``params -> dict`` of arrays that hold exactly the information that is written to disk; jittable.
         dequantize: The inverse of ``quantize`` up to the stored precision: ``decode(dequantize(quantize(p)))`` has the
             bits of ``decode(p)``.
@@ -134,7 +138,7 @@ class Codec(NamedTuple):
 
     name: str
     spec: Any
-    image_shape: tuple[int, int, int]
+    image_shape: Shape
     num_classes: int
     images_per_class: int
     init: Callable[..., Any]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gsdd_jax import storage
+from gsdd_jax.codecs import frames
 from gsdd_jax.codecs.base import Shape
 from gsdd_jax.errors import InputError
 
@@ -19,7 +20,7 @@ def resolve(
 
     Args:
         spec: Of any codec.
-        image_shape: (h, w, c).
+        image_shape: (h, w, c), or (t, h, w, c) of videos.
         num_classes: ``k``.
         bytes_per_class: The budget of images and labels; None = what the spec takes, which then leaves nothing open.
         label_bytes: Of the label of an image.
@@ -28,8 +29,9 @@ def resolve(
         ValueError: A size has an impossible value, is left open where it cannot be, or nothing fits; the message names
             the setting and what would fit.
     """
-    spec = spec.resolved(image_shape)
-    sizes = spec.sizes(image_shape)
+    one_shape = frames.image_of(spec, image_shape)
+    spec = spec.resolved(one_shape)
+    sizes = spec.sizes(one_shape)
     unknown = [name for name in sizes if not getattr(spec, name)]
     if len(unknown) > (bytes_per_class is not None):
         budget = "" if bytes_per_class else ", or a budget (bytes_per_class) to fill"
@@ -42,13 +44,13 @@ def resolve(
     available = num_classes * bytes_per_class
 
     def nbytes(one: Any) -> int:
-        return storage.nbytes(one.layout(image_shape, num_classes))
+        return storage.nbytes(frames.layout(one, image_shape, num_classes))
 
     def needed(one: Any) -> int:
         return nbytes(one) + num_classes * one.images_per_class * label_bytes
 
     def most(one: Any, name: str, values: Sequence[int]) -> int:
-        return _largest(values, lambda value: needed(_changed(one, name, value, image_shape)) <= available)
+        return _largest(values, lambda value: needed(_changed(one, name, value, one_shape)) <= available)
 
     def remedies(one: Any, first: str = "") -> dict[str, str]:
         smaller = {name: values[: bisect.bisect_left(values, getattr(one, name))] for name, values in sizes.items()}
@@ -64,7 +66,7 @@ def resolve(
     ways = remedies(spec)
     for name, values in reversed(sizes.items()):
         # Where no setting alone is enough, two of them may be.
-        ways = ways or remedies(_changed(spec, name, values[0], image_shape), f"codec.{name}={values[0]} with ")
+        ways = ways or remedies(_changed(spec, name, values[0], one_shape), f"codec.{name}={values[0]} with ")
     images, taken, what = spec.images_per_class, nbytes(spec), ""
     if label_bytes:
         what = f" and {num_classes * images} labels of {label_bytes} bytes"

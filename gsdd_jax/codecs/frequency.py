@@ -204,7 +204,7 @@ def _index_dtype(places: int) -> np.dtype:
     return np.min_scalar_type(places - 1)
 
 
-def places_layout(count: int, size: tuple[int, int], num_classes: int) -> dict[str, jax.ShapeDtypeStruct]:
+def places_layout(count: int, size: tuple[int, ...], num_classes: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape of the array that says which ``count`` places each class has: bits or numbers."""
     h, w = size
     index = jax.ShapeDtypeStruct((num_classes, count), _index_dtype(h * w))

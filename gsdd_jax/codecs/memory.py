@@ -45,12 +45,14 @@ class MemorySpec(Spec):
     NOISE = ("xavier",)
 
     def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
-        height, width = cell_size(self.factor, image_shape[:2])
+        h, w, c = image_shape
+        height, width = cell_size(self.factor, (h, w))
         # More bases than their numbers cannot differ.
-        return {"images_per_class": range(1, MOST), "bases": range(1, height * width * image_shape[-1] + 1)}
+        return {"images_per_class": range(1, MOST), "bases": range(1, height * width * c + 1)}
 
     def layout(self, image_shape: Shape, num_classes: int) -> Layout:
-        small = (*cell_size(self.factor, image_shape[:2]), image_shape[-1])
+        h, w, c = image_shape
+        small = (*cell_size(self.factor, (h, w)), c)
         coefficients = (num_classes * self.images_per_class, self.bases)
         return arrays(self.dtype, {"coefficients": coefficients, "bases": (self.bases, *small)})
 

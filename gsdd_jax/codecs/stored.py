@@ -39,7 +39,7 @@ def spec_of(settings: dict[str, Any], kind: type | None = None) -> codecs.CodecS
 
 
 def codec_of(
-    settings: dict[str, Any], *, image_shape: tuple[int, int, int], num_classes: int, images_per_class: int, nbytes: int
+    settings: dict[str, Any], *, image_shape: tuple[int, ...], num_classes: int, images_per_class: int, nbytes: int
 ) -> Codec:
     """Builds the codec of a stored set.
 
@@ -47,7 +47,7 @@ def codec_of(
 
     Args:
         settings: What the manifest says of it.
-        image_shape: (h, w, c).
+        image_shape: (h, w, c), or (t, h, w, c).
         num_classes: ``k``.
         images_per_class: What it has to come to.
         nbytes: Of all arrays in the file.

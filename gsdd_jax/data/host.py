@@ -107,7 +107,7 @@ def _stack(source: Sequence[Any], flat: np.ndarray) -> np.ndarray:
     wanted = distinct.tolist()
     records = source.__getitems__(wanted) if hasattr(source, "__getitems__") else [source[i] for i in wanted]
     images = [
-        np.asarray(pixels.check(record["image"], f"image {place}", rank=3))
+        np.asarray(pixels.check(record["image"], f"image {place}", single=True))
         for place, record in zip(wanted, records, strict=True)
     ]
     for place, image in zip(wanted, images, strict=True):

@@ -255,8 +255,8 @@ def _first_bad(losses: jax.Array, distance: jax.Array) -> jax.Array:
 
 
 def _check(syn: jax.Array, labels: jax.Array, start: jax.Array, target: jax.Array, network: Network) -> None:
-    if syn.ndim != 4 or syn.shape[0] < 1:
-        raise InputError(f"syn: shape {syn.shape}, must be [n, h, w, c] with n at least 1")
+    if syn.ndim not in (4, 5) or syn.shape[0] < 1:
+        raise InputError(f"syn: shape {syn.shape}, must be [n, h, w, c], or [n, t, h, w, c], with n at least 1")
     if labels.shape != syn.shape[:1]:
         raise InputError(f"labels: shape {labels.shape}, must be {syn.shape[:1]}, one per image")
     if not jnp.issubdtype(labels.dtype, jnp.integer):

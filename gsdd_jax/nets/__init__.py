@@ -32,14 +32,17 @@ class NetSpec:
     """
 
     name: Annotated[
-        Literal["convnet", "alexnet", "vgg11", "resnet18", "vit"],
-        Doc("Family of the network; the form of vgg11 and vit depends on the image size (GLaD), up to 32 px or above."),
+        Literal["convnet", "convnet3d", "alexnet", "vgg11", "resnet18", "vit"],
+        Doc(
+            "Family of the network; convnet3d is for videos and volumes, of which the others average the frames; the "
+            "form of vgg11 and vit depends on the image size (GLaD), up to 32 px or above."
+        ),
     ] = "convnet"
     depth: Annotated[
         int,
         Ge(1),
         Le(7),
-        Doc("Number of blocks of convnet, each halves the resolution; 3 for 32 px, 5 for 128 px (GSDD, A.2)."),
+        Doc("Number of blocks of a convnet, each halves the resolution; 3 for 32 px, 5 for 128 px (GSDD, A.2)."),
     ] = 3
     width: Annotated[int, Ge(1), Doc("Channels of every block of convnet (DC, Zhao et al. 2021: 128).")] = 128
     norm: Annotated[
@@ -52,7 +55,7 @@ class NetSpec:
     ] = "average"
 
     def __post_init__(self) -> None:
-        if self.name == "convnet":
+        if self.name in ("convnet", "convnet3d"):
             return
         for field in fields(self):
             if field.name != "name" and (value := getattr(self, field.name)) != field.default:
@@ -67,7 +70,8 @@ class Network(NamedTuple):
 
     Attributes:
         init: key -> params, a pytree of floating-point arrays, all of them trained; names and nesting are free.
-        apply: (params, images float [n, h, w, c]) -> (logits [n, k], features [n, ...]), of each image alone.
+        apply: (params, images float [n, h, w, c]) -> (logits [n, k], features [n, ...]), of each image alone, or
+            video [n, t, h, w, c].
         num_params: how many numbers `params` holds.
     """
 
@@ -136,7 +140,7 @@ class Network(NamedTuple):
         logits, features = found
         return logits, features
 
-    def check(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def check(self, image_shape: tuple[int, ...], num_classes: int) -> None:
         """Tells whether this is a network for such images and so many classes; computes nothing.
 
         Args:
@@ -164,8 +168,9 @@ class Network(NamedTuple):
             raise InputError(f"network.apply: expected logits of {num_classes} classes, found {logits.shape[1]}")
 
 
-_NETWORKS: dict[str, Callable[[NetSpec, tuple[int, int, int], int], linen.Module]] = {
+_NETWORKS: dict[str, Callable[[NetSpec, tuple[int, ...], int], linen.Module]] = {
     "convnet": convnet.make,
+    "convnet3d": convnet.make,
     "alexnet": lambda _, image_shape, num_classes: alexnet.make(image_shape=image_shape, num_classes=num_classes),
     "vgg11": lambda _, image_shape, num_classes: vgg.make(image_shape=image_shape, num_classes=num_classes),
     "resnet18": lambda _, image_shape, num_classes: resnet.make(image_shape=image_shape, num_classes=num_classes),
@@ -200,7 +205,7 @@ NetworkLike: TypeAlias = NetSpec | Network | linen.Module | Callable[..., Any]
 """What `build` takes for a network."""
 
 
-def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: int) -> Network:
+def build(network: NetworkLike, image_shape: tuple[int, ...], num_classes: int) -> Network:
     """Builds a network for images of one shape.
 
     Equal arguments give the same object, so that a function jitted with the network as a static argument
@@ -214,7 +219,8 @@ def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: 
     Args:
         network: Which network: a spec; a `Network`; a flax.linen module; or a class of flax.nnx modules, or
             another function of `rngs` that returns one. nnx modules are put into evaluation mode, `module.eval()`.
-        image_shape: (h, w, c).
+        image_shape: (h, w, c), or (t, h, w, c) of videos: of a module of your own the images are [n, t, h, w, c]; those
+            of a spec, but for convnet3d, see frames as images, and their outputs are means over the frames.
         num_classes: k, at least 1.
 
     Returns:
@@ -226,39 +232,52 @@ def build(network: NetworkLike, image_shape: tuple[int, int, int], num_classes: 
             beside its weights, such as batch statistics, or with random numbers in its calls, such as dropout.
         TypeError: No network, an nnx module in place of its class, or weights that are not floating point.
     """
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise InputError(f"image_shape: {image_shape}, must be (h, w, c), each at least 1")
+    if len(image_shape) not in (3, 4) or min(image_shape) < 1:
+        raise InputError(f"image_shape: {image_shape}, must be (h, w, c) or (t, h, w, c), each at least 1")
     if num_classes < 1:
         raise InputError(f"num_classes: {num_classes}, must be at least 1")
-    h, w, c = image_shape
-    return _build(network, (int(h), int(w), int(c)), int(num_classes))
+    return _build(network, tuple(int(side) for side in image_shape), int(num_classes))
 
 
 @lru_cache(maxsize=64)
-def _build(network: NetworkLike, shape: tuple[int, int, int], num_classes: int) -> Network:
+def _build(network: NetworkLike, shape: tuple[int, ...], num_classes: int) -> Network:
     if isinstance(network, NetSpec):
         if network.name not in _NETWORKS:
             raise InputError(f"network.name: {network.name!r}, must be one of {sorted(_NETWORKS)}")
-        network = _NETWORKS[network.name](network, shape, num_classes)
+        seen = shape if network.name == "convnet3d" else shape[-3:]
+        network = _of_module(_NETWORKS[network.name](network, seen, num_classes), seen)
+        network = network if seen == shape else _over_frames(network)
     if not isinstance(network, Network):
         network = _of_module(network, shape)
     network.check(shape, num_classes)
     return network
 
 
-def _of_module(module: Any, shape: tuple[int, int, int]) -> Network:
+def _of_module(module: Any, shape: tuple[int, ...]) -> Network:
     init, apply = modules.functions(module, shape)
     init = jax.jit(init)  # traced once, however often its shapes are asked for
 
     def checked(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         if images.shape[1:] != shape:
-            h, w, c = shape
-            raise InputError(f"images: shape {images.shape}, this network was built for [n, {h}, {w}, {c}]")
+            expected = ", ".join(map(str, ("n", *shape)))
+            raise InputError(f"images: shape {images.shape}, this network was built for [{expected}]")
         outputs: tuple[jax.Array, jax.Array] = apply(params, images)
         return outputs
 
     params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
     return Network(init, checked, _size(params))
+
+
+def _over_frames(network: Network) -> Network:
+    """Lets a network of images see videos: its logits and features are means over the frames."""
+
+    def apply(params: Any, videos: jax.Array) -> tuple[jax.Array, jax.Array]:
+        n, t = videos.shape[:2]
+        outputs = network.apply(params, videos.reshape(n * t, *videos.shape[2:]))
+        logits, features = (x.reshape(n, t, *x.shape[1:]).mean(1) for x in outputs)
+        return logits, features
+
+    return network._replace(apply=apply)
 
 
 def _size(params: Any) -> int:

@@ -39,7 +39,7 @@ class AlexNet(nn.Module):
         return layers.dense(features, self.num_classes, name="linear"), features
 
 
-def make(*, image_shape: tuple[int, int, int], num_classes: int) -> AlexNet:
+def make(*, image_shape: tuple[int, ...], num_classes: int) -> AlexNet:
     """Checks that an AlexNet fits the images and makes the module.
 
     Args:

@@ -90,6 +90,14 @@ def dense(x: jax.Array, features: int, *, use_bias: bool = True, name: str) -> j
     return nn.Dense(features, use_bias=use_bias, kernel_init=init, bias_init=init, name=name)(x)
 
 
+def conv3d(x: jax.Array, features: int, *, name: str) -> jax.Array:
+    """Convolves float [n, t, h, w, c] with 3x3x3 kernels: one of 3x3 over the channels of three frames, padded by 0."""
+    n, t, h, w, c = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    around = jnp.concatenate([padded[:, at : at + t] for at in range(3)], axis=-1)
+    return conv(around.reshape(n * t, h, w, 3 * c), features, name=name).reshape(n, t, h, w, features)
+
+
 class InstanceNorm(nn.Module):
     """Normalizes each channel of each image of float [n, h, w, c], the literature's GroupNorm with a group a channel.
 
@@ -134,8 +142,8 @@ def max_pool(x: jax.Array) -> jax.Array:
     """
     n, h, w, c = x.shape
     x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
-    top, bottom = (_larger(x[:, :, row, :, 0], x[:, :, row, :, 1]) for row in (0, 1))
-    return _larger(top, bottom)
+    top, bottom = (larger(x[:, :, row, :, 0], x[:, :, row, :, 1]) for row in (0, 1))
+    return larger(top, bottom)
 
 
 def avg_pool(x: jax.Array) -> jax.Array:
@@ -162,12 +170,13 @@ def adaptive_max_pool(x: jax.Array, side: int) -> jax.Array:
         last = -(-np.arange(1, side + 1) * pixels // side) - 1
         cells = jnp.take(x, first, axis=axis)
         for step in range(1, 1 + int((last - first).max())):
-            cells = _larger(cells, jnp.take(x, np.minimum(first + step, last), axis=axis))
+            cells = larger(cells, jnp.take(x, np.minimum(first + step, last), axis=axis))
         x = cells
     return x
 
 
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+def larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Takes the larger of each two numbers; of equal ones the first, and NaN wins."""
     return jnp.where((b > a) | jnp.isnan(b), b, a)
 
 

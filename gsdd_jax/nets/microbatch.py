@@ -14,7 +14,7 @@ from jax import lax
 
 # What the largest map of a part may take: the maps around a layer then fit into the caches of a core or two.
 BYTES = 4 << 20
-# The leading size of no array of weights, so that it tells what belongs to images.
+# Divides the leading size of no array of weights, so that it tells what belongs to images.
 _TRACED = 97
 
 
@@ -24,7 +24,7 @@ def size_of(init: Callable[[jax.Array], Any], apply: Callable[..., Any], shape: 
     Args:
         init: of the network, as `apply`.
         apply: (params, images) -> outputs.
-        shape: of the batch, (n, h, w, c).
+        shape: of the batch, (n, h, w, c) or (n, t, h, w, c).
     """
     n, *image_shape = shape
     if jax.default_backend() != "cpu" or n <= (most := _most(init, apply, tuple(image_shape))):
@@ -39,7 +39,8 @@ def _most(init: Callable[[jax.Array], Any], apply: Callable[..., Any], image_sha
     params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
     images = jax.ShapeDtypeStruct((_TRACED, *image_shape), jnp.float32)
     values = [v.aval for equation in jax.make_jaxpr(apply)(params, images).eqns for v in equation.outvars]
-    maps = [value.size * value.dtype.itemsize for value in values if value.shape[:1] == (_TRACED,)]
+    # Frames of videos may lie side by side.
+    maps = [x.size * x.dtype.itemsize for x in values if x.shape and x.shape[0] % _TRACED == 0]
     return max(1, BYTES * _TRACED // max(maps, default=1))
 
 

@@ -20,13 +20,13 @@ Init: TypeAlias = Callable[[jax.Array], Any]
 Apply: TypeAlias = Callable[[Any, jax.Array], Any]
 
 
-def functions(network: Any, image_shape: tuple[int, int, int]) -> tuple[Init, Apply]:
+def functions(network: Any, image_shape: tuple[int, ...]) -> tuple[Init, Apply]:
     """Returns `init` and `apply` of a `gsdd_jax.nets.Network` for a Flax module.
 
     Args:
         network: a linen module; or a class of nnx modules or another function of `rngs` that returns one, which is put
             into evaluation mode (`module.eval()`).
-        image_shape: (h, w, c).
+        image_shape: (h, w, c), or (t, h, w, c).
 
     Raises:
         ValueError: The module keeps more than weights, or draws random numbers when it is called.
@@ -52,7 +52,7 @@ def functions(network: Any, image_shape: tuple[int, int, int]) -> tuple[Init, Ap
     return _of_nnx(network)
 
 
-def _of_linen(module: linen.Module, image_shape: tuple[int, int, int]) -> tuple[Init, Apply]:
+def _of_linen(module: linen.Module, image_shape: tuple[int, ...]) -> tuple[Init, Apply]:
     name = type(module).__name__
 
     def init(key: jax.Array) -> Any:

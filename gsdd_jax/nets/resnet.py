@@ -63,7 +63,7 @@ def _conv_norm(x: jax.Array, width: int, name: str, *, side: int = 3, stride: in
     return layers.InstanceNorm(name=f"{name}_norm")(x)
 
 
-def make(*, image_shape: tuple[int, int, int], num_classes: int) -> ResNet18:
+def make(*, image_shape: tuple[int, ...], num_classes: int) -> ResNet18:
     """Checks that a ResNet18 fits the images and makes the module.
 
     Args:

@@ -52,7 +52,7 @@ class VGG11(nn.Module):
         return layers.dense(features, self.num_classes, name="linear"), features
 
 
-def make(*, image_shape: tuple[int, int, int], num_classes: int) -> VGG11:
+def make(*, image_shape: tuple[int, ...], num_classes: int) -> VGG11:
     """Checks that a VGG11 fits the images and makes the module.
 
     Args:

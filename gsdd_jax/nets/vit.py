@@ -79,7 +79,7 @@ class Block(nn.Module):
         return x + layers.dense(y, _WIDTH, name="mlp1")
 
 
-def make(*, image_shape: tuple[int, int, int], num_classes: int) -> ViT:
+def make(*, image_shape: tuple[int, ...], num_classes: int) -> ViT:
     """Checks that a ViT fits the images and makes the module.
 
     Args:

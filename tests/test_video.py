@@ -1,0 +1,188 @@
+"""Videos through what was made for images: codecs frame by frame, networks, augmentations, the three verbs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gsdd_jax as gsdd
+from gsdd_jax import augment, codecs, evaluation, fitting, nets, whiten
+
+FRAMES, SIDE = 3, 8
+SHAPE = (FRAMES, SIDE, SIDE, 1)
+
+
+def videos(n: int, channels: int = 1, seed: int = 0) -> np.ndarray:
+    shape = (n, FRAMES, SIDE, SIDE, channels)
+    return np.random.default_rng(seed).random(shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        codecs.GaussianSpec(images_per_class=2, num_points=3),
+        codecs.PackedGaussianSpec(images_per_class=2, num_points=3),
+        codecs.PixelSpec(images_per_class=2, dtype="uint8"),
+        codecs.DownscaleSpec(images_per_class=4, factor=2),
+        codecs.FrequencySpec(images_per_class=2, coefficients=8),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_codecs_of_images_store_every_frame_as_an_image(spec):
+    video = codecs.make(spec, image_shape=SHAPE, num_classes=2)
+    per_class = spec.images_per_class * FRAMES
+    image = codecs.make(
+        type(spec)(**vars(spec) | {"images_per_class": per_class}), image_shape=SHAPE[1:], num_classes=2
+    )
+    targets = videos(2 * spec.images_per_class)
+    params = video.init(jax.random.key(0), targets)
+    frames = image.init(jax.random.key(0), targets.reshape(-1, *SHAPE[1:]))
+    assert video.nbytes(params) == image.nbytes(frames)
+    assert video.layout() == image.layout()
+    drawn = np.asarray(image.decode(frames)).reshape(targets.shape)
+    np.testing.assert_array_equal(video.decode(params), drawn)
+    np.testing.assert_array_equal(video.decode(params, jnp.array([3, 1])), drawn[[3, 1]])
+    larger = video.decode(params, jnp.array([2]), size=(5, 12, 10))
+    assert larger.shape == (1, 5, 12, 10, 1)
+    each = np.asarray(image.decode(frames, jnp.arange(6, 9), size=(12, 10)))
+    middle = larger[0, 2]
+    np.testing.assert_allclose(middle, each[1], atol=1e-5)
+
+
+def test_a_fit_that_grows_draws_videos():
+    codec = codecs.make(codecs.PackedGaussianSpec(images_per_class=1, num_points=4), image_shape=SHAPE, num_classes=2)
+    targets = jnp.asarray(videos(2))
+    start = fitting.init_fit(jax.random.key(0), targets, codec=codec, steps=8)
+    state, _ = fitting.fit_steps(start, targets, codec=codec, steps=8, count=8)
+    error = [float(fitting.psnr(codec.decode(each.params), targets).mean()) for each in (start, state)]
+    assert error[1] > error[0]
+
+
+def test_augmentation_changes_all_frames_of_a_video_alike():
+    still = np.repeat(videos(4, channels=3)[:, :1], FRAMES, axis=1)
+    for operation in ("crop", "cutout", "flip", "scale", "rotate"):
+        spec = augment.DsaSpec(strategy=operation)
+        for siamese in (False, True):
+            one = augment.dsa(jax.random.key(1), still[:, 0], spec, siamese=siamese)
+            every = augment.dsa(jax.random.key(1), still, spec, siamese=siamese)
+            for frame in range(FRAMES):
+                np.testing.assert_allclose(every[:, frame], one, atol=1e-6)
+    assert np.abs(np.asarray(one) - still[:, 0]).max() > 0.1
+
+
+def test_contrast_of_a_video_is_about_the_mean_of_all_its_frames():
+    spec = augment.DsaSpec(strategy="color", brightness=0, saturation=0)
+    moved = np.asarray(augment.dsa(jax.random.key(0), videos(2, channels=3), spec))
+    gray = videos(2, channels=3).mean(-1, keepdims=True)
+    mean = gray.mean((1, 2, 3, 4), keepdims=True)
+    factor = (moved - mean)[..., :1] / (gray - mean)
+    np.testing.assert_allclose(factor, np.broadcast_to(factor[:, :1, :1, :1], factor.shape), rtol=1e-3)
+
+
+def test_cutmix_takes_the_same_box_of_all_frames():
+    still = np.repeat(videos(4)[:, :1], FRAMES, axis=1)
+    labels = jnp.eye(4, dtype=jnp.float32)
+    mixed, _ = augment.cutmix(jax.random.key(0), jnp.asarray(still), labels, 1.0)
+    alone, _ = augment.cutmix(jax.random.key(0), jnp.asarray(still[:, 0]), labels, 1.0)
+    for frame in range(FRAMES):
+        np.testing.assert_array_equal(mixed[:, frame], alone)
+
+
+def test_zca_of_videos_decorrelates_their_numbers():
+    rows = videos(400, seed=3)[:, :, :2, :2]
+    white = np.asarray(whiten.fit("zca", rows, eps=1e-6)(rows)).reshape(400, -1)
+    np.testing.assert_allclose(np.cov(white.T), np.eye(white.shape[1]), atol=2e-3)
+
+
+def _oracle(params, video, pooling, norm):
+    """The network of convnet3d in NumPy float64, for one video [t, h, w, c], one block and then the linear layer."""
+    kernel, bias = (np.asarray(params["conv0"][name], np.float64) for name in ("kernel", "bias"))
+    t, h, w, c = video.shape
+    kernel = kernel.reshape(3, 3, 3, c, -1).transpose(2, 0, 1, 3, 4)  # [time, row, column, in, out]
+    padded = np.pad(np.asarray(video, np.float64), ((1, 1), (1, 1), (1, 1), (0, 0)))
+    x = np.zeros((t, h, w, kernel.shape[-1])) + bias
+    for k, i, j in np.ndindex(3, 3, 3):
+        x += padded[k : k + t, i : i + h, j : j + w] @ kernel[k, i, j]
+    axes = (0, 1, 2) if norm == "instance" else (0, 1, 2, 3)
+    if norm != "none":
+        x = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    x = np.maximum(x, 0)
+    if pooling != "none":
+        cells = x[: t // 2 * 2, : h // 2 * 2, : w // 2 * 2].reshape(t // 2, 2, h // 2, 2, w // 2, 2, -1)
+        x = cells.mean((1, 3, 5)) if pooling == "average" else cells.max((1, 3, 5))
+    features = x.reshape(-1)
+    return features @ np.asarray(params["linear"]["kernel"], np.float64) + np.asarray(
+        params["linear"]["bias"]
+    ), features
+
+
+@pytest.mark.parametrize("pooling", ["average", "max", "none"])
+@pytest.mark.parametrize("norm", ["instance", "layer", "none"])
+def test_convnet3d_is_its_formula(pooling, norm):
+    spec = nets.NetSpec(name="convnet3d", depth=1, width=4, pooling=pooling, norm=norm)
+    network = nets.build(spec, (*SHAPE[:-1], 2), 3)
+    params = network.init(jax.random.key(0))
+    video = videos(2, channels=2)
+    logits, features = network.outputs(params, jnp.asarray(video))
+    for i in range(2):
+        expected = _oracle(params, video[i], pooling, norm)
+        np.testing.assert_allclose(logits[i], expected[0], atol=2e-5)
+        np.testing.assert_allclose(features[i], expected[1], atol=2e-5)
+
+
+def test_blocks_of_a_single_frame_pool_in_space_only():
+    network = nets.build(nets.NetSpec(name="convnet3d", depth=3, width=4), SHAPE, 2)
+    features = network.outputs(network.init(jax.random.key(0)), jnp.asarray(videos(1)))[1]
+    assert features.shape == (1, 4)
+
+
+def test_convnet3d_refuses_images():
+    with pytest.raises(ValueError, match="network.name: convnet3d is for videos"):
+        nets.build(nets.NetSpec(name="convnet3d"), (32, 32, 3), 10)
+
+
+def test_networks_of_images_average_the_frames():
+    of_images = nets.build(nets.NetSpec(depth=2, width=4), SHAPE[1:], 3)
+    of_videos = nets.build(nets.NetSpec(depth=2, width=4), SHAPE, 3)
+    params, video = of_images.init(jax.random.key(0)), jnp.asarray(videos(2))
+    each = [of_images.outputs(params, video[:, frame]) for frame in range(FRAMES)]
+    for got, parts in zip(of_videos.outputs(params, video), zip(*each, strict=True), strict=True):
+        np.testing.assert_allclose(got, sum(parts) / FRAMES, atol=1e-5)
+
+
+def test_three_verbs_on_videos(tmp_path):
+    """Two classes that no frame tells apart: the brighter half comes first, or last."""
+    random = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    ramp = np.array([0.0, 0.2, 0.4], np.float32)
+    level = np.where(labels[:, None] == 0, ramp, ramp[::-1]) + 0.3 * random.random((60, 1), np.float32)
+    data = (level[:, :, None, None, None] + 0.1 * random.random((60, *SHAPE), np.float32)).astype(np.float32)
+    data = np.round(data * 255).astype(np.uint8)
+    network = nets.NetSpec(name="convnet3d", depth=1, width=4, norm="none")
+    found = gsdd.distill(
+        jax.random.key(0),
+        data[:40],
+        labels[:40],
+        codec=codecs.PixelSpec(images_per_class=2, dtype="uint8"),
+        network=network,
+        steps=3,
+        augment=augment.DsaSpec(strategy="none"),
+        progress=False,
+    )
+    found.save(tmp_path)
+    again = gsdd.load(tmp_path)
+    assert again.codec.image_shape == SHAPE
+    assert again.images().shape == (4, *SHAPE)
+    np.testing.assert_array_equal(again.images(), found.images())
+    training = evaluation.EvalSpec(steps=60, batch=4, lr=0.05, seeds=1)
+    tested = gsdd.evaluate(
+        jax.random.key(1),
+        again,
+        data[40:],
+        labels[40:],
+        network=network,
+        training=training,
+        augment=augment.DsaSpec(strategy="none"),
+        progress=False,
+    )
+    assert tested.mean > 0.9
