@@ -31,6 +31,7 @@ from gsdd_jax.codecs import (
     PixelSpec,
     SparseEpitomeSpec,
     SpectralSpec,
+    StaticDynamicSpec,
 )
 from gsdd_jax.codecs import gaussian as gaussian_codec
 from gsdd_jax.gaussians import Gaussians
@@ -66,9 +67,10 @@ SPECS: dict[str, codecs.CodecSpec] = {
         patch=2, width=6, blocks=1, heads=2, tokens=4, nonzeros=20, images_per_class=3, dtype="bfloat16"
     ),
     "latent": LatentSpec(decoder="medium", width=8, latent_dim=4, images_per_class=3, dtype="bfloat16"),
+    "static dynamic": StaticDynamicSpec(factor=2, images_per_class=3),
 }
 # Codecs that cannot draw SHAPE.
-SHAPES = {"latent": (8, 8, 3)}
+SHAPES = {"latent": (8, 8, 3), "static_dynamic": (3, 4, 4, 3)}
 
 Part = Callable[[codecs.Codec, int], Any]
 
@@ -371,10 +373,10 @@ def test_gaussians_of_a_codec_draw_its_images_and_vmap_is_a_loop(case):
 
 
 def test_decode_at_another_size_shows_the_same_picture(case):
-    h, w, _ = case.codec.image_shape
-    large = np.asarray(jax.jit(lambda p: case.codec.decode(p, size=(2 * h, 3 * w)))(case.params))
-    assert large.shape == (case.codec.num_images, 2 * h, 3 * w, 3)
-    small, native = large.reshape(-1, h, 2, w, 3, 3).mean((2, 4)), np.asarray(case.decode(case.params))
+    *frames, h, w, _ = case.codec.image_shape
+    large = np.asarray(jax.jit(lambda p: case.codec.decode(p, size=(*frames, 2 * h, 3 * w)))(case.params))
+    assert large.shape == (case.codec.num_images, *frames, 2 * h, 3 * w, 3)
+    small, native = large.reshape(-1, *frames, h, 2, w, 3, 3).mean((-4, -2)), np.asarray(case.decode(case.params))
     # The same picture up to blur: far nearer to its own original than to the next image.
     assert np.mean((small - native) ** 2) < 0.3 * np.mean((small - np.roll(native, 1, axis=0)) ** 2)
 
@@ -444,7 +446,7 @@ REMEDY = re.compile(r"codec\.(\w+) of at most (\d+)")
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_refusal_names_the_largest_settings_and_the_least_budget_that_fit(name):
-    settings = {"image_shape": SHAPES.get(name.partition(" ")[0], SHAPE)}
+    settings = {"image_shape": SHAPES.get(SPECS[name].name, SHAPE)}
     codec = make(SPECS[name], **settings)
     spec, least = codec.spec, -(-storage.nbytes(codec.layout()) // CLASSES)
     assert make(spec, **settings, bytes_per_class=least) is make(spec, **settings, bytes_per_class=None) is codec

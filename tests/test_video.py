@@ -1,12 +1,16 @@
 """Videos through what was made for images: codecs frame by frame, networks, augmentations, the three verbs."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import gsdd_jax as gsdd
 from gsdd_jax import augment, codecs, evaluation, fitting, nets, whiten
+from train import export, pictures
 
 FRAMES, SIDE = 3, 8
 SHAPE = (FRAMES, SIDE, SIDE, 1)
@@ -47,6 +51,30 @@ def test_codecs_of_images_store_every_frame_as_an_image(spec):
     each = np.asarray(image.decode(frames, jnp.arange(6, 9), size=(12, 10)))
     middle = larger[0, 2]
     np.testing.assert_allclose(middle, each[1], atol=1e-5)
+
+
+def test_static_and_dynamic_parts_hold_still_and_slow_videos():
+    make = lambda **settings: codecs.make(  # noqa: E731
+        codecs.StaticDynamicSpec(images_per_class=1, **settings), image_shape=SHAPE, num_classes=2
+    )
+    rows = np.linspace(0.2, 0.8, FRAMES * 16, dtype=np.float32).reshape(FRAMES, 4, 4, 1)
+    small = jax.image.resize(np.stack([rows, rows[::-1]]), (2, *SHAPE), "linear")
+    halves, still = make(factor=2), make(factor=0)
+    params = halves.init(jax.random.key(0), small)
+    assert halves.nbytes(params) == 2 * 4 * (SIDE**2 + FRAMES * 16)
+    np.testing.assert_allclose(halves.decode(params), small, atol=1e-5)
+    np.testing.assert_array_equal(halves.decode(params, jnp.array([1])), halves.decode(params)[1:])
+    repeated = still.decode(still.init(jax.random.key(0), small))
+    np.testing.assert_allclose(repeated, np.broadcast_to(small.mean(1, keepdims=True), small.shape), atol=1e-6)
+    coarse = make(factor=2, dtype="uint8")
+    written = coarse.quantize(params)
+    np.testing.assert_allclose(coarse.decode(coarse.dequantize(written)), small, atol=1.01 / 85)
+    assert still.decode(still.init(jax.random.key(0), small), size=(6, 4, 12)).shape == (2, 6, 4, 12, 1)
+
+
+def test_static_and_dynamic_parts_refuse_images():
+    with pytest.raises(ValueError, match=r"codec.name: static_dynamic is of videos .*, found images \[8, 8, 1\]"):
+        codecs.make(codecs.StaticDynamicSpec(images_per_class=1), image_shape=SHAPE[1:], num_classes=2)
 
 
 def test_a_fit_that_grows_draws_videos():
@@ -186,3 +214,44 @@ def test_three_verbs_on_videos(tmp_path):
         progress=False,
     )
     assert tested.mean > 0.9
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_videos_move(channels):
+    frames = np.zeros((4, FRAMES, SIDE, SIDE, channels), np.float32)
+    for t in range(FRAMES):
+        frames[:, t, 2 * t : 2 * t + 2] = 1.0
+    sheet = Image.open(io.BytesIO(pictures.grid(frames, np.array([0, 0, 1, 1]), ("a", "b"))))
+    assert sheet.n_frames == FRAMES
+    still = Image.open(io.BytesIO(pictures.grid(frames[:, 0], np.array([0, 0, 1, 1]), ("a", "b"))))
+    assert sheet.size == still.size
+    for t in range(FRAMES):
+        sheet.seek(t)
+        expected = Image.open(io.BytesIO(pictures.grid(frames[:, t], np.array([0, 0, 1, 1]), ("a", "b"))))
+        np.testing.assert_array_equal(sheet.convert("RGBA"), expected.convert("RGBA"))
+
+
+@pytest.mark.parametrize("form", ["png", "webp", "gif"])
+def test_exported_videos_are_animated_files(form, tmp_path):
+    codec = codecs.make(codecs.PixelSpec(images_per_class=1), image_shape=SHAPE, num_classes=2)
+    # Gray levels that no palette has to merge.
+    targets = np.round(videos(2) * 15) / 15
+    made = gsdd.SynSet(codec, codec.init(jax.random.key(0), targets), 4 * FRAMES * SIDE**2, ("a", "b"))
+    made.save(tmp_path / "set")
+    assert export.main(["--run", str(tmp_path / "set"), "--to", form, "--out", str(tmp_path / "out")]) == 0
+    for label, name in enumerate(("0_a", "1_b")):
+        with Image.open(tmp_path / "out" / name / f"{label}.{form}") as file:
+            assert file.n_frames == FRAMES
+            for t in range(FRAMES):
+                file.seek(t)
+                shown = np.asarray(file.convert("RGB"))[..., :1] / 255
+                np.testing.assert_allclose(shown, targets[label, t], atol=1 / 255)
+
+
+def test_forms_of_images_refuse_videos(tmp_path, capsys):
+    codec = codecs.make(codecs.PixelSpec(images_per_class=1), image_shape=SHAPE, num_classes=2)
+    params = codec.init(jax.random.key(0), videos(2))
+    gsdd.SynSet(codec, params, 4 * FRAMES * SIDE**2, ("a", "b")).save(tmp_path / "set")
+    with pytest.raises(SystemExit):
+        export.main(["--run", str(tmp_path / "set"), "--to", "huggingface", "--out", str(tmp_path / "out")])
+    assert "--to: expected png, webp, gif or npz for videos" in capsys.readouterr().err

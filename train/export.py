@@ -1,12 +1,12 @@
 """Write the images of a distilled set for other programs: ``python -m train.export --run DIR --to png --out DIR``.
 
-``--to`` is ``png``, ``npz``, ``tfds``, ``huggingface``, or for the set itself ``set`` and ``orbax``; docs/exchange.md
-says what each holds. All have a ``metadata.json``: the names of the classes as they are, what the set recorded
-(whitening, statistics of the channels, learned rate), and how the run trained its test networks.
+``--to`` is ``png``, ``webp``, ``gif``, ``npz``, ``tfds``, ``huggingface``, or for the set itself ``set`` and ``orbax``;
+docs/exchange.md says what each holds. All have a ``metadata.json``: the names of the classes as they are, what the set
+recorded (whitening, statistics of the channels, learned rate), and how the run trained its test networks.
 
-Images are those of the codec before any whitening, around [0,1]. PNGs, hence ``png``, ``tfds`` and ``huggingface``,
-have 8 bits: values are clipped to [0,1] and rounded. What a form lacks that the accuracies of the run needed is said in
-one line.
+Images are those of the codec before any whitening, around [0,1]. Files of pictures, also within ``tfds`` and
+``huggingface``, have 8 bits: values are clipped to [0,1] and rounded. Those of videos are animated. What a form lacks
+that the accuracies of the run needed is said in one line.
 
 The target must not exist or be empty. It appears under its name when all of it is written.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -33,6 +34,7 @@ from gsdd_jax.errors import needing
 from train import commands, compilation_cache, results
 from train import config as configs
 from train.errors import UserError, exit_cleanly, explain
+from train.pictures import animated
 
 # In letters; file systems take 255 bytes, and a letter has at most four.
 NAME_LENGTH = 50
@@ -48,7 +50,7 @@ class Export(NamedTuple):
 
     Attributes:
         synset: The set.
-        images: ``[n, h, w, c]`` float32.
+        images: ``[n, h, w, c]``, or ``[n, t, h, w, c]``, float32.
         zca: The whitening of the run, where it is known and needed.
         state: What the distillation goes on from, where it is asked for.
     """
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--masters: only --to orbax holds them, found --to {args.to}")
         if args.size and args.to in SETS:
             raise UserError(f"--size: a set is drawn at any size later; leave it out, found {args.size!r}")
-        run, out, size = synset.located(args.run), Path(args.out), _size(args.size) if args.size else None
+        run, out, size = synset.located(args.run), Path(args.out), _size(args.size) if args.size else ()
         check_target(out)
         made: SynSet | MergedSet
         if args.checkpoint or args.masters:
@@ -91,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             made, state = distill.from_checkpoint(run)
         else:
             made, state = results.exported(run), None
-        images = np.asarray(made.images(size), np.float32)
+        native = made.parts[0].codec.image_shape[:-1]
+        images = np.asarray(made.images((*native[: len(native) - len(size)], *size)), np.float32)
         training, zca, left_out = _needed(run, made, images, args.to)
         metadata = {
             "class_names": made.class_names,
@@ -108,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             (folder / METADATA).write_text(json.dumps(metadata, indent=2))
 
         files.write_folder(out, write)
-        n, h, w, c = images.shape
+        sides = "x".join(map(str, images.shape[1:]))
         outside = f"{100 * np.mean((images < 0) | (images > 1)):.2f} % of all values were outside [0,1] and"
         told = f"{outside} stay so" if args.to in UNCLIPPED else f"{outside} were clipped"
-        print(f"{out}: {n} images of {h}x{w}x{c} in {len(made.class_names)} classes; {told}")
+        print(f"{out}: {len(images)} images of {sides} in {len(made.class_names)} classes; {told}")
         if left_out:
             parts = ", ".join(f"{what} ({why})" for what, why in left_out.items())
             print(f"left out, although the accuracies of the run needed it: {parts}")
@@ -164,18 +167,20 @@ def check_target(out: Path) -> None:
         raise UserError(f"--out: no such directory: {out.parent}")
 
 
-def _pngs(images: np.ndarray) -> dict[str, bytes]:
-    """Returns images ``[n, h, w, c]`` as PNGs by their names, clipped to [0,1] and rounded to 8 bits."""
+def _pictures(images: np.ndarray, form: str = "png") -> dict[str, bytes]:
+    """Returns images or videos as files by their names, clipped to [0,1] and rounded to 8 bits."""
     channels, digits = images.shape[-1], len(str(len(images) - 1))
     if channels not in (1, 3):
-        raise UserError(f"--to: a PNG has 1 or 3 channels, the images have {channels}; expected npz")
-    if broken := np.isnan(images).any((1, 2, 3)).sum():
-        raise UserError(f"--to: {broken} of {len(images)} images hold NaN, which a PNG cannot; expected npz")
-    found = {}
+        raise UserError(f"--to: a {form.upper()} has 1 or 3 channels, the images have {channels}; expected npz")
+    if broken := np.isnan(images).reshape(len(images), -1).any(1).sum():
+        raise UserError(f"--to: {broken} of {len(images)} images hold NaN, which a {form.upper()} cannot; expected npz")
+    found, lossless = {}, {"lossless": True} if form == "webp" else {}
     for i, each in enumerate(np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)):
         stream = io.BytesIO()
-        Image.fromarray(each[..., 0] if channels == 1 else each).save(stream, "PNG")
-        found[f"{i:0{digits}d}.png"] = stream.getvalue()
+        frames = each if images.ndim == 5 else each[None]
+        first, *others = (Image.fromarray(frame[..., 0] if channels == 1 else frame) for frame in frames)
+        first.save(stream, form, **animated(others), **lossless)
+        found[f"{i:0{digits}d}.{form}"] = stream.getvalue()
     return found
 
 
@@ -186,13 +191,13 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     return [f"{i:0{digits}d}_{name}".rstrip("_") for i, name in enumerate(safe)]
 
 
-def write_png(export: Export, folder: Path) -> None:
-    """Writes a folder of PNGs per class."""
+def write_pictures(form: str, export: Export, folder: Path) -> None:
+    """Writes a folder of files per class."""
     folders = [folder / name for name in folder_names(export.synset.class_names)]
     for each in folders:
         each.mkdir()
-    for (name, png), label in zip(_pngs(export.images).items(), export.synset.labels, strict=True):
-        (folders[label] / name).write_bytes(png)
+    for (name, file), label in zip(_pictures(export.images, form).items(), export.synset.labels, strict=True):
+        (folders[label] / name).write_bytes(file)
     if export.synset.soft_labels is not None:
         np.save(folder / "soft_labels.npy", np.asarray(export.synset.soft_labels), allow_pickle=False)
 
@@ -222,7 +227,7 @@ def write_tfds(export: Export, folder: Path) -> None:
         import array_record.python.array_record_module  # noqa: F401
         import tensorflow_datasets as tfds
     names = _distinct([" ".join(name.split()) for name in export.synset.class_names], "tfds")
-    pngs = map(io.BytesIO, _pngs(export.images).values())
+    pngs = map(io.BytesIO, _pictures(_still(export.images)).values())
     columns: dict[str, Any] = {"image": pngs, "label": map(int, export.synset.labels)}
     kinds = {
         "image": tfds.features.Image(shape=export.images.shape[1:], encoding_format="png"),
@@ -262,6 +267,12 @@ def write_tfds(export: Export, folder: Path) -> None:
     shutil.rmtree(folder / builder.name)
 
 
+def _still(images: np.ndarray) -> np.ndarray:
+    if images.ndim != 4:
+        raise UserError("--to: expected png, webp, gif or npz for videos, whose form has images only")
+    return images
+
+
 def _distinct(names: Sequence[str], form: str) -> Sequence[str]:
     if len({*names, ""}) <= len(names):
         raise UserError(
@@ -277,7 +288,7 @@ def write_huggingface(export: Export, folder: Path) -> None:
         from pyarrow import parquet
     names, soft = _distinct(export.synset.class_names, "huggingface"), export.synset.soft_labels
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    pngs = [{"bytes": png, "path": name} for name, png in _pngs(export.images).items()]
+    pngs = [{"bytes": png, "path": name} for name, png in _pictures(_still(export.images)).items()]
     columns = {
         "image": pyarrow.array(pngs, image),
         "label": pyarrow.array(export.synset.labels, pyarrow.int64()),
@@ -311,7 +322,7 @@ def _sentence(made: SynSet | MergedSet) -> str:
 
 
 FORMS: dict[str, Callable[[Export, Path], Any]] = {
-    "png": write_png,
+    **{form: functools.partial(write_pictures, form) for form in ("png", "webp", "gif")},
     "npz": write_npz,
     "tfds": write_tfds,
     "huggingface": write_huggingface,

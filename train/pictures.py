@@ -27,6 +27,7 @@ _NAME = 22  # characters
 _GRAY = "#7d858f"  # contrast 3.8 on white, 4.7 on near-black
 _CORAL = (1.0, 0.38, 0.34, 0.95)  # seen on black and on white ellipses alike
 _BLUE = "#3b82f6"
+_DURATION = 125  # of a frame, milliseconds
 _STRETCHES = 100  # of a line; a longer one is averaged in each
 
 
@@ -43,7 +44,8 @@ def grid(images: Any, labels: np.ndarray, class_names: Sequence[str]) -> bytes:
 
     Args:
         images: ``[n, h, w, c]`` in [0,1], c of 1, 3 or 4 (with alpha), class-major; values outside are clipped, and
-            pixels with a NaN are magenta. The first 12 of the first 20 classes are drawn; a note says of how many.
+            pixels with a NaN are magenta. The first 12 of the first 20 classes are drawn; a note says of how many. Of
+            videos ``[n, t, h, w, c]`` the PNG is an animated one.
         labels: ``[n]``; of each class as many are drawn as of all.
         class_names: One per class.
 
@@ -57,10 +59,10 @@ def grid(images: Any, labels: np.ndarray, class_names: Sequence[str]) -> bytes:
         values = np.nan_to_num(image, nan=0.0, posinf=1.0, neginf=0.0)
         drawn[..., : max(3, image.shape[-1])] = np.rint(np.clip(values, 0, 1) * 255)
         drawn[np.isnan(image).any(-1)] = 255, 0, 255, 255
-        scale = _scale(image.shape)
+        scale = _scale(image.shape[:2])
         return drawn.repeat(scale, axis=0).repeat(scale, axis=1)
 
-    return _sheet(rows, class_names, tile)
+    return _sheet(rows, class_names, tile, moving=np.ndim(images) == 5)
 
 
 def ellipse_grid(
@@ -164,6 +166,11 @@ def curve(x: Sequence[float], y: Sequence[float], *, log: bool = False) -> bytes
     return out.getvalue()
 
 
+def animated(others: Sequence[Image.Image]) -> dict[str, Any]:
+    """Returns what Pillow is told to save an image with others as the frames of a file; nothing without others."""
+    return {"save_all": True, "append_images": others, "duration": _DURATION, "loop": 0} if others else {}
+
+
 def _rows(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Returns as many of each class as all classes have, ``[k, per class, ...]``."""
     count = int(np.bincount(labels).min())
@@ -174,14 +181,23 @@ def _scale(size: Sequence[int]) -> int:
     return max(1, round(_TILE / max(size)))
 
 
-def _sheet(rows: np.ndarray, class_names: Sequence[str], tile: Callable[[np.ndarray], np.ndarray]) -> bytes:
-    """Returns a PNG of what `tile` draws of each image of ``[k, per class, ...]``, beside the names of the classes."""
+def _sheet(
+    rows: np.ndarray, class_names: Sequence[str], tile: Callable[[np.ndarray], np.ndarray], *, moving: bool = False
+) -> bytes:
+    """Returns a PNG of what `tile` draws of each image of ``[k, per class, ...]``, beside the names of the classes.
+
+    With ``moving``, what is drawn are frames, ``[k, per class, t, ...]``.
+    """
     import matplotlib
 
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", _FONT_SIZE)
     classes, images = rows.shape[:2]
-    tiles = [[Image.fromarray(tile(image)) for image in row[: MOST[1]]] for row in rows[: MOST[0]]]
-    k, n, (width, height) = len(tiles), len(tiles[0]), tiles[0][0].size
+    drawn = rows[: MOST[0], : MOST[1]]
+    tiles = [
+        [[Image.fromarray(tile(frame)) for frame in (image if moving else image[None])] for image in row]
+        for row in drawn
+    ]
+    k, n, (width, height) = len(tiles), len(tiles[0]), tiles[0][0][0].size
     cut = [f"{n} of {images} images per class"] * (n < images) + [f"{k} of {classes} classes"] * (k < classes)
     note = "Shown: the first " + ", the first ".join(cut) if cut else ""
     names = [" ".join(name.split()) for name in class_names[:k]]
@@ -189,16 +205,22 @@ def _sheet(rows: np.ndarray, class_names: Sequence[str], tile: Callable[[np.ndar
     left = math.ceil(max(map(font.getlength, names))) + 5 * _GAP
     right, bottom = left + n * (width + _GAP) - _GAP, k * (height + _GAP) - _GAP
     size = max(right, left + math.ceil(font.getlength(note))), bottom + (2 * _FONT_SIZE if note else 0)
-    sheet = Image.new("RGBA", size, (*ImageColor.getrgb(_GRAY), 0))
-    draw = ImageDraw.Draw(sheet)
+    empty = Image.new("RGBA", size, (*ImageColor.getrgb(_GRAY), 0))
+    draw = ImageDraw.Draw(empty)
     draw.text((left, size[1]), note, _GRAY, font, anchor="ld")
-    for row, (name, drawn) in enumerate(zip(names, tiles, strict=True)):
-        top = row * (height + _GAP)
-        draw.text((left - 4 * _GAP, top + height / 2), name, _GRAY, font, anchor="rm")
-        for column, image in enumerate(drawn):
-            sheet.paste(image, (left + column * (width + _GAP), top))
+    for row, name in enumerate(names):
+        draw.text((left - 4 * _GAP, row * (height + _GAP) + height / 2), name, _GRAY, font, anchor="rm")
+
+    def at(frame: int) -> Image.Image:
+        sheet = empty.copy()
+        for row, of_class in enumerate(tiles):
+            for column, image in enumerate(of_class):
+                sheet.paste(image[frame], (left + column * (width + _GAP), row * (height + _GAP)))
+        return sheet
+
+    first, *others = map(at, range(len(tiles[0][0])))
     out = io.BytesIO()
-    sheet.save(out, "png", optimize=True)
+    first.save(out, "png", optimize=True, **animated(others))
     return out.getvalue()
 
 

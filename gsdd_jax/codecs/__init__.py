@@ -31,6 +31,7 @@ from gsdd_jax.codecs.palette import PaletteSpec
 from gsdd_jax.codecs.pixel import PixelSpec
 from gsdd_jax.codecs.sparse_epitome import SparseEpitomeSpec
 from gsdd_jax.codecs.spectral import SpectralSpec
+from gsdd_jax.codecs.static_dynamic import StaticDynamicSpec
 from gsdd_jax.errors import InputError
 from kernels.spec import integer
 
@@ -51,6 +52,7 @@ __all__ = [
     "PixelSpec",
     "SparseEpitomeSpec",
     "SpectralSpec",
+    "StaticDynamicSpec",
     "make",
     "register",
 ]
@@ -68,6 +70,7 @@ CodecSpec = (
     | MemorySpec
     | SparseEpitomeSpec
     | SpectralSpec
+    | StaticDynamicSpec
     | LatentSpec
 )
 """The registry: the specs of all codecs of the package."""
