@@ -8,6 +8,9 @@ once for all its images, as they have one size and one quality, is not:
   the boxes of the container, about 300 bytes.
 - JPEG: the entropy-coded data of the scan, without tables and markers. The Huffman tables are those of the standard,
   the same for every image.
+
+Videos are animated files, whose frames AV1 predicts from each other and WebP from what stands still; as JPEG, every
+frame is an image. Of them all frames are counted in the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from gsdd_jax.errors import InputError
 
@@ -27,20 +30,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "avif": {"speed": 6, "max_threads": 1, "subsampling": "4:2:0"},
     "jpeg": {"subsampling": "4:2:0"},
 }
+# Milliseconds of a frame; the header of a file says it.
+_DURATION = 100
 # AV1 specification, section 6.2.2: the units that hold an image.
 FRAME_UNITS = (3, 4, 6)
 
 
 def compress(image: np.ndarray, format: str, quality: int) -> tuple[np.ndarray, int]:
-    """Compresses an image.
+    """Compresses an image or a video.
 
     Args:
-        image: ``[h, w, c]`` uint8, of 1 or 3 channels.
+        image: ``[h, w, c]``, or ``[t, h, w, c]``, uint8, of 1 or 3 channels.
         format: A key of ``OPTIONS``.
         quality: 0 to 100; the scales of the formats are not the same.
 
     Returns:
-        The image as it is read back, ``[h, w, c]`` uint8, and the bytes that count, see above.
+        The image as it is read back, of the same shape and dtype, and the bytes that count, see above.
 
     Raises:
         ValueError: Another number of channels.
@@ -48,12 +53,22 @@ def compress(image: np.ndarray, format: str, quality: int) -> tuple[np.ndarray, 
     channels = image.shape[-1]
     if channels not in (1, 3):
         raise InputError(f"image: expected 1 or 3 channels, found {channels}")
+    if image.ndim == 4 and (format == "jpeg" or len(image) == 1):
+        frames, sizes = zip(*(compress(frame, format, quality) for frame in image), strict=True)
+        return np.stack(frames), sum(sizes)
     file, mode = io.BytesIO(), "L" if channels == 1 else "RGB"
-    Image.fromarray(image[..., 0] if channels == 1 else image).save(
-        file, format, quality=max(quality, 1) if format == "jpeg" else quality, **OPTIONS[format]
+    settings = {"quality": max(quality, 1) if format == "jpeg" else quality, **OPTIONS[format]}
+    first, *others = (
+        Image.fromarray(frame[..., 0] if channels == 1 else frame) for frame in image.reshape(-1, *image.shape[-3:])
     )
-    decoded = np.asarray(Image.open(file).convert(mode)).reshape(image.shape)
-    return decoded, PAYLOADS[format](file.getvalue())
+    moving = {"save_all": True, "append_images": others, "duration": _DURATION} if others else {}
+    first.save(file, format, **settings, **moving)
+    decoded = []
+    for frame in ImageSequence.Iterator(Image.open(file)):
+        shown = np.asarray(frame.convert(mode))
+        # Equal frames are one that lasts longer.
+        decoded += [shown] * (frame.info["duration"] // _DURATION if others else 1)
+    return np.stack(decoded).reshape(image.shape), PAYLOADS[format](file.getvalue())
 
 
 def fill(
@@ -62,7 +77,7 @@ def fill(
     """Compresses images until a budget is full, as many of each class.
 
     Args:
-        images: ``[n, h, w, c]`` uint8.
+        images: ``[n, h, w, c]``, or ``[n, t, h, w, c]``, uint8.
         candidates: Of each of the ``k`` classes the numbers of images, in the order in which they are taken.
         format: A key of ``OPTIONS``.
         quality: As in `compress`.
@@ -87,9 +102,20 @@ def fill(
 
 
 def _webp(file: bytes) -> int:
-    if file[12:16] != b"VP8 ":
-        raise InputError(f"expected a lossy WebP file without extensions, found {file[12:16]!r}")
-    return int.from_bytes(file[16:20], "little") - 10
+    return sum(size - 10 for size in _vp8(file[12:]))
+
+
+def _vp8(chunks: bytes) -> Iterator[int]:
+    """Yields the sizes of lossy frames: WebP container specification, RIFF and ANMF."""
+    while chunks:
+        kind, size = chunks[:4], int.from_bytes(chunks[4:8], "little")
+        if kind == b"VP8 ":
+            yield size
+        elif kind == b"ANMF":
+            yield from _vp8(chunks[24 : 8 + size])
+        elif kind not in (b"VP8X", b"ANIM"):
+            raise InputError(f"expected a lossy WebP file without extensions, found {kind!r}")
+        chunks = chunks[8 + size + size % 2 :]
 
 
 def _jpeg(file: bytes) -> int:

@@ -47,3 +47,32 @@ def test_images_of_all_classes_fill_the_budget_and_no_more():
     assert len(images) == 2 * 3 and spent == rounds[2]
     np.testing.assert_array_equal(images[3], compressed.compress(IMAGES[11], "jpeg", 10)[0])
     assert compressed.fill(IMAGES, candidates, "jpeg", 10, int(rounds[0]) - 1)[0].shape == (0, 16, 16, 3)
+
+
+@pytest.mark.parametrize("format", compressed.OPTIONS)
+def test_frames_of_videos_are_counted_without_headers(format):
+    """Two that stand still and then one of other content; no format needs more than for three images."""
+    video = np.stack([IMAGES[0], IMAGES[0], IMAGES[5]])
+    decoded, size = compressed.compress(video, format, 60)
+    alone = [compressed.compress(image, format, 60) for image in video]
+    assert decoded.shape == video.shape
+    assert size <= sum(each for _, each in alone)
+    for frame, (image, _) in zip(decoded, alone, strict=True):
+        assert np.mean((frame.astype(float) - image) ** 2) < 60
+    if format == "jpeg":
+        np.testing.assert_array_equal(decoded, [image for image, _ in alone])
+    else:
+        file = io.BytesIO()
+        first, *others = map(Image.fromarray, video)
+        first.save(
+            file, format, quality=60, save_all=True, append_images=others, duration=100, **compressed.OPTIONS[format]
+        )
+        # A still frame costs next to nothing, and containers of moving images more than those of still ones.
+        assert size < 1.5 * (alone[0][1] + alone[2][1]) < len(file.getvalue())
+
+
+def test_a_video_of_one_frame_is_an_image():
+    decoded, size = compressed.compress(IMAGES[:1], "avif", 30)
+    image, expected = compressed.compress(IMAGES[0], "avif", 30)
+    np.testing.assert_array_equal(decoded, image[None])
+    assert size == expected
