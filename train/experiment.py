@@ -190,8 +190,8 @@ def prepare(config: RunConfig, dataset: data.Dataset | None = None) -> Experimen
         data.require_per_class(dataset, codec.images_per_class, "codec.images_per_class")
     if baselines.same_number:
         data.require_per_class(dataset, codec.images_per_class, "baselines.same_number")
-    if baselines.compressed and shape[2] not in (1, 3):
-        raise ConfigError(f"baselines.compressed: expected images of 1 or 3 channels, found {shape[2]}; say []")
+    if baselines.compressed and shape[-1] not in (1, 3):
+        raise ConfigError(f"baselines.compressed: expected images of 1 or 3 channels, found {shape[-1]}; say []")
     data.require_per_class(dataset, 1, "objective.batch_real")
     network = nets.build(config.network, shape, dataset.num_classes)
     config = dataclasses.replace(config, objective=match.resolved(config.objective, config.ipc))
