@@ -741,7 +741,7 @@ _OF_FOLDER = {"source": "folder", "path": "x"}
         (_OF_FOLDER | {"subset": "imagewoof", "classes": ("a",)}, r"data\.classes: expected none beside"),
         (_OF_FOLDER | {"test_fraction": 0.1, "test_split": "val"}, r"data\.test_split: expected none beside .*'val'"),
         ({"background": "#00000080"}, r"data\.background: expected a color .*found '#00000080'"),
-        ({"source": "web"}, "unknown source 'web'; allowed: digits, tfds, folder"),
+        ({"source": "web"}, "unknown source 'web'; allowed: digits, moving_digits, "),
     ],
 )
 def test_spec_checks_fields_against_each_other(fields: dict, message: str) -> None:

@@ -45,6 +45,8 @@ __all__ = [
 
 # Unreadable images that a message names; further ones are counted.
 _NAMED = 20
+# Sources that are made here, of nothing that a setting could name.
+_BUILT_IN = ("digits", "moving_digits", "solid_digits")
 
 
 class DataNotice(UserWarning):
@@ -56,10 +58,11 @@ class DataSpec:
     """Which images to read, and how to bring them to one size."""
 
     source: Annotated[
-        Literal["digits", "tfds", "folder"],
+        Literal["digits", "moving_digits", "solid_digits", "tfds", "folder"],
         Doc(
-            "digits = scikit-learn's 8x8 digits; tfds = a prepared TFDS set; folder = root/{train,test}/<class>/*.png, "
-            "at any depth and in any format that Pillow reads."
+            "digits = scikit-learn's 8x8 digits; moving_digits, solid_digits = videos and volumes made of them; tfds = a "
+            "prepared TFDS set; folder = root/{train,test}/<class>/*.png, at any depth and in any format that Pillow "
+            "reads."
         ),
     ] = "digits"
     name: Annotated[
@@ -146,11 +149,11 @@ class DataSpec:
             opaque = False
         if not opaque:
             raise InputError(f'data.background: expected a color such as white or "#rrggbb", found {self.background!r}')
-        if self.source == "digits":
+        if self.source in _BUILT_IN:
             for field in ("name", "path", "train_split", "test_split", "test_fraction", "subset"):
                 if getattr(self, field):
                     found = getattr(self, field)
-                    raise InputError(f"data.{field} must be empty with data.source 'digits', found {found!r}")
+                    raise InputError(f"data.{field} must be empty with data.source {self.source!r}, found {found!r}")
 
 
 class Dataset(NamedTuple):
@@ -158,7 +161,8 @@ class Dataset(NamedTuple):
 
     Attributes:
         name: For reports.
-        train_images: [N, h, w, c], uint8 as `load` gives them, or float32 in [0,1].
+        train_images: [N, h, w, c], of videos and volumes [N, t, h, w, c]; uint8 as `load` gives them, or float32 in
+            [0,1].
         train_labels: int32 [N] in [0, k).
         test_images: [M, h, w, c], in the same form.
         test_labels: int32 [M].
@@ -173,10 +177,9 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """`(h, w, c)`."""
-        h, w, c = self.train_images.shape[1:]
-        return h, w, c
+    def image_shape(self) -> tuple[int, ...]:
+        """`(h, w, c)`, or `(t, h, w, c)` of videos and volumes."""
+        return self.train_images.shape[1:]
 
     @property
     def num_classes(self) -> int:
@@ -193,10 +196,6 @@ class Dataset(NamedTuple):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-
-
-def _open_digits(spec: DataSpec) -> Source:
-    return digits.open_digits()
 
 
 def _open_tfds(spec: DataSpec) -> Source:
@@ -222,7 +221,13 @@ def _open_folder(spec: DataSpec) -> Source:
     return source._replace(name=spec.name or source.name)
 
 
-SOURCES: dict[str, Callable[[DataSpec], Source]] = {"digits": _open_digits, "tfds": _open_tfds, "folder": _open_folder}
+SOURCES: dict[str, Callable[[DataSpec], Source]] = {
+    "digits": lambda _: digits.open_digits(),
+    "moving_digits": lambda _: digits.open_moving_digits(),
+    "solid_digits": lambda _: digits.open_solid_digits(),
+    "tfds": _open_tfds,
+    "folder": _open_folder,
+}
 """The registry: what opens a source, by its name in ``data.source``."""
 
 

@@ -116,6 +116,15 @@ class Converter:
         pixels = np.asarray(image)
         return pixels[..., None] if self.channels == 1 else pixels
 
+    def array(self, pixels: np.ndarray) -> np.ndarray:
+        """Converts uint8 [h, w, c] or [t, h, w, c], c being 1 or 3; frames and slices stay as many."""
+        side = self.resolution
+        if pixels.shape[-1] == self.channels and (not side or pixels.shape[-3:-1] == (side, side)):
+            return pixels
+        if pixels.ndim == 4:
+            return np.stack([self.array(frame) for frame in pixels])
+        return self(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+
     def _opaque(self, image: Image.Image) -> Image.Image:
         if not image.has_transparency_data:
             return image

@@ -206,7 +206,7 @@ def draw(labels: np.ndarray, numbers: Sequence[int], seed: int) -> np.ndarray:
 
 
 def _size(pixels: np.ndarray) -> str:
-    return f"{pixels.shape[0]}x{pixels.shape[1]}"
+    return "x".join(map(str, pixels.shape[:-1]))
 
 
 def parallel(function: Callable[[_In], _Out], items: Iterable[_In], *, block: int = 16) -> Iterator[_Out]:
