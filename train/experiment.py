@@ -366,7 +366,9 @@ def arms(config: RunConfig) -> Sequence[str]:
         "distilled": True,
         "fit_only": config.baselines.fit_only and (bool(config.fit.initial_set) or fitted),
         "pixel": config.baselines.pixel and config.codec.name != "pixel",
-        "random_real": config.baselines.random_real and config.ipc >= 1,
+        # Less than one of them in float32 is none.
+        "random_real": config.baselines.random_real
+        and (config.ipc >= 1 or config.baselines.pixel_codec != codecs.PixelSpec()),
         **{
             f"{select}_{format}": True
             for format in config.baselines.compressed
