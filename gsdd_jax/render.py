@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,8 @@ from gsdd_jax.errors import InputError
 from gsdd_jax.gaussians import Gaussians, to_pixels
 from kernels import DEFAULT_CUTOFF, splat
 from kernels.spec import integer
+
+G = TypeVar("G")
 
 
 def render(
@@ -46,25 +51,45 @@ def render(
         >>> render(g).shape, render(g, size=(32, 48)).shape
         ((1, 8, 8, 3), (1, 32, 48, 3))
     """
-    _check(g)
-    height, width = size = _pixels(g.size, "size of the Gaussians") if size is None else _pixels(size, "size")
-    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if x.dtype == np.float64 else x, g)
-    splats = to_pixels(narrow, size)
+    g = checked(g, coordinates=2)
+    height, width = checked_size(g, size, ("height", "width"))
+    splats = to_pixels(g, (height, width))
     return splat(*splats, height=height, width=width, supersample=supersample, cutoff=cutoff, backend=backend)
 
 
-def _check(g: Gaussians) -> None:
-    lead = jnp.shape(g.mean)[:2]
-    expected = {"mean": (*lead, 2), "cholesky": (*lead, 3), "color": (*lead, jnp.shape(g.color)[-1]), "opacity": lead}
-    for name, shape in expected.items():
-        found = jnp.shape(getattr(g, name))
-        if len(lead) != 2 or found != shape:
-            raise InputError(f"{name}: expected shape {list(shape)} for [n, m] = {list(lead)}, found {list(found)}")
+def checked(g: G, *, coordinates: int) -> G:
+    """Returns Gaussians of so many coordinates with float64 leaves narrowed to float32.
+
+    Raises:
+        ValueError: A leaf has the wrong shape.
+    """
+    found = {name: jnp.shape(getattr(g, name)) for name in ("mean", "cholesky", "color", "opacity")}
+    lead, shapes = found["mean"][:2], coordinates * (coordinates + 1) // 2
+    last = {"mean": (coordinates,), "cholesky": (shapes,), "color": found["color"][-1:], "opacity": ()}
+    for name, own in found.items():
+        if len(lead) != 2 or own != (*lead, *last[name]):
+            raise InputError(
+                f"{name}: expected shape {[*lead, *last[name]]} for [n, m] = {list(lead)}, found {list(own)}"
+            )
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if x.dtype == np.float64 else x, g)
 
 
-def _pixels(size: tuple[int, int], name: str) -> tuple[int, int]:
+def checked_size(g: Any, size: Sequence[int] | None, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Returns the size to draw, that of the Gaussians where there is none.
+
+    Raises:
+        ValueError: Either is not so many integers.
+    """
+    native = _integers(g.size, "size of the Gaussians", names)
+    return native if size is None else _integers(size, "size", names)
+
+
+def _integers(size: Sequence[int], what: str, names: tuple[str, ...]) -> tuple[int, ...]:
     try:
-        height, width = (integer(side, name) for side in size)
+        found = tuple(integer(side, what) for side in size)
+        if len(found) == len(names):
+            return found
     except (TypeError, ValueError):
-        raise InputError(f"{name}: expected (height, width), two integers >= 1; found {size!r}") from None
-    return height, width
+        pass
+    count = {2: "two", 3: "three"}[len(names)]
+    raise InputError(f"{what}: expected ({', '.join(names)}), {count} integers >= 1; found {size!r}")
