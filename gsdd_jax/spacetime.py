@@ -8,6 +8,8 @@ of videos. Volumes are the same with slices for frames.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,11 @@ class Gaussians3D:
     def __getitem__(self, index) -> Gaussians3D:
         """Selects videos, as ``array[index]`` does on the leading axis of every leaf."""
         return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+def kind(size: Sequence[int]) -> Any:
+    """Returns the class of the Gaussians of images of size (height, width) or videos (frames, height, width)."""
+    return {2: Gaussians, 3: Gaussians3D}[len(size)]
 
 
 def to_frames(g: Gaussians3D, size: tuple[int, int, int] | None = None) -> Splats:

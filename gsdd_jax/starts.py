@@ -1,4 +1,4 @@
-"""Starting points of Gaussian image fitting, from the image itself or at random.
+"""Starting points of Gaussian image and video fitting, from the image itself or at random.
 
 The authors start from uniform noise and fit 50,000 steps. A start that already knows where the image is busy and what
 colors it has reaches the same error in far fewer steps (benchmarks/results/fit_psnr.json).
@@ -7,14 +7,16 @@ colors it has reaches the same error in far fewer steps (benchmarks/results/fit_
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsdd_jax import growth
-from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians
-from gsdd_jax.render import render
+from gsdd_jax import growth, spacetime
+from gsdd_jax.gaussians import CHOLESKY_SHIFT, Gaussians, to_pixels
+from gsdd_jax.spacetime import SPACETIME_SHIFT, to_frames
+from kernels import splat
 
 # Share of the points of ``on_edges`` that follow the gradient magnitude; the rest cover the image evenly.
 EDGE_SHARE = 0.5
@@ -32,19 +34,20 @@ CLUSTER_SPREAD = 1.5
 RIDGE = 1e-3
 
 
-def uniform(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
+def uniform(key: jax.Array, images: jax.Array, num_points: int) -> Any:
     """The authors' start: positions U(-1,1), raw Cholesky entries and colors U(0,1), opacity 1.
 
-    Only the shape of ``images`` matters.
+    Only the shape of ``images`` matters. Videos ``[n, t, h, w, c]`` get `Gaussians3D`.
     """
-    n, h, w, c = images.shape
+    n, *size, c = images.shape
+    d = len(size)
     key_mean, key_cholesky, key_color = jax.random.split(key, 3)
-    return Gaussians(
-        jax.random.uniform(key_mean, (n, num_points, 2), jnp.float32, minval=-1.0),
-        jax.random.uniform(key_cholesky, (n, num_points, 3), jnp.float32),
+    return spacetime.kind(size)(
+        jax.random.uniform(key_mean, (n, num_points, d), jnp.float32, minval=-1.0),
+        jax.random.uniform(key_cholesky, (n, num_points, d * (d + 1) // 2), jnp.float32),
         jax.random.uniform(key_color, (n, num_points, c), jnp.float32),
         jnp.ones((n, num_points), jnp.float32),
-        size=(h, w),
+        size=tuple(size),
     )
 
 
@@ -64,73 +67,112 @@ def on_edges(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
     )
 
 
-def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
+def by_clusters(key: jax.Array, images: jax.Array, num_points: int) -> Any:
     """One Gaussian per cluster of pixels in (position, color), with the cluster's covariance.
 
     k-means over pixels as in superpixels, seeded as in `on_edges`; colors then solve the ridge regression of
-    the image on the rendered Gaussians, in which the image is linear.
+    the image on the rendered Gaussians, in which the image is linear. Videos ``[n, t, h, w, c]`` get `Gaussians3D`,
+    whose positions include the frame; a frame is as far from the next as a pixel is.
     """
-    n, h, w, c = images.shape
-    y, x = np.meshgrid(np.arange(h) + 0.5, np.arange(w) + 0.5, indexing="ij")
-    positions = np.stack([x, y], axis=-1).reshape(-1, 2).astype(np.float32)
-    spacing = float(np.sqrt(h * w / num_points))
+    n, *size, c = images.shape
+    d, frames = len(size), _frames(size)
+    # In the order (x, y) or (x, y, t), frame by frame.
+    axes = np.meshgrid(*(np.arange(side) + 0.5 for side in size), indexing="ij")
+    positions = np.stack(axes[::-1], axis=-1).reshape(frames, -1, d).astype(np.float32)
+    spacing = float((np.prod(size) / num_points) ** (1 / d))
     seeds = _edge_pixels(key, images, num_points)
-
-    def nearest(features: jax.Array, centers: jax.Array) -> jax.Array:
-        distance = jnp.sum(centers**2, axis=1) - 2 * features @ centers.T
-        return jax.nn.one_hot(jnp.argmin(distance, axis=1), num_points, dtype=jnp.float32)
 
     def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         image, seed = args
-        features = jnp.concatenate([positions / spacing, CLUSTER_COLOR * image.reshape(-1, c)], axis=-1)
+        colors = CLUSTER_COLOR * image.reshape(frames, -1, c)
+        features = jnp.concatenate([positions / spacing, colors], axis=-1)
+
+        def totals(centers: jax.Array, numbers: Callable[..., jax.Array], *more: Any) -> tuple[jax.Array, jax.Array]:
+            """Returns the pixels of each cluster, and the sums of numbers ``(cluster, frame) -> [pixels, k]``."""
+
+            def frame(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+                own = args[0]
+                distance = jnp.sum(centers**2, axis=1) - 2 * own @ centers.T
+                cluster = jnp.argmin(distance, axis=1)
+                member = jax.nn.one_hot(cluster, num_points, dtype=jnp.float32)
+                return member.sum(0), member.T @ numbers(cluster, *args)
+
+            count, total = _summed(frame, (features, *more))
+            return count[:, None], total
 
         def lloyd(_, centers: jax.Array) -> jax.Array:
-            member = nearest(features, centers)
-            count = member.sum(0)[:, None]
-            return jnp.where(count > 0, member.T @ features / jnp.maximum(count, 1), centers)
+            count, total = totals(centers, lambda _, own: own)
+            return jnp.where(count > 0, total / jnp.maximum(count, 1), centers)
 
-        centers = jax.lax.fori_loop(0, CLUSTER_STEPS, lloyd, features[seed])
-        member = nearest(features, centers)
-        count = jnp.maximum(member.sum(0)[:, None], 1)
+        def products(cluster: jax.Array, _: jax.Array, places: jax.Array) -> jax.Array:
+            offset = places - mu[cluster]
+            return jnp.stack([offset[:, i] * offset[:, j] for i, j in pairs], axis=-1)
+
+        centers = jax.lax.fori_loop(0, CLUSTER_STEPS, lloyd, features.reshape(-1, d + c)[seed])
+        count, total = totals(centers, lambda _, own, places: places, jnp.asarray(positions))
         # An empty cluster keeps its center and gets the smallest allowed shape.
-        mu = jnp.where(member.sum(0)[:, None] > 0, member.T @ positions / count, centers[:, :2] * spacing)
-        offset = positions[:, None] - mu
-        second = jnp.stack([offset[..., 0] ** 2, offset[..., 0] * offset[..., 1], offset[..., 1] ** 2], axis=-1)
-        covariance = CLUSTER_SPREAD**2 * jnp.einsum("pm,pmi->mi", member, second) / count
-        xx, xy, yy = jnp.maximum(covariance[:, 0], 0.25), covariance[:, 1], jnp.maximum(covariance[:, 2], 0.25)
-        l11 = jnp.sqrt(xx)
-        l21 = xy / l11
-        l22 = jnp.sqrt(jnp.maximum(yy - l21**2, 0.1))
-        cholesky = jnp.stack([l11, l21, l22], axis=-1) - jnp.array(CHOLESKY_SHIFT, jnp.float32)
-        mean = mu / jnp.array([w, h], jnp.float32) * 2 - 1
+        mu = jnp.where(count > 0, total / jnp.maximum(count, 1), centers[:, :d] * spacing)
+        pairs = [(i, j) for i in range(d) for j in range(i + 1)]
+        count, total = totals(centers, products, jnp.asarray(positions))
+        cholesky = _factor(*(CLUSTER_SPREAD**2 * total / jnp.maximum(count, 1)).T)
+        mean = mu / jnp.array(size[::-1], jnp.float32) * 2 - 1
         return mean, cholesky, least_squares_colors(mean, cholesky, image)
 
     mean, cholesky, color = jax.lax.map(one, (images, seeds))
-    return Gaussians(mean, cholesky, color, jnp.ones((n, num_points), jnp.float32), size=(h, w))
+    return spacetime.kind(size)(mean, cholesky, color, jnp.ones((n, num_points), jnp.float32), size=tuple(size))
+
+
+def _factor(xx: jax.Array, xy: jax.Array, yy: jax.Array, *time: jax.Array) -> jax.Array:
+    """Returns raw Cholesky entries of covariances, kept from being too thin; ``time`` is (tx, ty, tt)."""
+    last = []
+    if time:
+        tx, ty, tt = time
+        l_t = jnp.sqrt(jnp.maximum(tt, 0.25))
+        u_x, u_y = tx / l_t, ty / l_t
+        xx, xy, yy = xx - u_x**2, xy - u_x * u_y, yy - u_y**2
+        last = [u_x, u_y, l_t]
+    l11 = jnp.sqrt(jnp.maximum(xx, 0.25))
+    l21 = xy / l11
+    l22 = jnp.sqrt(jnp.maximum(jnp.maximum(yy, 0.25) - l21**2, 0.1))
+    shift = SPACETIME_SHIFT if time else CHOLESKY_SHIFT
+    return jnp.stack([l11, l21, l22, *last], axis=-1) - jnp.array(shift, jnp.float32)
+
+
+def _frames(size: list[int]) -> int:
+    return size[0] if len(size) == 3 else 1
+
+
+def _summed(function: Callable[[Any], Any], frames: Any) -> Any:
+    """Returns the sum of a function over the leading axis, one after the other."""
+    first = jax.tree.map(lambda x: x[0], frames)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(lambda sums, one: (jax.tree.map(jnp.add, sums, function(one)), None), zeros, frames)[0]
 
 
 def least_squares_colors(mean: jax.Array, cholesky: jax.Array, image: jax.Array) -> jax.Array:
-    """Solves for the colors that draw an image best, given the geometry.
+    """Solves for the colors that draw an image or a video best, given the geometry.
 
     Args:
-        mean: ``[m, 2]``.
-        cholesky: ``[m, 3]`` raw entries.
-        image: ``[h, w, c]``.
+        mean: ``[m, 2]`` or, of a video, ``[m, 3]``.
+        cholesky: ``[m, 3]`` or ``[m, 6]`` raw entries.
+        image: ``[h, w, c]`` or ``[t, h, w, c]``.
 
     Returns:
         ``[m, c]`` colors at opacity 1: ridge regression of the image on the ``m`` rendered Gaussians.
     """
-    h, w, c = image.shape
-    m = mean.shape[0]
+    *size, c = image.shape
+    m, (h, w) = mean.shape[0], size[-2:]
     # Each Gaussian paints a channel of its own, so the image with m channels is the design matrix.
-    each = Gaussians(
-        mean[None], cholesky[None], jnp.eye(m, dtype=jnp.float32)[None], jnp.ones((1, m), jnp.float32), size=(h, w)
-    )
-    design = render(each)[0].reshape(-1, m)
-    gram = design.T @ design
-    return jnp.linalg.solve(
-        gram + RIDGE * jnp.trace(gram) / m * jnp.eye(m, dtype=gram.dtype), design.T @ image.reshape(-1, c)
-    )
+    leaves = mean[None], cholesky[None], jnp.eye(m, dtype=jnp.float32)[None], jnp.ones((1, m), jnp.float32)
+    splats = (to_pixels if len(size) == 2 else to_frames)(spacetime.kind(size)(*leaves, size=tuple(size)))
+
+    def frame(args: tuple[Any, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        splats, pixels = args
+        design = splat(*(leaf[None] for leaf in splats), height=h, width=w)[0].reshape(-1, m)
+        return design.T @ design, design.T @ pixels
+
+    gram, products = _summed(frame, (splats, image.reshape(_frames(size), -1, c)))
+    return jnp.linalg.solve(gram + RIDGE * jnp.trace(gram) / m * jnp.eye(m, dtype=gram.dtype), products)
 
 
 def by_pursuit(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
@@ -144,14 +186,15 @@ def by_pursuit(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
 
 def _edge_pixels(key: jax.Array, images: jax.Array, num_points: int) -> jax.Array:
     """Draws distinct pixels ``[n, m]``, a share of them in proportion to the gradient magnitude."""
-    n, h, w, _ = images.shape
-    dy = jnp.diff(images, axis=1, append=images[:, -1:])
-    dx = jnp.diff(images, axis=2, append=images[:, :, -1:])
-    edge = jnp.sqrt(jnp.sum(dx**2 + dy**2, axis=-1)).reshape(n, -1)
-    chance = EDGE_SHARE * edge / jnp.maximum(edge.sum(1, keepdims=True), 1e-6) + (1 - EDGE_SHARE) / (h * w)
-    replace = num_points > h * w
+    n, *size, _ = images.shape
+    count = int(np.prod(size))
+    last = (jax.lax.slice_in_dim(images, -1, None, axis=axis) for axis in range(1, 1 + len(size)))
+    slopes = (jnp.diff(images, axis=axis, append=edge) for axis, edge in enumerate(last, start=1))
+    edge = jnp.sqrt(jnp.sum(sum(slope**2 for slope in slopes), axis=-1)).reshape(n, -1)
+    chance = EDGE_SHARE * edge / jnp.maximum(edge.sum(1, keepdims=True), 1e-6) + (1 - EDGE_SHARE) / count
+    replace = num_points > count
     keys = jax.random.split(key, n)
-    return jax.vmap(lambda key, p: jax.random.choice(key, h * w, (num_points,), replace=replace, p=p))(keys, chance)
+    return jax.vmap(lambda key, p: jax.random.choice(key, count, (num_points,), replace=replace, p=p))(keys, chance)
 
 
 def _positions(index: jax.Array, h: int, w: int) -> jax.Array:
@@ -160,7 +203,7 @@ def _positions(index: jax.Array, h: int, w: int) -> jax.Array:
     return jnp.stack([(index % w + half) / w, (index // w + half) / h], axis=-1) * 2 - 1
 
 
-START: dict[str, Callable[[jax.Array, jax.Array, int], Gaussians]] = {
+START: dict[str, Callable[[jax.Array, jax.Array, int], Any]] = {
     "growth": by_pursuit,
     "clusters": by_clusters,
     "gradient": on_edges,

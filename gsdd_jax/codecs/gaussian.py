@@ -13,11 +13,11 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
-from gsdd_jax import growth, starts, storage
+from gsdd_jax import growth, spacetime, starts, storage
 from gsdd_jax.codecs.base import MOST, Codec, Draft, Layout, Shape, Spec, arrays
-from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.later import optax
 from gsdd_jax.render import render
+from gsdd_jax.spacetime import render_video
 from kernels import DEFAULT_CUTOFF
 
 # Positions are kept this far inside [-1, 1]: the released code's value (paper, Eq. 11, leaves epsilon open). The
@@ -63,8 +63,9 @@ class GaussianSpec(Spec):
         return {"num_points": range(1, MOST), "images_per_class": range(1, MOST)}
 
     def layout(self, image_shape: Shape, num_classes: int) -> Layout:
-        lead = (num_classes * self.images_per_class, self.num_points)
-        shapes = {"mean": (*lead, 2), "cholesky": (*lead, 3), "color": (*lead, image_shape[-1]), "opacity": lead}
+        *size, c = image_shape
+        lead, d = (num_classes * self.images_per_class, self.num_points), len(size)
+        shapes = {"mean": (*lead, d), "cholesky": (*lead, d * (d + 1) // 2), "color": (*lead, c), "opacity": lead}
         return arrays(self.dtype, shapes)
 
 
@@ -77,33 +78,36 @@ FIT_SHAPE = 0.1
 FIT_COLOR = 0.015
 
 
-def fit_rates(size: tuple[int, int], num_points: int) -> dict[str, float]:
-    """Returns Adam's learning rate of each leaf for fitting images of a size with so many Gaussians each."""
-    spacing = float(np.sqrt(size[0] * size[1] / num_points))
+def fit_rates(size: Sequence[int], num_points: int) -> dict[str, float | np.ndarray]:
+    """Returns Adam's learning rate of each leaf for fitting images or videos of a size with so many Gaussians each."""
+    *frames, h, w = size
+    spacing = float((np.prod(size) / num_points) ** (1 / len(size)))
+    half = 0.5 * np.array([max(h, w), max(h, w), *frames])
     return {
-        "mean": FIT_POSITION * spacing / (0.5 * max(size)),
+        "mean": (FIT_POSITION * spacing / half).astype(np.float32),
         "cholesky": FIT_SHAPE * starts.EDGE_SPREAD * spacing / float(np.sqrt(np.pi)),
         "color": FIT_COLOR,
         "opacity": 0.0,
     }
 
 
-def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see `gsdd_jax.codecs.make`."""
-    h, w, _ = image_shape
+def make(spec: GaussianSpec, image_shape: Shape, num_classes: int) -> Codec:
+    """Builds the codec of images or, with one more side, of videos; see `gsdd_jax.codecs.make`."""
+    size = image_shape[:-1]
+    draw: Any = render if len(size) == 2 else render_video
 
-    def init(key: jax.Array, images: jax.Array) -> Gaussians:
+    def init(key: jax.Array, images: jax.Array) -> Any:
         return starts.START[spec.start](key, jnp.asarray(images, jnp.float32), spec.num_points)
 
-    def rounded(params: Gaussians) -> Gaussians:
+    def rounded(params: Any) -> Any:
         return jax.tree.map(lambda x: storage.quantize(x, spec.dtype), params)
 
-    def decode(params: Gaussians, index=None, *, size=None, key=None) -> jax.Array:
+    def decode(params: Any, index=None, *, size=None, key=None) -> jax.Array:
         del key
         chosen = params if index is None else params[index]
-        return render(rounded(chosen), size, supersample=spec.supersample, cutoff=spec.cutoff)
+        return draw(rounded(chosen), size, supersample=spec.supersample, cutoff=spec.cutoff)
 
-    def draw_first(params: Gaussians, count: jax.Array) -> jax.Array:
+    def draw_first(params: Any, count: jax.Array) -> jax.Array:
         drawn = (jnp.arange(spec.num_points) < count).astype(params.opacity.dtype)
         return decode(dataclasses.replace(params, opacity=params.opacity * drawn))
 
@@ -113,12 +117,13 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         functools.partial(growth.grow, draw=draw_first),
     )
 
-    def quantize(params: Gaussians) -> dict[str, jax.Array]:
+    def quantize(params: Any) -> dict[str, jax.Array]:
         leaves = {name: getattr(params, name) for name in ("mean", "cholesky", "color", "opacity")}
         return storage.cast(leaves, spec.dtype)
 
-    def dequantize(tree: dict[str, jax.Array]) -> Gaussians:
-        return Gaussians(**{name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}, size=(h, w))
+    def dequantize(tree: dict[str, jax.Array]) -> Any:
+        leaves = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}
+        return spacetime.kind(size)(**leaves, size=size)
 
     def optimizer() -> optax.GradientTransformation:
         return leafwise_adam(
@@ -131,7 +136,7 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         )
 
     return Codec(
-        name="gaussian",
+        name=spec.name,
         spec=spec,
         image_shape=image_shape,
         num_classes=num_classes,
@@ -145,16 +150,16 @@ def make(spec: GaussianSpec, image_shape: tuple[int, int, int], num_classes: int
         project=clip_positions,
         optimizer=optimizer,
         fitter=lambda steps: leafwise_adam(
-            fit_rates((h, w), spec.num_points), optax.cosine_decay_schedule(1.0, steps, alpha=0.02)
+            fit_rates(size, spec.num_points), optax.cosine_decay_schedule(1.0, steps, alpha=0.02)
         ),
         layout=lambda: spec.layout(image_shape, num_classes),
-        gaussians=rounded,
+        gaussians=rounded if len(size) == 2 else lambda params: None,
         draft=draft if spec.start == "growth" else None,
     )
 
 
 class Positioned(Protocol):
-    """A dataclass of parameters with positions ``[n, m, 2]``."""
+    """A dataclass of parameters with positions ``[n, m, 2]`` or, of videos, ``[n, m, 3]``."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -168,7 +173,7 @@ P = TypeVar("P", bound=Positioned)
 def boundary_loss(params: Positioned) -> jax.Array:
     """Log-barrier that keeps centers inside the image (paper, Eq. 10), on the raw positions.
 
-    The mean over images, Gaussians and both coordinates of ``-log(1 - x^2)``, as in the released code; Eq. 10 itself
+    The mean over images, Gaussians and coordinates of ``-log(1 - x^2)``, as in the released code; Eq. 10 itself
     sums the two.
     """
     return -jnp.mean(jnp.log(jnp.maximum(1 - params.mean**2, LOG_FLOOR)))
