@@ -21,11 +21,13 @@ from gsdd_jax.codecs import (
     DownscaleSpec,
     FactorSpec,
     FrequencySpec,
+    Gaussian3DSpec,
     GaussianSpec,
     LatentSpec,
     MemorySpec,
     NeuralFieldSpec,
     PackedFrequencySpec,
+    PackedGaussian3DSpec,
     PackedGaussianSpec,
     PaletteSpec,
     PixelSpec,
@@ -68,9 +70,16 @@ SPECS: dict[str, codecs.CodecSpec] = {
     ),
     "latent": LatentSpec(decoder="medium", width=8, latent_dim=4, images_per_class=3, dtype="bfloat16"),
     "static dynamic": StaticDynamicSpec(factor=2, images_per_class=3),
+    "gaussian3d": Gaussian3DSpec(images_per_class=3, num_points=5, cutoff=0.0),
+    "packed gaussian3d": PackedGaussian3DSpec(images_per_class=3, num_points=5, cutoff=0.0, bits_chroma=5),
+    "packed gaussian3d fitted": PackedGaussian3DSpec(images_per_class=3, num_points=4, ranges="fitted", order="kept"),
+    "neural field of videos": NeuralFieldSpec(layers=2, width=5, omega0=3.0, images_per_class=3),
 }
-# Codecs that cannot draw SHAPE.
-SHAPES = {"latent": (8, 8, 3), "static_dynamic": (3, 4, 4, 3)}
+# Of codecs that cannot draw SHAPE, and of videos.
+VIDEO = (4, 6, 8, 3)
+SHAPES = {"latent": (8, 8, 3), "static dynamic": (3, 4, 4, 3), "neural field of videos": VIDEO} | {
+    name: VIDEO for name, spec in SPECS.items() if spec.name in ("gaussian3d", "packed_gaussian3d")
+}
 
 Part = Callable[[codecs.Codec, int], Any]
 
@@ -125,7 +134,10 @@ def remainder(codec: codecs.Codec, i: int) -> Any:
 
 
 TRAITS: dict[str, Traits] = {
-    "packed_gaussian": Traits({"low": whole, "step": whole}, written={"low": "bfloat16", "step": "bfloat16"}),
+    **dict.fromkeys(
+        ("packed_gaussian", "packed_gaussian3d"),
+        Traits({"low": whole, "step": whole}, written={"low": "bfloat16", "step": "bfloat16"}),
+    ),
     "palette": Traits(following=["palettes"], written={"palettes": "uint8"}),
     "downscale": Traits({"canvases": cell}),
     "frequency": Traits({"index": of_class}, fixed=["index"], written={"index": "uint8"}),
@@ -164,14 +176,13 @@ class Case(NamedTuple):
 
 
 def make(spec, **changes) -> codecs.Codec:
-    shape = SHAPES.get(spec.name, SHAPE)
-    settings = {"image_shape": shape, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
+    settings = {"image_shape": SHAPE, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
     return codecs.make(spec, **settings)
 
 
 @pytest.fixture(scope="module", params=SPECS)
 def case(request) -> Case:
-    codec = make(SPECS[request.param])
+    codec = make(SPECS[request.param], image_shape=SHAPES.get(request.param, SHAPE))
     images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *codec.image_shape)).astype(np.float32)
     started = jax.jit(codec.init)(jax.random.key(0), images)
     # Off the start, so that no leaf is a constant that rounds to itself.
@@ -247,7 +258,7 @@ def test_params_are_float32_masters_of_every_image(case):
     hints = typing.get_type_hints(type(codec.spec), include_extras=True)
     left = [name for name, hint in hints.items() if any(f"; 0 = {what}" in str(hint) for what in ("as many", "those"))]
     assert left and all(getattr(codec.spec, name) > 0 for name in left), "left to the budget"
-    again = make(codec.spec)
+    again = make(codec.spec, image_shape=codec.image_shape)
     assert (again.spec, again.num_images, again.layout()) == (codec.spec, codec.num_images, codec.layout())
     value = codec.regularize(case.params)
     assert value.shape == () and np.isfinite(value)
@@ -359,7 +370,7 @@ def test_gaussians_of_a_codec_draw_its_images_and_vmap_is_a_loop(case):
     many = jax.tree.map(lambda x: np.stack([x, np.float32(0.9) * x]), case.params)
     vmapped = jax.vmap(case.codec.decode)
     g = jax.jit(case.codec.gaussians)(case.params)
-    if not isinstance(case.codec.spec, GaussianSpec | PackedGaussianSpec):
+    if case.codec.name not in ("gaussian", "packed_gaussian"):
         assert g is None
         assert jax.eval_shape(vmapped, many).shape == (2, *case.images.shape)
         return
@@ -374,11 +385,15 @@ def test_gaussians_of_a_codec_draw_its_images_and_vmap_is_a_loop(case):
 
 def test_decode_at_another_size_shows_the_same_picture(case):
     *frames, h, w, _ = case.codec.image_shape
-    large = np.asarray(jax.jit(lambda p: case.codec.decode(p, size=(*frames, 2 * h, 3 * w)))(case.params))
-    assert large.shape == (case.codec.num_images, *frames, 2 * h, 3 * w, 3)
-    small, native = large.reshape(-1, *frames, h, 2, w, 3, 3).mean((-4, -2)), np.asarray(case.decode(case.params))
+    size = (*frames, 2 * h, 3 * w)
+    large = np.asarray(jax.jit(lambda p: case.codec.decode(p, size=size))(case.params))
+    assert large.shape == (case.codec.num_images, *size, 3)
+    small, native = large.reshape(*large.shape[:-3], h, 2, w, 3, 3).mean((-4, -2)), np.asarray(case.decode(case.params))
     # The same picture up to blur: far nearer to its own original than to the next image.
     assert np.mean((small - native) ** 2) < 0.3 * np.mean((small - np.roll(native, 1, axis=0)) ** 2)
+    if frames:
+        longer = jax.eval_shape(lambda p: case.codec.decode(p, size=(7, h, w)), case.params)
+        assert longer.shape == (case.codec.num_images, 7, h, w, 3)
 
 
 def test_training_step_compiles_once_and_moves_all_but_the_fixed_leaves(case):
@@ -446,7 +461,7 @@ REMEDY = re.compile(r"codec\.(\w+) of at most (\d+)")
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_refusal_names_the_largest_settings_and_the_least_budget_that_fit(name):
-    settings = {"image_shape": SHAPES.get(SPECS[name].name, SHAPE)}
+    settings = {"image_shape": SHAPES.get(name, SHAPE)}
     codec = make(SPECS[name], **settings)
     spec, least = codec.spec, -(-storage.nbytes(codec.layout()) // CLASSES)
     assert make(spec, **settings, bytes_per_class=least) is make(spec, **settings, bytes_per_class=None) is codec
@@ -469,6 +484,8 @@ def test_a_refusal_names_the_largest_settings_and_the_least_budget_that_fit(name
         (GaussianSpec(num_points=65, images_per_class=1), "of at most 64, or at least 1170 bytes"),
         (GaussianSpec(), "codec.num_points and codec.images_per_class: expected at least 1 of one of them, found 0"),
         (PackedGaussianSpec(num_points=4097), "codec.num_points: expected at most 4096, found 4097"),
+        (Gaussian3DSpec(num_points=3), r"codec.name: gaussian3d expects videos \(frames.*\), found 6 x 8 x 3"),
+        (PackedGaussian3DSpec(num_points=3), "codec.name: packed_gaussian3d expects videos"),
         (DownscaleSpec(factor=5), r"codec.factor: 5 x 5 cells of 2x2 pixels leave .* of 6x8; .* smaller .* is 3"),
         (DownscaleSpec(images_per_class=6), "codec.images_per_class: expected a multiple of 4, found 6"),
         (FrequencySpec(coefficients=49), "codec.coefficients: expected at most 48, found 49"),

@@ -22,10 +22,12 @@ from gsdd_jax.codecs.downscale import DownscaleSpec
 from gsdd_jax.codecs.factor import FactorSpec
 from gsdd_jax.codecs.frequency import FrequencySpec
 from gsdd_jax.codecs.gaussian import GaussianSpec
+from gsdd_jax.codecs.gaussian3d import Gaussian3DSpec
 from gsdd_jax.codecs.latent import LatentSpec
 from gsdd_jax.codecs.memory import MemorySpec
 from gsdd_jax.codecs.neural_field import NeuralFieldSpec
 from gsdd_jax.codecs.packed import PackedGaussianSpec
+from gsdd_jax.codecs.packed3d import PackedGaussian3DSpec
 from gsdd_jax.codecs.packed_frequency import PackedFrequencySpec
 from gsdd_jax.codecs.palette import PaletteSpec
 from gsdd_jax.codecs.pixel import PixelSpec
@@ -42,11 +44,13 @@ __all__ = [
     "DownscaleSpec",
     "FactorSpec",
     "FrequencySpec",
+    "Gaussian3DSpec",
     "GaussianSpec",
     "LatentSpec",
     "MemorySpec",
     "NeuralFieldSpec",
     "PackedFrequencySpec",
+    "PackedGaussian3DSpec",
     "PackedGaussianSpec",
     "PaletteSpec",
     "PixelSpec",
@@ -72,6 +76,8 @@ CodecSpec = (
     | SpectralSpec
     | StaticDynamicSpec
     | LatentSpec
+    | Gaussian3DSpec
+    | PackedGaussian3DSpec
 )
 """The registry: the specs of all codecs of the package."""
 SPECS: dict[str, type] = {get_args(get_type_hints(spec)["name"])[0]: spec for spec in get_args(CodecSpec)}

@@ -1,6 +1,7 @@
 """One small sine network per image, from position to color: DDiF (Shin et al. 2025), decoded for all images at once.
 
-``h_1 = sin(omega0 (W_1 u + b_1))``, ``h_l = sin(omega (W_l h + b_l))``, image = ``CENTER + SPREAD (W h + b)``.
+``h_1 = sin(omega0 (W_1 u + b_1))``, ``h_l = sin(omega (W_l h + b_l))``, image = ``CENTER + SPREAD (W h + b)``. Of a
+video it is one network, whose positions ``u`` begin with the frame.
 
 Deviations: DDiF's networks give normalized or whitened colors, here whitening follows the decode as for every codec;
 it knows square images only; it runs one network after the other; and it fits all layers from SIREN's draw, where the
@@ -60,32 +61,33 @@ class NeuralFieldSpec(Spec):
         float, Gt(0), Doc("learning rate in distillation (DDiF: 1e-4 with TM at 128 px, 5e-5 with DM, DC)")
     ] = 1e-4
     NOISE = ("uniform",)
+    VIDEO = True
 
     def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
         return {"images_per_class": range(1, MOST), "width": range(1, MOST)}
 
     def layout(self, image_shape: Shape, num_classes: int) -> Layout:
-        n, units = num_classes * self.images_per_class, [2, *[self.width] * self.layers, image_shape[-1]]
+        n, units = num_classes * self.images_per_class, _units(self, len(image_shape) - 1, image_shape[-1])
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, (inputs, outputs) in enumerate(itertools.pairwise(units)):
             shapes |= {f"weight{layer}": (n, inputs, outputs), f"bias{layer}": (n, outputs)}
         return arrays(self.dtype, shapes)
 
 
-def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see `gsdd_jax.codecs.make`."""
-    h, w, c = image_shape
+def make(spec: NeuralFieldSpec, image_shape: Shape, num_classes: int) -> Codec:
+    """Builds the codec of images or, with one more side, of videos; see `gsdd_jax.codecs.make`."""
+    *native, c = image_shape
     n = num_classes * spec.images_per_class
 
     def init(key, images):
-        params = siren(key, n, spec, c)
+        params = siren(key, n, spec, c, len(native))
         return params if spec.start == "uniform" else solve_output(params, jnp.asarray(images, jnp.float32), spec)
 
     def decode(params, index=None, *, size=None, key=None):
         del key
         chosen = params if index is None else jax.tree.map(lambda x: x[index], params)
         rounded = jax.tree.map(lambda x: storage.quantize(x, spec.dtype), chosen)
-        return (draw_again if spec.remat else draw)(rounded, tuple(size or (h, w)), spec)
+        return (draw_again if spec.remat else draw)(rounded, tuple(size or native), spec)
 
     return Codec(
         name="neural_field",
@@ -103,14 +105,21 @@ def make(spec: NeuralFieldSpec, image_shape: tuple[int, int, int], num_classes: 
     )
 
 
-def positions(size: tuple[int, int]) -> jax.Array:
-    """Returns the positions ``[h * w, 2]`` of an image's pixels, row first, corner pixels at -1 and 1."""
-    row, column = jnp.meshgrid(*(jnp.linspace(-1.0, 1.0, side, dtype=jnp.float32) for side in size), indexing="ij")
-    return jnp.stack([row, column], axis=-1).reshape(-1, 2)
+def _units(spec: NeuralFieldSpec, inputs: int, channels: int) -> list[int]:
+    return [inputs, *[spec.width] * spec.layers, channels]
 
 
-def features(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldSpec) -> jax.Array:
-    """Returns the last sine layer of each network at each pixel, ``[n, width, h * w]``.
+def positions(size: Sequence[int]) -> jax.Array:
+    """Returns the positions ``[pixels, sides]`` of the pixels of a size, (height, width) or (frames, height, width).
+
+    Frame by frame and row by row, the corners at -1 and 1.
+    """
+    grid = jnp.meshgrid(*(jnp.linspace(-1.0, 1.0, side, dtype=jnp.float32) for side in size), indexing="ij")
+    return jnp.stack(grid, axis=-1).reshape(-1, len(size))
+
+
+def features(params: dict[str, jax.Array], size: tuple[int, ...], spec: NeuralFieldSpec) -> jax.Array:
+    """Returns the last sine layer of each network at each pixel, ``[n, width, pixels]``.
 
     Pixels come last, because widths such as 6 and 20 fill no vector register.
     """
@@ -122,14 +131,14 @@ def features(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFi
     return hidden
 
 
-def draw(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldSpec) -> jax.Array:
-    """Draws ``[n, h, w, c]``.
+def draw(params: dict[str, jax.Array], size: tuple[int, ...], spec: NeuralFieldSpec) -> jax.Array:
+    """Draws images ``[n, h, w, c]`` or videos ``[n, t, h, w, c]``.
 
-    The backward pass keeps about ``2 * layers * width * h * w`` floats per image.
+    The backward pass keeps about ``2 * layers * width`` floats per pixel.
 
     Args:
         params: For each layer ``weight [n, in, out]`` and ``bias [n, out]``, numbered from 0; the last is the output.
-        size: (height, width).
+        size: (height, width) or (frames, height, width).
         spec: Layers and frequencies.
     """
     hidden = features(params, size, spec)
@@ -137,20 +146,19 @@ def draw(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldS
     return CENTER + SPREAD * output.reshape(-1, *size, output.shape[-1])
 
 
-def draw_again(params: dict[str, jax.Array], size: tuple[int, int], spec: NeuralFieldSpec) -> jax.Array:
+def draw_again(params: dict[str, jax.Array], size: tuple[int, ...], spec: NeuralFieldSpec) -> jax.Array:
     """Draws the same images in chunks that the backward pass draws again, one at a time.
 
     One checkpoint around all images would save nothing, because the backward pass would then hold all of them at once.
     """
     one = jax.checkpoint(lambda own: draw(jax.tree.map(lambda x: x[None], own), size, spec)[0])
-    return jax.lax.map(one, params, batch_size=max(1, CHUNK_PIXELS // (size[0] * size[1])))
+    return jax.lax.map(one, params, batch_size=max(1, CHUNK_PIXELS // int(np.prod(size))))
 
 
-def siren(key: jax.Array, n: int, spec: NeuralFieldSpec, channels: int) -> dict[str, jax.Array]:
+def siren(key: jax.Array, n: int, spec: NeuralFieldSpec, channels: int, coordinates: int = 2) -> dict[str, jax.Array]:
     """Draws ``n`` networks as DDiF does: first layer U(+-1/2), others U(+-sqrt(6 / in) / omega), biases alike."""
-    sizes = [2, *[spec.width] * spec.layers, channels]
     params: dict[str, jax.Array] = {}
-    for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+    for layer, (inputs, outputs) in enumerate(itertools.pairwise(_units(spec, coordinates, channels))):
         bound = 0.5 if layer == 0 else float(np.sqrt(6 / inputs)) / spec.omega
         own = bound * jax.random.uniform(
             jax.random.fold_in(key, layer), (n, inputs + 1, outputs), jnp.float32, minval=-1.0
@@ -161,9 +169,10 @@ def siren(key: jax.Array, n: int, spec: NeuralFieldSpec, channels: int) -> dict[
 
 def solve_output(params: dict[str, jax.Array], images: jax.Array, spec: NeuralFieldSpec) -> dict[str, jax.Array]:
     """Replaces the output layers by the ridge regression of the images on the last sine layer."""
-    n, h, w, c = images.shape
-    inputs = jnp.concatenate([features(params, (h, w), spec), jnp.ones((n, 1, h * w), jnp.float32)], axis=1)
-    target = ((images - CENTER) / SPREAD).reshape(n, h * w, c)
-    gram = inputs @ inputs.mT + RIDGE * h * w * jnp.eye(spec.width + 1, dtype=jnp.float32)
+    n, *size, c = images.shape
+    count = int(np.prod(size))
+    inputs = jnp.concatenate([features(params, tuple(size), spec), jnp.ones((n, 1, count), jnp.float32)], axis=1)
+    target = ((images - CENTER) / SPREAD).reshape(n, count, c)
+    gram = inputs @ inputs.mT + RIDGE * count * jnp.eye(spec.width + 1, dtype=jnp.float32)
     solution = jnp.linalg.solve(gram, inputs @ target)
     return params | {f"weight{spec.layers}": solution[:, :-1], f"bias{spec.layers}": solution[:, -1]}

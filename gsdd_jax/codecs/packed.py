@@ -7,8 +7,9 @@ order of an image's Gaussians, which no image depends on, is not stored. The fil
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
-from gsdd_jax import growth, packing, starts, storage
+from gsdd_jax import growth, packing, spacetime, starts, storage
 from gsdd_jax.codecs.base import MOST, Codec, Draft, Layout, Shape, Spec
 from gsdd_jax.codecs.gaussian import boundary_loss, clip_positions, fit_rates, leafwise_adam
 from gsdd_jax.errors import InputError
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.later import optax
 from gsdd_jax.render import render
+from gsdd_jax.spacetime import Gaussians3D, render_video
 from kernels import DEFAULT_CUTOFF
 
 # A step is at least this share of the larger of 1 and |low|, so that a range of zero width has a grid and codes come
@@ -92,6 +94,8 @@ class PackedGaussianSpec(Spec):
     lr_ranges: Annotated[float, Ge(0), Doc("learned ranges: factor of the rate of what they bound, for both ends")] = (
         0.5
     )
+    # Of a position, (x, y) or (x, y, t); a shape has as many numbers as a triangle of so many rows.
+    COORDINATES: ClassVar[int] = 2
     NOISE = ("uniform",)
     TRAINING = (*Spec.TRAINING, "boundary")
     FORMER = Spec.FORMER | {"images_per_class": "gpc"}
@@ -99,6 +103,11 @@ class PackedGaussianSpec(Spec):
     def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
         most = SORTED_POINTS if self.order == "sorted" else MOST
         return {"num_points": range(1, most + 1), "images_per_class": range(1, MOST)}
+
+    @property
+    def shapes(self) -> int:
+        """Numbers of a shape."""
+        return self.COORDINATES * (self.COORDINATES + 1) // 2
 
     def color_bits(self, channels: int) -> tuple[int, ...]:
         """Returns the bits of each number of a color.
@@ -116,12 +125,13 @@ class PackedGaussianSpec(Spec):
 
     def layout(self, image_shape: Shape, num_classes: int) -> Layout:
         n, channels = num_classes * self.images_per_class, image_shape[-1]
-        ranges = jax.ShapeDtypeStruct((3 + channels,), jnp.bfloat16)
+        ranges = jax.ShapeDtypeStruct((self.shapes + channels,), jnp.bfloat16)
         size = -(-n * image_bits(self, self.num_points, channels) // 8)
         return {BITS: jax.ShapeDtypeStruct((size,), np.uint8), LOW: ranges, STEP: ranges}
 
     def numbers(self, image_shape: Shape, num_classes: int) -> tuple[int, str]:
-        count = num_classes * self.images_per_class * self.num_points * (5 + image_shape[-1])
+        each = self.COORDINATES + self.shapes + image_shape[-1]
+        count = num_classes * self.images_per_class * self.num_points * each
         chroma = f" ({self.bits_chroma} of a color difference)" if self.bits_chroma else ""
         return count, f"codes of {self.bits_mean}, {self.bits_cholesky} and {self.bits_color} bits{chroma}"
 
@@ -130,6 +140,8 @@ class PackedGaussianSpec(Spec):
 @dataclasses.dataclass(frozen=True)
 class PackedGaussians:
     """Float32 masters of ``n`` images with ``m`` Gaussians each, and the grids that they are rounded to.
+
+    Those of videos are as in `gsdd_jax.spacetime.Gaussians3D`, and have six numbers in place of three.
 
     Attributes:
         mean: ``[n, m, 2]`` as in `gsdd_jax.Gaussians`; its grid is fixed, the centers of 2^bits equal cells of
@@ -146,7 +158,7 @@ class PackedGaussians:
     color: jax.Array
     low: jax.Array
     step: jax.Array
-    size: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    size: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def __getitem__(self, index) -> PackedGaussians:
         """Selects images, as ``array[index]`` does; the grids stay."""
@@ -154,23 +166,27 @@ class PackedGaussians:
         return dataclasses.replace(self, **chosen)
 
 
-def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classes: int) -> Codec:
-    """Builds the codec; see `gsdd_jax.codecs.make`."""
-    h, w, c = image_shape
+def make(spec: PackedGaussianSpec, image_shape: Shape, num_classes: int) -> Codec:
+    """Builds the codec of images or, with one more side, of videos; see `gsdd_jax.codecs.make`."""
+    *_, c = image_shape
+    size = image_shape[:-1]
+    draw_all: Any = functools.partial(
+        render if len(size) == 2 else render_video, supersample=spec.supersample, cutoff=spec.cutoff
+    )
     n, m = num_classes * spec.images_per_class, spec.num_points
     written = spec.layout(image_shape, num_classes)
 
     def decode(params: PackedGaussians, index=None, *, size=None, key=None) -> jax.Array:
         del key
         chosen = params if index is None else params[index]
-        return render(quantized(chosen, spec), size, supersample=spec.supersample, cutoff=spec.cutoff)
+        return draw_all(quantized(chosen, spec), size)
 
     def dequantize(tree: dict[str, jax.Array]) -> PackedGaussians:
         codes = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()}
         ends = {name: codes.pop(name) for name in (LOW, STEP)}
         grids = _grids(**ends, spec=spec)
         values = {name: grids[name][0] + code * grids[name][1] for name, code in codes.items()}
-        return PackedGaussians(**values, **ends, size=(h, w))
+        return PackedGaussians(**values, **ends, size=size)
 
     def clipped(params: PackedGaussians) -> PackedGaussians:
         return clip_positions(dataclasses.replace(params, cholesky=canonical(params.cholesky)))
@@ -184,7 +200,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
     def draw_first(params: PackedGaussians, count: jax.Array, rounding: bool | jax.Array = False) -> jax.Array:
         drawn = (jnp.arange(m) < count).astype(params.color.dtype)
         first = dataclasses.replace(params, color=params.color * drawn[:, None])
-        return render(quantized(first, spec, rounding=rounding), supersample=spec.supersample, cutoff=spec.cutoff)
+        return draw_all(quantized(first, spec, rounding=rounding))
 
     def draw_draft(params: PackedGaussians, done: jax.Array) -> jax.Array:
         return draw_first(params, growth.number(done, m, until), done >= spec.draft)
@@ -197,16 +213,16 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         # The grids follow the numbers until they are used.
         return jax.lax.cond(done < spec.draft, lambda p: fit_ranges(clipped(p), spec), project, params)
 
-    def adam(rates: dict[str, float], schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
+    def adam(rates: dict[str, Any], schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
         learned = spec.lr_ranges if spec.ranges == "learned" else 0.0
-        ends = learned * np.repeat([rates["cholesky"], rates["color"]], [3, c]).astype(np.float32)
+        ends = learned * np.repeat([rates["cholesky"], rates["color"]], [spec.shapes, c]).astype(np.float32)
         # The upper end moves by as many changes of the step as there are steps.
-        steps = 2.0 ** np.asarray([*[spec.bits_cholesky] * 3, *spec.color_bits(c)], np.float32) - 1
+        steps = 2.0 ** np.asarray([*[spec.bits_cholesky] * spec.shapes, *spec.color_bits(c)], np.float32) - 1
         every: dict[str, float | np.ndarray] = {**rates, LOW: ends, STEP: ends / steps}
         return leafwise_adam(every, schedule)
 
     def fitter(steps: int) -> optax.GradientTransformation:
-        rates = fit_rates((h, w), m)
+        rates = fit_rates(size, m)
         del rates["opacity"]
         return adam(rates, optax.cosine_decay_schedule(1.0, steps, alpha=0.02))
 
@@ -215,7 +231,7 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         return adam({name: spec.lr * factor for name, factor in factors.items()})
 
     return Codec(
-        name="packed_gaussian",
+        name=spec.name,
         spec=spec,
         image_shape=image_shape,
         num_classes=num_classes,
@@ -234,12 +250,12 @@ def make(spec: PackedGaussianSpec, image_shape: tuple[int, int, int], num_classe
         layout=lambda: written,
         pack=lambda tree: pack(tree, spec),
         unpack=lambda arrays: unpack(arrays, spec, n, c),
-        gaussians=lambda params: quantized(params, spec),
+        gaussians=lambda params: quantized(params, spec) if len(size) == 2 else None,
         draft=Draft(draw_draft, project_draft, grow) if until else Draft(draw_draft, project_draft),
     )
 
 
-def from_gaussians(g: Gaussians, spec: PackedGaussianSpec) -> PackedGaussians:
+def from_gaussians(g: Gaussians | Gaussians3D, spec: PackedGaussianSpec) -> PackedGaussians:
     """Folds opacity into color and lays grids over the numbers of the set; nothing is rounded yet.
 
     Gaussians that were fitted otherwise are packed as they are by it: the comparison for training through the
@@ -247,7 +263,7 @@ def from_gaussians(g: Gaussians, spec: PackedGaussianSpec) -> PackedGaussians:
     """
     color = g.color * g.opacity[..., None]
     color = to_ycocg(color) if spec.bits_chroma else color
-    none = jnp.zeros(3 + color.shape[-1], jnp.float32)
+    none = jnp.zeros(spec.shapes + color.shape[-1], jnp.float32)
     params = PackedGaussians(g.mean, canonical(g.cholesky), color, low=none, step=none, size=g.size)
     return fit_ranges(clip_positions(params), spec)
 
@@ -255,13 +271,16 @@ def from_gaussians(g: Gaussians, spec: PackedGaussianSpec) -> PackedGaussians:
 def canonical(cholesky: jax.Array) -> jax.Array:
     """Makes the diagonal of L non-negative, by signs that cancel in L L^T; whatever is so already keeps its bits.
 
-    L is ``cholesky + CHOLESKY_SHIFT``, whose diagonal 1/2 reflects x to -x - 1.
+    L is ``cholesky + CHOLESKY_SHIFT``, whose diagonal 1/2 reflects x to -x - 1; ``SPACETIME_SHIFT`` has it, too.
     """
-    l11, l21, l22 = cholesky[..., 0], cholesky[..., 1], cholesky[..., 2]
+    l11, l21, l22, *moving = (cholesky[..., i] for i in range(cholesky.shape[-1]))
     column = l11 < -0.5
-    return jnp.stack(
-        [jnp.where(column, -l11 - 1, l11), jnp.where(column, -l21, l21), jnp.where(l22 < -0.5, -l22 - 1, l22)], axis=-1
-    )
+    signed = [jnp.where(column, -l11 - 1, l11), jnp.where(column, -l21, l21), jnp.where(l22 < -0.5, -l22 - 1, l22)]
+    if moving:
+        u_x, u_y, l_t = moving
+        column = l_t < -0.5
+        signed += [jnp.where(column, -u_x, u_x), jnp.where(column, -u_y, u_y), jnp.where(column, -l_t - 1, l_t)]
+    return jnp.stack(signed, axis=-1)
 
 
 def to_ycocg(rgb: jax.Array) -> jax.Array:
@@ -288,7 +307,7 @@ def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGauss
     """
     lows, steps = [], []
     for leaf, bits in (
-        (params.cholesky, (spec.bits_cholesky,) * 3),
+        (params.cholesky, (spec.bits_cholesky,) * spec.shapes),
         (params.color, spec.color_bits(params.color.shape[-1])),
     ):
         finite = jnp.where(jnp.isfinite(leaf), leaf, jnp.nan).reshape(-1, leaf.shape[-1])
@@ -301,7 +320,7 @@ def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGauss
     return dataclasses.replace(params, low=jnp.concatenate(lows), step=jnp.concatenate(steps))
 
 
-def quantized(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bool | jax.Array = True) -> Gaussians:
+def quantized(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bool | jax.Array = True) -> Any:
     """Returns the Gaussians as they come back from disk, in the order in which they come back.
 
     Sums of floats depend on the order, so the images that are trained are drawn in the order of the file, too.
@@ -315,7 +334,8 @@ def quantized(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bo
     leaves = _in_order(params, leaves, spec)
     if spec.bits_chroma:
         leaves["color"] = from_ycocg(leaves["color"])
-    return Gaussians(**leaves, opacity=jnp.ones(params.mean.shape[:-1], jnp.float32), size=params.size)
+    opacity = jnp.ones(params.mean.shape[:-1], jnp.float32)
+    return spacetime.kind(params.size)(**leaves, opacity=opacity, size=params.size)
 
 
 def codes(params: PackedGaussians, spec: PackedGaussianSpec) -> dict[str, jax.Array]:
@@ -334,8 +354,7 @@ def pack(tree: dict[str, Any], spec: PackedGaussianSpec) -> dict[str, np.ndarray
     codes = {name: np.asarray(tree[name]) for name in ("mean", "cholesky", "color")}
     luma = 1 if spec.bits_chroma else codes["color"].shape[-1]
     if spec.order == "sorted":
-        y, x = (codes["mean"][..., i].astype(np.uint32) for i in (1, 0))
-        positions = packing.multisets_to_bits(y << spec.bits_mean | x, 4**spec.bits_mean)
+        positions = packing.multisets_to_bits(_cells(codes["mean"].astype(np.uint32), spec), _symbols(spec))
     else:
         positions = packing.to_bits(codes["mean"], spec.bits_mean)
     bits = [
@@ -353,21 +372,21 @@ def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: i
     Raises:
         ValueError: The bytes are none that `pack` writes.
     """
-    m, luma = spec.num_points, 1 if spec.bits_chroma else channels
-    sizes = [n * _position_bits(spec, m), n * m * 3 * spec.bits_cholesky, n * m * luma * spec.bits_color]
+    m, luma, d = spec.num_points, 1 if spec.bits_chroma else channels, spec.COORDINATES
+    sizes = [n * _position_bits(spec, m), n * m * spec.shapes * spec.bits_cholesky, n * m * luma * spec.bits_color]
     sizes.append(n * m * (channels - luma) * spec.bits_chroma)
     bits = np.unpackbits(np.asarray(arrays[BITS]))
     positions, cholesky, color, chroma, padding = np.split(bits, np.cumsum(sizes))
     if padding.any():
         raise InputError(f"{BITS}: the {padding.size} bits after the last code must be 0")
     if spec.order == "sorted":
-        keys = packing.multisets_from_bits(positions, n, m, 4**spec.bits_mean)
-        mean = np.stack([keys & (2**spec.bits_mean - 1), keys >> spec.bits_mean], axis=-1)
+        keys = packing.multisets_from_bits(positions, n, m, _symbols(spec))
+        mean = keys[..., None] >> np.arange(d, dtype=np.uint32) * spec.bits_mean & (2**spec.bits_mean - 1)
     else:
-        mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, 2)
+        mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, d)
     return {
         "mean": mean.astype(np.uint16),
-        "cholesky": packing.from_bits(cholesky, spec.bits_cholesky).reshape(n, m, 3),
+        "cholesky": packing.from_bits(cholesky, spec.bits_cholesky).reshape(n, m, spec.shapes),
         "color": np.concatenate(
             [
                 packing.from_bits(part, width).reshape(n, m, count)
@@ -383,13 +402,27 @@ def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: i
 
 def image_bits(spec: PackedGaussianSpec, num_points: int, channels: int) -> int:
     """Returns the bits of one image of so many Gaussians."""
-    return _position_bits(spec, num_points) + num_points * (3 * spec.bits_cholesky + sum(spec.color_bits(channels)))
+    others = spec.shapes * spec.bits_cholesky + sum(spec.color_bits(channels))
+    return _position_bits(spec, num_points) + num_points * others
 
 
 def _position_bits(spec: PackedGaussianSpec, num_points: int) -> int:
     if spec.order == "sorted":
-        return packing.multiset_bits(num_points, 4**spec.bits_mean)
-    return num_points * 2 * spec.bits_mean
+        return packing.multiset_bits(num_points, _symbols(spec))
+    return num_points * spec.COORDINATES * spec.bits_mean
+
+
+def _symbols(spec: PackedGaussianSpec) -> int:
+    """Returns how many cells there are."""
+    return 1 << spec.COORDINATES * spec.bits_mean
+
+
+def _cells(codes: Any, spec: PackedGaussianSpec) -> Any:
+    """Numbers the cells of positions ``[..., d]``, uint32: by frames, if any, then rows and columns."""
+    cell = codes[..., -1]
+    for i in reversed(range(spec.COORDINATES - 1)):
+        cell = cell << spec.bits_mean | codes[..., i]
+    return cell
 
 
 def _grids(
@@ -399,20 +432,20 @@ def _grids(
     low = storage.as_bfloat16(low)
     finest = FINEST_STEP * jnp.maximum(1, jnp.abs(jax.lax.stop_gradient(low)))
     step = storage.as_bfloat16(jnp.maximum(step, finest))
-    cell = 2.0 ** (1 - spec.bits_mean)
+    cell, d, k = 2.0 ** (1 - spec.bits_mean), spec.COORDINATES, spec.shapes
     return {
-        "mean": (jnp.full(2, 0.5 * cell - 1, jnp.float32), jnp.full(2, cell, jnp.float32), spec.bits_mean),
-        "cholesky": (low[:3], step[:3], spec.bits_cholesky),
-        "color": (low[3:], step[3:], spec.color_bits(len(low) - 3)),
+        "mean": (jnp.full(d, 0.5 * cell - 1, jnp.float32), jnp.full(d, cell, jnp.float32), spec.bits_mean),
+        "cholesky": (low[:k], step[:k], spec.bits_cholesky),
+        "color": (low[k:], step[k:], spec.color_bits(len(low) - k)),
     }
 
 
 def _in_order(params: PackedGaussians, leaves: dict[str, jax.Array], spec: PackedGaussianSpec) -> dict[str, jax.Array]:
-    """Brings the Gaussians of each image into the order of the file: by row and column of their cells, if at all."""
+    """Brings the Gaussians of each image into the order of the file: by their cells, if at all."""
     if spec.order == "kept":
         return leaves
     low, step, bits = _grids(params.low, params.step, spec)["mean"]
     cells = jnp.nan_to_num(storage.grid_codes(jax.lax.stop_gradient(params.mean), low, step, bits)).astype(jnp.uint32)
     # Stable, so that Gaussians of one cell stay in the order in which they were stored.
-    order = jnp.argsort((cells[..., 1] << spec.bits_mean) | cells[..., 0], axis=-1, stable=True)
+    order = jnp.argsort(_cells(cells, spec), axis=-1, stable=True)
     return {name: jnp.take_along_axis(leaf, order[..., None], axis=1) for name, leaf in leaves.items()}
