@@ -166,7 +166,7 @@ class Federation:
     spec: SetSpec | AverageSpec
     learners: tuple[Learner, ...]
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     budget: int
 
     def network(self, learner: Learner) -> Network:
