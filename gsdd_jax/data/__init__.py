@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from annotated_types import Ge, Lt
@@ -15,7 +15,7 @@ from PIL import ImageColor
 from typing_extensions import Doc
 
 from gsdd_jax import pixels
-from gsdd_jax.data import digits, folder, subsets, tfds
+from gsdd_jax.data import arrays, clips, digits, folder, subsets, tfds, volumes
 from gsdd_jax.data.decode import MAX_PIXELS, Converter, Resize
 from gsdd_jax.data.host import HostSampler, prefetch
 from gsdd_jax.data.sampling import ClassTable, class_table, sample_classes
@@ -45,8 +45,10 @@ __all__ = [
 
 # Unreadable images that a message names; further ones are counted.
 _NAMED = 20
-# Sources that are made here, of nothing that a setting could name.
-_BUILT_IN = ("digits", "moving_digits", "solid_digits")
+# Settings that a source cannot use.
+_NO_SPLITS = ("train_split", "test_split", "subset")
+_BUILT_IN = (*_NO_SPLITS, "name", "path", "test_fraction")
+_WITHOUT = {"digits": _BUILT_IN, "moving_digits": _BUILT_IN, "solid_digits": _BUILT_IN, "arrays": _NO_SPLITS}
 
 
 class DataNotice(UserWarning):
@@ -55,21 +57,22 @@ class DataNotice(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Which images to read, and how to bring them to one size."""
+    """Which images, videos or volumes to read, and how to bring them to one size."""
 
     source: Annotated[
-        Literal["digits", "moving_digits", "solid_digits", "tfds", "folder"],
+        Literal["digits", "moving_digits", "solid_digits", "tfds", "folder", "clips", "volumes", "arrays"],
         Doc(
-            "digits = scikit-learn's 8x8 digits; moving_digits, solid_digits = videos and volumes made of them; tfds = a "
-            "prepared TFDS set; folder = root/{train,test}/<class>/*.png, at any depth and in any format that Pillow "
-            "reads."
+            "digits = scikit-learn's 8x8 digits; moving_digits, solid_digits = videos and volumes made of them; "
+            "tfds = a prepared TFDS set; folder = root/{train,test}/<class>/*.png, at any depth and in any format that "
+            "Pillow reads; clips = such folders of videos, or of folders of frames; volumes = of *.binvox files; "
+            "arrays = one .npz file with train_images, train_labels, test_images, test_labels."
         ),
     ] = "digits"
     name: Annotated[
         str, Doc("TFDS name (cifar10, mnist, imagenet2012, ...); with `path` only a label for reports.")
     ] = ""
     path: Annotated[
-        str, Doc("TFDS version directory (.../1.0.0, with dataset_info.json), or root of an image folder.")
+        str, Doc("TFDS version directory (.../1.0.0, with dataset_info.json), root of a folder, or .npz file.")
     ] = ""
     train_split: Annotated[str, Doc('Training split or folder; TFDS slices too ("train[:90%]"); empty = train.')] = ""
     test_split: Annotated[
@@ -92,6 +95,8 @@ class DataSpec:
             "DDiF codes squash the aspect ratio too, but bilinearly and without antialiasing: other pixels)."
         ),
     ] = "crop"
+    frames: Annotated[int, Ge(0), Doc("Frames to take of each clip; 0 = all, of clips that have equally many.")] = 0
+    frame_step: Annotated[int, Ge(1), Doc("Distance between frames that are taken, from the first one on.")] = 1
     channels: Annotated[Literal[0, 1, 3], Doc("1 = gray, 3 = RGB, 0 = as stored.")] = 0
     background: Annotated[str, Doc('Color under transparent pixels: a name of CSS such as black, or "#rrggbb".')] = (
         "white"
@@ -126,8 +131,10 @@ class DataSpec:
             raise InputError(f"data.sha256: expected 64 hexadecimal digits or nothing, found {self.sha256!r}")
         if self.source == "tfds" and not (self.name or self.path):
             raise InputError("data.source 'tfds' needs data.name (such as cifar10) or data.path (.../1.0.0)")
-        if self.source == "folder" and not self.path:
-            raise InputError("data.source 'folder' needs data.path, the folder that holds train/ and test/")
+        if self.source in ("folder", "clips", "volumes") and not self.path:
+            raise InputError(f"data.source {self.source!r} needs data.path, the folder that holds train/ and test/")
+        if self.source == "arrays" and not self.path:
+            raise InputError("data.source 'arrays' needs data.path, an .npz file")
         if self.subset and self.classes:
             raise InputError(
                 f"data.classes: expected none beside data.subset {self.subset!r}, found {len(self.classes)}"
@@ -141,19 +148,19 @@ class DataSpec:
                     f"data.{field}: expected none beside data.test_fraction {self.test_fraction:g}, found "
                     f"{getattr(self, field)!r}"
                 )
-        if self.test_labels and self.source != "folder":
-            raise InputError(f"data.test_labels needs data.source 'folder', found {self.source!r}")
+        for field, only, none in (("test_labels", "folder", ""), ("frames", "clips", 0), ("frame_step", "clips", 1)):
+            if getattr(self, field) != none and self.source != only:
+                raise InputError(f"data.{field} needs data.source {only!r}, found {self.source!r}")
         try:
             opaque = len(ImageColor.getrgb(self.background)) == 3
         except ValueError:
             opaque = False
         if not opaque:
             raise InputError(f'data.background: expected a color such as white or "#rrggbb", found {self.background!r}')
-        if self.source in _BUILT_IN:
-            for field in ("name", "path", "train_split", "test_split", "test_fraction", "subset"):
-                if getattr(self, field):
-                    found = getattr(self, field)
-                    raise InputError(f"data.{field} must be empty with data.source {self.source!r}, found {found!r}")
+        for field in _WITHOUT.get(self.source, ()):
+            if getattr(self, field):
+                found = getattr(self, field)
+                raise InputError(f"data.{field} must be empty with data.source {self.source!r}, found {found!r}")
 
 
 class Dataset(NamedTuple):
@@ -209,16 +216,23 @@ def _open_tfds(spec: DataSpec) -> Source:
     )
 
 
-def _open_folder(spec: DataSpec) -> Source:
-    source = folder.open_folder(
+def _open_folder(spec: DataSpec, open_folder: Callable[..., Source] = folder.open_folder, **options: Any) -> Source:
+    return open_folder(
         spec.path,
         train_split=spec.train_split,
         test_split=spec.test_split,
-        test_labels=spec.test_labels,
         test_fraction=spec.test_fraction,
         test_seed=spec.test_seed,
+        **options,
     )
-    return source._replace(name=spec.name or source.name)
+
+
+def _open_clips(spec: DataSpec) -> Source:
+    return _open_folder(spec, clips.open_clips, frames=spec.frames, frame_step=spec.frame_step)
+
+
+def _open_arrays(spec: DataSpec) -> Source:
+    return arrays.open_arrays(spec.path, test_fraction=spec.test_fraction, test_seed=spec.test_seed)
 
 
 SOURCES: dict[str, Callable[[DataSpec], Source]] = {
@@ -226,7 +240,10 @@ SOURCES: dict[str, Callable[[DataSpec], Source]] = {
     "moving_digits": lambda _: digits.open_moving_digits(),
     "solid_digits": lambda _: digits.open_solid_digits(),
     "tfds": _open_tfds,
-    "folder": _open_folder,
+    "folder": lambda spec: _open_folder(spec, test_labels=spec.test_labels),
+    "clips": _open_clips,
+    "volumes": lambda spec: _open_folder(spec, volumes.open_volumes),
+    "arrays": _open_arrays,
 }
 """The registry: what opens a source, by its name in ``data.source``."""
 
@@ -245,13 +262,13 @@ def _open(spec: DataSpec) -> _Opened:
     if spec.source not in SOURCES:
         raise InputError(f"data.source: unknown source {spec.source!r}; allowed: {', '.join(SOURCES)}")
     source = SOURCES[spec.source](spec)
-    kept, names, name = tuple(range(len(source.class_names))), source.class_names, source.name
+    kept, names, name = tuple(range(len(source.class_names))), source.class_names, spec.name or source.name
     if spec.subset:
         kept, names = subsets.resolve(spec.subset, source.class_names)
-        name = f"{source.name}/{spec.subset}"
+        name = f"{name}/{spec.subset}"
     if spec.classes:
         kept, names = _positions(spec.classes, source), spec.classes
-        name = f"{source.name}/{len(names)} classes"
+        name = f"{name}/{len(names)} classes"
     if source.notice:
         warnings.warn(f"{name}: {source.notice}", DataNotice, stacklevel=3)
     convert = Converter(
@@ -302,9 +319,10 @@ def load(spec: DataSpec) -> Dataset:
     train, train_labels, damaged = _read(opened, opened.source.train, per_class=spec.per_class)
     test, test_labels, also = _read(opened, opened.source.test, limit=spec.test_limit)
     unreadable, total = damaged + also, len(train) + len(test) + len(damaged) + len(also)
+    things = opened.source.things
     if unreadable:
         more = f" and {len(unreadable) - _NAMED} more" if len(unreadable) > _NAMED else ""
-        which = f"{len(unreadable)} of {total} images cannot be read: {', '.join(unreadable[:_NAMED])}{more}"
+        which = f"{len(unreadable)} of {total} {things} cannot be read: {', '.join(unreadable[:_NAMED])}{more}"
         if spec.unreadable == "error" or not (len(train) and len(test)):
             way_out = "data.unreadable=skip goes on without" if len(train) and len(test) else "none is left of a split"
             raise InputError(f"{opened.name}: {which}; {way_out}")
@@ -313,7 +331,7 @@ def load(spec: DataSpec) -> Dataset:
     if composited:
         plain = f"; {sum(composited)} of them are of one color then" if any(composited) else ""
         warnings.warn(
-            f"{opened.name}: {len(composited)} of {total} images have transparent pixels, composited on "
+            f"{opened.name}: {len(composited)} of {total} {things} have transparent pixels, composited on "
             f"{spec.background} (data.background){plain}",
             DataNotice,
             stacklevel=2,
@@ -354,8 +372,8 @@ def records(spec: DataSpec) -> tuple[Records, np.ndarray, tuple[str, ...]]:
             size. What cannot be read is an error when it is asked for.
 
     Returns:
-        `(records, labels, class_names)`: a random-access sequence of `{"image": uint8 [h, w, c], "label": int}` that
-        decodes on access, int32 [n] labels, k names.
+        `(records, labels, class_names)`: a random-access sequence of `{"image": uint8 [h, w, c], "label": int}`, or of
+        videos [t, h, w, c], that decodes on access, int32 [n] labels, k names.
 
     Raises:
         ValueError: As for `load`, except that image sizes are only seen on access; or `unreadable` is "skip".

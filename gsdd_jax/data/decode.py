@@ -1,7 +1,9 @@
 """From an image file to uint8 pixels: what is converted, and what is refused because it would be wrong."""
 
+import math
 import re
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +40,31 @@ def extensions() -> frozenset[str]:
     return frozenset(name for name, form in known.items() if form in Image.OPEN and form not in _NOT_READ)
 
 
+def attempt(decode: Callable[[], np.ndarray | Unreadable]) -> np.ndarray | Unreadable:
+    """Calls what decodes a file, and says why if it cannot.
+
+    Raises:
+        OSError: The system cannot read the file; that is no fault of what is in it.
+    """
+    try:
+        return decode()
+    except Image.UnidentifiedImageError:
+        return Unreadable("no image that Pillow knows")
+    except FileNotFoundError:
+        return Unreadable("a link to a file that is not there")
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        # Pillow reports damage by whatever it leads to, from SyntaxError to struct.error; but an errno is the system's.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        return Unreadable(" ".join(str(error).split())[:200] or type(error).__name__)
+
+
 def is_gray(file: str | Path) -> bool:
     """Whether a file stores one channel (with or without alpha), by its header; true of what cannot be read."""
     try:
-        with _opened(file) as image:
+        with opened(file) as image:
             return image.mode in _GRAY
     except Exception:
         # `Converter.read` says what is wrong.
@@ -78,9 +101,10 @@ class Converter:
         Raises:
             OSError: The system cannot read it; that is no fault of the image.
         """
-        try:
-            with _opened(file) as image:
-                refusal = _refusal(image, self.max_pixels)
+
+        def decode() -> np.ndarray | Unreadable:
+            with opened(file) as image:
+                refusal = refused(image, self.max_pixels) or _several(image)
                 if refusal:
                     return Unreadable(refusal)
                 image.load()
@@ -88,18 +112,8 @@ class Converter:
                 with suppress(Exception):
                     ImageOps.exif_transpose(image, in_place=True)
                 return self(image)
-        except Image.UnidentifiedImageError:
-            return Unreadable("no image that Pillow knows")
-        except FileNotFoundError:
-            return Unreadable("a link to a file that is not there")
-        except (MemoryError, ImportError):
-            raise
-        except Exception as error:
-            # Pillow reports damage by whatever it leads to, from SyntaxError to struct.error; but an errno is the
-            # system's.
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            return Unreadable(" ".join(str(error).split())[:200] or type(error).__name__)
+
+        return attempt(decode)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Converts a decoded image of at most 8 bits per channel."""
@@ -137,7 +151,8 @@ class Converter:
         return flat
 
 
-def _opened(file: str | Path | BinaryIO) -> Image.Image:
+def opened(file: str | Path | BinaryIO) -> Image.Image:
+    """Opens an image of any size; reads its header only."""
     # Pillow's limit is a variable of the whole process, and warns at half of it; ours is looked at right after this,
     # when only the header is read.
     with _OPENING:
@@ -148,12 +163,22 @@ def _opened(file: str | Path | BinaryIO) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _refusal(image: Image.Image, max_pixels: int) -> str:
-    width, height = image.size
-    if width * height > max_pixels:
-        return f"{width}x{height} = {width * height} pixels, data.max_pixels allows {max_pixels}"
+def refused(image: Image.Image, max_pixels: int) -> str:
+    """Says why an image is not decoded, or nothing."""
     if _deep(image):
         return f"image mode {image.mode!r} of more than 8 bits per channel, to be converted first"
+    return large(*image.size, max_pixels=max_pixels)
+
+
+def large(*size: int, max_pixels: int) -> str:
+    """Says that an image, a frame or a volume has too many pixels, or nothing."""
+    found = math.prod(size)
+    if found <= max_pixels:
+        return ""
+    return f"{'x'.join(map(str, size))} = {found} pixels, data.max_pixels allows {max_pixels}"
+
+
+def _several(image: Image.Image) -> str:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format not in _ONE_PICTURE:
         return f"{frames} frames or pages, expected 1"

@@ -1,10 +1,13 @@
-"""Image folders: `root/{train, test | val | validation}/<class>/**/*.png`, or any other format that Pillow reads."""
+"""Folders by class, of images in any format that Pillow reads, and of what else a `Kind` says.
+
+Either `root/{train, test | val | validation}/<class>/` or `root/<class>/{train, test | val | validation}/`.
+"""
 
 import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +23,51 @@ _HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@ea
 _LISTS = frozenset({".txt", ".csv", ".tsv"})
 
 
+class Kind(NamedTuple):
+    """What the records of a folder are.
+
+    Attributes:
+        things: What they are called.
+        expected: What a class folder should hold, for messages.
+        extensions: Of their files, in lower case.
+        record: `record(file, folder)` is the record to which a file belongs that lies in a class folder or below; none
+            for a file that nobody reads.
+        is_gray: Whether a record has one channel.
+        read: From a record to uint8 pixels.
+        block: How many of them a thread reads at a time.
+    """
+
+    things: str
+    expected: str
+    extensions: frozenset[str]
+    record: Callable[[Path, Path], Path | None]
+    is_gray: Callable[[Path], bool]
+    read: Callable[[Path, Converter], np.ndarray | Unreadable]
+    block: int = 16
+
+
+def files(
+    things: str,
+    expected: str,
+    extensions: frozenset[str],
+    is_gray: Callable[[Path], bool],
+    read: Callable[[Path, Converter], np.ndarray | Unreadable],
+) -> Kind:
+    """Describes records of which each is a file, told by its extension."""
+
+    def record(file: Path, folder: Path) -> Path | None:
+        return file if file.suffix.lower() in extensions else None
+
+    return Kind(things, expected, extensions, record, is_gray, read)
+
+
+def _images() -> Kind:
+    expected = "files that Pillow reads, such as *.png"
+    return files("images", expected, extensions(), is_gray, lambda path, convert: convert.read(path))
+
+
 class _Listing(NamedTuple):
-    """What lies in a split folder: the images of each class, and all other files that are not hidden."""
+    """What lies in a split: where it is, the records of each class, and all other files that are not hidden."""
 
     root: Path
     classes: dict[str, list[Path]]
@@ -36,12 +82,14 @@ def open_folder(
     test_labels: str = "",
     test_fraction: float = 0.0,
     test_seed: int = 0,
+    kind: Kind | None = None,
 ) -> Source:
     """Opens a folder of images; decodes nothing yet.
 
     Classes are the sorted names of the sub-folders of the training folder. Images lie in them at any depth and are
     visited in the order of their sorted paths, links followed; hidden files are left out in silence, all others that
-    are read by nobody are told in `Source.notice`. Images count as one-channel only if all of them are.
+    are read by nobody are told in `Source.notice`. Images count as one-channel only if all of them are. Where the root
+    has no training folder but folders of classes have one each, those are the split.
 
     Args:
         path: The root.
@@ -50,12 +98,14 @@ def open_folder(
         test_labels: File in the root with a line "image label" for each image of a test folder without class folders.
         test_fraction: Share of each class to split off as test images, of a root without test folder; 0 = none.
         test_seed: Seed of that split.
+        kind: What is read; images, if None.
 
     Raises:
         FileNotFoundError: The root, a split folder or the file of labels does not exist.
         ValueError: No class or a class without images, a test class that was not trained on, two candidate test
             folders, or one although images are to be split off; a file of labels that does not fit the images.
     """
+    kind = kind or _images()
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"data.path: no such folder: {root}")
@@ -65,41 +115,42 @@ def open_folder(
             f"data.test_fraction: {root} has a test folder ({there[0]}); expected 0, or a root without one"
         )
     default = "train" if not test_fraction or (root / "train").is_dir() else "."
-    train = _listing(_split_folder(root, train_split or default, "data.train_split"), root)
+    train = _listing(root, train_split or default, "data.train_split", kind)
     class_names = tuple(sorted(train.classes))
     if not class_names:
-        raise InputError(f"{train.root} has no class folders; expected {train.root}/<class>/*.png")
+        raise InputError(f"{train.root} has no class folders; expected {train.root}/<class>/ with {kind.expected}")
     empty = [name for name in class_names if not train.classes[name]]
     if empty:
-        below = [other for other in train.others if other.is_relative_to(train.root / empty[0])]
+        folder = _class_folders(root, train_split or default)[empty[0]]
+        below = [other for other in train.others if other.is_relative_to(folder)]
         found = f" but {len(below)} other files, such as {below[0].name}" if below else ""
-        raise InputError(
-            f"{train.root / empty[0]} has no images{found}; expected files that Pillow reads, such as *.png"
-        )
+        raise InputError(f"{folder} has no {kind.things}{found}; expected {kind.expected}")
     tested: dict[str, list[Path]] = {}
     others = train.others
-    training = _folder_split(train.root, train.classes, class_names)
+    training = _folder_split(train, class_names, kind)
     if test_fraction:
         training, testing = hold_out(training, test_fraction, test_seed)
     else:
-        test = _listing(_split_folder(root, test_split or _find_test(root, there), "data.test_split"), root)
+        test = _listing(root, test_split or _find_test(root), "data.test_split", kind)
         if test_labels:
             listed = root / test_labels
             test = _labeled(test, listed, class_names)
-        _check_test_classes(root, test, train)
+        _check_test_classes(root, test, train, kind)
         tested, others = test.classes, others + test.others
-        testing = _folder_split(test.root, test.classes, class_names)
+        testing = _folder_split(test, class_names, kind)
     return Source(
         name=root.resolve().name,
         class_names=class_names,
-        channels=_native_channels(train.classes, tested),
+        channels=_native_channels(kind, train.classes, tested),
         train=training,
         test=testing,
-        notice=_passed_over(root, others),
+        notice=_passed_over(root, others, kind),
+        things=kind.things,
     )
 
 
-def _find_test(root: Path, there: Sequence[str]) -> str:
+def _find_test(root: Path) -> str:
+    there = [name for name in TEST_FOLDERS if (root / name).is_dir() or _class_folders(root, name)]
     if not there:
         raise FileNotFoundError(
             f"{root} has no test folder ({', '.join(TEST_FOLDERS)}); set data.test_split, or data.test_fraction to "
@@ -110,26 +161,36 @@ def _find_test(root: Path, there: Sequence[str]) -> str:
     return there[0]
 
 
-def _split_folder(root: Path, name: str, key: str) -> Path:
-    if not (root / name).is_dir():
+def _class_folders(root: Path, split: str) -> dict[str, Path]:
+    """Returns the folders `root/split/<class>`, or if there is no `root/split`, `root/<class>/split`."""
+    if (root / split).is_dir():
+        return {entry.name: Path(entry.path) for entry in _entries(root / split) if entry.is_dir()}
+    within = {entry.name: Path(entry.path) / split for entry in _entries(root) if entry.is_dir()}
+    return {name: folder for name, folder in within.items() if folder.is_dir()}
+
+
+def _listing(root: Path, split: str, key: str, kind: Kind) -> _Listing:
+    folder, folders = root / split, _class_folders(root, split)
+    others: list[Path] = []
+    if folder.is_dir():
+        others = [Path(entry.path) for entry in _entries(folder) if not entry.is_dir()]
+    elif folders:
+        folder = root / "*" / split
+    else:
         there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        raise FileNotFoundError(f"{key}: no such folder: {root / name}; found {', '.join(there) or 'no folders'}")
-    return root / name
-
-
-def _listing(folder: Path, root: Path) -> _Listing:
-    readable = extensions()
+        raise FileNotFoundError(f"{key}: no such folder: {folder}; found {', '.join(there) or 'no folders'}")
     above = {root.resolve(), folder.resolve()}
     classes: dict[str, list[Path]] = {}
-    others: list[Path] = []
-    for entry in _entries(folder):
-        if not entry.is_dir():
-            others.append(Path(entry.path))
-            continue
-        classes[entry.name] = []
-        for file in _files(Path(entry.path), set(above)):
-            (classes[entry.name] if file.suffix.lower() in readable else others).append(file)
-    return _Listing(folder, classes, others)
+    for name, below in folders.items():
+        records: dict[Path, None] = {}
+        for file in _files(below, set(above)):
+            record = kind.record(file, below)
+            if record is None:
+                others.append(file)
+            else:
+                records[record] = None
+        classes[name] = list(records)
+    return _Listing(folder, classes, sorted(others))
 
 
 def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -151,30 +212,31 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return sorted(shown, key=lambda entry: entry.name)
 
 
-def _passed_over(root: Path, others: Sequence[Path]) -> str:
+def _passed_over(root: Path, others: Sequence[Path], kind: Kind) -> str:
     if not others:
         return ""
     kinds = Counter(other.suffix.lower() or "without extension" for other in others).most_common()
     listed = ", ".join(f"{number} {kind}" for kind, number in kinds[:5]) + (", ..." if len(kinds) > 5 else "")
     return (
-        f"passed over {len(others)} files that are no images that Pillow reads or lie in no class folder ({listed}), "
-        f"such as {others[0].relative_to(root)}"
+        f"passed over {len(others)} files that belong to no {kind.things} to be read or lie in no class folder "
+        f"({listed}), such as {others[0].relative_to(root)}"
     )
 
 
-def _check_test_classes(root: Path, test: _Listing, train: _Listing) -> None:
+def _check_test_classes(root: Path, test: _Listing, train: _Listing, kind: Kind) -> None:
     unknown = sorted(test.classes.keys() - train.classes.keys())
     if test.classes and not unknown:
         return
-    readable = extensions()
-    images = [file for files in test.classes.values() for file in files]
-    images += [file for file in test.others if file.suffix.lower() in readable]
-    if images and not test.classes.keys() & train.classes.keys():
+    records = [record for records in test.classes.values() for record in records]
+    records += [file for file in test.others if file.suffix.lower() in kind.extensions]
+    if records and not test.classes.keys() & train.classes.keys():
+        none = f"{test.root} has none of the class folders of {train.root} but {len(records)} {kind.things}"
+        if kind.things != "images":
+            raise InputError(f"{none}; expected {test.root}/<class>/ with {kind.expected}")
         lists = [file for file in [*test.others, *sorted(root.iterdir())] if file.suffix.lower() in _LISTS]
         hint = f", such as {lists[0].relative_to(root)}" if lists else ""
         raise InputError(
-            f"{test.root} has none of the class folders of {train.root} but {len(images)} images; data.test_labels "
-            f'names the file of their labels, with a line "image label" each{hint}'
+            f'{none}; data.test_labels names the file of their labels, with a line "image label" each{hint}'
         )
     if unknown:
         near = difflib.get_close_matches(unknown[0], train.classes, n=1, cutoff=0.7)
@@ -191,6 +253,8 @@ def _labeled(test: _Listing, listed: Path, class_names: Sequence[str]) -> _Listi
     """
     if not listed.is_file():
         raise FileNotFoundError(f"data.test_labels: no such file: {listed}")
+    if not test.root.is_dir():
+        raise InputError(f"data.test_labels: expected a test folder without class folders, found {test.root}")
     readable = extensions()
     files = [file for file in _files(test.root, set()) if file.resolve() != listed.resolve()]
     images = [file for file in files if file.suffix.lower() in readable]
@@ -231,20 +295,24 @@ def _labeled(test: _Listing, listed: Path, class_names: Sequence[str]) -> _Listi
     return _Listing(test.root, classes, [file for file in files if file not in found])
 
 
-def _native_channels(*groups: dict[str, list[Path]]) -> int:
-    """1 if every file is gray, else 3; looks at headers only and stops at the first color image."""
-    return 1 if all(is_gray(file) for files in groups for paths in files.values() for file in paths) else 3
+def _native_channels(kind: Kind, *groups: dict[str, list[Path]]) -> int:
+    """1 if every record is gray, else 3; looks at headers only and stops at the first one in color."""
+    return 1 if all(kind.is_gray(path) for classes in groups for paths in classes.values() for path in paths) else 3
 
 
-def _folder_split(root: Path, files: dict[str, list[Path]], class_names: Iterable[str]) -> Split:
-    entries = [(label, path) for label, name in enumerate(class_names) for path in files.get(name, [])]
+def _folder_split(listing: _Listing, class_names: Iterable[str], kind: Kind) -> Split:
+    entries = [(label, path) for label, name in enumerate(class_names) for path in listing.classes.get(name, [])]
     labels = np.array([label for label, _ in entries], np.int32)
 
     def read(indices: np.ndarray, convert: Converter) -> Iterator[tuple[int, np.ndarray | Unreadable]]:
-        return parallel(lambda index: (entries[index][0], convert.read(entries[index][1])), indices.tolist())
+        def decode(index: int) -> tuple[int, np.ndarray | Unreadable]:
+            label, path = entries[index]
+            return label, kind.read(path, convert)
+
+        return parallel(decode, indices.tolist(), block=kind.block)
 
     return Split(
-        where=str(root),
+        where=str(listing.root),
         size=len(entries),
         labels=lambda: [labels],
         read=read,

@@ -1,6 +1,6 @@
 """What every reader hands over, and the one path from there to a uint8 array.
 
-A reader (digits, tfds, folder) only knows how to list labels and how to decode given records. Choosing records,
+A reader (digits, tfds, folder, ...) only knows how to list labels and how to decode given records. Choosing records,
 splitting and stacking happen here, once for all sources; `gsdd_jax.data.decode` turns a file into pixels.
 """
 
@@ -41,7 +41,8 @@ class Split(NamedTuple):
 class Source(NamedTuple):
     """A training and a test split with their class names.
 
-    `channels` (1 or 3) is what the images have by nature; `notice` says what a reader passed over.
+    `channels` (1 or 3) is what the images have by nature; `notice` says what a reader passed over; `things` is what
+    messages call a record.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Source(NamedTuple):
     train: Split
     test: Split
     notice: str = ""
+    things: str = "images"
 
 
 class Records:
@@ -62,7 +64,7 @@ class Records:
             split: The split to read from.
             indices: int64 [n], positions of the chosen records in the split.
             labels: int32 [n], the labels to report (after reordering of classes).
-            convert: Turns an image into uint8 [h, w, c].
+            convert: Turns an image into uint8 [h, w, c], or a video into [t, h, w, c].
         """
         self._split, self._indices, self._labels, self._convert = split, indices, labels, convert
 
@@ -137,8 +139,9 @@ def assemble(split: Split, indices: np.ndarray, convert: Converter) -> tuple[np.
     """Decodes records into one array.
 
     Returns:
-        `(images, labels, unreadable)`: uint8 [n, h, w, c] and int32 [n] *source* labels of those that can be read, and
-        the names of the others, each with the reason. `images` has no side where none can be read.
+        `(images, labels, unreadable)`: uint8 [n, h, w, c], or of videos [n, t, h, w, c], and int32 [n] *source* labels
+        of those that can be read, and the names of the others, each with the reason. `images` has no side where none
+        can be read.
 
     Raises:
         ValueError: The images differ in size, or there are none.
@@ -155,9 +158,11 @@ def assemble(split: Split, indices: np.ndarray, convert: Converter) -> tuple[np.
         if images is None:
             images, first = np.empty((len(indices), *pixels.shape), np.uint8), index
         if pixels.shape != images.shape[1:]:
+            length = pixels.ndim == 4 and len(pixels) != len(images[0])
+            way_out = "clips of several lengths need data.frames" if length else "several sizes need data.resolution"
             raise InputError(
                 f"{split.where}: {split.name(index)} is {_size(pixels)}, {split.name(first)} is {_size(images[0])}; "
-                "images of several sizes need data.resolution > 0"
+                f"{way_out} > 0"
             )
         images[read], labels[read] = pixels, label
         read += 1
