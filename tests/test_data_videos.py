@@ -363,6 +363,45 @@ def test_clips_are_split_by_class_and_classes_may_hold_the_splits(tmp_path: Path
         load(_clips(tmp_path))
 
 
+def test_lists_of_ucf101_are_read_as_they_come(tmp_path: Path) -> None:
+    for name, first in (("Archery/v_Archery_g08_c01", 1), ("Archery/v_Archery_g01_c01", 2), ("Bowl/v_Bowl_g09_c02", 3)):
+        _write_animation(tmp_path / "UCF-101" / f"{name}.webp", _ramp(2, first=first), lossless=True)
+    (tmp_path / "lists").mkdir()
+    train, test = (tmp_path / "lists" / name for name in ("trainlist01.txt", "testlist01.txt"))
+    train.write_text("Bowl/v_Bowl_g09_c02.webp 2\r\nArchery/v_Archery_g08_c01.webp 1\r\n")
+    test.write_text("Archery/v_Archery_g01_c01.webp\n\n")
+    spec = _clips(tmp_path, train_split="lists/trainlist01.txt", test_split="lists/testlist01.txt")
+    found = load(spec)
+    assert found.class_names == ("Archery", "Bowl") and found.test_labels.tolist() == [0]
+    np.testing.assert_array_equal(found.train_images, [_ramp(2, first=1), _ramp(2, first=3)])
+    np.testing.assert_array_equal(found.test_images, [_ramp(2, first=2)])
+    test.write_text("Archery/v_Archery_g01_c01.webp\nArchery/v_Archery_g02_c01.webp\n")
+    with pytest.raises(InputError, match=r"testlist01\.txt, line 2: .*_g02_c01\.webp' names 0 clips in"):
+        load(spec)
+    test.write_text("")
+    with pytest.raises(InputError, match=r"testlist01\.txt lists no clips of test or val or validation"):
+        load(spec)
+
+
+def test_a_table_of_folders_of_frames_is_read_as_it_comes(tmp_path: Path) -> None:
+    rows = [("v_b_1", "b", "train"), ("v_a_1", "a", "train"), ("v_a_2", "a", "test"), ("v_b_2", "b", "validation")]
+    for first, (name, _, _) in enumerate(rows):
+        _write_frames(tmp_path / "jpegs_112" / name, _ramp(2, first=first))
+    table = tmp_path / "splits.csv"
+    table.write_text("folder_name,label,split\n" + "".join(f"{','.join(row)}\n" for row in rows))
+    spec = _clips(tmp_path, train_split="splits.csv", test_split="splits.csv")
+    found = load(spec)
+    assert found.class_names == ("a", "b") and found.test_labels.tolist() == [0, 1]
+    np.testing.assert_array_equal(found.train_images, [_ramp(2, first=1), _ramp(2, first=0)])
+    np.testing.assert_array_equal(found.test_images, [_ramp(2, first=2), _ramp(2, first=3)])
+    shutil.copytree(tmp_path / "jpegs_112", tmp_path / "jpegs_256")
+    with pytest.raises(InputError, match=r"splits\.csv, line 2: expected one of a class, 'v_b_1' names 2 clips in"):
+        load(spec)
+    table.write_text("name,label\nv_b_1,b\n")
+    with pytest.raises(InputError, match="expected columns folder_name, label and perhaps split, found name,label"):
+        load(spec)
+
+
 # --- volumes ------------------------------------------------------------------------------------------------
 
 

@@ -74,9 +74,15 @@ class DataSpec:
     path: Annotated[
         str, Doc("TFDS version directory (.../1.0.0, with dataset_info.json), root of a folder, or .npz file.")
     ] = ""
-    train_split: Annotated[str, Doc('Training split or folder; TFDS slices too ("train[:90%]"); empty = train.')] = ""
+    train_split: Annotated[
+        str,
+        Doc(
+            'Training split, TFDS slices too ("train[:90%]"); folder, or file in the root that lists images or clips; '
+            "empty = train."
+        ),
+    ] = ""
     test_split: Annotated[
-        str, Doc("Test split or folder; empty = test or validation, whichever is there with labels.")
+        str, Doc("Test split, folder or list; empty = test or validation, whichever is there with labels.")
     ] = ""
     test_labels: Annotated[
         str, Doc('File in the root of an image folder, a line "image label" for each image of a flat test folder.')

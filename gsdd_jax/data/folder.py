@@ -3,11 +3,13 @@
 Either `root/{train, test | val | validation}/<class>/` or `root/<class>/{train, test | val | validation}/`.
 """
 
+import csv
 import difflib
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,8 +95,9 @@ def open_folder(
 
     Args:
         path: The root.
-        train_split: Name of the training folder; "" = "train", or with `test_fraction` the root if it has none.
-        test_split: Name of the test folder; "" = the one that exists of "test", "val", "validation".
+        train_split: Name of the training folder; "" = "train", or with `test_fraction` the root if it has none. Or of a
+            file in the root that lists the images, see `_listed`.
+        test_split: Name of the test folder; "" = the one that exists of "test", "val", "validation". Or of such a file.
         test_labels: File in the root with a line "image label" for each image of a test folder without class folders.
         test_fraction: Share of each class to split off as test images, of a root without test folder; 0 = none.
         test_seed: Seed of that split.
@@ -170,6 +173,8 @@ def _class_folders(root: Path, split: str) -> dict[str, Path]:
 
 
 def _listing(root: Path, split: str, key: str, kind: Kind) -> _Listing:
+    if (root / split).is_file():
+        return _listed(root, root / split, key, kind)
     folder, folders = root / split, _class_folders(root, split)
     others: list[Path] = []
     if folder.is_dir():
@@ -191,6 +196,48 @@ def _listing(root: Path, split: str, key: str, kind: Kind) -> _Listing:
                 records[record] = None
         classes[name] = list(records)
     return _Listing(folder, classes, sorted(others))
+
+
+def _listed(root: Path, listed: Path, key: str, kind: Kind) -> _Listing:
+    """Reads a split from a file that lists its records, which lie in the root or in a folder in it.
+
+    Either a line is `<class>/<record>` and whatever may follow, as in the lists of UCF101; or the file is a table with
+    the columns folder_name and label, as that of VDSD (Wang et al. 2024), and perhaps split, whose rows count as the
+    training folder or as a test folder of that name would.
+    """
+    places = [root, *(Path(entry.path) for entry in _entries(root) if entry.is_dir())]
+    wanted = ("train",) if key == "data.train_split" else TEST_FOLDERS
+    classes: dict[str, list[Path]] = {}
+    for line, name, label in _rows(listed, key, wanted):
+        found = [place / name for place in places if _is_record(place / name, kind)]
+        if len(found) != 1 or not label:
+            what = f"{name!r} names {len(found)} {kind.things} in {root} or a folder in it" if label else repr(name)
+            raise InputError(f"{key}: {listed}, line {line}: expected one of a class, {what}")
+        classes.setdefault(label, []).append(found[0])
+    if not classes:
+        raise InputError(f"{key}: {listed} lists no {kind.things} of {' or '.join(wanted)}")
+    return _Listing(listed, classes, [])
+
+
+def _rows(listed: Path, key: str, wanted: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Yields line, record and class."""
+    lines = listed.read_text(encoding="utf-8-sig").splitlines()
+    if not lines or "," not in lines[0]:
+        for number, text in enumerate(lines, 1):
+            for name in text.split()[:1]:
+                yield number, name, Path(name).parent.name
+        return
+    table = csv.DictReader(lines)
+    if not {"folder_name", "label"} <= set(table.fieldnames or ()):
+        raise InputError(f"{key}: {listed}: expected columns folder_name, label and perhaps split, found {lines[0]}")
+    for row in table:
+        if row.get("split", wanted[0]) in wanted:
+            yield table.line_num, row["folder_name"], row["label"]
+
+
+def _is_record(path: Path, kind: Kind) -> bool:
+    files = islice(_files(path, set()), 1) if path.is_dir() else [path] if path.is_file() else []
+    return any(kind.record(file, path.parent) == path for file in files)
 
 
 def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
