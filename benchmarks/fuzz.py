@@ -49,9 +49,9 @@ from gsdd_jax.codecs import stored
 from gsdd_jax.manifest import manifest_of
 from train.errors import exit_cleanly
 
-CLASSES, BUDGET, SHAPE = 2, 1152, (6, 8, 3)
+CLASSES, BUDGET, SHAPE, VIDEO = 2, 1152, (6, 8, 3), (2, 4, 6, 1)
 # One of each codec, and of each way in which one is written; the latent codec cannot draw SHAPE.
-SETS: tuple[tuple[codecs.CodecSpec, tuple[int, int, int]], ...] = (
+SETS: tuple[tuple[codecs.CodecSpec, tuple[int, ...]], ...] = (
     (codecs.GaussianSpec(images_per_class=2, num_points=3, start="uniform"), SHAPE),
     (codecs.PackedGaussianSpec(images_per_class=2, num_points=5, start="uniform"), SHAPE),
     (
@@ -79,6 +79,9 @@ SETS: tuple[tuple[codecs.CodecSpec, tuple[int, int, int]], ...] = (
     (codecs.PixelSpec(dtype="uint8", images_per_class=3), SHAPE),
     (codecs.DownscaleSpec(factor=2, dtype="uint8", images_per_class=8), SHAPE),
     (codecs.PaletteSpec(bits=3, images_per_class=2), SHAPE),
+    (codecs.Gaussian3DSpec(images_per_class=2, num_points=3, start="uniform"), VIDEO),
+    (codecs.PackedGaussian3DSpec(images_per_class=2, num_points=4, start="uniform"), VIDEO),
+    (codecs.StaticDynamicSpec(images_per_class=1, factor=2), VIDEO),
 )
 # Which of them have soft labels, and how these are written: precision and top_k.
 SOFT = {2: ("uint8", 1), 3: ("bfloat16", 0), 6: ("uint8", 0)}
@@ -230,9 +233,10 @@ def dumps(document: Any) -> str:
 def refit(rng: np.random.Generator, files: Files) -> Files:
     """Changes shapes and counts, and fills a file of random bytes with just the arrays that they ask for."""
     document = files.document()
-    document["image_shape"] = [int(side) for side in rng.integers(1, 13, 3)] if rng.integers(4) else [64, 64, 3]
+    sides = len(document["image_shape"])
+    document["image_shape"] = [int(side) for side in rng.integers(1, 13, sides)] if rng.integers(4) else [64, 64, 3]
     if document["codec"]["name"] == "latent" or rng.integers(2):
-        document["image_shape"][1] = document["image_shape"][0]
+        document["image_shape"][-2] = document["image_shape"][-3]
     document["bytes_per_class"] = 1 << 20
     for key, value in document["codec"].items():
         if type(value) is int and rng.integers(2):

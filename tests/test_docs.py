@@ -112,6 +112,13 @@ def test_a_network_and_a_loop_of_ones_own_run_as_shown(tmp_path, monkeypatch):
     assert gsdd_jax.load("stripes").images().shape == (6, 16, 16, 1)
 
 
+def test_a_video_of_gaussians_is_drawn_as_shown():
+    names: dict = {}
+    for code in shown("video"):
+        exec(compile(code, "video.md", "exec"), names)
+    assert names["twice_as_long"].shape == (2, 16, 32, 32, 1)
+
+
 def test_the_first_set_is_read_and_trains_a_network_as_shown():
     pytest.importorskip("sklearn")
     names: dict = {}

@@ -234,7 +234,7 @@ def budget_rows(ipc: float, codec: Codec, payload: int) -> dict[str, str]:
     rows = {"pixels, float32": spent(int(ipc), 0, pixels, pixels * storage.ITEMSIZE["float32"])}
     # Mean 2, Cholesky factor 3, opacity 1, and a color: GSDD, section 3.1.
     each = 6 + codec.image_shape[-1]
-    for name, size in storage.ITEMSIZE.items() if points else ():
+    for name, size in storage.ITEMSIZE.items() if points and not codec.spec.VIDEO else ():
         if most := available // (images * each * size):
             whose, floats = "the paper's" if name == "bfloat16" else "the rivals'", images * most * each
             rows[f"{images} Gaussian images, {name} ({whose} count)"] = spent(images, most, floats, floats * size)

@@ -64,6 +64,8 @@ __all__ = [
 CodecSpec = (
     GaussianSpec
     | PackedGaussianSpec
+    | Gaussian3DSpec
+    | PackedGaussian3DSpec
     | PixelSpec
     | PaletteSpec
     | DownscaleSpec
@@ -76,8 +78,6 @@ CodecSpec = (
     | SpectralSpec
     | StaticDynamicSpec
     | LatentSpec
-    | Gaussian3DSpec
-    | PackedGaussian3DSpec
 )
 """The registry: the specs of all codecs of the package."""
 SPECS: dict[str, type] = {get_args(get_type_hints(spec)["name"])[0]: spec for spec in get_args(CodecSpec)}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gsdd_jax import storage
+from gsdd_jax.errors import InputError
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.later import optax
 
@@ -174,6 +175,17 @@ def resized(images: jax.Array, size: tuple[int, int] | None) -> jax.Array:
     if size is None or tuple(size) == images.shape[1:3]:
         return images
     return jax.image.resize(images, (images.shape[0], *size, images.shape[-1]), "bilinear")
+
+
+def only_videos(spec: Any, image_shape: Shape) -> Any:
+    """Returns a spec as it is.
+
+    Raises:
+        ValueError: The shape is that of images.
+    """
+    if len(image_shape) != 4:
+        raise InputError(f"codec.name: {spec.name} is of videos [t, h, w, c], found images {list(image_shape)}")
+    return spec
 
 
 def cast_storage(spec: Any, image_shape: Shape, num_classes: int) -> dict[str, Any]:

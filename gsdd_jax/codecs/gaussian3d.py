@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from typing_extensions import Doc
 
 from gsdd_jax.codecs import gaussian
+from gsdd_jax.codecs.base import Shape, only_videos
 from gsdd_jax.codecs.gaussian import GaussianSpec
-from gsdd_jax.errors import InputError
 
 make = gaussian.make
 
@@ -25,17 +25,5 @@ class Gaussian3DSpec(GaussianSpec):
     ] = "clusters"
     VIDEO: ClassVar[bool] = True
 
-    def resolved(self, image_shape: tuple[int, ...]) -> Any:
-        return require_videos(self, image_shape)
-
-
-def require_videos(spec: Any, image_shape: tuple[int, ...]) -> Any:
-    """Returns a spec as it is.
-
-    Raises:
-        ValueError: The shape is that of images.
-    """
-    if len(image_shape) != 4:
-        shape = " x ".join(map(str, image_shape))
-        raise InputError(f"codec.name: {spec.name} expects videos (frames, height, width, channels), found {shape}")
-    return spec
+    def resolved(self, image_shape: Shape) -> Any:
+        return only_videos(self, image_shape)

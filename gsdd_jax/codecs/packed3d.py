@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 from typing_extensions import Doc
 
 from gsdd_jax.codecs import packed
-from gsdd_jax.codecs.gaussian3d import require_videos
+from gsdd_jax.codecs.base import Shape, only_videos
 from gsdd_jax.codecs.packed import PackedGaussianSpec
 
 make = packed.make
@@ -30,5 +30,5 @@ class PackedGaussian3DSpec(PackedGaussianSpec):
     COORDINATES: ClassVar[int] = 3
     VIDEO: ClassVar[bool] = True
 
-    def resolved(self, image_shape: tuple[int, ...]) -> Any:
-        return require_videos(self, image_shape)
+    def resolved(self, image_shape: Shape) -> Any:
+        return only_videos(self, image_shape)

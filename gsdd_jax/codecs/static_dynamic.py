@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,8 @@ from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays, cast_storage
+from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays, cast_storage, only_videos
 from gsdd_jax.codecs.downscale import enlargement
-from gsdd_jax.errors import InputError
 from gsdd_jax.later import optax
 
 
@@ -38,10 +37,8 @@ class StaticDynamicSpec(Spec):
     lr: Annotated[float, Gt(0), Doc("learning rate in distillation, for pixels in [0, 1]")] = 0.1
     VIDEO = True
 
-    def resolved(self, image_shape: Shape) -> StaticDynamicSpec:
-        if len(image_shape) != 4:
-            raise InputError(f"codec.name: static_dynamic is of videos [t, h, w, c], found images {list(image_shape)}")
-        return self
+    def resolved(self, image_shape: Shape) -> Any:
+        return only_videos(self, image_shape)
 
     def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
         return {"images_per_class": range(1, MOST)}
