@@ -594,6 +594,13 @@ def test_fitting_is_adam_with_rates_per_leaf_on_a_cosine(gaussians):
         assert_moved(getattr(total, name), [getattr(g, name) for g in gradients], cosine, err_msg=name)
 
 
+def test_videos_are_fitted_at_rates_per_mean_spacing_of_each_axis():
+    rates = gaussian_codec.fit_rates((4, 6, 8), 3)
+    spacing = (4 * 6 * 8 / 3) ** (1 / 3)
+    np.testing.assert_allclose(rates["mean"], 0.05 * spacing / np.array([4, 4, 2]), rtol=1e-6)
+    assert rates["cholesky"] == pytest.approx(0.1 * 0.6 * spacing / np.sqrt(np.pi))
+
+
 # Pixels
 
 

@@ -11,9 +11,10 @@ import pytest
 
 import gsdd_jax
 from gsdd_jax import SynSet, codecs, fitting, storage
-from gsdd_jax.codecs import PackedGaussianSpec, packed
+from gsdd_jax.codecs import PackedGaussian3DSpec, PackedGaussianSpec, packed
 from gsdd_jax.codecs.packed import PackedGaussians
 from gsdd_jax.gaussians import Gaussians, to_pixels
+from gsdd_jax.spacetime import Gaussians3D, to_frames
 
 SIZE, CLASSES, BUDGET = (6, 8), 2, 2000
 
@@ -251,6 +252,19 @@ def test_canonical_signs_are_a_projection_that_keeps_the_bits_of_what_is_canonic
     np.testing.assert_allclose(covariance(found), covariance(lower), rtol=1e-5, atol=1e-5)
 
 
+def test_canonical_signs_in_space_and_time_keep_the_video():
+    rng = np.random.default_rng(8)
+    mean, raw = rng.uniform(-0.9, 0.9, (2, 5, 3)), rng.uniform(-2, 2, (2, 5, 6))
+    leaves = [jnp.asarray(x, jnp.float32) for x in (mean, raw, rng.uniform(-0.5, 1, (2, 5, 3)), np.ones((2, 5)))]
+    g = Gaussians3D(*leaves, size=(4, *SIZE))
+    signed = packed.canonical(g.cholesky)
+    assert (np.asarray(raw)[..., [0, 2, 5]] < -0.5).any((0, 1)).all()
+    assert (np.asarray(signed)[..., [0, 2, 5]] >= -0.5).all()
+    assert bits(packed.canonical(signed)) == bits(signed)
+    for before, after in zip(to_frames(g), to_frames(dataclasses.replace(g, cholesky=signed)), strict=True):
+        np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+
+
 def test_projection_clips_positions_and_makes_signs_canonical():
     spec = PackedGaussianSpec(images_per_class=2, num_points=5)
     params = random_params(spec)
@@ -354,6 +368,28 @@ def test_payload_is_the_codes_in_binary_one_kind_after_the_other():
     mean = "".join(f"{code:05b}" for code in stored["mean"].ravel().tolist())
     first = int(mean[:8], 2)
     assert kept.pack(stored)["codes"][0] == first
+
+
+def test_payload_of_videos_sorts_by_frame_row_and_column():
+    spec = PackedGaussian3DSpec(images_per_class=2, num_points=3, bits_mean=3, bits_cholesky=4, bits_color=5)
+    codec = make(spec, image_shape=(4, *SIZE, 1))
+    rng = np.random.default_rng(9)
+    leaves = rng.uniform(-1, 1, (4, 3, 3)), rng.uniform(-1, 2, (4, 3, 6)), rng.uniform(0, 1, (4, 3, 1)), np.ones((4, 3))
+    g = Gaussians3D(*(jnp.asarray(x, jnp.float32) for x in leaves), size=(4, *SIZE))
+    params = packed.from_gaussians(g, spec)
+    stored = jax.device_get(codec.quantize(params))
+    # The cells of [-1, 1], whatever the order.
+    cells = np.floor((np.clip(leaves[0], -0.999, 0.999) + 1) * 4).astype(int)
+    keys = [sorted(64 * t + 8 * y + x for x, y, t in video) for video in cells.tolist()]
+    assert [[64 * t + 8 * y + x for x, y, t in video] for video in stored["mean"].tolist()] == keys
+    width = math.ceil(math.log2(math.comb(2**9 + 2, 3)))
+    text = "".join(f"{sum(math.comb(k + i, i + 1) for i, k in enumerate(row)):0{width}b}" for row in keys)
+    text += "".join(f"{code:04b}" for code in stored["cholesky"].ravel().tolist())
+    text += "".join(f"{code:05b}" for code in stored["color"].ravel().tolist())
+    text += "0" * (-len(text) % 8)
+    written = codec.pack(stored)
+    assert written["codes"].tobytes() == int(text, 2).to_bytes(len(text) // 8, "big")
+    assert written["low"].shape == written["step"].shape == (7,)
 
 
 @pytest.mark.parametrize(("order", "gpc", "channels"), [("sorted", 7, 3), ("kept", 20, 1)])

@@ -116,6 +116,7 @@ def test_videos_and_gradients_are_those_of_the_3d_formula(scene, settings):
 
 
 def test_float64_has_the_formula_to_its_precision():
+    @functools.partial(jax.jit, static_argnames=("size", "supersample", "cutoff"))
     def in_float64(g, size=None, **settings):
         frames, height, width = size or g.size
         images = splat(*to_frames(g, size), height=height, width=width, **settings)

@@ -7,6 +7,7 @@ import oracle
 import pytest
 
 from gsdd_jax import Gaussians, render, starts
+from gsdd_jax.spacetime import Gaussians3D, render_video
 from kernels import DEFAULT_CUTOFF
 
 NAMES = sorted(starts.START)
@@ -104,6 +105,45 @@ def test_edge_start_lies_on_pixels_with_half_their_color_and_prefers_edges():
     # One column of 30 holds all the gradient: half of the draws go there while its pixels last, not 1/30 of them.
     assert np.sum(place[:, 1] == 14) >= 15
     assert np.sum(place[:, 1] != 14) >= 15
+
+
+def bars(frames=6, size=12, speed=1) -> np.ndarray:
+    """A black video in which a white bar, three columns wide, moves to the right."""
+    video = np.zeros((1, frames, size, size, 1), np.float32)
+    for t in range(frames):
+        video[0, t, :, speed * t : speed * t + 3] = 1
+    return video
+
+
+def test_the_only_cluster_of_a_video_has_the_covariance_of_its_grid():
+    g = start(jax.random.key(0), np.full((2, 4, 6, 10, 3), 0.5, np.float32), name="clusters", num_points=1)
+    assert (g.size, g.color.shape, g.opacity.shape) == ((4, 6, 10), (2, 1, 3), (2, 1))
+    np.testing.assert_allclose(g.mean, np.zeros((2, 1, 3)), atol=1e-6)
+    l11, l22, l_t = (starts.CLUSTER_SPREAD * np.std(np.arange(side)) for side in (10, 6, 4))
+    expected = np.array([l11 - 0.5, 0, l22 - 0.5, 0, 0, l_t - 0.5])
+    np.testing.assert_allclose(g.cholesky, np.broadcast_to(expected, (2, 1, 6)), atol=1e-5)
+
+
+def test_clusters_of_a_video_move_with_what_moves_and_draw_it():
+    video = bars()
+    g = start(jax.random.key(1), video, name="clusters", num_points=8)
+    drawn = np.asarray(jax.jit(render_video)(g))
+    uniform = np.asarray(jax.jit(render_video)(start(jax.random.key(1), video, name="uniform", num_points=8)))
+    assert np.mean((drawn - video) ** 2) < 0.15 * np.mean((uniform - video) ** 2)
+    # The brightest goes right with the bar, by a column per frame, and neither up nor down.
+    u_x, u_y, l_t = np.asarray(g.cholesky[0, np.argmax(g.color[0, :, 0])])[3:] + [0, 0, 0.5]
+    assert u_x / l_t == pytest.approx(1, abs=0.3) and abs(u_y / l_t) < 0.3
+
+
+def test_least_squares_colors_of_a_video_solve_the_ridge_regression():
+    video = bars(3, 7)[0]
+    g = start(jax.random.key(3), video[None], name="uniform", num_points=4)
+    found = jax.jit(starts.least_squares_colors)(g.mean[0], g.cholesky[0], video)
+    each = Gaussians3D(g.mean, g.cholesky, jnp.eye(4)[None], jnp.ones((1, 4)), size=(3, 7, 7))
+    design = np.asarray(render_video(each)[0], np.float64).reshape(-1, 4)
+    gram = design.T @ design
+    expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / 4 * np.eye(4), design.T @ video.reshape(-1, 1))
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_least_squares_colors_solve_the_ridge_regression():
