@@ -38,6 +38,7 @@ from gsdd_jax.codecs import (
 from gsdd_jax.codecs import gaussian as gaussian_codec
 from gsdd_jax.gaussians import Gaussians
 from gsdd_jax.render import render
+from gsdd_jax.spacetime import Gaussians3D, render_video
 
 SHAPE, CLASSES = (6, 8, 3), 2
 BUDGET = 2 * 6 * 8 * 3 * 4  # two float32 images per class
@@ -454,6 +455,18 @@ def test_gaussian_decode_draws_the_rounded_parameters_and_its_gradient_passes_st
     expected = oracle.render(rounded(gaussians), v=weights).gradient
     for name, grad in leaves(grads).items():
         np.testing.assert_allclose(grad, expected[name], rtol=0, atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
+
+
+def test_gaussians_in_space_and_time_are_drawn_as_rounded():
+    rng = np.random.default_rng(5)
+    leaves = rng.uniform(-0.9, 0.9, (6, 5, 3)), rng.uniform(-1, 2, (6, 5, 6)), rng.uniform(0, 1, (6, 5, 3))
+    g = Gaussians3D(*(jnp.asarray(x, jnp.float32) for x in leaves), jnp.ones((6, 5)), size=VIDEO[:-1])
+    codec = make(SPECS["gaussian3d"], image_shape=VIDEO)
+    for size in (None, (7, 9, 5)):
+        expected = jax.jit(render_video, static_argnames=("size", "cutoff"))(rounded(g), size=size, cutoff=0.0)
+        found = jax.jit(lambda p, size=size: codec.decode(p, jnp.array([4, 1]), size=size))(g)
+        np.testing.assert_allclose(found, expected[np.array([4, 1])], rtol=0, atol=1e-6)
+    assert np.abs(codec.decode(g) - render_video(g, cutoff=0.0)).max() > 1e-3
 
 
 REMEDY = re.compile(r"codec\.(\w+) of at most (\d+)")

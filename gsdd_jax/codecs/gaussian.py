@@ -72,7 +72,8 @@ class GaussianSpec(Spec):
 # Adam's rates when fitting images, in units that make them independent of the size of image and Gaussians: positions
 # per mean spacing, shapes per radius of an equal share of the image, colors per full range. The authors use one rate
 # for all leaves. Swept at 32 px with 22 and at 128 px with 107 Gaussians; opacity stays 1, since the colors already
-# carry it.
+# carry it. Videos have the same (8 frames of moving digits, 16 px, 15 Gaussians, 300 steps: 33.2 dB, and 31.6 to 34.0
+# with a third or three times the rate of positions, times, shapes, motions, durations or colors, each alone).
 FIT_POSITION = 0.05
 FIT_SHAPE = 0.1
 FIT_COLOR = 0.015
