@@ -27,7 +27,7 @@ SETTINGS = {
     "sparse_epitome": ["patch: 4", "width: 8", "blocks: 1", "heads: 1", "tokens: 8", "nonzeros: 12"],
     "spectral": ["matrices: 1", "rank_height: 4", "rank_width: 4"],
     "latent": ["decoder: small", "width: 8", "latent_dim: 4", "images_per_class: 3", "dtype: bfloat16"],
-    "static_dynamic": ["factor: 2"],
+    "static_dynamic": ["factor: 2", "dtype: uint8"],
     "gaussian3d": ["images_per_class: 3"],
     "packed_gaussian3d": ["images_per_class: 4"],
 }
