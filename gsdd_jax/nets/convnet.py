@@ -4,8 +4,10 @@ Each of its `depth` blocks is a 3x3 convolution with bias, instance normalizatio
 one width; one linear layer follows. Initialization is PyTorch's default for these layers, as in the reference. Other
 normalizations, activations and poolings make the space that the field searches (DC, Zhao et al. 2021, section 4.4).
 
-Its form for videos and volumes, convnet3d, has 3x3x3 convolutions and 2x2x2 poolings and normalizes over frames too
-(the ConvNet3D of VDSD, Wang et al. 2024, and of DDiF's voxels); once a single frame is left, blocks pool in space only.
+Its form for videos and volumes, convnet3d, has 3x3x3 convolutions and 2x2x2 poolings and normalizes over frames too,
+like that of DDiF's voxels (Shin et al. 2025); once a single frame is left, blocks pool in space only. The ConvNet3D of
+VDSD (Wang et al. 2024) is another: 3x7x7 kernels of stride 2 in space, and a head with dropout that takes the largest
+logit over time.
 
 Deviations from the reference, of which only the second changes the family of functions:
 - The last feature map is flattened as (h, w, c), not (c, h, w). That permutes the rows of the linear layer only.
