@@ -16,7 +16,7 @@ Example::
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,13 +29,16 @@ from gsdd_jax.manifest import Manifest
 
 # Of `gaussians` and `codecs.packed`, which import JAX.
 CHOLESKY_SHIFT, PREFILTER, MAX_PIXELS = (0.5, 0.0, 0.5), 1 / 12, 1e6
+# Of `spacetime`: the last of its shifts.
+LASTING_SHIFT = 0.5
 FINEST_STEP, SORTED_POINTS = 2.0**-16, 1 << 12
 # Of `storage`: the number that stands for 0 in a byte, and the distance of its values.
 BYTE_ZERO, BYTE_STEP = 85, 1 / 85
 
 Bits = Annotated[int, Ge(1), Le(16)]
 Arrays = dict[str, np.ndarray]
-Size = tuple[int, int]
+# (height, width), or (frames, height, width) of videos.
+Size = tuple[int, ...]
 # ``(arrays, size) -> images``, and the arrays that it takes, bfloat16 ones as float32.
 Decode = Callable[[Arrays, Size], np.ndarray]
 Decoder = tuple[Decode, Mapping[str, Array]]
@@ -45,7 +48,7 @@ class Images(NamedTuple):
     """The images of a set.
 
     Attributes:
-        images: ``[n, h, w, c]`` float32 around [0,1].
+        images: ``[n, h, w, c]``, or ``[n, t, h, w, c]``, float32 around [0,1].
         labels: ``[n]`` int32.
         class_names: One per class.
         soft_labels: ``[n, k]`` float32, each row with sum 1, or None where the set has none.
@@ -80,7 +83,7 @@ def load(path: synset.Location, size: Size | None = None) -> Images:
 
     Args:
         path: As for `gsdd_jax.load`.
-        size: (height, width) of the images; those of the set by default.
+        size: (height, width) of the images, or (frames, height, width) of videos; those of the set by default.
 
     Raises:
         FileNotFoundError: There is no set.
@@ -90,7 +93,7 @@ def load(path: synset.Location, size: Size | None = None) -> Images:
     # Numbers of any size are drawn as they are, without a warning, as JAX does.
     with np.errstate(over="ignore", invalid="ignore"):
         images = [
-            decode(arrays, size or (manifest.image_shape[0], manifest.image_shape[1])).astype(np.float32)
+            decode(arrays, size or manifest.image_shape[:-1]).astype(np.float32)
             for manifest, decode, arrays in stored.parts
         ]
     return Images(np.concatenate(images), stored.labels, stored.class_names, stored.soft_labels)
@@ -131,15 +134,22 @@ def decoder_of(manifest: Manifest, payload: int) -> Decoder:
             f"codec.name: expected one of {', '.join(DECODERS)}, which are decoded without JAX; found "
             f"{schema.show(name)}, whose images python -m train.export writes where JAX is installed"
         )
-    if len(manifest.image_shape) != 3:
-        raise InputError(
-            f"image_shape: expected (h, w, c) without JAX, found {manifest.image_shape}, whose videos "
-            "python -m train.export writes where JAX is installed"
-        )
     settings, decoder = DECODERS[name]
     known = {field.name for field in dataclasses.fields(settings)}
-    drawn = {key: value for key, value in manifest.codec.items() if key in known}
-    return decoder(manifest, schema.build(settings, drawn, section="codec"))
+    spec: Any = schema.build(settings, {k: v for k, v in manifest.codec.items() if k in known}, section="codec")
+    frames, *shape = manifest.image_shape
+    if len(shape) == 2 or name in VIDEO:
+        return decoder(manifest, spec)
+    # Frame by frame; labels are those of videos.
+    count = manifest.images_per_class * frames
+    one = dataclasses.replace(manifest, image_shape=tuple(shape), images_per_class=count, labels=None)
+    decode, layout = decoder(one, spec)
+
+    def together(arrays: Arrays, size: Size) -> np.ndarray:
+        images = decode(arrays, size[1:])
+        return resized(images.reshape(-1, frames, *images.shape[1:]), size)
+
+    return together, layout
 
 
 # Gaussians
@@ -173,28 +183,31 @@ class _PackedGaussian(_Drawing):
 
 
 def _gaussian(manifest: Manifest, spec: _Gaussian) -> Decoder:
-    (h, w, c), lead = manifest.image_shape, (manifest.num_images, spec.num_points)
-    shapes = {"mean": (*lead, 2), "cholesky": (*lead, 3), "color": (*lead, c), "opacity": lead}
+    (*native, c), lead = manifest.image_shape, (manifest.num_images, spec.num_points)
+    # Coordinates, and rows of the triangle of a shape.
+    d = len(native)
+    shapes = {"mean": (*lead, d), "cholesky": (*lead, d * (d + 1) // 2), "color": (*lead, c), "opacity": lead}
 
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
         colors = arrays["color"] * arrays["opacity"][..., None]
-        return _splat(arrays["mean"], arrays["cholesky"], colors, (h, w), size, spec)
+        return _splat(arrays["mean"], arrays["cholesky"], colors, native, size, spec)
 
     return decode, {name: Array(spec.dtype, shape) for name, shape in shapes.items()}
 
 
 def _packed_gaussian(manifest: Manifest, spec: _PackedGaussian) -> Decoder:
-    (h, w, c), n, m = manifest.image_shape, manifest.num_images, spec.num_points
-    sort = spec.order == "sorted"
-    position_bits = packing.multiset_bits(m, 4**spec.bits_mean) if sort else 2 * m * spec.bits_mean
+    (*native, c), n, m = manifest.image_shape, manifest.num_images, spec.num_points
+    sort, d = spec.order == "sorted", len(native)
+    shape, cells = d * (d + 1) // 2, 2 ** (d * spec.bits_mean)
+    position_bits = packing.multiset_bits(m, cells) if sort else d * m * spec.bits_mean
     luma = 1 if spec.bits_chroma else c
     # Numbers of a Gaussian, and bits of each.
-    parts = ((3, spec.bits_cholesky), (luma, spec.bits_color), (c - luma, spec.bits_chroma))
+    parts = ((shape, spec.bits_cholesky), (luma, spec.bits_color), (c - luma, spec.bits_chroma))
     sizes = [n * position_bits, *(n * m * count * width for count, width in parts)]
     layout = {
         "codes": Array("uint8", (-(-sum(sizes) // 8),)),
-        "low": Array("bfloat16", (3 + c,)),
-        "step": Array("bfloat16", (3 + c,)),
+        "low": Array("bfloat16", (shape + c,)),
+        "step": Array("bfloat16", (shape + c,)),
     }
 
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
@@ -202,10 +215,10 @@ def _packed_gaussian(manifest: Manifest, spec: _PackedGaussian) -> Decoder:
         if padding.any():
             raise InputError(f"codes: the {padding.size} bits after the last code must be 0")
         if sort:
-            keys = packing.multisets_from_bits(positions, n, m, 4**spec.bits_mean)
-            mean = np.stack([keys % 2**spec.bits_mean, keys >> spec.bits_mean], axis=-1)
+            keys = packing.multisets_from_bits(positions, n, m, cells)
+            mean = np.stack([(keys >> i * spec.bits_mean) % 2**spec.bits_mean for i in range(d)], axis=-1)
         else:
-            mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, 2)
+            mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, d)
         codes = [
             packing.from_bits(part, width).reshape(n, m, count)
             for part, (count, width) in zip(written, parts, strict=True)
@@ -214,8 +227,8 @@ def _packed_gaussian(manifest: Manifest, spec: _PackedGaussian) -> Decoder:
         numbers = np.concatenate(codes, axis=-1).astype(np.float32)
         values = arrays["low"] + numbers * _step(arrays)
         cell = 2.0 ** (1 - spec.bits_mean)
-        colors = _from_ycocg(values[..., 3:]) if spec.bits_chroma else values[..., 3:]
-        return _splat(0.5 * cell - 1 + mean * cell, values[..., :3], colors, (h, w), size, spec)
+        colors = _from_ycocg(values[..., shape:]) if spec.bits_chroma else values[..., shape:]
+        return _splat(0.5 * cell - 1 + mean * cell, values[..., :shape], colors, native, size, spec)
 
     return decode, layout
 
@@ -242,26 +255,51 @@ def _splat(
     mean: np.ndarray,
     cholesky: np.ndarray,
     colors: np.ndarray,
-    native: Size,
+    native: Sequence[int],
     size: Size,
     spec: _Drawing,
 ) -> np.ndarray:
-    """Draws Gaussians in float64; see `gsdd_jax.gaussians.to_pixels` and `kernels.splat`.
-
-    One at a time and only where it is not zero.
-    """
+    """Draws Gaussians in float64; see `gsdd_jax.gaussians.to_pixels` and `gsdd_jax.spacetime.to_frames`."""
     mean, cholesky, colors = (np.asarray(x, np.float64) for x in (mean, cholesky, colors))
-    (height, width), limit, supersample = size, MAX_PIXELS, spec.supersample
-    centers = np.clip(0.5 * np.array([width, height]) * (mean + 1), -limit, limit)
-    grow = np.array([width / native[1], height / native[0], height / native[0]])
-    l11, l21, l22 = np.moveaxis(np.clip((cholesky + np.array(CHOLESKY_SHIFT)) * grow, -limit, limit), -1, 0)
+    (*_, height, width), limit = size, MAX_PIXELS
+    centers = np.clip(0.5 * np.array([width, height]) * (mean[..., :2] + 1), -limit, limit)
+    grow = np.array([width / native[-1], height / native[-2], height / native[-2]])
+    l11, l21, l22 = np.moveaxis(np.clip((cholesky[..., :3] + np.array(CHOLESKY_SHIFT)) * grow, -limit, limit), -1, 0)
     variance_y = l21**2 + l22**2 + PREFILTER
     p = 1 / np.sqrt(PREFILTER + l11**2 * ((l22**2 + PREFILTER) / variance_y))
     r, s = -(l11 * l21 / variance_y) * p, 1 / np.sqrt(variance_y)
+    if len(size) == 2:
+        return _draw(centers, (p, r, s), colors, (height, width), spec)
+    # From here on the frames are the second axis.
+    frames = size[0]
+    time = np.clip(0.5 * frames * (mean[..., 2] + 1), -limit, limit)
+    u = np.clip(cholesky[..., 3:5] * grow[:2], -limit, limit)[:, None]
+    lasts = np.clip((cholesky[..., 5] + LASTING_SHIFT) * (frames / native[0]), -limit, limit)[:, None]
+    distance, variance = np.arange(frames)[:, None] + 0.5 - time[:, None], lasts**2 + PREFILTER
+    moved = centers[:, None] + u * (lasts / variance * distance)[..., None]
+    faded = colors[:, None] * np.exp(-0.5 * (distance**2 / variance))[..., None]
+    # The inverse of [[1 / p^2 ...]] + e / variance u u^T by its Cholesky factor, in the variables of `to_frames`.
+    p, r, s, k = p[:, None], r[:, None], s[:, None], PREFILTER / variance
+    q1, q2 = p * u[..., 0] + r * u[..., 1], s * u[..., 1]
+    one, all_ = 1 + k * q2**2, 1 + k * (q1**2 + q2**2)
+    r11, r22 = np.sqrt(one / all_), 1 / np.sqrt(one)
+    blurred = r11 * p, r11 * r - k / all_ * q1 * q2 / r11 * s, r22 * s
+    flat = [np.broadcast_to(x, faded.shape[:3]).reshape(-1, faded.shape[2]) for x in blurred]
+    images = _draw(
+        moved.reshape(-1, *moved.shape[2:]), flat, faded.reshape(-1, *faded.shape[2:]), (height, width), spec
+    )
+    return images.reshape(len(mean), *size, -1)
+
+
+def _draw(
+    centers: np.ndarray, conics: Sequence[np.ndarray], colors: np.ndarray, size: Size, spec: _Drawing
+) -> np.ndarray:
+    """Draws splats, one at a time and only where it is not zero; see `kernels.splat`."""
+    (height, width), (p, r, s), supersample = size, conics, spec.supersample
     reach = np.sqrt(-2 * np.log(spec.cutoff)) if spec.cutoff else np.inf
     half = np.stack([reach * np.sqrt(1 + (r / s) ** 2) / p, reach / s], axis=-1)
     broken = ~(np.isfinite(centers).all((1, 2)) & np.isfinite(p + r + s).all(1) & ~np.isnan(colors).any((1, 2)))
-    images = np.zeros((len(mean), *size, colors.shape[-1]))
+    images = np.zeros((len(colors), *size, colors.shape[-1]))
     offsets = (np.arange(supersample) + 0.5) / supersample
     first = np.clip(np.floor(np.nan_to_num(centers - half)), 0, [width, height]).astype(int)
     last = np.clip(np.ceil(np.nan_to_num(centers + half)), 0, [width, height]).astype(int)
@@ -318,4 +356,8 @@ DECODERS: dict[str, tuple[type, Callable[[Manifest, Any], Decoder]]] = {
     "gaussian": (_Gaussian, _gaussian),
     "packed_gaussian": (_PackedGaussian, _packed_gaussian),
     "pixel": (_Pixel, _pixel),
+    "gaussian3d": (_Gaussian, _gaussian),
+    "packed_gaussian3d": (_PackedGaussian, _packed_gaussian),
 }
+# Those to which videos are more than their frames.
+VIDEO = ("gaussian3d", "packed_gaussian3d")

@@ -20,7 +20,7 @@ with needing("gsdd_jax.torch_dataset needs PyTorch", extra="torch"):
 
 
 class DistilledSet(Dataset):
-    """The images of a distilled set, ``[c, h, w]`` float32 around [0,1], each with its label.
+    """The images of a distilled set, ``[c, h, w]``, or ``[c, t, h, w]`` of videos, float32 around [0,1], and labels.
 
     A label is an integer, or where the set has soft ones a tensor ``[k]`` of probabilities; ``CrossEntropyLoss`` takes
     both. Whatever is handed out is a copy: it may be changed in place.
@@ -51,7 +51,7 @@ class DistilledSet(Dataset):
     def __init__(
         self,
         path: synset.Location,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, ...] | None = None,
         *,
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
@@ -81,7 +81,7 @@ class DistilledSet(Dataset):
         i = operator.index(index)
         if self._images is None:
             images = decode_numpy.load(self._path, self._size).images
-            self._images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+            self._images = np.ascontiguousarray(np.moveaxis(images, -1, 1))
         image: Any = torch.from_numpy(self._images[i].copy())
         soft = self._soft_labels
         label: Any = int(self._labels[i]) if soft is None else torch.from_numpy(soft[i].copy())

@@ -1,5 +1,6 @@
 """Videos through what was made for images: codecs frame by frame, networks, augmentations, the three verbs."""
 
+import dataclasses
 import io
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 import gsdd_jax as gsdd
-from gsdd_jax import augment, codecs, evaluation, fitting, nets, whiten
+from gsdd_jax import augment, codecs, decode_numpy, evaluation, fitting, nets, whiten
 from train import export, pictures
 
 FRAMES, SIDE = 3, 8
@@ -255,3 +256,42 @@ def test_forms_of_images_refuse_videos(tmp_path, capsys):
     with pytest.raises(SystemExit):
         export.main(["--run", str(tmp_path / "set"), "--to", "huggingface", "--out", str(tmp_path / "out")])
     assert "--to: expected png, webp, gif or npz for videos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        codecs.Gaussian3DSpec(images_per_class=2, num_points=4, start="uniform"),
+        codecs.PackedGaussian3DSpec(images_per_class=2, num_points=4, start="uniform"),
+        codecs.PackedGaussian3DSpec(images_per_class=2, num_points=4, start="uniform", order="kept", bits_chroma=5),
+        codecs.PackedGaussianSpec(images_per_class=2, num_points=3),
+        codecs.PixelSpec(images_per_class=2, dtype="uint8"),
+    ],
+    ids=["gaussian3d", "packed_gaussian3d", "kept", "frames", "pixel"],
+)
+def test_videos_are_read_without_jax(spec, tmp_path):
+    codec = codecs.make(spec, image_shape=(*SHAPE[:-1], 3), num_classes=2)
+    params = codec.init(jax.random.key(3), videos(4, channels=3))
+    if "3d" in spec.name:
+        # Moving, of any shape: raw zeros do not.
+        shape = params.cholesky.shape
+        cholesky = params.cholesky + jax.random.normal(jax.random.key(5), shape)
+        params = codec.project(dataclasses.replace(params, cholesky=cholesky))
+    made = gsdd.SynSet(codec, codec.dequantize(codec.quantize(params)), 1 << 14, ("a", "b"))
+    made.save(tmp_path)
+    for size in (None, (5, 12, 10)):
+        found = decode_numpy.load(tmp_path, size)
+        np.testing.assert_allclose(found.images, made.images(size), atol=3e-5)
+        assert found.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_videos_of_the_torch_dataset_have_channels_first(tmp_path):
+    pytest.importorskip("torch")
+    from gsdd_jax.torch_dataset import DistilledSet
+
+    codec = codecs.make(codecs.PixelSpec(images_per_class=1), image_shape=(*SHAPE[:-1], 3), num_classes=2)
+    made = gsdd.SynSet(codec, codec.init(None, videos(2, channels=3)), 1 << 14, ("a", "b"))
+    made.save(tmp_path)
+    video, label = DistilledSet(tmp_path)[1]
+    assert label == 1
+    np.testing.assert_array_equal(video.numpy(), np.moveaxis(np.asarray(made.images()[1]), -1, 0))
