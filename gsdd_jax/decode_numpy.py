@@ -90,6 +90,8 @@ def load(path: synset.Location, size: Size | None = None) -> Images:
         ValueError: It is damaged, or its codec is not decoded without JAX.
     """
     stored = read(path)
+    for manifest, *_ in stored.parts:
+        synset.check_size(size, manifest.image_shape)
     # Numbers of any size are drawn as they are, without a warning, as JAX does.
     with np.errstate(over="ignore", invalid="ignore"):
         images = [

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,8 +105,13 @@ class SynSet:
         """Decodes all images, ``[n, h, w, c]`` around [0,1], at the native or any other (height, width).
 
         Videos ``[n, t, h, w, c]``, at any (frames, height, width).
+
+        Raises:
+            ValueError: A size of another number of sides.
         """
         import jax
+
+        check_size(size, self.codec.image_shape)
 
         # Compiled once for each size: JAX knows the codec's function again, as it would not know a new lambda.
         return jax.jit(self.codec.decode, static_argnames="size")(self.params, size=size and tuple(size))
@@ -191,6 +196,13 @@ if find_spec("jax") is not None:
         ),
         lambda rest, data: dataclasses.replace(rest, **dict(zip(("params", "soft"), data, strict=True))),
     )
+
+
+def check_size(size: Sequence[int] | None, image_shape: Sequence[int]) -> None:
+    """Refuses a size that is not one of images, or of videos, of this native shape."""
+    names = ("frames", "height", "width")[-(len(image_shape) - 1) :]
+    if size is not None and len(size) != len(names):
+        raise InputError(f"size: expected ({', '.join(names)}), found {tuple(size)}")
 
 
 def fingerprint(parts: Iterable[SynSet]) -> str:

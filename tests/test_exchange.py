@@ -40,6 +40,8 @@ def test_sets_of_the_fuzzer_are_of_every_codec():
 @pytest.mark.parametrize("size", [None, (9, 5)])
 def test_numpy_draws_what_jax_draws(place, size, tmp_path):
     made = fuzz.original(place)[1]
+    if size and len(made.parts[0].codec.image_shape) == 4:
+        size = (3, *size)
     found = decode_numpy.load(saved(place, tmp_path / "set"), size)
     assert found.images.dtype == np.float32 and found.class_names == made.class_names
     np.testing.assert_array_equal(found.labels, made.labels)

@@ -295,3 +295,12 @@ def test_videos_of_the_torch_dataset_have_channels_first(tmp_path):
     video, label = DistilledSet(tmp_path)[1]
     assert label == 1
     np.testing.assert_array_equal(video.numpy(), np.moveaxis(np.asarray(made.images()[1]), -1, 0))
+
+
+def test_sizes_of_images_are_none_of_videos(tmp_path):
+    codec = codecs.make(codecs.PixelSpec(images_per_class=1), image_shape=SHAPE, num_classes=2)
+    made = gsdd.SynSet(codec, codec.init(None, videos(2)), 1 << 14, ("a", "b"))
+    made.save(tmp_path)
+    for draw in (made.images, lambda size: decode_numpy.load(tmp_path, size)):
+        with pytest.raises(ValueError, match=r"size: expected \(frames, height, width\), found \(9, 5\)"):
+            draw((9, 5))
