@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 import gsdd_jax as gsdd
-from gsdd_jax import augment, codecs, decode_numpy, evaluation, fitting, nets, whiten
+from gsdd_jax import augment, codecs, data, decode_numpy, evaluation, fitting, nets, whiten
 from train import export, pictures
 
 FRAMES, SIDE = 3, 8
@@ -185,12 +186,12 @@ def test_three_verbs_on_videos(tmp_path):
     labels = np.arange(60) % 2
     ramp = np.array([0.0, 0.2, 0.4], np.float32)
     level = np.where(labels[:, None] == 0, ramp, ramp[::-1]) + 0.3 * random.random((60, 1), np.float32)
-    data = (level[:, :, None, None, None] + 0.1 * random.random((60, *SHAPE), np.float32)).astype(np.float32)
-    data = np.round(data * 255).astype(np.uint8)
+    clips = (level[:, :, None, None, None] + 0.1 * random.random((60, *SHAPE), np.float32)).astype(np.float32)
+    clips = np.round(clips * 255).astype(np.uint8)
     network = nets.NetSpec(name="convnet3d", depth=1, width=4, norm="none")
     found = gsdd.distill(
         jax.random.key(0),
-        data[:40],
+        clips[:40],
         labels[:40],
         codec=codecs.PixelSpec(images_per_class=2, dtype="uint8"),
         network=network,
@@ -207,7 +208,7 @@ def test_three_verbs_on_videos(tmp_path):
     tested = gsdd.evaluate(
         jax.random.key(1),
         again,
-        data[40:],
+        clips[40:],
         labels[40:],
         network=network,
         training=training,
@@ -249,13 +250,27 @@ def test_exported_videos_are_animated_files(form, tmp_path):
                 np.testing.assert_allclose(shown, targets[label, t], atol=1 / 255)
 
 
+def test_exported_movies_are_read_as_clips(tmp_path):
+    pytest.importorskip("av")
+    shape = (FRAMES, 15, 16, 1)
+    codec = codecs.make(codecs.PixelSpec(images_per_class=1), image_shape=shape, num_classes=2)
+    smooth = np.linspace(0.2, 0.8, 2 * FRAMES * 240, dtype=np.float32).reshape(2, *shape)
+    gsdd.SynSet(codec, codec.init(None, smooth), 1 << 14, ("a", "b")).save(tmp_path / "set")
+    assert export.main(["--run", str(tmp_path / "set"), "--to", "mp4", "--out", str(tmp_path / "train")]) == 0
+    (tmp_path / "train" / "metadata.json").unlink()
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    found = data.load(data.DataSpec(source="clips", path=str(tmp_path)))
+    assert found.train_images.shape[:4] == (2, FRAMES, 16, 16)
+    np.testing.assert_allclose(found.train_images[:, :, :15, :, :1] / 255, smooth, atol=0.03)
+
+
 def test_forms_of_images_refuse_videos(tmp_path, capsys):
     codec = codecs.make(codecs.PixelSpec(images_per_class=1), image_shape=SHAPE, num_classes=2)
     params = codec.init(jax.random.key(0), videos(2))
     gsdd.SynSet(codec, params, 4 * FRAMES * SIDE**2, ("a", "b")).save(tmp_path / "set")
     with pytest.raises(SystemExit):
         export.main(["--run", str(tmp_path / "set"), "--to", "huggingface", "--out", str(tmp_path / "out")])
-    assert "--to: expected png, webp, gif or npz for videos" in capsys.readouterr().err
+    assert "--to: expected png, webp, gif, mp4 or npz for videos" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Write the images of a distilled set for other programs: ``python -m train.export --run DIR --to png --out DIR``.
 
-``--to`` is ``png``, ``webp``, ``gif``, ``npz``, ``tfds``, ``huggingface``, or for the set itself ``set`` and ``orbax``;
-docs/exchange.md says what each holds. All have a ``metadata.json``: the names of the classes as they are, what the set
-recorded (whitening, statistics of the channels, learned rate), and how the run trained its test networks.
+``--to`` is ``png``, ``webp``, ``gif``, ``mp4``, ``npz``, ``tfds``, ``huggingface``, or for the set itself ``set`` and
+``orbax``; docs/exchange.md says what each holds. All have a ``metadata.json``: the names of the classes as they are, what
+the set recorded (whitening, statistics of the channels, learned rate), and how the run trained its test networks.
 
 Images are those of the codec before any whitening, around [0,1]. Files of pictures, also within ``tfds`` and
 ``huggingface``, have 8 bits: values are clipped to [0,1] and rounded. Those of videos are animated. What a form lacks
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -23,6 +22,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,15 @@ from gsdd_jax.errors import needing
 from train import commands, compilation_cache, results
 from train import config as configs
 from train.errors import UserError, exit_cleanly, explain
-from train.pictures import animated
+from train.pictures import FRAME_MS, animated
 
 # In letters; file systems take 255 bytes, and a letter has at most four.
 NAME_LENGTH = 50
 # Forms of the set itself, and those that hold any value.
 SETS = ("set", "orbax")
 UNCLIPPED = (*SETS, "npz")
+# A file for each image or video.
+FILES = ("png", "webp", "gif", "mp4")
 # TFDS shows a file of this name as ``builder.info.metadata``.
 METADATA = "metadata.json"
 
@@ -174,14 +176,34 @@ def _pictures(images: np.ndarray, form: str = "png") -> dict[str, bytes]:
         raise UserError(f"--to: a {form.upper()} has 1 or 3 channels, the images have {channels}; expected npz")
     if broken := np.isnan(images).reshape(len(images), -1).any(1).sum():
         raise UserError(f"--to: {broken} of {len(images)} images hold NaN, which a {form.upper()} cannot; expected npz")
-    found, lossless = {}, {"lossless": True} if form == "webp" else {}
+    found = {}
     for i, each in enumerate(np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)):
-        stream = io.BytesIO()
         frames = each if images.ndim == 5 else each[None]
-        first, *others = (Image.fromarray(frame[..., 0] if channels == 1 else frame) for frame in frames)
-        first.save(stream, form, **animated(others), **lossless)
-        found[f"{i:0{digits}d}.{form}"] = stream.getvalue()
+        found[f"{i:0{digits}d}.{form}"] = (_movie if form == "mp4" else partial(_picture, form))(frames)
     return found
+
+
+def _picture(form: str, frames: np.ndarray) -> bytes:
+    first, *others = (Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames)
+    stream = io.BytesIO()
+    first.save(stream, form, **animated(others), **({"lossless": True} if form == "webp" else {}))
+    return stream.getvalue()
+
+
+def _movie(frames: np.ndarray) -> bytes:
+    """Returns an MP4 file of H.264; a last odd row or column, which that cannot have, is shown twice."""
+    with needing("--to: mp4 needs PyAV", extra="video"):
+        import av
+    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], mode="edge")
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as file:
+        track: Any = file.add_stream("libx264", rate=1000 // FRAME_MS, options={"crf": "10"})
+        track.height, track.width, track.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            shown = av.VideoFrame.from_ndarray(np.broadcast_to(frame, (*frame.shape[:2], 3)).copy(), format="rgb24")
+            file.mux(track.encode(shown))
+        file.mux(track.encode())
+    return stream.getvalue()
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
@@ -269,7 +291,7 @@ def write_tfds(export: Export, folder: Path) -> None:
 
 def _still(images: np.ndarray) -> np.ndarray:
     if images.ndim != 4:
-        raise UserError("--to: expected png, webp, gif or npz for videos, whose form has images only")
+        raise UserError(f"--to: expected {', '.join(FILES)} or npz for videos, whose form has images only")
     return images
 
 
@@ -322,7 +344,7 @@ def _sentence(made: SynSet | MergedSet) -> str:
 
 
 FORMS: dict[str, Callable[[Export, Path], Any]] = {
-    **{form: functools.partial(write_pictures, form) for form in ("png", "webp", "gif")},
+    **{form: partial(write_pictures, form) for form in FILES},
     "npz": write_npz,
     "tfds": write_tfds,
     "huggingface": write_huggingface,

@@ -27,7 +27,7 @@ _NAME = 22  # characters
 _GRAY = "#7d858f"  # contrast 3.8 on white, 4.7 on near-black
 _CORAL = (1.0, 0.38, 0.34, 0.95)  # seen on black and on white ellipses alike
 _BLUE = "#3b82f6"
-_DURATION = 125  # of a frame, milliseconds
+FRAME_MS = 125  # how long a frame of a video is shown, milliseconds
 _STRETCHES = 100  # of a line; a longer one is averaged in each
 
 
@@ -168,7 +168,7 @@ def curve(x: Sequence[float], y: Sequence[float], *, log: bool = False) -> bytes
 
 def animated(others: Sequence[Image.Image]) -> dict[str, Any]:
     """Returns what Pillow is told to save an image with others as the frames of a file; nothing without others."""
-    return {"save_all": True, "append_images": others, "duration": _DURATION, "loop": 0} if others else {}
+    return {"save_all": True, "append_images": others, "duration": FRAME_MS, "loop": 0} if others else {}
 
 
 def _rows(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
