@@ -1,8 +1,8 @@
 """Write the images of a distilled set for other programs: ``python -m train.export --run DIR --to png --out DIR``.
 
 ``--to`` is ``png``, ``webp``, ``gif``, ``mp4``, ``npz``, ``tfds``, ``huggingface``, or for the set itself ``set`` and
-``orbax``; docs/exchange.md says what each holds. All have a ``metadata.json``: the names of the classes as they are, what
-the set recorded (whitening, statistics of the channels, learned rate), and how the run trained its test networks.
+``orbax``; docs/exchange.md says what each holds. All have a ``metadata.json``: the names of the classes as they are,
+what the set recorded (whitening, statistics of the channels, learned rate), and how the run trained its test networks.
 
 Images are those of the codec before any whitening, around [0,1]. Files of pictures, also within ``tfds`` and
 ``huggingface``, have 8 bits: values are clipped to [0,1] and rounded. Those of videos are animated. What a form lacks
