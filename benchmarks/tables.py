@@ -56,6 +56,45 @@ def _images(name: str) -> str:
     return "\n".join([*lines, "", *sources]) + "\n"
 
 
+def _codecs_of(name: str) -> str:
+    """Draws runs of several codecs at the same bytes, the best first."""
+    lines = [
+        "| codec | images per class | bytes per class | PSNR of the fit, dB | fitted, % | distilled, % |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    runs = [json.loads(path.read_text()) for path in (RESULTS / name).glob("*.json")]
+    _refuse_unlike(runs)
+    for run in sorted(runs, key=lambda run: -run["accuracy"]["mean"]):
+        own, fitted = run["accuracy"], run["fit_only"]
+        psnr = f"{run['fit_psnr']:.2f}" if run["fit_psnr"] else ""
+        size = f"{own['images_per_class']} | {own['bytes_per_class']:,}"
+        lines.append(f"| {run['codec']} | {size} | {psnr} | {_percent(fitted)} | {_percent(own)} |")
+    return "\n".join(lines) + f"\n\n{_folded(runs)}"
+
+
+def _video(name: str) -> str:
+    """Draws `benchmarks.video`: the PSNR of each codec for each number of bytes, and its speed."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = record["results"]
+    budgets = sorted({row["budget"] for row in rows})
+    heads = [f"{budget} bytes" for budget in budgets]
+    lines = [
+        "| codec | " + " | ".join(heads) + " | thousand frames per second |",
+        "|---" + "|---:" * (len(heads) + 1) + "|",
+    ]
+    best = {row["codec"]: row["psnr"] for row in sorted(rows, key=lambda row: row["budget"])}
+    for codec in sorted(best, key=lambda codec: -best[codec]):
+        own = {row["budget"]: row for row in rows if row["codec"] == codec}
+        cells = [f"{own[budget]['psnr']:.1f}" if budget in own else "" for budget in budgets]
+        speed = [row["frames_per_s"] for row in own.values() if "frames_per_s" in row]
+        lines.append(f"| {codec} | {' | '.join(cells)} | {f'{min(speed) / 1000:.0f}' if speed else ''} |")
+    steps, n = rows[0]["steps"], record["n"]
+    return (
+        "\n".join([*lines, "", f"{n} videos, {steps} steps. `{record['command']}`, commit {record['commit'][:9]}."])
+        + "\n"
+    )
+
+
 def _study(name: str) -> str:
     """Draws a study of `benchmarks.study`, a row for each set and what it varies."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
@@ -822,6 +861,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "frequency_gradient": _frequency_gradient,
     "images_12288": _frontier,
     "images_12288_experts": _images,
+    "moving_digits": _run,
+    "moving_digits_codecs": _codecs_of,
+    "video": _video,
     "objectives": _steps,
     "packed": _pairs,
     "packed_later": _later,

@@ -18,7 +18,12 @@ from train import gallery, results, rundir, testset, yaml12
 from train import pictures as draw
 
 _MOST_CHARTS = 12
-_CODEC_NAMES = {"gaussian": "Gaussian", "packed_gaussian": "packed Gaussian"}
+_CODEC_NAMES = {
+    "gaussian": "Gaussian",
+    "packed_gaussian": "packed Gaussian",
+    "gaussian3d": "3D Gaussian",
+    "packed_gaussian3d": "packed 3D Gaussian",
+}
 _PICTURES = {
     "images": ("Distilled images", "At their native resolution, magnified; one row per class."),
     "real": ("Real images", "Real are the training images that each was first fitted to."),
