@@ -7,9 +7,10 @@ Glossary: *real* / *syn* (synthetic) images; *ipc*, a budget in float32 pixel im
 parameterization of images; *budget*, bytes per class; *expert* / *student*, networks trained on real / synthetic
 images; *syn_lr*, the learned step size of a student.
 
-Dimension letters: ``n`` images, ``m`` Gaussians per image, ``h w c`` pixels, ``k`` classes, ``t`` inner steps, or
-frames, ``p`` flat weights. Images are ``[n, h, w, c]`` float32 around [0,1], videos ``[n, t, h, w, c]``; image ``i`` of a
-distilled set has label ``i // images_per_class``, unless the set is a merged one, whose parts may hold more and fewer.
+Dimension letters: ``n`` images, ``m`` Gaussians per image, ``h w c`` pixels, ``k`` classes, ``t`` frames or inner
+steps, ``p`` flat weights. Images are ``[n, h, w, c]`` float32 around [0,1], videos ``[n, t, h, w, c]``; image ``i``
+of a distilled set has label ``i // images_per_class``, unless the set is a merged one, whose parts may hold more
+and fewer.
 """
 
 import importlib
