@@ -1,6 +1,7 @@
 """Gaussians added one after another where they explain most of what is left of the image: matching pursuit.
 
-The greedy choice of Mallat & Zhang 1993, from round Gaussians of a few sizes centered at pixels. Fitting draws with few
+The greedy choice of Mallat & Zhang 1993, from round Gaussians of a few sizes centered at pixels. In videos they
+last for a few durations and move at a few speeds. Fitting draws with few
 Gaussians at first and adds the others over the first half of its steps, so that each meets an image that those before
 it have already learned to draw (density control: GSDD, section 5, leaves it open; adaptive density control of 3D
 Gaussian splatting, Kerbl et al. 2023, clones by the gradient instead, and leaves the number open).
@@ -17,15 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from gsdd_jax.gaussians import CHOLESKY_SHIFT, PREFILTER
+from gsdd_jax.spacetime import SPACETIME_SHIFT
 
 # Standard deviations of what is added, in units of the radius of an equal share of the image.
 SCALES = (0.2, 0.4, 0.8, 1.6, 3.2)
-# The smallest of them in pixels.
+# Those in time, as shares of the video.
+DURATIONS = (1 / 16, 1 / 5, 1 / 2)
+# The smallest of both, in pixels or frames.
 SMALLEST = 0.5
+# What moves does so along each axis by these many of its standard deviations per frame. Beyond 1.1 the blur of the
+# smallest that move both ways would be wider than they are.
+SPEEDS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 # Share of the steps of a fit over which Gaussians are added, and in how many lots.
 UNTIL = 0.5
 LOTS = 24
-# Images at a time: each has a map of every scale.
+# Images or frames at a time: each has a map of every scale.
 BATCH = 64
 
 P = TypeVar("P")
@@ -46,14 +53,15 @@ def pursue(
     last: jax.Array | int,
     encode: Callable[[jax.Array], jax.Array] = lambda color: color,
 ) -> P:
-    """Places the Gaussians ``first`` to ``last - 1`` of each image, one after another.
+    """Places the Gaussians ``first`` to ``last - 1`` of each image or video, one after another.
 
-    Each is the one that takes most from the squared error of what those before it leave.
+    Each is the one that takes most from the squared error of what those before it leave. In videos the place is that of
+    the best that stands still, and what moves is the best that passes there.
 
     Args:
         params: A dataclass with leaves ``mean [n, m, 2]``, ``cholesky [n, m, 3]`` and ``color [n, m, c]``, as in
-            `Gaussians`, of opacity 1.
-        residual: ``[n, h, w, c]``, the images less what is drawn of them.
+            `Gaussians`, of opacity 1; of videos, as in `Gaussians3D`.
+        residual: ``[n, h, w, c]``, the images less what is drawn of them, or ``[n, t, h, w, c]``.
         first: Of the Gaussians that are placed.
         last: The first that is not.
         encode: Maps colors ``[c]`` to what ``color`` holds.
@@ -62,43 +70,94 @@ def pursue(
         The parameters with these Gaussians in place of what was there.
     """
     leaves: Any = params
-    m = leaves.mean.shape[1]
-    _, h, w, c = residual.shape
-    radius = np.sqrt(h * w / (np.pi * m))
-    scales = np.maximum(np.array(SCALES) * radius, SMALLEST)
+    _, *frames, h, w, _ = residual.shape
+    begin, find = (_of_video if frames else _of_image)((*frames, h, w), leaves.mean.shape[1])
+
+    def one(args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        residual, *held = args
+
+        def place(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            left, *held = carry
+            left, position, shape, color = find(left)
+            found = (position, shape, encode(color))
+            return (left, *(leaf.at[i].set(value) for leaf, value in zip(held, found, strict=True)))
+
+        return jax.lax.fori_loop(first, last, place, (begin(residual), *held))[1:]
+
+    names = ("mean", "cholesky", "color")
+    batch = max(BATCH // frames[0], 1) if frames else BATCH
+    placed = jax.lax.map(one, (residual, *(getattr(leaves, name) for name in names)), batch_size=batch)
+    return dataclasses.replace(leaves, **dict(zip(names, placed, strict=True)))
+
+
+# What is kept of one residual, and (what is kept) -> (that of the next, position, raw Cholesky entries, color).
+Search = tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], tuple[jax.Array, ...]]]
+
+
+def _of_image(size: tuple[int, ...], num_points: int) -> Search:
+    h, w = size
+    scales = _scales(np.sqrt(h * w / (np.pi * num_points)))
     # Row i of scale s: a Gaussian of this standard deviation around the center of pixel i.
     rows, columns = (_atoms(length, scales) for length in (h, w))
     energies = [(atoms**2).sum(-1) for atoms in (rows, columns)]
+    energy = jnp.einsum("si,sj->sij", *energies)
 
-    def one(args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        residual, mean, cholesky, color = args
-        products = jnp.einsum("siy,yxc,sjx->sijc", rows, residual, columns)
-        energy = jnp.einsum("si,sj->sij", *energies)
+    def find(products: jax.Array) -> tuple[jax.Array, ...]:
+        best = jnp.argmax(jnp.sum(products**2, axis=-1) / energy)
+        scale, y, x = jnp.unravel_index(best, energy.shape)
+        found = products[scale, y, x] / energy[scale, y, x]
+        # What is drawn by it is gone from the products of the residual with all others.
+        row, column = (jnp.asarray(atoms)[scale, at] for atoms, at in ((rows, y), (columns, x)))
+        taken = jnp.einsum("si,sj,c->sijc", rows @ row, columns @ column, found)
+        # The prefilter is added when it is drawn.
+        spread = jnp.sqrt(jnp.asarray(scales**2 - PREFILTER, jnp.float32)[scale])
+        position = jnp.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1]).astype(jnp.float32)
+        shape = jnp.stack([spread, jnp.zeros_like(spread), spread]) - jnp.array(CHOLESKY_SHIFT, jnp.float32)
+        return products - taken, position, shape, found
 
-        def place(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            products, mean, cholesky, color = carry
-            best = jnp.argmax(jnp.sum(products**2, axis=-1) / energy)
-            scale, y, x = jnp.unravel_index(best, energy.shape)
-            found = products[scale, y, x] / energy[scale, y, x]
-            # What is drawn by it is gone from the products of the residual with all others.
-            row, column = (jnp.asarray(atoms)[scale, at] for atoms, at in ((rows, y), (columns, x)))
-            taken = jnp.einsum("si,sj,c->sijc", rows @ row, columns @ column, found)
-            # The prefilter is added when it is drawn.
-            spread = jnp.sqrt(jnp.asarray(scales**2 - PREFILTER, jnp.float32)[scale])
-            position = jnp.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1]).astype(jnp.float32)
-            shape = jnp.stack([spread, jnp.zeros_like(spread), spread]) - jnp.array(CHOLESKY_SHIFT, jnp.float32)
-            return (
-                products - taken,
-                mean.at[i].set(position),
-                cholesky.at[i].set(shape),
-                color.at[i].set(encode(found)),
-            )
+    return lambda residual: jnp.einsum("siy,yxc,sjx->sijc", rows, residual, columns), find
 
-        return jax.lax.fori_loop(first, last, place, (products, mean, cholesky, color))[1:]
 
-    names = ("mean", "cholesky", "color")
-    placed = jax.lax.map(one, (residual, *(getattr(leaves, name) for name in names)), batch_size=BATCH)
-    return dataclasses.replace(leaves, **dict(zip(names, placed, strict=True)))
+def _of_video(size: tuple[int, ...], num_points: int) -> Search:
+    t, h, w = size
+    scales = _scales(np.cbrt(t * h * w / num_points) / np.sqrt(np.pi))
+    durations = np.maximum(np.array(DURATIONS) * t, SMALLEST)
+    rows, columns, times = _atoms(h, scales), _atoms(w, scales), _atoms(t, durations)
+    energy = jnp.einsum("pa,si,sj->psaij", *((atoms**2).sum(-1) for atoms in (times, rows, columns)))
+    spreads, lasting = jnp.asarray(scales, jnp.float32), jnp.asarray(durations, jnp.float32)
+    # Pixels per frame of scale s at speed v.
+    speeds = spreads[:, None] * jnp.array(SPEEDS, jnp.float32)
+
+    def find(residual: jax.Array) -> tuple[jax.Array, ...]:
+        products = jnp.einsum("pat,siy,sjx,tyxc->psaijc", times, rows, columns, residual)
+        at = jnp.unravel_index(jnp.argmax(jnp.sum(products**2, axis=-1) / energy), energy.shape)[2:]
+        # Of what passes there: [durations, t] and, per frame, [scales, speeds, t, h] and [scales, speeds, t, w].
+        away = jnp.arange(t, dtype=jnp.float32) - at[0]
+        fading = jnp.exp(-0.5 * (away / lasting[:, None]) ** 2)
+
+        def passing(length: int, at: jax.Array) -> jax.Array:
+            center = at + speeds[..., None] * away
+            return jnp.exp(-0.5 * ((jnp.arange(length) - center[..., None]) / spreads[:, None, None, None]) ** 2)
+
+        down, across = passing(h, at[1]), passing(w, at[2])
+        products = jnp.einsum("pt,sity,sjtx,tyxc->psijc", fading, down, across, residual)
+        energies = jnp.einsum("pt,sit,sjt->psij", fading**2, (down**2).sum(-1), (across**2).sum(-1))
+        best = jnp.argmax(jnp.sum(products**2, axis=-1) / energies)
+        p, s, i, j = jnp.unravel_index(best, energies.shape)
+        found = products[p, s, i, j] / energies[p, s, i, j]
+        taken = jnp.einsum("t,ty,tx,c->tyxc", fading[p], down[s, i], across[s, j], found)
+        # As `to_frames` draws: the center moves by u l_t / (l_t^2 + e) per frame, and u blurs, so the rest is thinner.
+        l_t = jnp.sqrt(lasting[p] ** 2 - PREFILTER)
+        u_x, u_y = (speeds[s, k] * (lasting[p] ** 2 / l_t) for k in (j, i))
+        blur = PREFILTER / lasting[p] ** 2
+        l11 = jnp.sqrt(spreads[s] ** 2 - PREFILTER - blur * u_x**2)
+        l21 = -blur * u_x * u_y / l11
+        l22 = jnp.sqrt(spreads[s] ** 2 - PREFILTER - blur * u_y**2 - l21**2)
+        shape = jnp.stack([l11, l21, l22, u_x, u_y, l_t]) - jnp.array(SPACETIME_SHIFT, jnp.float32)
+        position = (2 * jnp.stack(at[::-1]) + 1) / jnp.array(size[::-1], jnp.float32) - 1
+        return residual - taken, position, shape, found
+
+    return lambda residual: residual, find
 
 
 def grow(
@@ -115,7 +174,7 @@ def grow(
 
     Args:
         params: As for `pursue`.
-        targets: Images ``[n, h, w, c]``.
+        targets: Images ``[n, h, w, c]`` or videos ``[n, t, h, w, c]``.
         done: Share of the fit's steps that were taken.
         before: That of the step before.
         draw: ``(params, count) -> images`` of the first ``count`` Gaussians.
@@ -130,6 +189,10 @@ def grow(
         lambda params: params,
         params,
     )
+
+
+def _scales(radius: float) -> np.ndarray:
+    return np.maximum(np.array(SCALES) * radius, SMALLEST)
 
 
 def _atoms(length: int, scales: np.ndarray) -> np.ndarray:

@@ -175,12 +175,16 @@ def least_squares_colors(mean: jax.Array, cholesky: jax.Array, image: jax.Array)
     return jnp.linalg.solve(gram + RIDGE * jnp.trace(gram) / m * jnp.eye(m, dtype=gram.dtype), products)
 
 
-def by_pursuit(key: jax.Array, images: jax.Array, num_points: int) -> Gaussians:
-    """Round Gaussians, each where it explains most of what those before it leave: see `gsdd_jax.growth`; no key."""
+def by_pursuit(key: jax.Array, images: jax.Array, num_points: int) -> Any:
+    """Round Gaussians, each where it explains most of what those before it leave: see `gsdd_jax.growth`; no key.
+
+    Videos ``[n, t, h, w, c]`` get `Gaussians3D`, some of which move.
+    """
     del key
-    n, h, w, c = images.shape
-    mean, cholesky, color = (jnp.zeros((n, num_points, length), jnp.float32) for length in (2, 3, c))
-    nothing = Gaussians(mean, cholesky, color, jnp.ones((n, num_points), jnp.float32), size=(h, w))
+    n, *size, c = images.shape
+    lengths = len(size), len(size) * (len(size) + 1) // 2, c
+    zeros = (jnp.zeros((n, num_points, length), jnp.float32) for length in lengths)
+    nothing = spacetime.kind(size)(*zeros, jnp.ones((n, num_points), jnp.float32), size=tuple(size))
     return growth.pursue(nothing, images, 0, num_points)
 
 

@@ -1,3 +1,6 @@
+import dataclasses
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +8,8 @@ import oracle
 import pytest
 
 from gsdd_jax import Gaussians, codecs, fitting, growth, starts
-from gsdd_jax.codecs import GaussianSpec, PackedGaussianSpec
+from gsdd_jax.codecs import Gaussian3DSpec, GaussianSpec, PackedGaussian3DSpec, PackedGaussianSpec
+from gsdd_jax.spacetime import Gaussians3D, render_video
 
 SIZE = (7, 9)
 
@@ -33,6 +37,39 @@ def matching_pursuit(image: np.ndarray, count: int, points: int = 6) -> tuple[np
         colors.append((atom[..., None] * left).sum((0, 1)) / (atom**2).sum())
         left = left - atom[..., None] * colors[-1]
     return np.array(places), np.array(colors), left
+
+
+VIDEO = (5, 6, 7)
+
+
+def moving(t, y, x, s, duration, v_y, v_x) -> np.ndarray:
+    """Returns a Gaussian of the frame and pixel (t, y, x), which moves by (v_y, v_x) pixels per frame."""
+    frame, row, column = np.mgrid[tuple(slice(side) for side in VIDEO)]
+    away = frame - t
+    square = (row - y - v_y * away) ** 2 + (column - x - v_x * away) ** 2
+    return np.exp(-square / (2 * s**2) - away**2 / (2 * duration**2))
+
+
+def moving_pursuit(video: np.ndarray, points: int) -> Iterator[np.ndarray]:
+    """Yields what each leaves; its place is that of the best that stands still, and it the best that passes there."""
+    scales = np.maximum(np.array([0.2, 0.4, 0.8, 1.6, 3.2]) * (np.prod(VIDEO) / points) ** (1 / 3) / np.pi**0.5, 0.5)
+    durations = np.maximum(VIDEO[0] * np.array([1 / 16, 1 / 5, 1 / 2]), 0.5)
+    speeds = (-1, -0.5, 0, 0.5, 1)
+    still = [(*at, s, duration, 0, 0) for at in np.ndindex(VIDEO) for s in np.unique(scales) for duration in durations]
+    left = video.astype(np.float64)
+
+    def gain(settings) -> float:
+        atom = moving(*settings)
+        return (np.einsum("tyx,tyxc->c", atom, left) ** 2).sum() / (atom**2).sum()
+
+    for _ in range(points):
+        t, y, x, *_ = max(still, key=gain)
+        passing = [
+            (t, y, x, s, d, a * s, b * s) for s in np.unique(scales) for d in durations for a in speeds for b in speeds
+        ]
+        atom = moving(*max(passing, key=gain))
+        left = left - atom[..., None] * np.einsum("tyx,tyxc->c", atom, left) / (atom**2).sum()
+        yield left
 
 
 def test_start_is_matching_pursuit():
@@ -109,3 +146,46 @@ def test_a_fit_draws_few_at_first_and_adds_others_where_the_error_is_then(spec):
     # All are drawn, and rounded, from half of the steps on.
     half = codec.draft.decode(begin.params, jnp.float32(0.5))
     np.testing.assert_array_equal(half, codec.decode(begin.params))
+
+
+def test_what_pursuit_takes_from_a_video_is_what_is_drawn():
+    video = np.random.default_rng(5).normal(0, 0.1, (*VIDEO, 2))
+    video += moving(2, 2.3, 3.6, 1.1, 1.7, 0.3, -0.9)[..., None] * [0.9, 0.4]
+    g = jax.jit(starts.by_pursuit, static_argnums=2)(jax.random.key(0), jnp.asarray(video[None], jnp.float32), 4)
+    assert g.size == VIDEO and (g.opacity == 1).all()
+    assert (jnp.abs(g.cholesky[0, :, 3:5]).sum(-1) > 0.1).any(), "nothing moves"
+    # Sampled at the centers of pixels, as the reference is.
+    draw = jax.jit(lambda g, first: render_video(dataclasses.replace(g, opacity=first), supersample=1, cutoff=0.0)[0])
+    for count, left in enumerate(moving_pursuit(video, 4), start=1):
+        drawn = draw(g, (jnp.arange(4) < count)[None].astype(jnp.float32))
+        np.testing.assert_allclose(video - drawn, left, rtol=0, atol=1e-4)
+
+
+def test_two_gaussians_that_move_are_found():
+    lower = jnp.array([[[1.1, 0, 1.1, 3, -0.4, 2.5], [0.8, 0, 0.8, -2, 1.2, 1.5]]])
+    mean = jnp.array([[[-0.1, -0.4, 0.1], [0.2, 0.5, -0.3]]])
+    color = jnp.array([[[0.8, 0.2], [0.3, 0.7]]])
+    video = render_video(
+        Gaussians3D(mean, lower - jnp.array([0.5, 0, 0.5, 0, 0, 0.5]), color, jnp.ones((1, 2)), size=(6, 12, 14))
+    )
+    spec = Gaussian3DSpec(images_per_class=1, num_points=2, dtype="float32")
+    codec = codecs.make(spec, image_shape=(6, 12, 14, 2), num_classes=1)
+    state = fitting.init_fit(jax.random.key(0), video, codec=codec, steps=200)
+    state, psnr = jax.jit(lambda s: fitting.fit_steps(s, video, codec=codec, steps=200, count=200))(state)
+    assert psnr > 45
+
+
+@pytest.mark.parametrize("spec", [Gaussian3DSpec, PackedGaussian3DSpec])
+def test_a_fit_of_videos_adds_gaussians_as_one_of_images_does(spec):
+    videos, steps = jnp.asarray(np.random.default_rng(1).uniform(0, 1, (2, *VIDEO, 1)), jnp.float32), 48
+    codec = codecs.make(
+        spec(images_per_class=2, num_points=6), image_shape=(*VIDEO, 1), num_classes=1, bytes_per_class=10_000
+    )
+    begin = fitting.init_fit(jax.random.key(0), videos, codec=codec, steps=steps)
+    # One more every fourth step.
+    state, _ = jax.jit(lambda s: fitting.fit_steps(s, videos, codec=codec, steps=steps, count=8))(begin)
+    np.testing.assert_array_equal(state.params.mean[:, 2:], begin.params.mean[:, 2:])
+    assert (state.params.mean[:, :2] != begin.params.mean[:, :2]).any((1, 2)).all()
+    decode = jax.jit(codec.draft.decode)
+    drawn = [decode(begin.params, jnp.float32(step / steps)) for step in range(2, 24, 4)]
+    assert (np.diff([float(jnp.mean((each - videos) ** 2)) for each in drawn]) < 0).all()

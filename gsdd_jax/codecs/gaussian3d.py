@@ -20,9 +20,12 @@ class Gaussian3DSpec(GaussianSpec):
 
     name: Annotated[Literal["gaussian3d"], Doc("the parameterization")] = "gaussian3d"  # type: ignore[assignment]
     start: Annotated[
-        Literal["clusters", "uniform"],
-        Doc("starting point of the fit: clusters of the video in space, time and color, or a uniform draw"),
-    ] = "clusters"
+        Literal["growth", "clusters", "uniform"],
+        Doc(
+            "starting point of the fit: one Gaussian after another where the error is largest, over the first half of "
+            "its steps; clusters of the video in space, time and color; or a uniform draw"
+        ),
+    ] = "growth"
     VIDEO: ClassVar[bool] = True
 
     def resolved(self, image_shape: Shape) -> Any:

@@ -24,9 +24,12 @@ class PackedGaussian3DSpec(PackedGaussianSpec):
     bits_mean: Annotated[int, Ge(2), Le(10), Doc("bits of each coordinate of a position, the time included")] = 8
     bits_cholesky: Annotated[int, Ge(2), Le(16), Doc("bits of each of the six numbers of a shape")] = 6
     start: Annotated[
-        Literal["clusters", "uniform"],
-        Doc("starting point of the fit: clusters of the video in space, time and color, or a uniform draw"),
-    ] = "clusters"
+        Literal["growth", "clusters", "uniform"],
+        Doc(
+            "starting point of the fit: one Gaussian after another where the error is largest, over the first half of "
+            "its steps; clusters of the video in space, time and color; or a uniform draw"
+        ),
+    ] = "growth"
     COORDINATES: ClassVar[int] = 3
     VIDEO: ClassVar[bool] = True
 
