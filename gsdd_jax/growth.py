@@ -22,6 +22,9 @@ from gsdd_jax.spacetime import SPACETIME_SHIFT
 
 # Standard deviations of what is added, in units of the radius of an equal share of the image.
 SCALES = (0.2, 0.4, 0.8, 1.6, 3.2)
+# Of videos, whose larger ones gain nothing and stretch the grids of packed Gaussians: volumes of solid_digits (16 of 15
+# Gaussians, 300 steps) have 28.8 dB with three and 26.4 with five.
+VIDEO_SCALES = SCALES[:3]
 # Those in time, as shares of the video.
 DURATIONS = (1 / 16, 1 / 5, 1 / 2)
 # The smallest of both, in pixels or frames.
@@ -96,7 +99,7 @@ Search = tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], tuple[jax
 
 def _of_image(size: tuple[int, ...], num_points: int) -> Search:
     h, w = size
-    scales = _scales(np.sqrt(h * w / (np.pi * num_points)))
+    scales = np.maximum(np.array(SCALES) * np.sqrt(h * w / (np.pi * num_points)), SMALLEST)
     # Row i of scale s: a Gaussian of this standard deviation around the center of pixel i.
     rows, columns = (_atoms(length, scales) for length in (h, w))
     energies = [(atoms**2).sum(-1) for atoms in (rows, columns)]
@@ -120,7 +123,8 @@ def _of_image(size: tuple[int, ...], num_points: int) -> Search:
 
 def _of_video(size: tuple[int, ...], num_points: int) -> Search:
     t, h, w = size
-    scales = _scales(np.cbrt(t * h * w / num_points) / np.sqrt(np.pi))
+    radius = np.cbrt(t * h * w / num_points) / np.sqrt(np.pi)
+    scales = np.maximum(np.array(VIDEO_SCALES) * radius, SMALLEST)
     durations = np.maximum(np.array(DURATIONS) * t, SMALLEST)
     rows, columns, times = _atoms(h, scales), _atoms(w, scales), _atoms(t, durations)
     energy = jnp.einsum("pa,si,sj->psaij", *((atoms**2).sum(-1) for atoms in (times, rows, columns)))
@@ -189,10 +193,6 @@ def grow(
         lambda params: params,
         params,
     )
-
-
-def _scales(radius: float) -> np.ndarray:
-    return np.maximum(np.array(SCALES) * radius, SMALLEST)
 
 
 def _atoms(length: int, scales: np.ndarray) -> np.ndarray:

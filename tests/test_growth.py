@@ -52,7 +52,7 @@ def moving(t, y, x, s, duration, v_y, v_x) -> np.ndarray:
 
 def moving_pursuit(video: np.ndarray, points: int) -> Iterator[np.ndarray]:
     """Yields what each leaves; its place is that of the best that stands still, and it the best that passes there."""
-    scales = np.maximum(np.array([0.2, 0.4, 0.8, 1.6, 3.2]) * (np.prod(VIDEO) / points) ** (1 / 3) / np.pi**0.5, 0.5)
+    scales = np.maximum(np.array([0.2, 0.4, 0.8]) * (np.prod(VIDEO) / points) ** (1 / 3) / np.pi**0.5, 0.5)
     durations = np.maximum(VIDEO[0] * np.array([1 / 16, 1 / 5, 1 / 2]), 0.5)
     speeds = (-1, -0.5, 0, 0.5, 1)
     still = [(*at, s, duration, 0, 0) for at in np.ndindex(VIDEO) for s in np.unique(scales) for duration in durations]
