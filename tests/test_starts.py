@@ -124,6 +124,18 @@ def test_the_only_cluster_of_a_video_has_the_covariance_of_its_grid():
     np.testing.assert_allclose(g.cholesky, np.broadcast_to(expected, (2, 1, 6)), atol=1e-5)
 
 
+def test_growth_of_a_video_moves_with_what_moves_and_black_ones_stay_black():
+    video = bars()
+    g = start(jax.random.key(1), video, name="growth", num_points=8)
+    assert (g.size, g.mean.shape, g.cholesky.shape) == ((6, 12, 12), (1, 8, 3), (1, 8, 6))
+    drawn = np.asarray(jax.jit(render_video)(g))
+    assert np.mean((drawn - video) ** 2) < 0.3 * np.mean(video**2)
+    u_x, u_y, l_t = np.asarray(g.cholesky[0, np.argmax(g.color[0, :, 0])])[3:] + [0, 0, 0.5]
+    assert u_x / l_t > 0.2
+    black = start(jax.random.key(1), np.zeros_like(video), name="growth", num_points=8)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(black)) and not black.color.any()
+
+
 def test_clusters_of_a_video_move_with_what_moves_and_draw_it():
     video = bars()
     g = start(jax.random.key(1), video, name="clusters", num_points=8)
