@@ -179,7 +179,10 @@ def test_two_gaussians_that_move_are_found():
 def test_a_fit_of_videos_adds_gaussians_as_one_of_images_does(spec):
     videos, steps = jnp.asarray(np.random.default_rng(1).uniform(0, 1, (2, *VIDEO, 1)), jnp.float32), 48
     codec = codecs.make(
-        spec(images_per_class=2, num_points=6), image_shape=(*VIDEO, 1), num_classes=1, bytes_per_class=10_000
+        spec(images_per_class=2, num_points=6, start="growth"),
+        image_shape=(*VIDEO, 1),
+        num_classes=1,
+        bytes_per_class=10_000,
     )
     begin = fitting.init_fit(jax.random.key(0), videos, codec=codec, steps=steps)
     # One more every fourth step.

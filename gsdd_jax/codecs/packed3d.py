@@ -29,7 +29,7 @@ class PackedGaussian3DSpec(PackedGaussianSpec):
             "starting point of the fit: one Gaussian after another where the error is largest, over the first half of "
             "its steps; clusters of the video in space, time and color; or a uniform draw"
         ),
-    ] = "growth"
+    ] = "clusters"
     COORDINATES: ClassVar[int] = 3
     VIDEO: ClassVar[bool] = True
 
