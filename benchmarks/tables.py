@@ -57,19 +57,21 @@ def _images(name: str) -> str:
 
 
 def _codecs_of(name: str) -> str:
-    """Draws runs of several codecs at the same bytes, the best first."""
+    """Draws runs of several codecs at the same bytes, named by their files, the best first."""
     lines = [
-        "| codec | images per class | bytes per class | PSNR of the fit, dB | fitted, % | distilled, % |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| codec | images per class | Gaussians | bytes per class | PSNR of the fit, dB | fitted, % | distilled, % |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    runs = [json.loads(path.read_text()) for path in (RESULTS / name).glob("*.json")]
-    _refuse_unlike(runs)
-    for run in sorted(runs, key=lambda run: -run["accuracy"]["mean"]):
-        own, fitted = run["accuracy"], run["fit_only"]
+    found = [(json.loads(path.read_text()), path.stem.replace("--", ", ")) for path in (RESULTS / name).glob("*.json")]
+    found.sort(key=lambda row: -row[0]["accuracy"]["mean"])
+    _refuse_unlike([run for run, _ in found])
+    for run, which in found:
+        own = run["accuracy"]
+        points = run["num_points"] or ""
         psnr = f"{run['fit_psnr']:.2f}" if run["fit_psnr"] else ""
-        size = f"{own['images_per_class']} | {own['bytes_per_class']:,}"
-        lines.append(f"| {run['codec']} | {size} | {psnr} | {_percent(fitted)} | {_percent(own)} |")
-    return "\n".join(lines) + f"\n\n{_folded(runs)}"
+        size = f"{own['images_per_class']} | {points} | {own['bytes_per_class']:,}"
+        lines.append(f"| {which} | {size} | {psnr} | {_percent(run['fit_only'])} | {_percent(own)} |")
+    return "\n".join(lines) + f"\n\n{_folded([run for run, _ in found])}"
 
 
 def _video(name: str) -> str:
