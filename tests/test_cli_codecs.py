@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from command_line import ROOT, start
+from test_codecs import ONLY_VIDEOS
 
 import gsdd_jax
 from gsdd_jax import codecs
@@ -31,8 +32,7 @@ SETTINGS = {
     "gaussian3d": ["images_per_class: 3"],
     "packed_gaussian3d": ["images_per_class: 4"],
 }
-VIDEOS = ("static_dynamic", "gaussian3d", "packed_gaussian3d")
-BUDGETS = {"latent": 4} | dict.fromkeys(VIDEOS, 0.25)
+BUDGETS = {"latent": 4} | dict.fromkeys(ONLY_VIDEOS, 0.25)
 # The same for every codec; with the demo in test_cli.py.
 WITHOUT = [f"baselines.{name}=false" for name in ("pixel", "random_real", "full_data")]
 
@@ -45,7 +45,7 @@ def test_settings_cover_the_registry():
 def test_smoke_run_of_every_codec_gives_accuracies_and_a_set_that_loads(name, tmp_path):
     codec = f"codec={{{', '.join([f'name: {name}', *SETTINGS[name]])}}}"
     settings = [codec, f"ipc={BUDGETS.get(name, 1)}", *WITHOUT]
-    if name in VIDEOS:
+    if name in ONLY_VIDEOS:
         settings += ["data={source: moving_digits}", "baselines.compressed=[]"]
     assert start(ROOT / "configs" / "digits.yaml", tmp_path, "--smoke", *settings) == 0
     result = json.loads((tmp_path / "result.json").read_text())
@@ -57,5 +57,5 @@ def test_smoke_run_of_every_codec_gives_accuracies_and_a_set_that_loads(name, tm
     assert loaded.codec.name == name
     assert loaded.nbytes <= len(loaded.class_names) * result["bytes_per_class"]
     images = np.asarray(jax.jit(loaded.images)())
-    shape = (8, 16, 16, 1) if name in VIDEOS else (8, 8, 1)
+    shape = (8, 16, 16, 1) if name in ONLY_VIDEOS else (8, 8, 1)
     assert images.shape == (len(loaded.labels), *shape) and np.isfinite(images).all()

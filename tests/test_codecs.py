@@ -76,6 +76,8 @@ SPECS: dict[str, codecs.CodecSpec] = {
     "packed gaussian3d fitted": PackedGaussian3DSpec(images_per_class=3, num_points=4, ranges="fitted", order="kept"),
     "neural field of videos": NeuralFieldSpec(layers=2, width=5, omega0=3.0, images_per_class=3),
 }
+# Codecs that are of no images.
+ONLY_VIDEOS = ("gaussian3d", "packed_gaussian3d", "static_dynamic")
 # Of codecs that cannot draw SHAPE, and of videos.
 VIDEO = (4, 6, 8, 3)
 SHAPES = {"latent": (8, 8, 3), "static dynamic": (3, 4, 4, 3), "neural field of videos": VIDEO} | {
@@ -177,13 +179,15 @@ class Case(NamedTuple):
 
 
 def make(spec, **changes) -> codecs.Codec:
-    settings = {"image_shape": SHAPE, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
+    """Makes a codec of the images, or videos, that a spec of `SPECS` is of."""
+    shape = next((SHAPES[name] for name, one in SPECS.items() if one == spec and name in SHAPES), SHAPE)
+    settings = {"image_shape": shape, "num_classes": CLASSES, "bytes_per_class": BUDGET} | changes
     return codecs.make(spec, **settings)
 
 
 @pytest.fixture(scope="module", params=SPECS)
 def case(request) -> Case:
-    codec = make(SPECS[request.param], image_shape=SHAPES.get(request.param, SHAPE))
+    codec = make(SPECS[request.param])
     images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *codec.image_shape)).astype(np.float32)
     started = jax.jit(codec.init)(jax.random.key(0), images)
     # Off the start, so that no leaf is a constant that rounds to itself.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_codecs import ONLY_VIDEOS
 
 from gsdd_jax import codecs, storage
 from train import config as configs
@@ -131,7 +132,7 @@ GAUSSIANS = ("gaussian", "packed_gaussian")
 
 
 @pytest.mark.parametrize("smoke", [False, True])
-@pytest.mark.parametrize("name", [name for name in codecs.SPECS if name not in GAUSSIANS])
+@pytest.mark.parametrize("name", [name for name in codecs.SPECS if name not in (*GAUSSIANS, *ONLY_VIDEOS)])
 def test_name_alone_puts_another_codec_with_a_layout_for_the_budget_into_a_config(name, smoke):
     found = load("cifar10_dm_ipc1_cpu", f"codec.name={name}", smoke=smoke)
     assert found.codec == codecs.SPECS[name]()

@@ -130,8 +130,11 @@ def test_resolution_renders_the_set_and_reads_the_data_at_that_size(run, mock, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--networks", "lenet"], "--networks: unknown network 'lenet'; allowed: convnet, alexnet, vgg11, resnet18, v"),
-        (["--networks", "evaluate.seeds=1"], "--networks: expected one or more of convnet, alexnet"),
+        (
+            ["--networks", "lenet"],
+            "--networks: unknown network 'lenet'; allowed: convnet, convnet3d, alexnet, vgg11, resnet18, v",
+        ),
+        (["--networks", "evaluate.seeds=1"], "--networks: expected one or more of convnet, convnet3d, alexnet"),
         (["--resolution", "-1"], "--resolution: expected an integer of at least 0, found -1"),
         (["--networks", "vit", "--ddranking"], "--networks: --ddranking is computed for the run's own network"),
         (["--out", "/absent/place/x.json"], "--out: no such directory: /absent/place"),
