@@ -865,6 +865,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "images_12288_experts": _images,
     "moving_digits": _run,
     "moving_digits_codecs": _codecs_of,
+    "solid_digits": _run,
     "video": _video,
     "objectives": _steps,
     "packed": _pairs,
