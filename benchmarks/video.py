@@ -121,6 +121,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "video.json")
     args = parser.parse_args()
+    if args.videos < 2 or args.steps < 1 or min(args.bytes) < 1:
+        parser.error("expected --videos of at least 2, --steps and --bytes of at least 1")
     videos = data.load(data.DataSpec(source="moving_digits")).train_images[: args.videos]
     known = json.loads(args.out.read_text())["results"] if args.out.exists() else []
     for nbytes in args.bytes:

@@ -5,9 +5,9 @@ are drawn per image, which is the rule for training networks, or once for the ba
 matching real and synthetic images of one class.
 
 All frames of a video are changed alike. Images may be in any space (whitened ones, usually); what leaves the frame is
-filled with 0. All operations are
-differentiable in the images; in the parameters that are drawn, they are not meant to be. No backward pass of crop,
-scale or rotate scatters: a GPU adds scattered values in any order, and runs could not be repeated to the bit.
+filled with 0. All operations are differentiable in the images; in the parameters that are drawn, they are not meant to
+be. No backward pass of crop, scale or rotate scatters: a GPU adds scattered values in any order, and runs could not be
+repeated to the bit.
 
 CutMix, which mixes images and labels of a batch, is for training networks only; matching does not know it.
 """

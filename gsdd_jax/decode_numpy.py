@@ -280,7 +280,7 @@ def _splat(
     distance, variance = np.arange(frames)[:, None] + 0.5 - time[:, None], lasts**2 + PREFILTER
     moved = centers[:, None] + u * (lasts / variance * distance)[..., None]
     faded = colors[:, None] * np.exp(-0.5 * (distance**2 / variance))[..., None]
-    # The inverse of [[1 / p^2 ...]] + e / variance u u^T by its Cholesky factor, in the variables of `to_frames`.
+    # The blur of what moves, as `to_frames` adds it.
     p, r, s, k = p[:, None], r[:, None], s[:, None], PREFILTER / variance
     q1, q2 = p * u[..., 0] + r * u[..., 1], s * u[..., 1]
     one, all_ = 1 + k * q2**2, 1 + k * (q1**2 + q2**2)

@@ -1,10 +1,10 @@
 """Gaussians added one after another where they explain most of what is left of the image: matching pursuit.
 
-The greedy choice of Mallat & Zhang 1993, from round Gaussians of a few sizes centered at pixels. In videos they
-last for a few durations and move at a few speeds. Fitting draws with few
-Gaussians at first and adds the others over the first half of its steps, so that each meets an image that those before
-it have already learned to draw (density control: GSDD, section 5, leaves it open; adaptive density control of 3D
-Gaussian splatting, Kerbl et al. 2023, clones by the gradient instead, and leaves the number open).
+The greedy choice of Mallat & Zhang 1993, from round Gaussians of a few sizes centered at pixels. In videos they last
+for a few durations and move at a few speeds. Fitting draws with few Gaussians at first and adds the others over the
+first half of its steps, so that each meets an image that those before it have already learned to draw (density control:
+GSDD, section 5, leaves it open; adaptive density control of 3D Gaussian splatting, Kerbl et al. 2023, clones by the
+gradient instead, and leaves the number open).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from PIL import Image
 
 import gsdd_jax as gsdd
 from gsdd_jax import augment, codecs, data, decode_numpy, evaluation, fitting, nets, whiten
-from train import export, pictures
+from train import export, gallery, pictures
 
 FRAMES, SIDE = 3, 8
 SHAPE = (FRAMES, SIDE, SIDE, 1)
@@ -319,3 +319,13 @@ def test_sizes_of_images_are_none_of_videos(tmp_path):
     for draw in (made.images, lambda size: decode_numpy.load(tmp_path, size)):
         with pytest.raises(ValueError, match=r"size: expected \(frames, height, width\), found \(9, 5\)"):
             draw((9, 5))
+
+
+def test_the_gallery_does_not_take_videos_for_images(tmp_path, capsys):
+    codec = codecs.make(codecs.PixelSpec(images_per_class=1), image_shape=SHAPE, num_classes=2)
+    gsdd.SynSet(codec, codec.init(None, videos(2)), 1 << 14, ("a", "b")).save(tmp_path)
+    assert gallery.of_run(tmp_path) is None
+    with pytest.raises(SystemExit):
+        gallery.main([str(tmp_path), "--out", str(tmp_path / "page.html")])
+    assert "expected a set of images, found videos [3, 8, 8, 1]" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

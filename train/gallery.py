@@ -32,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gallery.html"), help="the HTML file (default: gallery.html)")
     arguments = parser.parse_args(argv)
     for path in arguments.sets:
-        if len(decode_numpy.read(path).parts) > 1:
+        shapes = _shapes(path)
+        if len(shapes) > 1:
             raise UserError(f"{path}: a merged set; name the folders of its parts")
+        if len(shapes[0]) != 3:
+            raise UserError(f"{path}: expected a set of images, found videos {list(shapes[0])}; see train.export")
     files.write_bytes(arguments.out, page(arguments.sets).encode())
     print(arguments.out)
     return 0
@@ -51,10 +54,13 @@ def page(sets: Sequence[synset.Location]) -> str:
 
 
 def of_run(path: Path) -> str | None:
-    """Returns the page of a run's set, or None where there is none, or one that is too large or is not shown."""
+    """Returns the page of a run's set, or None where there is none, or one that is too large or is not shown.
+
+    Videos are not.
+    """
     try:
         folder = synset.folder_of(path)
-        if (folder / synset.ARRAYS).stat().st_size > MOST or len(decode_numpy.read(folder).parts) > 1:
+        if (folder / synset.ARRAYS).stat().st_size > MOST or [len(shape) for shape in _shapes(folder)] != [3]:
             return None
     except (FileNotFoundError, ValueError):
         return None
@@ -69,6 +75,11 @@ def script() -> str:
 def hash_of(text: str) -> str:
     """Returns what a content security policy calls a script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _shapes(path: synset.Location) -> list[tuple[int, ...]]:
+    """Returns the shapes of what the parts of a set draw, (h, w, c) or (t, h, w, c)."""
+    return [manifest.image_shape for manifest, *_ in decode_numpy.read(path).parts]
 
 
 def _embedded(folder: Path) -> dict[str, str]:

@@ -115,6 +115,9 @@ async function readSet(manifestBytes, arrayBytes) {
     refuse(`${MANIFEST}: format: expected "gsdd_jax/1" or "gsdd_jax/2", found ${shown(manifest.format)}; ${why}`);
   }
   const shape = Array.isArray(manifest.image_shape) ? manifest.image_shape : [];
+  if (shape.length > 3) {
+    refuse(`${MANIFEST}: image_shape: this page shows images, found videos ${shown(shape)}; see python -m train.export`);
+  }
   const [height, width, channels] = [0, 1, 2].map((i) => integer(shape, i, 1, 1 << 13, `image_shape[${i}]`));
   if (channels !== 1 && channels !== 3) {
     refuse(`${MANIFEST}: image_shape: this page shows images of 1 or 3 channels, found ${channels}`);

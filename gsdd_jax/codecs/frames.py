@@ -50,8 +50,7 @@ def make(build: Any, spec: Any, shape: Shape, num_classes: int) -> Codec:
     def decode(params: Any, index: Any = None, *, size: Any = None, key: Any = None) -> jax.Array:
         if index is not None:
             index = (jnp.arange(n)[index][:, None] * frames + jnp.arange(frames)).reshape(-1)
-        height, width = (None, None) if size is None else size[-2:]
-        videos = together(one.decode(params, index, size=size and (height, width), key=key))
+        videos = together(one.decode(params, index, size=size and size[-2:], key=key))
         if size is None or size[0] == frames:
             return videos
         return jax.image.resize(videos, (len(videos), size[0], *videos.shape[2:]), "linear")
@@ -76,5 +75,6 @@ def make(build: Any, spec: Any, shape: Shape, num_classes: int) -> Codec:
 
 
 def _of_frames(spec: Any, shape: Shape) -> Any:
-    count = 1 if spec.VIDEO else shape[0] if len(shape) == 4 else 1
-    return spec if count == 1 else dataclasses.replace(spec, images_per_class=spec.images_per_class * count)
+    if spec.VIDEO or len(shape) == 3:
+        return spec
+    return dataclasses.replace(spec, images_per_class=spec.images_per_class * shape[0])

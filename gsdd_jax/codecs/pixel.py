@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Gt
 from typing_extensions import Doc
@@ -46,12 +47,6 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int) -
         images = images if index is None else images[index]
         return resized(images, size)
 
-    def project(params):
-        if spec.dtype != "uint8":
-            return params
-        # What a step carries beyond the ends would have no gradient to come back by.
-        return {"images": jnp.clip(params["images"], storage.BYTE_LOW, storage.BYTE_HIGH)}
-
     return Codec(
         name="pixel",
         spec=spec,
@@ -60,9 +55,23 @@ def make(spec: PixelSpec, image_shape: tuple[int, int, int], num_classes: int) -
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        project=project,
-        optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
-        fitter=lambda steps: optax.set_to_zero(),
-        fitted_by_init=True,
+        **trained_as_pixels(spec),
         **cast_storage(spec, image_shape, num_classes),
     )
+
+
+def trained_as_pixels(spec: PixelSpec) -> dict[str, Any]:
+    """Returns ``project``, ``optimizer`` and what says that there is no fit, of a codec whose parameters are pixels."""
+
+    def project(params):
+        if spec.dtype != "uint8":
+            return params
+        # What a step carries beyond the ends would have no gradient to come back by.
+        return jax.tree.map(lambda x: jnp.clip(x, storage.BYTE_LOW, storage.BYTE_HIGH), params)
+
+    return {
+        "project": project,
+        "optimizer": lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
+        "fitter": lambda steps: optax.set_to_zero(),
+        "fitted_by_init": True,
+    }
