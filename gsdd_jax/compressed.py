@@ -50,25 +50,90 @@ def compress(image: np.ndarray, format: str, quality: int) -> tuple[np.ndarray, 
     Raises:
         ValueError: Another number of channels.
     """
-    channels = image.shape[-1]
-    if channels not in (1, 3):
-        raise InputError(f"image: expected 1 or 3 channels, found {channels}")
     if image.ndim == 4 and (format == "jpeg" or len(image) == 1):
         frames, sizes = zip(*(compress(frame, format, quality) for frame in image), strict=True)
         return np.stack(frames), sum(sizes)
-    file, mode = io.BytesIO(), "L" if channels == 1 else "RGB"
-    settings = {"quality": max(quality, 1) if format == "jpeg" else quality, **OPTIONS[format]}
+    file = encode(image, format, quality)
+    decoded = []
+    for frame in ImageSequence.Iterator(Image.open(io.BytesIO(file))):
+        shown = np.asarray(frame.convert(mode(image.shape[-1])))
+        # Equal frames are one that lasts longer.
+        decoded += [shown] * (frame.info["duration"] // _DURATION if image.ndim == 4 else 1)
+    return np.stack(decoded).reshape(image.shape), PAYLOADS[format](file)
+
+
+def encode(image: np.ndarray, format: str, quality: int) -> bytes:
+    """Returns the file of an image or a video; arguments and errors as in `compress`."""
+    channels = image.shape[-1]
+    if channels not in (1, 3):
+        raise InputError(f"image: expected 1 or 3 channels, found {channels}")
     first, *others = (
         Image.fromarray(frame[..., 0] if channels == 1 else frame) for frame in image.reshape(-1, *image.shape[-3:])
     )
+    settings = {"quality": max(quality, 1) if format == "jpeg" else quality, **OPTIONS[format]}
     moving = {"save_all": True, "append_images": others, "duration": _DURATION} if others else {}
-    first.save(file, format, **settings, **moving)
-    decoded = []
-    for frame in ImageSequence.Iterator(Image.open(file)):
-        shown = np.asarray(frame.convert(mode))
-        # Equal frames are one that lasts longer.
-        decoded += [shown] * (frame.info["duration"] // _DURATION if others else 1)
-    return np.stack(decoded).reshape(image.shape), PAYLOADS[format](file.getvalue())
+    first.save(file := io.BytesIO(), format, **settings, **moving)
+    return file.getvalue()
+
+
+def mode(channels: int) -> str:
+    """Returns Pillow's name of gray and of colored images."""
+    return "L" if channels == 1 else "RGB"
+
+
+def strip(file: bytes, format: str) -> tuple[bytes, bytes]:
+    """Cuts the file of an image in two: what all of one size and quality share, and what is its own.
+
+    Args:
+        file: From `encode`.
+        format: ``webp`` or ``avif``.
+
+    Returns:
+        The shared bytes, in which lengths are 0, and the others: the payload that is counted, of WebP also the three
+        bytes of the frame's tag.
+    """
+    if format == "webp":
+        size = int.from_bytes(file[16:20], "little")
+        return _webp_header(0) + file[23:30], file[20:23] + file[30 : 20 + size]
+    (data,) = (content for kind, content in _boxes(file) if kind == b"mdat")
+    *_, (_, size) = _units(data)
+    shared = file[: len(file) - size - len(_leb128(size))]
+    return _avif_lengths(shared, 0, 0), file[len(file) - size :]
+
+
+def restore(shared: bytes, own: bytes, format: str) -> bytes:
+    """Returns the file that `strip` has cut; of other bytes, anything.
+
+    Raises:
+        ValueError: Shared bytes without the boxes of an AVIF file.
+    """
+    if format == "webp":
+        frame = own[:3] + shared[20:] + own[3:]
+        return _webp_header(len(frame)) + frame + b"\0" * (len(frame) % 2)
+    unit = _leb128(len(own)) + own
+    item = len(shared) - shared.rindex(b"mdat") - 4 + len(unit)
+    return _avif_lengths(shared, item, item + 8) + unit
+
+
+def _webp_header(size: int) -> bytes:
+    """RIFF and chunk headers of a lossy frame of so many bytes."""
+    return b"RIFF" + (12 + size + size % 2).to_bytes(4, "little") + b"WEBPVP8 " + size.to_bytes(4, "little")
+
+
+def _avif_lengths(shared: bytes, item: int, box: int) -> bytes:
+    """Writes the lengths of an AVIF file's one item (ISO/IEC 14496-12, iloc) and of its mdat."""
+    location, data = shared.index(b"iloc") - 4, shared.rindex(b"mdat") - 4
+    end = location + int.from_bytes(shared[location : location + 4], "big")
+    return shared[: end - 4] + item.to_bytes(4, "big") + shared[end:data] + box.to_bytes(4, "big") + shared[data + 4 :]
+
+
+def _leb128(value: int) -> bytes:
+    """AV1 specification, section 4.10.5."""
+    found = []
+    while value >= 128:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
 
 
 def fill(

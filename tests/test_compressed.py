@@ -39,6 +39,18 @@ def test_only_what_tells_images_apart_is_counted(format):
         np.testing.assert_array_equal(decoded, np.asarray(Image.open(io.BytesIO(file)).convert("RGB")))
 
 
+@pytest.mark.parametrize("format", ["webp", "avif"])
+def test_files_are_put_together_again_from_what_they_share_and_what_is_their_own(format):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    for images in (IMAGES[:3], [noise, noise[::-1]], [image[..., :1] for image in IMAGES[:3]]):
+        files = [compressed.encode(image, format, 30) for image in images]
+        cut = [compressed.strip(file, format) for file in files]
+        assert len({shared for shared, _ in cut}) == 1
+        for file, (shared, own) in zip(files, cut, strict=True):
+            assert compressed.restore(shared, own, format) == file
+            assert len(own) == compressed.PAYLOADS[format](file) + {"webp": 3, "avif": 0}[format]
+
+
 def test_images_of_all_classes_fill_the_budget_and_no_more():
     candidates = [np.arange(6), np.arange(11, 5, -1)]
     sizes = [compressed.compress(image, "jpeg", 10)[1] for image in IMAGES]

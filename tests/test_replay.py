@@ -14,7 +14,7 @@ from command_line import ROOT, ends, refused
 from PIL import Image
 
 import gsdd_jax as gsdd
-from gsdd_jax import data, exchange, whiten
+from gsdd_jax import compressed, data, exchange, whiten
 from gsdd_jax.augment import DsaSpec
 from gsdd_jax.nets import NetSpec
 from gsdd_jax.nets import build as build_network
@@ -39,12 +39,13 @@ def digits() -> data.Dataset:
 
 
 def real(images: np.ndarray, counts: tuple[int, ...], format: str = "webp") -> archive.RealImages:
-    files = [archive.encoded(image, format, 80) for image in images]
+    shared, files = zip(*(archive.encoded(image, format, 80) for image in images), strict=True)
     return archive.RealImages(
         format=format,
         image_shape=images.shape[1:],
         class_names=tuple(f"class {i}" for i in range(len(counts))),
         counts=counts,
+        shared=np.frombuffer(*set(shared), np.uint8),
         sizes=np.array([len(file) for file in files], np.uint16),
         data=np.frombuffer(b"".join(files), np.uint8),
     )
@@ -55,19 +56,19 @@ def photos(n: int = 3) -> np.ndarray:
     return np.stack([np.roll(ramp, 4 * i, 1) for i in range(n)]).astype(np.uint8)
 
 
-def test_real_images_come_back_as_pillow_reads_the_whole_webp_file(tmp_path):
+@pytest.mark.parametrize("format", ["webp", "avif"])
+def test_real_images_come_back_as_pillow_reads_the_whole_file(tmp_path, format):
     images = photos()
-    archive.append(tmp_path / "file", real(images, (2, 0, 1)))
+    archive.append(tmp_path / "file", real(images, (2, 0, 1), format))
     archive.append(tmp_path / "file", real(images, (1, 1, 1), "raw"))
-    webp, raw = archive.read(tmp_path / "file")
-    for image, read in zip(images, webp.images(), strict=True):
+    lossy, raw = archive.read(tmp_path / "file")
+    for image, read in zip(images, lossy.images(), strict=True):
         whole = io.BytesIO()
-        Image.fromarray(image).save(whole, "webp", quality=80, method=6)
+        Image.fromarray(image).save(whole, format, quality=80, **compressed.OPTIONS[format])
         np.testing.assert_array_equal(read, np.asarray(Image.open(whole).convert("RGB")))
     np.testing.assert_array_equal(raw.images(), images)
-    assert webp.labels.tolist() == [0, 0, 2] and archive.labeled(raw, ["class 2", "class 0", "class 1"])[
-        1
-    ].tolist() == [1, 2, 0]
+    labels = archive.labeled(raw, ["class 2", "class 0", "class 1"])[1]
+    assert lossy.labels.tolist() == [0, 0, 2] and labels.tolist() == [1, 2, 0]
 
 
 def test_set_in_an_archive_is_the_set_that_others_unpack(tmp_path, digits):
@@ -93,6 +94,7 @@ def test_summary_fills_its_budget_with_whole_images_and_never_more(tmp_path, dig
     for spec in (
         RAW,
         SummarySpec(title="webp"),
+        SummarySpec(title="avif", format="avif"),
         SummarySpec(title="pixels", codec=gsdd.Pixels(dtype="uint8")),
     ):
         part = summarize(
@@ -206,7 +208,7 @@ def test_class_that_comes_again_is_refused_and_the_memory_stays(tmp_path, digits
 def damaged(tmp_path, kind: str):
     """Writes a memory and damages it."""
     path = tmp_path / "memory"
-    archive.append(path, real(photos(), (2, 1)))
+    archive.append(path, real(photos(), (2, 1), "avif" if kind in ("sides", "boxes") else "webp"))
     raw = path.read_bytes()
     with zipfile.ZipFile(path) as whole:
         header, arrays = (whole.read(f"0/{name}") for name in archive.REAL_FILES)
@@ -223,13 +225,14 @@ def damaged(tmp_path, kind: str):
             "key": {"run": "rm"},
             "empty": {"counts": [0, 0]},
             "wide": {"image_shape": [1 << 13, 1 << 13, 3]},
+            "sides": {"image_shape": [13, 16, 3]},
             "huge": {"image_shape": [1 << 12, 1 << 12, 3], "format": "raw"},
         }.get(kind, {})
         files = {"0/images.json": json.dumps(document).encode(), "0/images.safetensors": arrays}
         files |= {"../evil": b""} if kind == "path" else {}
-        if kind == "frame":
+        if name := {"frame": "data", "boxes": "shared"}.get(kind):
             held = exchange.read(arrays).values({}, "")
-            files["0/images.safetensors"] = exchange.serialize(held | {"data": held["data"] ^ 85})
+            files["0/images.safetensors"] = exchange.serialize(held | {name: held[name] ^ 85})
         if kind == "inflated":
             files["0/images.safetensors"] = bytes(2 << 20)
         if kind == "bomb":
@@ -254,6 +257,8 @@ def damaged(tmp_path, kind: str):
         ("huge", r"part 0, data: expected uint8\[150994944\]"),
         ("path", "found ../evil without or beside them"),
         ("frame", "part 0, image 0: damaged"),
+        ("boxes", "part 0, image 0: damaged"),
+        ("sides", "part 0, image 0: expected 13 x 16 pixels, found 12 x 16"),
         ("bomb", "part 0, images.json: expected at most 1048576 bytes, found 4194304"),
     ],
 )

@@ -26,8 +26,7 @@ import numpy as np
 from annotated_types import Ge, Le
 from PIL import Image
 
-from gsdd_jax import exchange, files, schema, synset
-from gsdd_jax.compressed import OPTIONS
+from gsdd_jax import compressed, exchange, files, schema, synset
 from gsdd_jax.errors import InputError
 from gsdd_jax.manifest import Side
 from gsdd_jax.synset import SynSet
@@ -38,8 +37,7 @@ SET_FILES = (synset.MANIFEST, synset.ARRAYS)
 REAL_FILES = ("images.json", "images.safetensors")
 # Real images of a part, and bytes of a file, unpacked and decoded ones too, unless a reader says otherwise.
 MOST_IMAGES, MOST_BYTES = 1 << 20, 1 << 28
-# A lossy WebP file up to its frame: RIFF and chunk headers; of the frame, the tag, then the start code and the sides.
-_RIFF, _TAG, _SIDES = 20, 3, 7
+Format = Literal["raw", "webp", "avif"]
 # What zipfile raises of damaged files.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError, KeyError)
 
@@ -49,18 +47,20 @@ class RealImages:
     """Real images as they are kept, class after class.
 
     Attributes:
-        format: ``raw``, the pixels; or ``webp``, the frames of lossy files without what all of them share.
+        format: ``raw``, the pixels; or ``webp`` or ``avif``, files without what all of them share.
         image_shape: (h, w, c).
         class_names: One per class.
         counts: Images of each class.
+        shared: What all files share, see `gsdd_jax.compressed.strip`; nothing of raw pixels.
         sizes: Bytes of each image; none where all have the same.
         data: Bytes of all images, one behind the other.
     """
 
-    format: Literal["raw", "webp"]
+    format: Format
     image_shape: tuple[Side, Side, Annotated[int, Ge(1), Le(3)]]
     class_names: tuple[str, ...]
     counts: tuple[Annotated[int, Ge(0), Le(MOST_IMAGES)], ...]
+    shared: np.ndarray
     sizes: np.ndarray
     data: np.ndarray
 
@@ -73,9 +73,9 @@ class RealImages:
         """Images ``[n, h, w, c]``, uint8."""
         if self.format == "raw":
             return self.data.reshape(-1, *self.image_shape)
-        ends = np.cumsum(self.sizes, dtype=np.int64)
-        parts = [self.data[end - size : end].tobytes() for end, size in zip(ends, self.sizes, strict=True)]
-        return np.stack([_decoded(frame, self.image_shape, i) for i, frame in enumerate(parts)])
+        ends, shared = np.cumsum(self.sizes, dtype=np.int64), self.shared.tobytes()
+        own = [self.data[end - size : end].tobytes() for end, size in zip(ends, self.sizes, strict=True)]
+        return np.stack([_decoded(shared, data, self.format, self.image_shape, i) for i, data in enumerate(own)])
 
 
 Part = SynSet | RealImages
@@ -85,39 +85,38 @@ Part = SynSet | RealImages
 class _Header:
     """What ``images.json`` holds."""
 
-    format: Literal["raw", "webp"]
+    format: Format
     image_shape: tuple[Side, Side, Annotated[int, Ge(1), Le(3)]]
     class_names: tuple[str, ...]
     counts: tuple[Annotated[int, Ge(0), Le(MOST_IMAGES)], ...]
 
 
-def encoded(image: np.ndarray, format: str, quality: int) -> bytes:
-    """Returns the bytes of an image ``[h, w, c]`` uint8 of 1 or 3 channels; ``quality``, 0 to 100, is of WebP."""
+def encoded(image: np.ndarray, format: Format, quality: int) -> tuple[bytes, bytes]:
+    """Returns what an image shares with others and what is its own, see `compressed.strip`.
+
+    Args:
+        image: ``[h, w, c]`` uint8, of 1 or 3 channels.
+        format: What to write it as.
+        quality: 0 to 100; of raw pixels nothing.
+    """
     if format == "raw":
-        return image.tobytes()
-    file = io.BytesIO()
-    Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3))).save(
-        file, "webp", quality=quality, **OPTIONS["webp"]
-    )
-    raw = file.getvalue()
-    frame = raw[_RIFF : _RIFF + int.from_bytes(raw[_RIFF - 4 : _RIFF], "little")]
-    return frame[:_TAG] + frame[_TAG + _SIDES :]
+        return b"", image.tobytes()
+    return compressed.strip(compressed.encode(image, format, quality), format)
 
 
-def _decoded(frame: bytes, image_shape: Sequence[int], number: int) -> np.ndarray:
+def _decoded(shared: bytes, own: bytes, format: Format, image_shape: Sequence[int], number: int) -> np.ndarray:
     h, w, c = image_shape
-    sides = b"\x9d\x01\x2a" + w.to_bytes(2, "little") + h.to_bytes(2, "little")
-    frame = frame[:_TAG] + sides + frame[_TAG:]
-    chunk = b"WEBPVP8 " + len(frame).to_bytes(4, "little") + frame + b"\0" * (len(frame) % 2)
     try:
-        with Image.open(io.BytesIO(b"RIFF" + len(chunk).to_bytes(4, "little") + chunk), formats=["webp"]) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        file = compressed.restore(shared, own, format)
+        with Image.open(io.BytesIO(file), formats=[format]) as image:
+            # Before it is decoded: it may claim any size.
+            found = image.size
+            pixels = np.asarray(image.convert(compressed.mode(c))) if found == (w, h) else None
     except Exception as error:  # Pillow raises what it likes.
         raise InputError(f"image {number}: damaged ({exchange.one_line(error)})") from error
-    if pixels.shape[:2] != (h, w):
-        raise InputError(f"image {number}: expected {h} x {w} pixels, found {pixels.shape[0]} x {pixels.shape[1]}")
-    # Gray images were written as colored ones, whose channels differ by rounding.
-    return pixels if c == 3 else np.round(pixels.mean(-1, keepdims=True)).astype(np.uint8)
+    if pixels is None:
+        raise InputError(f"image {number}: expected {h} x {w} pixels, found {found[1]} x {found[0]}")
+    return pixels.reshape(image_shape)
 
 
 def append(path: str | os.PathLike[str], part: Part) -> int:
@@ -210,7 +209,8 @@ def read_weights(path: str | os.PathLike[str], num_params: int) -> np.ndarray:
 def _contents(part: Part) -> dict[str, bytes]:
     if isinstance(part, RealImages):
         header = {field.name: getattr(part, field.name) for field in dataclasses.fields(_Header)}
-        arrays = {"data": part.data} | ({} if part.format == "raw" else {"sizes": part.sizes})
+        arrays = {"data": part.data}
+        arrays |= {} if part.format == "raw" else {"shared": part.shared, "sizes": part.sizes}
         return dict(zip(REAL_FILES, (json.dumps(header).encode(), exchange.serialize(arrays)), strict=True))
     with tempfile.TemporaryDirectory() as folder:
         part.save(folder)
@@ -265,14 +265,16 @@ def _real(content: Mapping[str, bytes]) -> RealImages:
     if not 0 < count <= most:
         raise InputError(f"counts: expected 1 to {most} images of {list(header.image_shape)}, found {count}")
     file = exchange.read(content[REAL_FILES[1]])
-    raw, given = header.format == "raw", file.arrays.get("data", exchange.Array("uint8", (0,)))
-    expected = {"data": exchange.Array("uint8", (values * count,) if raw else given.shape)}
-    expected |= {} if raw else {"sizes": exchange.Array("uint16", (count,))}
+    raw, none = header.format == "raw", exchange.Array("uint8", (0,))
+    expected = {"data": exchange.Array("uint8", (values * count,))}
+    if not raw:
+        expected = {name: exchange.Array("uint8", file.arrays.get(name, none).shape) for name in ("data", "shared")}
+        expected["sizes"] = exchange.Array("uint16", (count,))
     exchange.compare(file.arrays, expected)
-    arrays: dict[str, Any] = {"sizes": np.zeros(0, np.uint16)} | file.values({}, "")
+    arrays: dict[str, Any] = {"sizes": np.zeros(0, np.uint16), "shared": np.zeros(0, np.uint8)} | file.values({}, "")
     sizes = arrays["sizes"]
     if not raw and (total := int(sizes.sum(dtype=np.int64))) != arrays["data"].size:
         raise InputError(f"sizes: expected a sum of {arrays['data'].size} bytes, found {total}")
-    found = RealImages(**vars(header), sizes=sizes, data=arrays["data"])
+    found = RealImages(**vars(header), **arrays)
     found.images()  # which says what cannot be decoded
     return found

@@ -40,8 +40,8 @@ class SummarySpec:
     steps: Annotated[int, Ge(0), Doc("outer steps of distribution matching; 0 = fitted to real images only")] = 0
     fit_steps: Annotated[int, Ge(0), Doc("steps of the fit to random real images")] = 300
     batch_real: Annotated[int, Ge(1), Doc("real images per class and outer step")] = 64
-    format: Annotated[Literal["raw", "webp"], Doc("of real images: their pixels, or lossy WebP")] = "webp"
-    quality: Annotated[int, Ge(0), Le(100), Doc("of WebP")] = 20
+    format: Annotated[archive.Format, Doc("of real images: their pixels, or lossy files")] = "webp"
+    quality: Annotated[int, Ge(0), Le(100), Doc("of these files")] = 20
     select: Annotated[
         Literal["random", "herding"],
         Doc(
@@ -177,10 +177,11 @@ def _real(
     taken: list[list[bytes]] = [[] for _ in orders]
     # The first of each class, then the second of each that has one, and so on, until one does not fit.
     turns = sorted((turn, label) for label, own in enumerate(members) for turn in range(len(own)))
-    spent = 0
+    spent, shared = 0, set[bytes]()
     for _, label in turns:
-        data = archive.encoded(images[next(orders[label])], spec.format, spec.quality)
-        if (spent := spent + len(data) + beside) > room:
+        common, data = archive.encoded(images[next(orders[label])], spec.format, spec.quality)
+        shared.add(common)
+        if (spent := spent + len(data) + beside) > room - len(common):
             break
         taken[label].append(data)
     if empty := [name for name, own in zip(class_names, taken, strict=True) if not own]:
@@ -188,12 +189,15 @@ def _real(
             f"budget: {budget} bytes are too few for {spec.title}: no image of class {empty[0]!r} fits "
             f"beside {_REAL_OVERHEAD} bytes of names and sizes and the classes before"
         )
+    if len(shared) > 1:
+        raise InputError(f"{spec.title}: files of {spec.format} differ in what all should share")
     files = [data for own in taken for data in own]
     return RealImages(
         format=spec.format,
         image_shape=tuple(images.shape[1:]),
         class_names=tuple(class_names),
         counts=tuple(map(len, taken)),
+        shared=np.frombuffer(shared.pop(), np.uint8),
         sizes=np.array([len(data) for data in files], np.uint16),
         data=np.frombuffer(b"".join(files), np.uint8),
     )
