@@ -372,6 +372,7 @@ def test_fuzzer_tells_a_failure_from_a_refusal(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyError("codec")
 
+    fuzz.original(PIXEL)  # is read once, while reading works
     monkeypatch.setattr(synset, "read", fail)
     verdict = fuzz.judge(0, 0, tmp_path)
     assert (verdict["outcome"], verdict["message"]) == ("failure", "by NumPy KeyError: 'codec'")

@@ -79,6 +79,11 @@ def _unchanged(arrays: Any) -> Any:
     return arrays
 
 
+def descent(spec: Any, momentum: float = 0.5) -> optax.GradientTransformation:
+    """Returns what a spec's settings ``optimizer`` and ``lr`` ask for: Adam, or ``sgd`` with momentum."""
+    return optax.sgd(spec.lr, momentum=momentum) if spec.optimizer == "sgd" else optax.adam(spec.lr)
+
+
 def _no_term(params: Any) -> jax.Array:
     return jnp.zeros((), jnp.float32)
 

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays, cast_storage
+from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, arrays, cast_storage, descent
 from gsdd_jax.errors import InputError
 from gsdd_jax.later import optax
 
@@ -104,7 +104,7 @@ def make(spec: DownscaleSpec, image_shape: tuple[int, int, int], num_classes: in
         init=init,
         decode=decode,
         project=project,
-        optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
+        optimizer=lambda: descent(spec),
         fitter=lambda steps: optax.adam(optax.cosine_decay_schedule(FIT_RATE, steps, alpha=0.02)),
         **cast_storage(spec, image_shape, num_classes),
     )

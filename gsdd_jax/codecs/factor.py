@@ -33,6 +33,7 @@ from gsdd_jax.codecs.base import (
     Spec,
     arrays,
     cast_storage,
+    descent,
     resized,
 )
 from gsdd_jax.errors import InputError
@@ -125,7 +126,7 @@ def make(spec: FactorSpec, image_shape: tuple[int, int, int], num_classes: int) 
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        optimizer=lambda: optax.adam(spec.lr) if spec.optimizer == "adam" else optax.sgd(spec.lr, momentum=0.95),
+        optimizer=lambda: descent(spec, momentum=0.95),
         fitter=fitter,
         **cast_storage(spec, image_shape, num_classes),
     )

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays
+from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, descent
 from gsdd_jax.errors import InputError
 from gsdd_jax.later import optax
 
@@ -115,7 +115,7 @@ def make(spec: FrequencySpec, image_shape: tuple[int, int, int], num_classes: in
         quantize=quantize,
         dequantize=lambda tree: {name: jnp.asarray(leaf, jnp.float32) for name, leaf in tree.items()},
         nbytes=lambda params: storage.nbytes(written),
-        optimizer=lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
+        optimizer=lambda: descent(spec),
         # The start is the projection onto the coefficients: no other values are nearer to the images.
         fitter=lambda steps: optax.set_to_zero(),
         fitted_by_init=True,

@@ -39,6 +39,7 @@ from gsdd_jax.codecs.base import (
     Spec,
     arrays,
     cast_storage,
+    descent,
     resized,
 )
 from gsdd_jax.errors import InputError
@@ -170,8 +171,7 @@ def make(spec: LatentSpec, image_shape: tuple[int, int, int], num_classes: int) 
         )
 
     def optimizer():
-        of_latents = optax.adam(spec.lr) if spec.optimizer == "adam" else optax.sgd(spec.lr, momentum=0.5)
-        return parts(of_latents, optax.chain(optax.add_decayed_weights(DECAY), optax.adam(spec.lr_decoder)))
+        return parts(descent(spec), optax.chain(optax.add_decayed_weights(DECAY), optax.adam(spec.lr_decoder)))
 
     def fitter(steps):
         cosine = functools.partial(optax.cosine_decay_schedule, decay_steps=steps, alpha=0.02)

@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, cast_storage
+from gsdd_jax.codecs.base import CENTER, MOST, SPREAD, Codec, Layout, Shape, Spec, arrays, cast_storage, descent
 from gsdd_jax.later import optax
 
 # Pixels that the checkpointed decode draws at once: enough to fill a GPU, 16 images of 128 px.
@@ -97,7 +97,7 @@ def make(spec: NeuralFieldSpec, image_shape: Shape, num_classes: int) -> Codec:
         images_per_class=spec.images_per_class,
         init=init,
         decode=decode,
-        optimizer=lambda: optax.adam(spec.lr) if spec.optimizer == "adam" else optax.sgd(spec.lr, momentum=0.5),
+        optimizer=lambda: descent(spec),
         fitter=lambda steps: optax.adam(
             optax.cosine_decay_schedule(FIT_RATE / float(np.sqrt(spec.omega)), steps, alpha=0.02)
         ),

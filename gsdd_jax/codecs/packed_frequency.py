@@ -20,7 +20,7 @@ from typing_extensions import Doc
 
 from gsdd_jax import packing, storage
 from gsdd_jax.codecs import frequency
-from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec
+from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, descent
 from gsdd_jax.codecs.frequency import COEFFICIENTS, INDEX, MASK
 from gsdd_jax.codecs.packed import BFLOAT16_ULP, BITS, FINEST_STEP, LOW, STEP
 from gsdd_jax.errors import InputError
@@ -101,9 +101,8 @@ def make(spec: PackedFrequencySpec, image_shape: tuple[int, int, int], num_class
         return params | {COEFFICIENTS: values.reshape(n, spec.coefficients, c)}
 
     def optimizer():
-        moves = optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr)
         labels = {COEFFICIENTS: "trained", INDEX: "fixed", LOW: "fixed", STEP: "fixed"}
-        return optax.partition({"trained": moves, "fixed": optax.set_to_zero()}, labels)
+        return optax.partition({"trained": descent(spec), "fixed": optax.set_to_zero()}, labels)
 
     return Codec(
         name="packed_frequency",

@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Le
 from typing_extensions import Doc
 
 from gsdd_jax import packing, storage
-from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, resized
+from gsdd_jax.codecs.base import MOST, Codec, Layout, Shape, Spec, descent, resized
 from gsdd_jax.errors import InputError
 from gsdd_jax.later import optax
 
@@ -102,8 +102,8 @@ def make(spec: PaletteSpec, image_shape: tuple[int, int, int], num_classes: int)
         return {IMAGES: images.reshape(n, h, w, c), PALETTES: palettes}
 
     def optimizer():
-        moves = optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr)
-        return optax.partition({"trained": moves, "fixed": optax.set_to_zero()}, {IMAGES: "trained", PALETTES: "fixed"})
+        labels = {IMAGES: "trained", PALETTES: "fixed"}
+        return optax.partition({"trained": descent(spec), "fixed": optax.set_to_zero()}, labels)
 
     def pack(tree):
         codes = np.packbits(packing.to_bits(np.asarray(tree[CODES]), spec.bits))

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import Doc
 
 from gsdd_jax import storage
-from gsdd_jax.codecs.base import Codec, Layout, Shape, Spec, arrays, cast_storage, resized
+from gsdd_jax.codecs.base import Codec, Layout, Shape, Spec, arrays, cast_storage, descent, resized
 from gsdd_jax.later import optax
 
 
@@ -71,7 +71,7 @@ def trained_as_pixels(spec: PixelSpec) -> dict[str, Any]:
 
     return {
         "project": project,
-        "optimizer": lambda: optax.sgd(spec.lr, momentum=0.5) if spec.optimizer == "sgd" else optax.adam(spec.lr),
+        "optimizer": lambda: descent(spec),
         "fitter": lambda steps: optax.set_to_zero(),
         "fitted_by_init": True,
     }
