@@ -56,13 +56,14 @@ class Networks:
         """Names the statistics by what they depend on; reads the training set where there are some.
 
         Args:
-            experts: Where to read.
+            experts: Where to read; what has ``means``, statistics for each of them, brings its own.
             need: Objective, network, and augmentation of matched images.
             source: The training set and its whitening.
             seed: 0 to 2**64 - 1.
         """
         self._experts, self._need, self._source, self._seed = experts, need, source, seed
-        if need.objective.draws:
+        self._means = getattr(experts, "means", None)
+        if need.objective.draws and self._means is None:
             self._folder = experts.path / "statistics" / _identity(need, source)
             self._members = [np.flatnonzero(source.labels == label) for label in range(source.num_classes)]
 
@@ -98,6 +99,8 @@ class Networks:
 
     def _statistics(self, choice: Choice, weights: np.ndarray) -> np.ndarray:
         """Reads those of a network, or computes and keeps them; what is damaged is computed anew."""
+        if self._means is not None:
+            return self._means[choice.expert]
         file = self._folder / f"{choice.expert}-{choice.epoch}-{choice.draw}.npz"
         try:
             # A zip file has a checksum.
@@ -172,7 +175,8 @@ def _identity(need: ExpertNetworks, source: Source) -> str:
     spec = need.objective
     mixed = spec.expert_epochs if spec.networks == "interpolated" else 0
     distance = (spec.distance, spec.frequencies if spec.distance == "characteristic" else spec.variance > 0)
-    digest = hashlib.sha256(repr((mixed, distance, need.augment)).encode())
+    unit = ("normalize",) if spec.distance == "mean" and spec.normalize else ()
+    digest = hashlib.sha256(repr((mixed, distance, need.augment, *unit)).encode())
     for array in (source.labels, *jax.tree.leaves(source.whitening)):
         digest.update(np.ascontiguousarray(array).data)
     for first in range(0, len(source.images), _BATCH):

@@ -76,6 +76,7 @@ class DistributionSpec:
         Literal["mean", "characteristic"],
         Doc("between mean features (DM), or between characteristic functions of normalized features (NCFM)"),
     ] = "mean"
+    normalize: Annotated[bool, Doc("with distance mean: features have length 1")] = False
     variance: Annotated[
         float, Ge(0), Doc("with distance mean: weight of the squared difference of the features' variances")
     ] = 0.0
@@ -237,21 +238,23 @@ def draw_key(draw: jax.Array | int) -> jax.Array:
 def statistics(spec: DistributionSpec, key: jax.Array, features: jax.Array) -> jax.Array:
     """Returns what is averaged over images, ``[..., s]``, of their features ``[..., f]``.
 
-    These themselves, with their squares where variances count; or of features of length 1 the real and imaginary parts
-    of ``exp(i t f)`` at random frequencies ``t`` from N(0, 1), so that projections have unit variance (NCFM).
+    These themselves, or scaled to length 1, with their squares where variances count; or of features of length 1 the
+    real and imaginary parts of ``exp(i t f)`` at random frequencies ``t`` from N(0, 1), so that projections have unit
+    variance (NCFM).
 
     Args:
-        spec: Which; `distance`, `variance` and `frequencies` count.
+        spec: Which; `distance`, `normalize`, `variance` and `frequencies` count.
         key: Of the frequencies.
         features: ``[..., f]``.
     """
+    if spec.distance == "characteristic" or spec.normalize:
+        features /= jnp.sqrt(jnp.sum(features**2, -1, keepdims=True) + _SMALL)
     if spec.distance == "mean":
         return jnp.concatenate([features, features**2], -1) if spec.variance else features
-    length = jnp.sqrt(jnp.sum(features**2, -1, keepdims=True) + _SMALL)
     frequencies = jax.random.normal(
         jax.random.fold_in(key, _FREQUENCIES), (features.shape[-1], spec.frequencies), features.dtype
     )
-    angles = features / length @ frequencies
+    angles = features @ frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
 from gsdd_jax import api, codecs, nets
@@ -18,13 +18,15 @@ from gsdd_jax.errors import InputError
 from gsdd_jax.match import DistributionSpec
 from gsdd_jax.schema import Registered
 from gsdd_jax.training import EvalSpec
-from gsdd_jax.uses import archive, learning
+from gsdd_jax.uses import archive, learning, private
 from gsdd_jax.uses.archive import Part, RealImages
 from gsdd_jax.uses.learning import Pool
 from gsdd_jax.whiten import Whitening
 
 # What an archive holds of real images beside them.
 _REAL_OVERHEAD = 512
+# What the key of a summary is folded with for private means.
+_MEANS = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,29 @@ class SummarySpec:
             "which real images: any, or those whose mean is nearest to that of all, as a network of these data sees it"
         ),
     ] = "random"
+    epsilon: Annotated[
+        float,
+        Ge(0),
+        Doc(
+            "of differential privacy: nothing is used of the images but noisy means under random networks, see "
+            "gsdd_jax.uses.private; 0 = no such promise"
+        ),
+    ] = 0.0
+    delta: Annotated[float, Gt(0), Lt(1), Doc("of differential privacy")] = 1e-5
+    private_networks: Annotated[int, Ge(1), Doc("random networks, under each of which means are taken once")] = 20
+
+    def __post_init__(self) -> None:
+        """Refuses what looks at images beside the noisy means."""
+        if not self.epsilon:
+            return
+        if self.codec is None or not self.steps:
+            raise InputError(f"epsilon: {self.title} needs a codec and steps >= 1; images themselves are not private")
+        start, blind = getattr(self.codec, "start", "none"), self.codec.NOISE
+        if self.fit_steps or start not in blind:
+            raise InputError(
+                f"epsilon: {self.title} begins at images; expected fit_steps 0 and codec.start of "
+                f"{', '.join(blind) or 'another codec'}, found {self.fit_steps} and {start}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +142,10 @@ def summarize(
     names = sum(len(name.encode()) for name in class_names)
     room = budget - archive.OVERHEAD - names
     made = _codec(spec, images.shape[1:], len(class_names), room, budget)
+    if spec.epsilon:
+        objective, experts = private.OBJECTIVE, _private(key, images, labels, spec, len(class_names), learner)
+        # What is distilled never sees them.
+        images, labels = np.zeros_like(images[: len(class_names)]), np.arange(len(class_names))
     own = [np.flatnonzero(labels == label) for label in range(len(class_names))]
     # A class of fewer images than are distilled of it has them several times.
     index = np.concatenate([np.resize(one, max(len(one), made.images_per_class)) for one in own])
@@ -137,6 +166,21 @@ def summarize(
         experts=experts,
         on_host=True,
         **shared,
+    )
+
+
+def _private(
+    key: jax.Array, images: np.ndarray, labels: np.ndarray, spec: SummarySpec, classes: int, learner: Learner
+) -> private.NoisyMeans:
+    return private.noisy_means(
+        jax.random.fold_in(key, _MEANS),
+        images,
+        labels,
+        num_classes=classes,
+        network=nets.build(learner.network, images.shape[1:], classes),
+        whitening=learner.whitening,
+        count=spec.private_networks,
+        multiplier=private.noise_multiplier(spec.epsilon, spec.delta, spec.private_networks),
     )
 
 
