@@ -98,7 +98,7 @@ class Bench:
         settings |= {"recipe": args.recipe, "first_seed": args.first_seed, "size": size}
         settings |= {"set_sha256": synset.fingerprint(self.synset.parts), "data_sha256": dataset.fingerprint()}
         self.content: dict[str, Any] = {
-            "run": str(run),
+            "run": str(args.run),
             "codec": codec.name,
             "dataset": dataset.name,
             "made_with": self.maker,

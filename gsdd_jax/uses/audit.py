@@ -12,7 +12,7 @@ Two attacks, both with everything known but who the members are:
 What counts is the worst case, not the average: how many members are found at 0.1 % and 1 % of false accusations.
 
 A set that withstands these attacks is not private: another attack may find more, and neither distillation nor few
-bytes bound what a set can tell. That takes differential privacy.
+bytes bound what a set can tell. That takes differential privacy, see `gsdd_jax.uses.private`.
 """
 
 from __future__ import annotations
