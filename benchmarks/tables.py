@@ -24,7 +24,7 @@ from benchmarks.packed_psnr import ALONE, TRAINED
 from benchmarks.record import RESULTS, ROOT, SETS
 from gsdd_jax import files
 from gsdd_jax.exchange import renamed
-from train import merge, results, testset, yaml12
+from train import merge, results, testset, uses, yaml12
 from train.config import EvaluateConfig
 from train.errors import exit_cleanly
 
@@ -679,6 +679,40 @@ def _labels(name: str) -> str:
     return "\n".join(lines) + f"\n\n{_commands([record])}"
 
 
+def _label_accuracy(name: str) -> str:
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = record["results"]
+    images = {row["source"]: row["images"] for row in rows}
+    lines = [
+        f"Test accuracy in %, networks of {record['settings']['steps']:,} steps, n = {record['n']}:",
+        "",
+        f"| labels | bytes of one | {' | '.join(f'{source}, {n} per class' for source, n in images.items())} |",
+        f"|---|---:{'|---:' * len(images)}|",
+    ]
+    for told in dict.fromkeys((row["bytes"], _told(row)) for row in rows):
+        own = [row for row in rows if (row["bytes"], _told(row)) == told]
+        lines.append(f"| {told[1]} | {told[0]} | {' | '.join(uses.spread(row['accuracies']) for row in own)} |")
+    return "\n".join(lines) + f"\n\n{_commands([record])}"
+
+
+def _told(row: dict[str, Any]) -> str:
+    if row["kind"] == "hard":
+        return "hard"
+    text = f"{row['dtype']}, temperature {row['temperature']:g}"
+    text += f", {row['top_k']} largest" * (row["top_k"] > 0)
+    return text + ", one-hot where the teachers are wrong" * (row["hard_weight"] > 0)
+
+
+def _cross(name: str) -> str:
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = ["| network | accuracy, % | networks | steps of each |", "|---|---:|---:|---:|"]
+    for network, row in record["networks"].items():
+        made = " (made the set)" * (network == record["made_with"])
+        lines.append(f"| {network}{made} | {uses.spread(row['accuracies'])} | {row['n']} | {row['steps']:,} |")
+    environment = record["environment"]
+    return "\n".join(lines) + f"\n\n`{environment['command']}`, commit {environment['commit'][:9]}.\n"
+
+
 def _kind(spec: dict[str, Any]) -> str:
     return "hard" if spec["kind"] == "hard" else f"{spec['dtype']}, {spec['top_k'] or 'all'} largest"
 
@@ -877,9 +911,14 @@ TABLES: dict[str, Callable[[str], str]] = {
     "scale_plan": _scale_plan,
     "sensitivity": _sensitivity,
     "trajectory": _trajectory,
+    "cross_cifar10_packed_12k": _cross,
+    "label_accuracy": _label_accuracy,
     "audit_digits": _use,
+    "audit_private": _use,
     "federated_digits": _use,
+    "replay_cifar10": _use,
     "replay_digits": _use,
+    "search_cifar10": _use,
     "search_digits": _use,
     **{device: _gpu for device in ("h100", "h200") if (RESULTS / device).is_dir()},
 }

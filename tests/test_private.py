@@ -51,10 +51,10 @@ def test_what_is_no_promise_is_refused(numbers):
         private.noise_multiplier(*numbers)
 
 
-def means(multiplier: float, seed: int = 0, key: int = 0) -> private.NoisyMeans:
-    images, labels = data(seed)
+def means(multiplier: float) -> private.NoisyMeans:
+    images, labels = data(0)
     return private.noisy_means(
-        jax.random.key(key),
+        jax.random.key(0),
         images,
         labels,
         num_classes=2,
@@ -62,13 +62,14 @@ def means(multiplier: float, seed: int = 0, key: int = 0) -> private.NoisyMeans:
         whitening=LEARNER.whitening,
         count=3,
         multiplier=multiplier,
+        rng=np.random.default_rng(0),
     )
 
 
 def test_means_are_those_of_features_of_length_one_and_noise_is_of_one_image():
     images, labels = data(0)
     exact, noisy = means(0.0), means(50.0)
-    init = [NETWORK.init(jax.random.split(jax.random.fold_in(jax.random.key(0), i))[0]) for i in range(3)]
+    init = [NETWORK.init(jax.random.fold_in(jax.random.key(0), i)) for i in range(3)]
     for params, found in zip(init, exact.means, strict=True):
         seen = LEARNER.whitening(jnp.asarray(images, jnp.float32) / 255)
         features = np.asarray(NETWORK.outputs(params, seen)[1], np.float64).reshape(7, -1)
@@ -105,6 +106,10 @@ def test_set_is_made_of_the_means_and_of_nothing_else(monkeypatch):
     given = means(0.0)
     monkeypatch.setattr(private, "noisy_means", lambda *_, **__: given)
     np.testing.assert_array_equal(made(0), made(1))
+
+
+def test_noise_does_not_follow_from_the_seed():
+    assert np.abs(made(0) - made(0)).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ all of length 1, and Gaussian noise is added to it. The set is then matched to t
 whatever is made of them is as private as they are (Dwork & Roth 2014, proposition 2.1).
 
 The promise is of one image more or less: ``(epsilon, delta)`` bounds how much likelier any set becomes by it. How many
-images each class has is taken to be known. Noise comes from a pseudo-random generator in single precision, against
-which attacks on its last bits are possible (Mironov 2012).
+images each class has is taken to be known. Noise is pseudo-random, from the entropy of the operating system and not
+from the seed of an experiment, with which anyone could subtract it; attacks on the last bits of floating-point numbers
+(Mironov 2012) are not considered.
 
 After DP-MERF (Harder et al. 2021), whose features are random Fourier ones, and DM (Zhao & Bilen 2023).
 """
@@ -86,13 +87,14 @@ def noisy_means(
     whitening: Whitening,
     count: int,
     multiplier: float,
+    rng: np.random.Generator | None = None,
 ) -> NoisyMeans:
     """Averages the features of all images of each class under random networks, and adds noise.
 
     An image is in the mean of one class under each network, which it changes by a vector no longer than 1 / n.
 
     Args:
-        key: Decides networks and noise; consumed.
+        key: Decides the networks; consumed.
         images: ``[n, h, w, c]`` uint8.
         labels: Integers ``[n]``, each of the classes 0 to k - 1.
         num_classes: ``k``.
@@ -100,18 +102,19 @@ def noisy_means(
         whitening: What it sees images through; constants, not statistics of these images.
         count: Networks.
         multiplier: Of the noise, from `noise_multiplier` for as many queries.
+        rng: Of the noise, for tests; one that nobody knows if None.
     """
+    rng = rng or np.random.default_rng()
     flatten = flattener(network)[0]
     sizes = np.bincount(labels, minlength=num_classes)
     weights, means = [], []
     for number in range(count):
-        key_init, key_noise = jax.random.split(jax.random.fold_in(key, number))
-        params = network.init(key_init)
+        params = network.init(jax.random.fold_in(key, number))
         features = np.asarray(learning.outputs(params, jnp.asarray(images), whitening, network=network)[1], np.float64)
         features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         sums: Any = np.zeros((num_classes, features.shape[1]))
         np.add.at(sums, labels, features)
-        sums += multiplier * np.asarray(jax.random.normal(key_noise, sums.shape), np.float64)
+        sums += multiplier * rng.standard_normal(sums.shape)
         means.append((sums / sizes[:, None]).astype(np.float32))
         weights.append(np.asarray(flatten(params)))
     return NoisyMeans(np.stack(weights), np.stack(means))
