@@ -24,7 +24,7 @@ from gsdd_jax.uses.learning import Pool
 from gsdd_jax.whiten import Whitening
 
 # What an archive holds of real images beside them.
-_REAL_OVERHEAD = 512
+_REAL_OVERHEAD = 640
 # What the key of a summary is folded with for private means.
 _MEANS = 1
 
