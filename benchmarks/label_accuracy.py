@@ -34,7 +34,7 @@ UINT4 = LabelSpec(kind="soft", dtype="uint4", teacher="experts")
 TOLD = (
     LabelSpec(),
     UINT4,
-    *(dataclasses.replace(UINT4, temperature=temperature) for temperature in (1.5, 2.0, 4.0)),
+    *(dataclasses.replace(UINT4, temperature=temperature) for temperature in (2.0, 4.0)),
     dataclasses.replace(UINT4, dtype="float32"),
     dataclasses.replace(UINT4, dtype="uint8", top_k=3),
     dataclasses.replace(UINT4, hard_weight=1.0),
