@@ -23,8 +23,8 @@ from gsdd_jax.uses.archive import Part, RealImages
 from gsdd_jax.uses.learning import Pool
 from gsdd_jax.whiten import Whitening
 
-# What an archive holds of real images beside them.
-_REAL_OVERHEAD = 640
+# What an archive holds of real images beside them: of pixels, and of files, which have sizes and share some bytes.
+_RAW_OVERHEAD, _FILES_OVERHEAD = 512, 640
 # What the key of a summary is folded with for private means.
 _MEANS = 1
 
@@ -216,7 +216,8 @@ def _real(
         orders = [
             iter(own[np.asarray(jax.random.permutation(k, len(own)))]) for k, own in zip(keys, members, strict=True)
         ]
-    room = budget - _REAL_OVERHEAD - sum(len(name.encode()) for name in class_names)
+    overhead = _RAW_OVERHEAD if spec.format == "raw" else _FILES_OVERHEAD
+    room = budget - overhead - sum(len(name.encode()) for name in class_names)
     beside = 0 if spec.format == "raw" else 2  # its size
     taken: list[list[bytes]] = [[] for _ in orders]
     # The first of each class, then the second of each that has one, and so on, until one does not fit.
@@ -231,7 +232,7 @@ def _real(
     if empty := [name for name, own in zip(class_names, taken, strict=True) if not own]:
         raise InputError(
             f"budget: {budget} bytes are too few for {spec.title}: no image of class {empty[0]!r} fits "
-            f"beside {_REAL_OVERHEAD} bytes of names and sizes and the classes before"
+            f"beside {overhead} bytes of names and sizes and the classes before"
         )
     if len(shared) > 1:
         raise InputError(f"{spec.title}: files of {spec.format} differ in what all should share")
