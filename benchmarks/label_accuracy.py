@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as labels.teachers=3 evaluate.seeds=1")
     args = parser.parse_intermixed_args(argv)
     config = configs.load(args.config, args.overrides)
+    if (config.labels.kind, config.labels.teacher) != ("soft", "experts") or not 0 <= args.quality <= 100:
+        parser.error("expected labels.kind=soft and labels.teacher=experts, and --quality of 0 to 100")
 
     def write(rows: list[dict[str, Any]]) -> None:
         record.write(args.out, rows, seed=config.seed, n=config.evaluate.seeds, steps=config.evaluate.steps)

@@ -14,7 +14,7 @@ from gsdd_jax.match import DistributionSpec
 from gsdd_jax.match.distribution import statistics
 from gsdd_jax.nets import NetSpec, build
 from gsdd_jax.training import EvalSpec
-from gsdd_jax.uses import private
+from gsdd_jax.uses import federated, private
 from gsdd_jax.uses.summary import Learner, SummarySpec, summarize
 
 SHAPE, CLASSES = (8, 8, 1), ("a", "b")
@@ -93,6 +93,13 @@ def test_features_are_matched_at_length_one():
         (DistributionSpec(), rows),
     ):
         np.testing.assert_allclose(statistics(spec, jax.random.key(0), jnp.asarray(rows)), expected, rtol=1e-6)
+
+
+def test_epsilon_is_spent_once():
+    fields = {name: getattr(SPEC, name) for name in ("title", "codec", "steps", "fit_steps", "epsilon")}
+    assert federated.SetSpec(**fields).epsilon == 2
+    with pytest.raises(ValueError, match="^epsilon: private ones is sent in 2 rounds; expected rounds 1"):
+        federated.SetSpec(**fields, rounds=2)
 
 
 def made(seed: int) -> np.ndarray:

@@ -72,6 +72,12 @@ class SetSpec(SummarySpec):
     ] = 1
     radius: Annotated[float, Ge(0), Doc("of the ball around it that networks are drawn from (FedDM: 5)")] = 5.0
 
+    def __post_init__(self) -> None:
+        """Refuses several rounds of private sets, each of which would spend epsilon again."""
+        super().__post_init__()
+        if self.epsilon and self.rounds > 1:
+            raise InputError(f"epsilon: {self.title} is sent in {self.rounds} rounds; expected rounds 1")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AverageSpec:

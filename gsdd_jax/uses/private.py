@@ -103,6 +103,9 @@ def noisy_means(
         count: Networks.
         multiplier: Of the noise, from `noise_multiplier` for as many queries.
         rng: Of the noise, for tests; one that nobody knows if None.
+
+    Returns:
+        The networks and their means.
     """
     rng = rng or np.random.default_rng()
     flatten = flattener(network)[0]
