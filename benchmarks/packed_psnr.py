@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.fit_psnr import SEED, sample
-from gsdd_jax import codecs, fitting
+from gsdd_jax import codecs, fitting, packed_codes
 from gsdd_jax.codecs import Codec, GaussianSpec, PackedGaussianSpec, packed
 from train.errors import exit_cleanly
 
@@ -74,7 +74,7 @@ def bits_per_gaussian(codec: Codec, params: Any) -> dict[str, float]:
     arrays = codec.pack(stored)
     kept = dataclasses.replace(spec, order="kept")
     sorted_ = dataclasses.replace(spec, order="sorted")
-    position = packed.image_bits(sorted_, spec.num_points, channels) - spec.num_points * (
+    position = packed_codes.image_bits(sorted_, channels, 2) - spec.num_points * (
         3 * spec.bits_cholesky + channels * spec.bits_color
     )
     numbers = np.concatenate([stored["cholesky"], stored["color"]], axis=-1).reshape(points, -1)
@@ -82,7 +82,7 @@ def bits_per_gaussian(codec: Codec, params: Any) -> dict[str, float]:
     plain = np.concatenate([stored["mean"].reshape(points, 2), numbers], axis=-1).T.astype(np.uint8).tobytes()
     return {
         "written": 8 * arrays[packed.BITS].size / points,
-        "kept": packed.image_bits(kept, spec.num_points, channels) / spec.num_points,
+        "kept": packed_codes.image_bits(kept, channels, 2) / spec.num_points,
         "entropy": position / spec.num_points + sum(entropy(column) for column in numbers.T),
         "zlib": 8 * min(len(zlib.compress(x, 9)) for x in (plain, arrays[packed.BITS].tobytes())) / points,
         "lzma": 8 * min(len(lzma.compress(x, preset=9)) for x in (plain, arrays[packed.BITS].tobytes())) / points,
@@ -133,6 +133,29 @@ def rows(images: jax.Array, points: int, steps: int, layouts: Sequence[tuple[int
     return found
 
 
+def coded_rows(images: jax.Array, steps: int, coded: Sequence[tuple[int, int, float]]) -> list[dict[str, Any]]:
+    """Fits the images with so many Gaussians, and bits of a coordinate and of a Gaussian, entropy-coded unless 0."""
+    found = []
+    for points, mean, gaussian in coded:
+        spec = dataclasses.replace(layout_spec((mean, 7, 6), images, points), bits_gaussian=gaussian)
+        codec = codec_of(spec, images)
+        params, seconds = fitted(codec, images, steps)
+        row = {"points": points, "bits_mean": mean, "bits_gaussian": gaussian, "steps": steps, "seconds": seconds}
+        row |= quality(codec, params, images) | {"bytes": codec.nbytes(params) / len(images)}
+        found.append(row)
+        print(f"{points} x {gaussian:g} bits: {row['psnr']:.2f} dB, {row['bytes']:.1f} bytes", file=sys.stderr)
+    return found
+
+
+def coded_of(text: str) -> tuple[int, int, float]:
+    """Reads ``17:7:38.9``."""
+    try:
+        points, mean, gaussian = text.split(":")
+        return int(points), int(mean), float(gaussian)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected three numbers such as 17:7:38.9, found {text!r}") from None
+
+
 def layout_spec(layout: tuple[int, int, int], images: jax.Array, points: int) -> PackedGaussianSpec:
     """Returns the packed codec of these images with so many bits of position, shape and color."""
     mean, cholesky, color = layout
@@ -159,10 +182,23 @@ def main() -> None:
     parser.add_argument(
         "--layouts", nargs="+", type=layout_of, default=[layout_of(text) for text in LAYOUTS], metavar="P+L+C"
     )
+    parser.add_argument(
+        "--coded",
+        nargs="+",
+        type=coded_of,
+        metavar="POINTS:P:BITS",
+        help="instead: Gaussians per image, bits of a coordinate, and bits of a Gaussian; 0 = codes of fixed width",
+    )
     parser.add_argument("--out", type=Path, default=record.RESULTS / "packed_psnr.json")
     args = parser.parse_args()
     images, name = sample(args.data, args.images)
-    results = [row for steps in args.steps for row in rows(images, args.points, steps, args.layouts)]
+    results = [
+        row
+        for steps in args.steps
+        for row in (
+            coded_rows(images, steps, args.coded) if args.coded else rows(images, args.points, steps, args.layouts)
+        )
+    ]
     record.write(args.out, results, seed=SEED, n=args.images, data=name, size=list(images.shape[1:]))
 
 

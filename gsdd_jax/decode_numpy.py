@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from annotated_types import Ge, Le, Lt
 
-from gsdd_jax import merged, packing, schema, synset
+from gsdd_jax import merged, packed_codes, schema, synset
 from gsdd_jax.errors import InputError
 from gsdd_jax.exchange import Array
 from gsdd_jax.manifest import Manifest
@@ -177,6 +177,7 @@ class _PackedGaussian(_Drawing):
     bits_cholesky: Bits
     bits_color: Bits
     bits_chroma: Annotated[int, Ge(0), Le(16)] = 0
+    bits_gaussian: Annotated[float, Ge(0)] = 0
     order: Literal["sorted", "kept"]
 
     def __post_init__(self) -> None:
@@ -198,36 +199,19 @@ def _gaussian(manifest: Manifest, spec: _Gaussian) -> Decoder:
 
 
 def _packed_gaussian(manifest: Manifest, spec: _PackedGaussian) -> Decoder:
-    (*native, c), n, m = manifest.image_shape, manifest.num_images, spec.num_points
-    sort, d = spec.order == "sorted", len(native)
-    shape, cells = d * (d + 1) // 2, 2 ** (d * spec.bits_mean)
-    position_bits = packing.multiset_bits(m, cells) if sort else d * m * spec.bits_mean
-    luma = 1 if spec.bits_chroma else c
-    # Numbers of a Gaussian, and bits of each.
-    parts = ((shape, spec.bits_cholesky), (luma, spec.bits_color), (c - luma, spec.bits_chroma))
-    sizes = [n * position_bits, *(n * m * count * width for count, width in parts)]
+    (*native, c), n = manifest.image_shape, manifest.num_images
+    d = len(native)
+    shape = d * (d + 1) // 2
+    packed_codes.check_rate(spec, n, c, d)
     layout = {
-        "codes": Array("uint8", (-(-sum(sizes) // 8),)),
+        "codes": Array("uint8", (packed_codes.set_bytes(spec, n, c, d),)),
         "low": Array("bfloat16", (shape + c,)),
         "step": Array("bfloat16", (shape + c,)),
     }
 
     def decode(arrays: Arrays, size: Size) -> np.ndarray:
-        positions, *written, padding = np.split(np.unpackbits(arrays["codes"]), np.cumsum(sizes))
-        if padding.any():
-            raise InputError(f"codes: the {padding.size} bits after the last code must be 0")
-        if sort:
-            keys = packing.multisets_from_bits(positions, n, m, cells)
-            mean = np.stack([(keys >> i * spec.bits_mean) % 2**spec.bits_mean for i in range(d)], axis=-1)
-        else:
-            mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, d)
-        codes = [
-            packing.from_bits(part, width).reshape(n, m, count)
-            for part, (count, width) in zip(written, parts, strict=True)
-            if count
-        ]
-        numbers = np.concatenate(codes, axis=-1).astype(np.float32)
-        values = arrays["low"] + numbers * _step(arrays)
+        mean, numbers = packed_codes.read(arrays["codes"], spec, n, c, d)
+        values = arrays["low"] + numbers.astype(np.float32) * _step(arrays)
         cell = 2.0 ** (1 - spec.bits_mean)
         colors = _from_ycocg(values[..., shape:]) if spec.bits_chroma else values[..., shape:]
         return _splat(0.5 * cell - 1 + mean * cell, values[..., :shape], colors, native, size, spec)

@@ -49,7 +49,7 @@ BUDGET = 2 * 6 * 8 * 3 * 4  # two float32 images per class
 SPECS: dict[str, codecs.CodecSpec] = {
     "gaussian": GaussianSpec(images_per_class=3, num_points=5, cutoff=0.0),
     "packed": PackedGaussianSpec(images_per_class=3, num_points=5, cutoff=0.0, bits_chroma=5),
-    "packed fitted": PackedGaussianSpec(images_per_class=3, num_points=4, ranges="fitted", order="kept", bits_color=9),
+    "packed coded": PackedGaussianSpec(images_per_class=3, num_points=4, order="kept", bits_gaussian=200),
     "pixel": PixelSpec(),
     "pixel uint8": PixelSpec(dtype="uint8", optimizer="adam", images_per_class=3),
     "palette": PaletteSpec(bits=3, images_per_class=3),
@@ -136,10 +136,14 @@ def remainder(codec: codecs.Codec, i: int) -> Any:
     return i % combined(codec)
 
 
+# By the name of a codec, or of one of `SPECS`.
 TRAITS: dict[str, Traits] = {
     **dict.fromkeys(
         ("packed_gaussian", "packed_gaussian3d"),
         Traits({"low": whole, "step": whole}, written={"low": "bfloat16", "step": "bfloat16"}),
+    ),
+    "packed coded": Traits(
+        {"low": whole, "step": whole}, following=["low", "step"], written={"low": "bfloat16", "step": "bfloat16"}
     ),
     "palette": Traits(following=["palettes"], written={"palettes": "uint8"}),
     "downscale": Traits({"canvases": cell}),
@@ -191,7 +195,7 @@ def case(request) -> Case:
     images = np.random.default_rng(0).uniform(0, 1, (codec.num_images, *codec.image_shape)).astype(np.float32)
     started = jax.jit(codec.init)(jax.random.key(0), images)
     # Off the start, so that no leaf is a constant that rounds to itself.
-    rng, traits = np.random.default_rng(1), TRAITS.get(codec.name, Traits())
+    rng, traits = np.random.default_rng(1), TRAITS.get(request.param, TRAITS.get(codec.name, Traits()))
     params = change(
         started, traits, lambda x: (x * rng.normal(1, 0.1, x.shape) + rng.normal(0, 0.01, x.shape)).astype(np.float32)
     )

@@ -10,7 +10,7 @@ import oracle
 import pytest
 
 import gsdd_jax
-from gsdd_jax import SynSet, codecs, fitting, storage
+from gsdd_jax import SynSet, codecs, fitting, packed_codes, rans, storage
 from gsdd_jax.codecs import PackedGaussian3DSpec, PackedGaussianSpec, packed
 from gsdd_jax.codecs.packed import PackedGaussians
 from gsdd_jax.gaussians import Gaussians, to_pixels
@@ -418,11 +418,81 @@ def test_color_differences_have_bits_of_their_own_and_come_back_as_colors():
     colors = np.random.default_rng(0).integers(-64, 64, (9, 3)) / np.float32(16)
     np.testing.assert_array_equal(packed.from_ycocg(packed.to_ycocg(colors)), colors)
     spec = PackedGaussianSpec(images_per_class=2, num_points=5, bits_chroma=3)
-    assert (
-        packed.image_bits(spec, 5, 3) == packed.image_bits(dataclasses.replace(spec, bits_chroma=0), 5, 3) - 5 * 2 * 3
-    )
+    plain = dataclasses.replace(spec, bits_chroma=0)
+    assert packed_codes.image_bits(spec, 3, 2) == packed_codes.image_bits(plain, 3, 2) - 5 * 2 * 3
     # Codes cover what they have bits for, and no more.
     found = np.asarray(packed.codes(random_params(spec), spec)["color"])
     assert found[..., 0].max() > 7 and found[..., 1:].max() == 7
     with pytest.raises(ValueError, match="codec.bits_chroma: expected 0 for images of 1 channels, found 3"):
         make(spec, image_shape=(*SIZE, 1))
+
+
+# Entropy-coded sets
+
+
+def coded(bits_gaussian, *, n=40, m=25, **settings):
+    """Returns a codec and its parameters, whose shapes and colors are spread as those of images are: few are large."""
+    spec = PackedGaussianSpec(images_per_class=n // CLASSES, num_points=m, bits_gaussian=bits_gaussian, **settings)
+    codec, rng = make(spec, bytes_per_class=None), np.random.default_rng(7)
+    luma = rng.laplace(0.3, 0.2, (n, m, 1))
+    g = Gaussians(
+        jnp.asarray(rng.uniform(-0.99, 0.99, (n, m, 2)), jnp.float32),
+        jnp.asarray(rng.exponential(1.0, (n, m, 3)), jnp.float32),
+        jnp.asarray(luma + rng.normal(0, 0.03, (n, m, 3)), jnp.float32),
+        jnp.ones((n, m)),
+        size=SIZE,
+    )
+    return codec, codec.project(packed.from_gaussians(g, spec))
+
+
+def written_bits(codec, params) -> float:
+    """Returns the bits of a Gaussian, without the zeros that fill up the file."""
+    return 8 * len(codec.pack(codec.quantize(params))["codes"].tobytes().rstrip(b"\0")) / params.mean[..., 0].size
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits_chroma": 6, "order": "kept"}, {"bits_mean": 5}])
+def test_entropy_coded_sets_fill_the_bits_that_they_may_have(settings):
+    for bits_gaussian in (36, 48.5):
+        codec, params = coded(bits_gaussian, **settings)
+        assert codec.nbytes(params) == math.ceil(1000 * bits_gaussian / 8) + 4 * 6
+        assert 0.96 * bits_gaussian < written_bits(codec, params) <= bits_gaussian + 8 / 1000
+    # From far too fine or coarse, in few steps.
+    for factor in (1e-3, 30.0):
+        off = dataclasses.replace(params, step=factor * params.step)
+        for _ in range(4):
+            off = codec.project(off)
+        assert 0.96 * bits_gaussian < written_bits(codec, off) <= bits_gaussian + 8 / 1000
+
+
+def test_a_bit_more_of_each_number_is_half_the_step_and_colors_share_theirs():
+    # Finer codes have longer tables, which take a sixth of what is added.
+    coarse, fine = (np.asarray(coded(bits)[1].step) for bits in (40, 46))
+    np.testing.assert_allclose(np.log2(coarse / fine), 1, atol=0.2)
+    assert coarse[3] == coarse[4] == coarse[5]
+    # In proportion: two bits more of a color are a quarter of the step, beside shapes.
+    shift = np.log2(coded(40, bits_color=8)[1].step / coarse)
+    np.testing.assert_allclose(shift[:3] - shift[3:], 2, atol=0.05)
+
+
+def test_entropy_coded_files_are_positions_and_then_numbers_channel_by_channel():
+    codec, params = coded(44)
+    stored = jax.device_get(codec.quantize(params))
+    data = codec.pack(stored)["codes"].tobytes()
+    width = math.ceil(math.log2(math.comb(2**16 + 24, 25)))
+    shapes = [stored["cholesky"][..., i].ravel().astype(int) for i in range(3)]
+    red, green, blue = (stored["color"][..., i].ravel().astype(int) for i in range(3))
+    found = rans.decode(data[math.ceil(40 * width / 8) :], [1000] * 6)
+    for values, expected in zip(found, [*shapes, red, green - red, blue - green], strict=True):
+        np.testing.assert_array_equal(values, expected)
+
+
+def test_too_few_bits_and_numbers_beyond_the_codes_are_refused():
+    with pytest.raises(
+        ValueError, match=r"codec.bits_gaussian: expected 0 or at least 19 for 40 images of 25 Gaussians"
+    ):
+        coded(15)
+    codec, params = coded(44)
+    stored = jax.device_get(codec.quantize(params))
+    stored["color"] = stored["color"].astype(np.int32) - stored["color"].min() - 1
+    with pytest.raises(ValueError, match="codes: entropy-coded numbers must lie in 0 to 1023"):
+        codec.unpack(codec.pack(stored))

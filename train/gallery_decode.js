@@ -221,15 +221,26 @@ function packedGaussian(codec, { count, channels }, arrays) {
   const m = settings.points, symbols = 4 ** bitsMean;
   const most = sorted ? binomial(symbols + m - 1, m) : 0n;
   const positionBits = sorted ? (most - 1n).toString(2).length : 2 * m * bitsMean;
-  const luma = bitsChroma ? 1 : channels;
+  const luma = bitsChroma ? 1 : channels, bitsGaussian = codec.bits_gaussian ?? 0;
+  if (typeof bitsGaussian !== "number" || !(bitsGaussian >= 0)) {
+    refuse(`${MANIFEST}: codec.bits_gaussian: expected a number >= 0, found ${shown(bitsGaussian)}`);
+  }
   const parts = [];
   let end = count * positionBits;
+  const positions = Math.ceil(end / 8);
   for (const [numbers, bits] of [[3, bitsCholesky], [luma, bitsColor], [channels - luma, bitsChroma]]) {
     for (let i = 0; i < numbers; i++) parts.push({ at: end + i * bits, stride: numbers * bits, bits });
     end += count * m * numbers * bits;
   }
+  if (bitsGaussian) end = count * m * bitsGaussian;
   const codes = expected(arrays, "codes", "U8", [Math.ceil(end / 8)]);
-  if (readBits(codes, end, 8 * codes.length - end)) refuse(`${ARRAYS}: codes: bits after the last code must be 0`);
+  const coded = bitsGaussian && entropyCoded(codes.subarray(positions), parts.length, count * m);
+  if (coded && !bitsChroma) {
+    for (let k = 4; k < coded.length; k++) coded[k].forEach((more, at) => (coded[k][at] = coded[k - 1][at] + more));
+  }
+  if (!coded && readBits(codes, end, 8 * codes.length - end)) {
+    refuse(`${ARRAYS}: codes: bits after the last code must be 0`);
+  }
   const [low, step] = ["low", "step"].map((name) => floats(arrays, name, "BF16", [3 + channels]));
   // None is finer than codes come back from; rounded to bfloat16, ties to even.
   const steps = step.map((value, i) => {
@@ -250,13 +261,67 @@ function packedGaussian(codec, { count, channels }, arrays) {
         (axis) => readBits(codes, (2 * at + axis) * bitsMean, bitsMean),
       );
       const [l11, l21, l22, ...color] = parts.map((part, k) => {
-        const code = readBits(codes, part.at + at * part.stride, part.bits);
+        const code = coded ? coded[k][at] : readBits(codes, part.at + at * part.stride, part.bits);
         return Math.fround(low[k] + Math.fround(code * steps[k]));
       });
       put(cell / 2 - 1 + x * cell, cell / 2 - 1 + y * cell, l11, l21, l22, ...(bitsChroma ? rgb(...color) : color));
     });
   };
   return { ...settings, image: remembered(image) };
+}
+
+// The entropy coder, see gsdd_jax/rans.py.
+
+const LARGEST = 1023, PRECISION = 14, LEVEL_BITS = 5, SPAN_BITS = 11;
+
+/** Reads numbers of so many kinds, `each` of every kind: an Int16Array for each kind. */
+function entropyCoded(bytes, kinds, each) {
+  const total = kinds * each, lanes = Math.min(Math.max(total >> 11, 1), 64);
+  let at = 0;
+  const digits = (width) => {
+    if (at + width > 8 * bytes.length) refuse(`${ARRAYS}: codes: they end too early`);
+    at += width;
+    return readBits(bytes, at - width, width);
+  };
+  const tables = Array.from({ length: kinds }, () => entropyTable(digits));
+  const states = Array.from({ length: lanes }, () => {
+    at = 8 * Math.ceil(at / 8);
+    return digits(16) * 65536 + digits(16);
+  });
+  const found = Array.from({ length: kinds }, () => new Int16Array(each));
+  for (let i = 0; i < total; i++) {
+    const { numbers, frequency, below } = tables[Math.floor(i / each)], x = states[i % lanes];
+    const slot = x % (1 << PRECISION), number = numbers[slot];
+    const next = frequency[number] * Math.floor(x / (1 << PRECISION)) + slot - below[number];
+    states[i % lanes] = next < 65536 ? next * 65536 + digits(16) : next;
+    found[Math.floor(i / each)][i % each] = number - LARGEST;
+  }
+  if (states.some((x) => x !== 65536) || bytes.subarray(at / 8).some(Boolean)) {
+    refuse(`${ARRAYS}: codes: the entropy coder did not write them`);
+  }
+  return found;
+}
+
+/** Reads half octaves; frequencies add up to 2^PRECISION, of which slot k is that of the number `numbers[k]`. */
+function entropyTable(digits) {
+  const size = 2 * LARGEST + 1, weights = new Float64Array(size);
+  let i = digits(SPAN_BITS);
+  const last = i + digits(SPAN_BITS);
+  while (i <= last && last < size) {
+    const level = digits(LEVEL_BITS);
+    if (level) weights[i++] = Math.round(2 ** (level / 2));
+    else i += 1 + digits(LEVEL_BITS);
+  }
+  if (i !== last + 1 || !weights[last]) refuse(`${ARRAYS}: codes: no table of frequencies`);
+  const sum = weights.reduce((a, b) => a + b), shared = (1 << PRECISION) - weights.filter(Boolean).length;
+  const frequency = weights.map((weight) => weight && 1 + Math.floor((weight * shared) / sum));
+  frequency[weights.indexOf(Math.max(...weights))] += (1 << PRECISION) - frequency.reduce((a, b) => a + b);
+  const below = new Float64Array(size), numbers = new Uint16Array(1 << PRECISION);
+  for (let number = 0, sum = 0; number < size; sum += frequency[number++]) {
+    below[number] = sum;
+    numbers.fill(number, sum, sum + frequency[number]);
+  }
+  return { numbers, frequency, below };
 }
 
 function rgb(y, co, cg) {

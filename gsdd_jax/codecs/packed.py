@@ -1,7 +1,8 @@
 """Sparse Gaussian images in a third of the bits: integer codes on dataset-wide grids, trained through the rounding.
 
 Eight numbers per Gaussian, since opacity folds into color, on uniform grids whose ranges the whole set shares; the
-order of an image's Gaussians, which no image depends on, is not stored. The file holds exactly these bits.
+order of an image's Gaussians, which no image depends on, is not stored. The file holds exactly these bits; with
+``bits_gaussian``, codes of any size as an entropy coder writes them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
-from gsdd_jax import growth, packing, spacetime, starts, storage
+from gsdd_jax import growth, packed_codes, rans, spacetime, starts, storage
 from gsdd_jax.codecs.base import MOST, Codec, Draft, Layout, Shape, Spec
 from gsdd_jax.codecs.gaussian import boundary_loss, clip_positions, fit_rates, leafwise_adam
 from gsdd_jax.errors import InputError
@@ -35,6 +36,8 @@ FINEST_STEP = 2.0**-16
 CLIPPED_SHARE = 0.003
 # bfloat16 rounds by at most half of it, relatively: what is stretched by it before still covers the range after.
 BFLOAT16_ULP = 2.0**-7
+# Steps are bfloat16 numbers, so that they are made larger by at least one of their 128 per octave.
+LEAST_OCTAVES = 2.0**-7
 # Arrays of the file.
 BITS, LOW, STEP = "codes", "low", "step"
 # Finding a sorted image of so many from its number takes seconds, of a quarter as many a tenth of one.
@@ -59,11 +62,19 @@ class PackedGaussianSpec(Spec):
         Le(16),
         Doc("bits of each of two color differences, which stand with luma for red, green and blue; 0 = these as such"),
     ] = 0
+    bits_gaussian: Annotated[
+        float,
+        Ge(0),
+        Doc(
+            "bits of a whole Gaussian, on average over the set, by entropy coding: the grids of shapes and colors are "
+            "as fine as they allow, in the proportions of the bits above; 0 = codes of these widths"
+        ),
+    ] = 0
     ranges: Annotated[
         Literal["learned", "fitted"],
         Doc(
             "ranges of shapes and colors over the whole set: trained (LSQ), or set after each step to what nearly all "
-            "numbers need"
+            "numbers need; entropy-coded ones are set after each step"
         ),
     ] = "learned"
     order: Annotated[
@@ -100,6 +111,13 @@ class PackedGaussianSpec(Spec):
     TRAINING = (*Spec.TRAINING, "boundary")
     FORMER = Spec.FORMER | {"images_per_class": "gpc"}
 
+    def resolved(self, image_shape: Shape) -> Any:
+        if self.bits_chroma and image_shape[-1] != 3:
+            raise InputError(
+                f"codec.bits_chroma: expected 0 for images of {image_shape[-1]} channels, found {self.bits_chroma}"
+            )
+        return self
+
     def sizes(self, image_shape: Shape) -> dict[str, Sequence[int]]:
         most = SORTED_POINTS if self.order == "sorted" else MOST
         return {"num_points": range(1, most + 1), "images_per_class": range(1, MOST)}
@@ -110,28 +128,21 @@ class PackedGaussianSpec(Spec):
         return self.COORDINATES * (self.COORDINATES + 1) // 2
 
     def color_bits(self, channels: int) -> tuple[int, ...]:
-        """Returns the bits of each number of a color.
-
-        Raises:
-            ValueError: Color differences of images that are not RGB.
-        """
-        if not self.bits_chroma:
-            return (self.bits_color,) * channels
-        if channels != 3:
-            raise InputError(
-                f"codec.bits_chroma: expected 0 for images of {channels} channels, found {self.bits_chroma}"
-            )
-        return self.bits_color, self.bits_chroma, self.bits_chroma
+        """Returns the bits of each number of a color."""
+        luma = 1 if self.bits_chroma else channels
+        return (self.bits_color,) * luma + (self.bits_chroma,) * (channels - luma)
 
     def layout(self, image_shape: Shape, num_classes: int) -> Layout:
         n, channels = num_classes * self.images_per_class, image_shape[-1]
         ranges = jax.ShapeDtypeStruct((self.shapes + channels,), jnp.bfloat16)
-        size = -(-n * image_bits(self, self.num_points, channels) // 8)
+        size = packed_codes.set_bytes(self, n, channels, self.COORDINATES)
         return {BITS: jax.ShapeDtypeStruct((size,), np.uint8), LOW: ranges, STEP: ranges}
 
     def numbers(self, image_shape: Shape, num_classes: int) -> tuple[int, str]:
         each = self.COORDINATES + self.shapes + image_shape[-1]
         count = num_classes * self.images_per_class * self.num_points * each
+        if self.bits_gaussian:
+            return count, f"entropy-coded, {self.bits_gaussian:g} bits per Gaussian"
         chroma = f" ({self.bits_chroma} of a color difference)" if self.bits_chroma else ""
         return count, f"codes of {self.bits_mean}, {self.bits_cholesky} and {self.bits_color} bits{chroma}"
 
@@ -175,6 +186,8 @@ def make(spec: PackedGaussianSpec, image_shape: Shape, num_classes: int) -> Code
     )
     n, m = num_classes * spec.images_per_class, spec.num_points
     written = spec.layout(image_shape, num_classes)
+    packed_codes.check_rate(spec, n, c, spec.COORDINATES)
+    learned = spec.ranges == "learned" and not spec.bits_gaussian
 
     def decode(params: PackedGaussians, index=None, *, size=None, key=None) -> jax.Array:
         del key
@@ -188,11 +201,22 @@ def make(spec: PackedGaussianSpec, image_shape: Shape, num_classes: int) -> Code
         values = {name: grids[name][0] + code * grids[name][1] for name, code in codes.items()}
         return PackedGaussians(**values, **ends, size=size)
 
+    def pack(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+        arrays = {name: np.asarray(leaf) for name, leaf in tree.items()}
+        numbers = np.concatenate([arrays.pop("cholesky"), arrays.pop("color")], axis=-1)
+        return {BITS: packed_codes.write(arrays.pop("mean"), numbers, spec), **arrays}
+
+    def unpack(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+        mean, numbers = packed_codes.read(arrays[BITS], spec, n, c, spec.COORDINATES)
+        cholesky, color = np.split(numbers, [spec.shapes], axis=-1)
+        ends = {name: arrays[name] for name in (LOW, STEP)}
+        return {"mean": mean.astype(np.uint16), "cholesky": cholesky, "color": color, **ends}
+
     def clipped(params: PackedGaussians) -> PackedGaussians:
         return clip_positions(dataclasses.replace(params, cholesky=canonical(params.cholesky)))
 
     def project(params: PackedGaussians) -> PackedGaussians:
-        return clipped(params) if spec.ranges == "learned" else fit_ranges(clipped(params), spec)
+        return clipped(params) if learned else fit_ranges(clipped(params), spec)
 
     # All Gaussians are there when rounding begins.
     until = min(growth.UNTIL, spec.draft) if spec.start == "growth" else 0.0
@@ -214,8 +238,11 @@ def make(spec: PackedGaussianSpec, image_shape: Shape, num_classes: int) -> Code
         return jax.lax.cond(done < spec.draft, lambda p: fit_ranges(clipped(p), spec), project, params)
 
     def adam(rates: dict[str, Any], schedule: optax.Schedule | None = None) -> optax.GradientTransformation:
-        learned = spec.lr_ranges if spec.ranges == "learned" else 0.0
-        ends = learned * np.repeat([rates["cholesky"], rates["color"]], [spec.shapes, c]).astype(np.float32)
+        ends = (
+            spec.lr_ranges
+            * learned
+            * np.repeat([rates["cholesky"], rates["color"]], [spec.shapes, c]).astype(np.float32)
+        )
         # The upper end moves by as many changes of the step as there are steps.
         steps = 2.0 ** np.asarray([*[spec.bits_cholesky] * spec.shapes, *spec.color_bits(c)], np.float32) - 1
         every: dict[str, float | np.ndarray] = {**rates, LOW: ends, STEP: ends / steps}
@@ -248,8 +275,8 @@ def make(spec: PackedGaussianSpec, image_shape: Shape, num_classes: int) -> Code
         optimizer=optimizer,
         fitter=fitter,
         layout=lambda: written,
-        pack=lambda tree: pack(tree, spec),
-        unpack=lambda arrays: unpack(arrays, spec, n, c),
+        pack=pack,
+        unpack=unpack,
         gaussians=lambda params: quantized(params, spec) if len(size) == 2 else None,
         draft=Draft(draw_draft, project_draft, grow) if until else Draft(draw_draft, project_draft),
     )
@@ -303,7 +330,8 @@ def from_ycocg(ycocg: jax.Array) -> jax.Array:
 def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGaussians:
     """Lays the grids of shapes and colors over all but ``CLIPPED_SHARE`` of the set's numbers at either end.
 
-    What is not finite has no say.
+    What is not finite has no say. Of entropy-coded numbers all steps are made larger or smaller alike, until what the
+    coder writes is as long as it may be.
     """
     lows, steps = [], []
     for leaf, bits in (
@@ -317,19 +345,63 @@ def fit_ranges(params: PackedGaussians, spec: PackedGaussianSpec) -> PackedGauss
         lows.append(low)
         per_step = ((1 + BFLOAT16_ULP) / (2.0 ** np.asarray(bits) - 1)).astype(np.float32)
         steps.append(storage.as_bfloat16((high - low) * per_step))
-    return dataclasses.replace(params, low=jnp.concatenate(lows), step=jnp.concatenate(steps))
+    if spec.bits_gaussian and not spec.bits_chroma:
+        # Differences of colors are small where their steps are the same.
+        steps[1] = jnp.full_like(steps[1], steps[1].max())
+    fitted = dataclasses.replace(params, low=jnp.concatenate(lows), step=jnp.concatenate(steps))
+    return _fit_rate(fitted, params.step, spec) if spec.bits_gaussian else fitted
+
+
+def _fit_rate(params: PackedGaussians, before: jax.Array, spec: PackedGaussianSpec) -> PackedGaussians:
+    """Scales steps that are in proportion, from about those before, to the least that ``bits_gaussian`` allow."""
+    (n, m, c), d = params.color.shape, spec.COORDINATES
+    numbers = n * m * (spec.shapes + c)
+    room = 8 * (packed_codes.set_bytes(spec, n, c, d) - -(-n * packed_codes.position_bits(spec, d) // 8))
+    widths = np.asarray([*[spec.bits_cholesky] * spec.shapes, *spec.color_bits(c)], np.float32)
+    middle = params.low + params.step * (2.0**widths - 1) / 2
+    # Half of the codes are left for the numbers beyond the range.
+    finest = widths.max() - (packed_codes.CODED_BITS - 1)
+
+    def scaled(octaves: jax.Array) -> PackedGaussians:
+        step = storage.as_bfloat16(params.step * 2.0**octaves)
+        low = storage.as_bfloat16(middle - step * 2 ** (packed_codes.CODED_BITS - 1))
+        return dataclasses.replace(params, low=low, step=step)
+
+    def excess(octaves: jax.Array) -> jax.Array:
+        """Octaves by which all steps are too small, nearly: each saves a bit of each number."""
+        found = codes(scaled(octaves), spec)
+        kinds = packed_codes.kinds(jnp.concatenate([found["cholesky"], found["color"]], axis=-1), spec, spec.shapes)
+        none = jnp.zeros(2 * rans.LARGEST + 1, jnp.int32)
+        counts = jnp.stack([none.at[kind + rans.LARGEST].add(1) for kind in kinds])
+        return (rans.most_bits(counts, numbers, jnp) - room) / numbers
+
+    def evaluated(octaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return excess(octaves), octaves
+
+    there = (before > 0) & (params.step > 0)
+    first = jnp.mean(jnp.log2(jnp.where(there, before / params.step, 1)), where=there)
+    first = jnp.where(there.any(), first, 0.0)
+    _, found = jax.lax.while_loop(
+        lambda state: state[0] > 0,
+        lambda state: evaluated(state[1] + jnp.maximum(state[0], LEAST_OCTAVES)),
+        evaluated(jnp.maximum(first + excess(first), finest)),
+    )
+    return scaled(found)
 
 
 def quantized(params: PackedGaussians, spec: PackedGaussianSpec, *, rounding: bool | jax.Array = True) -> Any:
     """Returns the Gaussians as they come back from disk, in the order in which they come back.
 
     Sums of floats depend on the order, so the images that are trained are drawn in the order of the file, too.
-    Differentiable with respect to every leaf: straight through for the masters, LSQ for the grids. Without ``rounding``
-    the masters are taken as they are.
+    Differentiable with respect to every leaf: straight through for the masters, LSQ for the grids, but for those of
+    entropy-coded numbers. Without ``rounding`` the masters are taken as they are.
     """
+    low, step = params.low, params.step
+    if spec.bits_gaussian:
+        low, step = jax.lax.stop_gradient((low, step))
     leaves = {
         name: jnp.where(rounding, storage.on_grid(getattr(params, name), low, step, bits), getattr(params, name))
-        for name, (low, step, bits) in _grids(params.low, params.step, spec).items()
+        for name, (low, step, bits) in _grids(low, step, spec).items()
     }
     leaves = _in_order(params, leaves, spec)
     if spec.bits_chroma:
@@ -349,82 +421,6 @@ def codes(params: PackedGaussians, spec: PackedGaussianSpec) -> dict[str, jax.Ar
     return _in_order(params, codes, spec) | storage.cast({LOW: low, STEP: step}, "bfloat16")
 
 
-def pack(tree: dict[str, Any], spec: PackedGaussianSpec) -> dict[str, np.ndarray]:
-    """Writes codes as bytes: positions, shapes, colors or lumas, color differences; zeros fill up the last byte."""
-    codes = {name: np.asarray(tree[name]) for name in ("mean", "cholesky", "color")}
-    luma = 1 if spec.bits_chroma else codes["color"].shape[-1]
-    if spec.order == "sorted":
-        positions = packing.multisets_to_bits(_cells(codes["mean"].astype(np.uint32), spec), _symbols(spec))
-    else:
-        positions = packing.to_bits(codes["mean"], spec.bits_mean)
-    bits = [
-        positions,
-        packing.to_bits(codes["cholesky"], spec.bits_cholesky),
-        packing.to_bits(codes["color"][..., :luma], spec.bits_color),
-        packing.to_bits(codes["color"][..., luma:], spec.bits_chroma),
-    ]
-    return {BITS: np.packbits(np.concatenate(bits)), LOW: np.asarray(tree[LOW]), STEP: np.asarray(tree[STEP])}
-
-
-def unpack(arrays: dict[str, Any], spec: PackedGaussianSpec, n: int, channels: int) -> dict[str, np.ndarray]:
-    """Reads the codes of ``n`` images back; the inverse of `pack`.
-
-    Raises:
-        ValueError: The bytes are none that `pack` writes.
-    """
-    m, luma, d = spec.num_points, 1 if spec.bits_chroma else channels, spec.COORDINATES
-    sizes = [n * _position_bits(spec, m), n * m * spec.shapes * spec.bits_cholesky, n * m * luma * spec.bits_color]
-    sizes.append(n * m * (channels - luma) * spec.bits_chroma)
-    bits = np.unpackbits(np.asarray(arrays[BITS]))
-    positions, cholesky, color, chroma, padding = np.split(bits, np.cumsum(sizes))
-    if padding.any():
-        raise InputError(f"{BITS}: the {padding.size} bits after the last code must be 0")
-    if spec.order == "sorted":
-        keys = packing.multisets_from_bits(positions, n, m, _symbols(spec))
-        mean = keys[..., None] >> np.arange(d, dtype=np.uint32) * spec.bits_mean & (2**spec.bits_mean - 1)
-    else:
-        mean = packing.from_bits(positions, spec.bits_mean).reshape(n, m, d)
-    return {
-        "mean": mean.astype(np.uint16),
-        "cholesky": packing.from_bits(cholesky, spec.bits_cholesky).reshape(n, m, spec.shapes),
-        "color": np.concatenate(
-            [
-                packing.from_bits(part, width).reshape(n, m, count)
-                for part, width, count in ((color, spec.bits_color, luma), (chroma, spec.bits_chroma, channels - luma))
-                if count
-            ],
-            axis=-1,
-        ),
-        LOW: arrays[LOW],
-        STEP: arrays[STEP],
-    }
-
-
-def image_bits(spec: PackedGaussianSpec, num_points: int, channels: int) -> int:
-    """Returns the bits of one image of so many Gaussians."""
-    others = spec.shapes * spec.bits_cholesky + sum(spec.color_bits(channels))
-    return _position_bits(spec, num_points) + num_points * others
-
-
-def _position_bits(spec: PackedGaussianSpec, num_points: int) -> int:
-    if spec.order == "sorted":
-        return packing.multiset_bits(num_points, _symbols(spec))
-    return num_points * spec.COORDINATES * spec.bits_mean
-
-
-def _symbols(spec: PackedGaussianSpec) -> int:
-    """Returns how many cells there are."""
-    return 1 << spec.COORDINATES * spec.bits_mean
-
-
-def _cells(codes: Any, spec: PackedGaussianSpec) -> Any:
-    """Numbers the cells of positions ``[..., d]``, uint32: by frames, if any, then rows and columns."""
-    cell = codes[..., -1]
-    for i in reversed(range(spec.COORDINATES - 1)):
-        cell = cell << spec.bits_mean | codes[..., i]
-    return cell
-
-
 def _grids(
     low: jax.Array, step: jax.Array, spec: PackedGaussianSpec
 ) -> dict[str, tuple[jax.Array, jax.Array, storage.Bits]]:
@@ -432,11 +428,15 @@ def _grids(
     low = storage.as_bfloat16(low)
     finest = FINEST_STEP * jnp.maximum(1, jnp.abs(jax.lax.stop_gradient(low)))
     step = storage.as_bfloat16(jnp.maximum(step, finest))
+    cholesky: storage.Bits = spec.bits_cholesky
+    color: storage.Bits = spec.color_bits(len(low) - spec.shapes)
+    if spec.bits_gaussian:
+        cholesky = color = packed_codes.CODED_BITS
     cell, d, k = 2.0 ** (1 - spec.bits_mean), spec.COORDINATES, spec.shapes
     return {
         "mean": (jnp.full(d, 0.5 * cell - 1, jnp.float32), jnp.full(d, cell, jnp.float32), spec.bits_mean),
-        "cholesky": (low[:k], step[:k], spec.bits_cholesky),
-        "color": (low[k:], step[k:], spec.color_bits(len(low) - k)),
+        "cholesky": (low[:k], step[:k], cholesky),
+        "color": (low[k:], step[k:], color),
     }
 
 
@@ -447,5 +447,5 @@ def _in_order(params: PackedGaussians, leaves: dict[str, jax.Array], spec: Packe
     low, step, bits = _grids(params.low, params.step, spec)["mean"]
     cells = jnp.nan_to_num(storage.grid_codes(jax.lax.stop_gradient(params.mean), low, step, bits)).astype(jnp.uint32)
     # Stable, so that Gaussians of one cell stay in the order in which they were stored.
-    order = jnp.argsort(_cells(cells, spec), axis=-1, stable=True)
+    order = jnp.argsort(packed_codes.cells(cells, spec.bits_mean), axis=-1, stable=True)
     return {name: jnp.take_along_axis(leaf, order[..., None], axis=1) for name, leaf in leaves.items()}

@@ -34,4 +34,4 @@ class PackedGaussian3DSpec(PackedGaussianSpec):
     VIDEO: ClassVar[bool] = True
 
     def resolved(self, image_shape: Shape) -> Any:
-        return only_videos(self, image_shape)
+        return only_videos(super().resolved(image_shape), image_shape)
