@@ -457,6 +457,22 @@ def _later(name: str) -> str:
     return "\n".join(lines) + f"\n\n{_commands([record])}"
 
 
+def _coded(name: str) -> str:
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [
+        f"PSNR of {record['n']} images after {record['results'][0]['steps']} steps:",
+        "",
+        "| Gaussians per image | bits of a coordinate | bits per Gaussian | bytes per image | dB |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["results"]:
+        bits, kind = 8 * row["bytes"] / row["points"], "" if row["bits_gaussian"] else ", fixed width"
+        lines.append(
+            f"| {row['points']} | {row['bits_mean']} | {bits:.1f}{kind} | {row['bytes']:.1f} | {row['psnr']:.2f} |"
+        )
+    return "\n".join([*lines, "", f"`{record['command']}`, commit {record['commit'][:9]}."]) + "\n"
+
+
 def _sensitivity(_: str) -> str:
     rows = json.loads((RESULTS / "packed_psnr.json").read_text())["results"]
     steps = max(row["steps"] for row in rows)
@@ -903,6 +919,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "video": _video,
     "objectives": _steps,
     "packed": _pairs,
+    "packed_coded": _coded,
     "packed_later": _later,
     "packed_psnr": _packed,
     "rivals": _rivals,
