@@ -74,7 +74,12 @@ def kinds(numbers: Any, spec: Any, shapes: int) -> list[Any]:
 
 
 def write(mean: np.ndarray, numbers: np.ndarray, spec: Any) -> np.ndarray:
-    """Writes codes ``mean [n, m, d]``, sorted where their order is not kept, and ``numbers [n, m, shapes + c]``."""
+    """Writes codes ``mean [n, m, d]``, sorted where their order is not kept, and ``numbers [n, m, shapes + c]``.
+
+    Raises:
+        ValueError: Entropy-coded they are longer than ``bits_gaussian`` allow: steps were changed since they were made
+            to fit.
+    """
     n, _, d = mean.shape
     channels = numbers.shape[-1] - _shapes(d)
     if spec.order == "sorted":
@@ -84,7 +89,12 @@ def write(mean: np.ndarray, numbers: np.ndarray, spec: Any) -> np.ndarray:
         bits = [packing.to_bits(mean, spec.bits_mean)]
     if spec.bits_gaussian:
         data = np.packbits(bits[0]).tobytes() + rans.encode(kinds(numbers, spec, _shapes(d)))
-        return np.frombuffer(data.ljust(set_bytes(spec, n, channels, d), b"\0"), np.uint8)
+        if len(data) > (room := set_bytes(spec, n, channels, d)):
+            raise InputError(
+                f"codec.bits_gaussian: {spec.bits_gaussian:g} bits per Gaussian leave {room} bytes, found {len(data)}; "
+                "codec.project makes parameters that fit"
+            )
+        return np.frombuffer(data.ljust(room, b"\0"), np.uint8)
     parts = _parts(spec, channels, d)
     ends = np.cumsum([count for count, _ in parts])
     for part, (_, width) in zip(np.split(numbers, ends[:-1], axis=-1), parts, strict=True):

@@ -456,9 +456,13 @@ def test_entropy_coded_sets_fill_the_bits_that_they_may_have(settings):
         codec, params = coded(bits_gaussian, **settings)
         assert codec.nbytes(params) == math.ceil(1000 * bits_gaussian / 8) + 4 * 6
         assert 0.96 * bits_gaussian < written_bits(codec, params) <= bits_gaussian + 8 / 1000
-    # From far too fine or coarse, in few steps.
-    for factor in (1e-3, 30.0):
-        off = dataclasses.replace(params, step=factor * params.step)
+    # From too fine or coarse, in few steps.
+    for factor in (0.3, 30.0):
+        low = params.low + 512 * (1 - factor) * params.step
+        off = dataclasses.replace(params, step=factor * params.step, low=low)
+        if factor < 1:
+            with pytest.raises(ValueError, match="codec.bits_gaussian: 48.5 bits per Gaussian leave 6063 bytes"):
+                codec.pack(codec.quantize(off))
         for _ in range(4):
             off = codec.project(off)
         assert 0.96 * bits_gaussian < written_bits(codec, off) <= bits_gaussian + 8 / 1000
