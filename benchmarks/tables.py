@@ -887,7 +887,7 @@ def _gpu(device: str) -> str:
 _released = functools.partial(_run, folder=SETS)
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _released,
-    "cifar10_packed_12k": _released,
+    "cifar10_coded_12k": _released,
     "sets": cards.table,
     "accuracy_cifar10": _compare_accuracy,
     "fit_cifar10_jpeg": _compare_fit,

@@ -13,7 +13,7 @@ from gsdd_jax import decode_numpy
 from train import gallery, report
 
 ROOT = FOLDER.parent.parent
-SETS = [ROOT / "sets" / "cifar10_packed_12k", ROOT / "notebooks" / "digits_set"]
+SETS = [ROOT / "sets" / "cifar10_coded_12k", ROOT / "notebooks" / "digits_set"]
 # All images of a set at their size, as WebGL draws them: [n, h, w, 4], rows of pixels from the bottom as it reads them.
 READ = """() => {
   view = { scale: 1, x: 0, y: 0 };
@@ -41,7 +41,7 @@ def browser():
 
 
 def test_pixels_are_those_of_the_decoder_and_damage_is_one_line(browser, tmp_path):
-    page = opened(browser, FOLDER / "index.html", viewport={"width": 1600, "height": 1300})
+    page = opened(browser, FOLDER / "index.html", viewport={"width": 1600, "height": 1900})
     for at, path in enumerate(SETS):
         page.locator("#sets").select_option(str(at))
         images = decode_numpy.load(path).images

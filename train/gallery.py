@@ -3,7 +3,7 @@
 One HTML file with the sets in it, which opens others as well: it decodes and draws them by itself, at any scale, and
 fetches nothing. ``docs/gallery/index.html`` is such a page, and the report of a run holds one of its set::
 
-    python -m train.gallery sets/cifar10_packed_12k notebooks/digits_set \
+    python -m train.gallery sets/cifar10_coded_12k notebooks/digits_set \
         --out docs/gallery/index.html
 """
 
