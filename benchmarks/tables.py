@@ -888,6 +888,7 @@ _released = functools.partial(_run, folder=SETS)
 TABLES: dict[str, Callable[[str], str]] = {
     "digits": _released,
     "cifar10_coded_12k": _released,
+    "cifar10_coded_experts_ipc10_w64": _run,
     "sets": cards.table,
     "accuracy_cifar10": _compare_accuracy,
     "fit_cifar10_jpeg": _compare_fit,
