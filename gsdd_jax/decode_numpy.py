@@ -177,7 +177,7 @@ class _PackedGaussian(_Drawing):
     bits_cholesky: Bits
     bits_color: Bits
     bits_chroma: Annotated[int, Ge(0), Le(16)] = 0
-    bits_gaussian: Annotated[float, Ge(0)] = 0
+    bits_gaussian: Annotated[float, Ge(0)] = 0.0
     order: Literal["sorted", "kept"]
 
     def __post_init__(self) -> None:

@@ -69,7 +69,7 @@ class PackedGaussianSpec(Spec):
             "bits of a whole Gaussian, on average over the set, by entropy coding: the grids of shapes and colors are "
             "as fine as they allow, in the proportions of the bits above; 0 = codes of these widths"
         ),
-    ] = 0
+    ] = 0.0
     ranges: Annotated[
         Literal["learned", "fitted"],
         Doc(
