@@ -929,7 +929,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "scale_plan": _scale_plan,
     "sensitivity": _sensitivity,
     "trajectory": _trajectory,
-    "cross_cifar10_packed_12k": _cross,
+    "cross_cifar10_coded_12k": _cross,
     "label_accuracy": _label_accuracy,
     "audit_digits": _use,
     "audit_private": _use,
