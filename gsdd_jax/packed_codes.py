@@ -21,7 +21,7 @@ CODED_BITS = 10
 
 
 def image_bits(spec: Any, channels: int, d: int) -> int:
-    """Returns the bits of one image, or of ``d`` = 3 dimensions video, in codes of fixed width."""
+    """Returns the bits of one image of ``d`` = 2 dimensions, or of a video of 3, in codes of fixed width."""
     return position_bits(spec, d) + spec.num_points * sum(count * width for count, width in _parts(spec, channels, d))
 
 
@@ -46,7 +46,7 @@ def check_rate(spec: Any, n: int, channels: int, d: int) -> None:
     """
     count, numbers = n * spec.num_points, _shapes(d) + channels
     least = n * position_bits(spec, d) + 8 + count * numbers + rans.least_bits(numbers, count * numbers)
-    if 0 < count * spec.bits_gaussian < least:
+    if spec.bits_gaussian and count * spec.bits_gaussian < least:
         raise InputError(
             f"codec.bits_gaussian: expected 0 or at least {math.ceil(10 * least / count) / 10:g} for {n} images of "
             f"{spec.num_points} Gaussians, found {spec.bits_gaussian:g}"

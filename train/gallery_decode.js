@@ -232,11 +232,14 @@ function packedGaussian(codec, { count, channels }, arrays) {
     for (let i = 0; i < numbers; i++) parts.push({ at: end + i * bits, stride: numbers * bits, bits });
     end += count * m * numbers * bits;
   }
-  if (bitsGaussian) end = count * m * bitsGaussian;
+  if (bitsGaussian) end = count * (m * bitsGaussian);
   const codes = expected(arrays, "codes", "U8", [Math.ceil(end / 8)]);
   const coded = bitsGaussian && entropyCoded(codes.subarray(positions), parts.length, count * m);
   if (coded && !bitsChroma) {
     for (let k = 4; k < coded.length; k++) coded[k].forEach((more, at) => (coded[k][at] = coded[k - 1][at] + more));
+  }
+  if (coded && coded.some((kind) => kind.some((code) => code < 0 || code > LARGEST))) {
+    refuse(`${ARRAYS}: codes: entropy-coded numbers must lie in 0 to ${LARGEST}`);
   }
   if (!coded && readBits(codes, end, 8 * codes.length - end)) {
     refuse(`${ARRAYS}: codes: bits after the last code must be 0`);
